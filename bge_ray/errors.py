@@ -1,0 +1,72 @@
+"""Every error this package raises on purpose, each with the exit code its job ends with.
+
+    BgeRayError
+      SettingsError         2   a setting is unknown, of the wrong type or impossible
+      CorpusError           2   the input cannot be read or lacks what the settings name
+      ModelError            2   a model cannot be loaded, or its folder is not what it claims
+      DatasetMismatchError  2   the output holds a data set made with other settings or weights
+      OutputBusyError       2   another run is writing this output
+      StorageError          1   a storage operation failed for good
+      TakenOverError        1   a newer run owns the output; this one stopped writing
+      IncompleteRunError    1   the run ended with work left undone: run it again to continue
+      RejectedRowsError     1   more rows were rejected than the settings allow
+      IndexBuildError       1   an index input or part is not what its description says
+
+Exit code 2 means that nothing was written. This module knows nothing of the others.
+"""
+
+
+class BgeRayError(Exception):
+    """Base of all errors raised on purpose; anything else that escapes is a defect."""
+
+    exit_code = 1
+
+
+class SettingsError(BgeRayError):
+    """A setting is unknown, of the wrong type, impossible, or missing."""
+
+    exit_code = 2
+
+
+class CorpusError(BgeRayError):
+    """The corpus cannot be read, is empty, or lacks a column the settings name."""
+
+    exit_code = 2
+
+
+class ModelError(BgeRayError):
+    """A model cannot be loaded or is not usable as the settings ask."""
+
+    exit_code = 2
+
+
+class DatasetMismatchError(BgeRayError):
+    """The output already holds a data set with another fingerprint."""
+
+    exit_code = 2
+
+
+class OutputBusyError(BgeRayError):
+    """Another live run holds the output."""
+
+    exit_code = 2
+
+
+class StorageError(BgeRayError):
+    """A storage operation failed and retrying did not help, or cannot help."""
+
+
+class TakenOverError(BgeRayError):
+    """A newer run took the output over while this one was out of touch."""
+
+
+class IncompleteRunError(BgeRayError):
+    """Some work units are not done."""
+
+
+class RejectedRowsError(BgeRayError):
+    """The rejected fraction exceeds ``corpus.max_rejected_fraction``."""
+
+
+class IndexBuildError(BgeRayError):
+    """Vectors, ids, a trained index or an index part break a rule that FAISS would not check."""

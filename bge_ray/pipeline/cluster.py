@@ -1,0 +1,119 @@
+"""Joins or starts Ray, and sizes the stages from what the cluster has."""
+
+import logging
+import os
+import secrets
+import sys
+from dataclasses import dataclass
+
+from bge_ray.errors import SettingsError
+from bge_ray.settings import ResourcesSettings
+
+logger = logging.getLogger(__name__)
+
+# Of one CPU machine's cores this much is left to reading and writing tasks.
+CPUS_FOR_TASKS = 1.0
+WRITER_CPUS = 0.1
+MAX_WRITERS = 32
+# Tokenising one core's worth of short passages feeds a fraction of a GPU; see README, Tuning.
+READERS_PER_GPU = 6
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many actors and tasks each stage has, and what each of them reserves."""
+
+    num_encoders: int
+    encoder_cpus: float
+    encoder_gpus: float
+    encoder_threads: int
+    num_readers: int
+    reader_cpus: float
+    num_writers: int
+    writer_cpus: float = WRITER_CPUS
+
+    @property
+    def device(self) -> str:
+        """Torch device of the encoders."""
+        return "cuda" if self.encoder_gpus else "cpu"
+
+
+def prepare_environment() -> None:
+    """Choose safe defaults for a local cluster; to be called before Ray is imported.
+
+    A cluster that this process will start listens on the loopback interface only, asks for a
+    token that exists in this process tree alone, and tells nobody that it is used. A job that joins
+    a cluster (RAY_ADDRESS is set) changes nothing.
+    """
+    if "RAY_ADDRESS" in os.environ or "ray" in sys.modules:
+        return
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def connect(settings: ResourcesSettings) -> None:
+    """Join the cluster of ``resources.address`` or RAY_ADDRESS, or start a local one."""
+    prepare_environment()
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = settings.address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        # An address left over from a cluster that died would otherwise be tried first, for minutes.
+        ray.init(
+            address="local", include_dashboard=False, logging_level="WARNING", _node_ip_address="127.0.0.1"
+        )
+    else:
+        ray.init(address=address, logging_level="WARNING")
+
+
+def size_stages(settings: ResourcesSettings, cpus: float, gpus: float) -> Sizes:
+    """Size the stages for a cluster.
+
+    On GPUs an encoder reserves its GPU and one CPU, and readers take what is left. On CPUs there is
+    one single-threaded encoder a core, which beats one encoder with many threads; together
+    they reserve all cores but one, so that reading and writing never wait for an encoder to end.
+
+    Args:
+        settings: what the user fixed.
+        cpus: CPUs of the cluster.
+        gpus: GPUs of the cluster.
+
+    Raises:
+        SettingsError: the encoders cannot fit beside at least one reader and one writer.
+    """
+    wanted = settings.gpus_per_encoder
+    encoder_gpus = (1.0 if gpus >= 1 else 0.0) if wanted is None else wanted
+    if encoder_gpus > 0:
+        num_encoders = settings.num_encoders or max(1, int(gpus / encoder_gpus))
+        encoder_cpus = 1.0 if cpus >= 2 * num_encoders else 0.25
+        threads = settings.threads_per_encoder or 1
+    else:
+        num_encoders = settings.num_encoders or max(1, int(cpus))
+        share = (cpus - CPUS_FOR_TASKS) / num_encoders if cpus > CPUS_FOR_TASKS else 0.5 / num_encoders
+        encoder_cpus = float(int(share)) if share >= 1 else int(share * 10_000) / 10_000
+        threads = settings.threads_per_encoder or max(1, int(cpus) // num_encoders)
+    left = cpus - num_encoders * encoder_cpus
+    if left < WRITER_CPUS + 0.1:
+        raise SettingsError(
+            f"resources.num_encoders {num_encoders}: they reserve {num_encoders * encoder_cpus:g} of {cpus:g} CPUs and "
+            "leave none for reading and writing; lower it, or add CPUs"
+        )
+    num_writers = max(1, min(MAX_WRITERS, num_encoders, int(left / 4 / WRITER_CPUS)))
+    for_readers = left - num_writers * WRITER_CPUS
+    reader_cpus = 1.0 if for_readers >= 1 else int(for_readers * 100) / 100
+    most = max(1, int(for_readers / reader_cpus))
+    useful = READERS_PER_GPU * num_encoders if encoder_gpus else max(1, num_encoders // 4)
+    return Sizes(
+        num_encoders=num_encoders,
+        encoder_cpus=encoder_cpus,
+        encoder_gpus=encoder_gpus,
+        encoder_threads=threads,
+        num_readers=settings.num_readers or min(most, useful),
+        reader_cpus=reader_cpus,
+        num_writers=num_writers,
+    )

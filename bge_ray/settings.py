@@ -1,0 +1,298 @@
+"""All settings of all jobs: one frozen object, read from YAML and ``--set section.key=value``.
+
+Every job takes the same sections, so one file can describe a whole chain. A key that is unknown,
+of the wrong type or impossible is refused before anything starts. Secrets have no place here:
+storage and hub credentials come from the environment.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, TypeAlias
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bge_ray.errors import SettingsError
+from bge_ray.schema import MAX_ROWS_PER_OBJECT, RESERVED_COLUMNS
+
+Pooling: TypeAlias = Literal["cls", "mean", "last_token"]
+ComputeDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
+OutputDtype: TypeAlias = Literal["float32", "float16"]
+Auto: TypeAlias = Literal["auto"]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, and no key that is not declared."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class CorpusSettings(Section):
+    """Where the passages are and which columns hold them."""
+
+    uri: str | None = Field(
+        None, description="file, folder or glob on any fsspec URI (s3://, gs://, az://, a local path)"
+    )
+    format: Literal["auto", "parquet", "jsonl", "csv"] = Field(
+        "auto",
+        description="file format; auto goes by the name (.parquet, .jsonl, .ndjson, .csv, .tsv; .gz, .zst)",
+    )
+    id_column: str = Field(
+        "auto", description="column of the passage id; auto takes _id, id or passage_id, whichever is there"
+    )
+    text_column: str = Field("text", description="column of the passage text")
+    title_column: str | None = Field(
+        "auto",
+        description="column joined in front of the text; auto takes `title` if it is there, null means none",
+    )
+    keep_columns: tuple[str, ...] = Field((), description="metadata columns copied into the embedding shards")
+    max_rejected_fraction: float = Field(
+        0.01, ge=0, le=1, description="share of rows that may be rejected before the run counts as failed"
+    )
+
+    @model_validator(mode="after")
+    def _kept_names_are_free(self) -> "CorpusSettings":
+        clash = sorted(set(self.keep_columns) & set(RESERVED_COLUMNS))
+        if clash:
+            raise ValueError(f"keep_columns: {clash} are names of our own columns; rename them in the corpus")
+        if len(set(self.keep_columns)) != len(self.keep_columns):
+            raise ValueError("keep_columns: a column is named twice")
+        return self
+
+
+class ModelSettings(Section):
+    """Which model makes the vectors, and how."""
+
+    name: str = Field("BAAI/bge-small-en-v1.5", description="hub id or local folder")
+    revision: str | None = Field(
+        None, description="hub commit, tag or branch; resolved to a commit and pinned in dataset.json"
+    )
+    pooling: Pooling | Auto = Field(
+        "auto", description="tokens to one vector; auto takes what the model card or folder says"
+    )
+    max_length: int | None = Field(
+        None,
+        ge=3,
+        description="tokens kept of a text, special tokens included; null takes the model's own limit",
+    )
+    dtype: ComputeDtype | Auto = Field(
+        "auto", description="compute dtype; auto is float16 on a GPU and float32 on a CPU"
+    )
+    normalize: bool = Field(True, description="scale each vector to unit L2 norm")
+    query_instruction: str | None = Field(
+        None, description="text put before a query; null takes the model card's, an empty string means none"
+    )
+    passage_instruction: str | None = Field(
+        None, description="text put before a passage; null takes the model folder's (BGE has none)"
+    )
+    trust_remote_code: bool = Field(
+        False, description="run Python code found in the model folder; off unless you trust its author"
+    )
+
+
+class BatchingSettings(Section):
+    """How rows are cut into work units and forward passes."""
+
+    token_budget: int | Auto = Field(
+        "auto",
+        description="tokens of one forward pass, padding included; auto is 32768 on a GPU and 1024 on a CPU",
+    )
+    unit_rows: int = Field(
+        50_000,
+        ge=1,
+        lt=MAX_ROWS_PER_OBJECT,
+        description="most rows of one work unit, the piece that is committed, retried and resumed",
+    )
+    unit_bytes: int = Field(
+        96_000_000, ge=1_000_000, description="most bytes of text plus vectors of one work unit, in bytes"
+    )
+
+    @model_validator(mode="after")
+    def _budget_is_positive(self) -> "BatchingSettings":
+        if isinstance(self.token_budget, int) and self.token_budget < 1:
+            raise ValueError("token_budget: must be at least 1 token")
+        return self
+
+
+class OutputSettings(Section):
+    """Where the data set is written."""
+
+    uri: str | None = Field(None, description="folder of the data set on any fsspec URI")
+    dtype: OutputDtype | Auto = Field(
+        "auto",
+        description="dtype of the stored vectors; auto is float16, or float32 when model.dtype is float32",
+    )
+    compression: Literal["zstd", "snappy", "none"] = Field(
+        "zstd", description="Parquet compression of the embedding shards"
+    )
+    storage_timeout_s: float = Field(
+        120.0, gt=0, description="how long a failing storage operation is retried, in seconds"
+    )
+
+
+class ResourcesSettings(Section):
+    """What the job may use of the cluster."""
+
+    address: str | None = Field(
+        None,
+        description="Ray address; null joins the cluster the job was submitted to, or starts a local one",
+    )
+    num_encoders: int | None = Field(
+        None,
+        ge=1,
+        description="encoder actors; null takes one a GPU, or one a CPU core where there is no GPU",
+    )
+    gpus_per_encoder: float | None = Field(
+        None, ge=0, description="GPUs of one encoder; null takes 1 if the cluster has GPUs, else 0"
+    )
+    num_readers: int | None = Field(
+        None,
+        ge=1,
+        description="reading and tokenising tasks at once; null sizes them from the CPUs that are left",
+    )
+    threads_per_encoder: int | None = Field(
+        None, ge=1, description="CPU threads of one encoder; null shares the cores of a node evenly"
+    )
+    max_unit_attempts: int = Field(
+        24, ge=3, description="times a unit may take down its worker process before it is given up"
+    )
+
+
+class ReportSettings(Section):
+    """What is told while the job runs and after it."""
+
+    log_interval_s: float = Field(
+        30.0, gt=0, description="seconds between log lines where there is no terminal"
+    )
+    gpu_price_per_hour: float | None = Field(
+        None, ge=0, description="price of one encoder's device, in your currency, for the cost in the report"
+    )
+
+
+class Settings(Section):
+    """Every section; each job says which keys it cannot do without."""
+
+    corpus: CorpusSettings = CorpusSettings()
+    model: ModelSettings = ModelSettings()
+    batching: BatchingSettings = BatchingSettings()
+    output: OutputSettings = OutputSettings()
+    resources: ResourcesSettings = ResourcesSettings()
+    report: ReportSettings = ReportSettings()
+
+    def require(self, *keys: str) -> None:
+        """Refuse to go on without a value for each dotted key.
+
+        Raises:
+            SettingsError: a key is null; it names all of them.
+        """
+        missing = [key for key in keys if _lookup(self, key) is None]
+        if missing:
+            ways = " ".join(f"--set {key}=..." for key in missing)
+            raise SettingsError(
+                f"required setting {', '.join(missing)} is not set; give it in the config file or by {ways}"
+            )
+
+
+def _lookup(settings: Settings, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(settings, section), name)
+
+
+def known_keys() -> Iterator[tuple[str, str, str, str]]:
+    """Yield (dotted key, type, default, meaning) of every setting, in the order of the sections."""
+    for section, field in Settings.model_fields.items():
+        model = field.annotation
+        if not (isinstance(model, type) and issubclass(model, Section)):
+            raise TypeError(f"{section} is not a section")
+        for name, spec in model.model_fields.items():
+            default = (
+                "null"
+                if spec.default is None
+                else yaml.safe_dump(_plain(spec.default), default_flow_style=True)
+            )
+            yield (
+                f"{section}.{name}",
+                _type_name(spec.annotation),
+                default.split("\n")[0],
+                spec.description or "",
+            )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _type_name(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+
+
+def parse_settings(
+    document: str | None, overrides: Sequence[str] = (), origin: str = "the config"
+) -> Settings:
+    """Build the settings from YAML text and ``section.key=value`` overrides; later ones win.
+
+    Args:
+        document: YAML text, or None for defaults only.
+        overrides: each ``section.key=value``; the value is read as YAML.
+        origin: name of the document, for messages.
+
+    Raises:
+        SettingsError: not YAML, an unknown key (the nearest valid one is named), a wrong type or
+            an impossible value.
+    """
+    try:
+        tree = yaml.safe_load(document) if document else {}
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{origin} is not valid YAML: {error}") from error
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict) or not all(isinstance(v, dict | None) for v in tree.values()):
+        raise SettingsError(
+            f"{origin}: expected sections with keys below them, such as `corpus:` and `  uri: ...`"
+        )
+    tree = {section: dict(keys or {}) for section, keys in tree.items()}
+    for override in overrides:
+        key, value = _parse_override(override)
+        section, _, name = key.partition(".")
+        tree.setdefault(section, {})[name] = value
+    _refuse_unknown(tree)
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(map(str, e['loc'][:2]))}: {e['msg']} (got {e['input']!r})" for e in error.errors()
+        ]
+        raise SettingsError("impossible setting: " + "; ".join(dict.fromkeys(lines))) from error
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or key.count(".") != 1:
+        raise SettingsError(
+            f"--set {override}: expected section.key=value, such as --set corpus.uri=s3://bucket/corpus"
+        )
+    try:
+        return key.strip(), yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"--set {override}: the value is not valid YAML: {error}") from error
+
+
+def _refuse_unknown(tree: dict[str, dict[str, Any]]) -> None:
+    known = [key for key, *_ in known_keys()]
+    given = [f"{section}.{name}" for section, keys in tree.items() for name in keys]
+    given += [section for section, keys in tree.items() if not keys and section not in Settings.model_fields]
+    for key in given:
+        if key in known:
+            continue
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        by_name = [k for k in known if k.partition(".")[2] == key.partition(".")[2]]
+        hint = next(iter(by_name + near), None)
+        raise SettingsError(
+            f"unknown setting {key}" + (f"; did you mean {hint}?" if hint else "; --help lists every key")
+        )
+
+
+def settings_help() -> str:
+    """Return one line a setting: dotted key, default and meaning."""
+    rows = list(known_keys())
+    width = max(len(key) for key, *_ in rows)
+    return "\n".join(f"  {key:<{width}}  {meaning} [default: {default}]" for key, _, default, meaning in rows)
