@@ -46,9 +46,13 @@ class Columns:
     kept: dict[str, str] = field(default_factory=dict)
 
 
+# Where a model lies and what is put before queries change no vector of the data set.
+NOT_DECISIVE = ("model.name", "model.revision", "model.query_instruction")
+
+
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What a data set is; two runs may share an output only if theirs are equal."""
+    """What a data set is; two runs may share an output only if theirs agree in what decides vectors."""
 
     model: ModelSpec
     columns: Columns
@@ -57,8 +61,13 @@ class DatasetSpec:
 
     @property
     def fingerprint(self) -> str:
-        """Hex sha256 over every field."""
-        return _digest(dataclasses.asdict(self))
+        """Hex sha256 over all that decides a vector."""
+        return _digest(self.decisive())
+
+    def decisive(self) -> dict[str, Any]:
+        """Return all that decides a vector, by dotted name."""
+        flat = _flatten(dataclasses.asdict(self))
+        return {key: value for key, value in flat.items() if key not in NOT_DECISIVE}
 
     def check_same(self, other: "DatasetSpec", uri: str) -> None:
         """Refuse to mix two data sets.
@@ -66,7 +75,7 @@ class DatasetSpec:
         Raises:
             DatasetMismatchError: names each field that differs, with both values.
         """
-        mine, theirs = _flatten(dataclasses.asdict(self)), _flatten(dataclasses.asdict(other))
+        mine, theirs = self.decisive(), other.decisive()
         differ = [
             f"{key}: there {theirs.get(key)!r}, now {mine.get(key)!r}"
             for key in sorted(mine | theirs)

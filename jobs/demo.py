@@ -42,7 +42,9 @@ def _documented(node: ast.AST, name: str) -> Iterator[tuple[str, str, str]]:
         if text and len(text) >= MIN_CHARS:
             yield name, name, text
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not child.name.startswith("_"):
+        if isinstance(
+            child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        ) and not child.name.startswith("_"):
             yield from _documented(child, f"{name}.{child.name}")
 
 
@@ -82,7 +84,9 @@ def job(settings: Settings, dry_run: bool) -> str:
         table.add_column(column, justify="left" if column == "file" else "right")
     for marker in result.manifest.shards:
         if marker.embeddings is not None:
-            table.add_row(marker.embeddings.path, f"{marker.embeddings.rows:,}", f"{marker.embeddings.bytes:,}")
+            table.add_row(
+                marker.embeddings.path, f"{marker.embeddings.rows:,}", f"{marker.embeddings.bytes:,}"
+            )
     console.print(table)
     first = next(m.embeddings for m in result.manifest.shards if m.embeddings is not None)
     console.print(pq.ParquetFile(root / first.path).schema_arrow.remove_metadata())
@@ -91,7 +95,9 @@ def job(settings: Settings, dry_run: bool) -> str:
 
 def main() -> int:
     """Write the corpus, then hand its settings to the job."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, default=Path("demo-out"), help="folder for corpus and output")
     parser.add_argument("--limit", type=int, default=6000, help="most passages to embed")
     arguments, rest = parser.parse_known_args()

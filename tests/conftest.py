@@ -1,0 +1,61 @@
+"""Fixtures shared by all tests: a real S3 server, small models, one Ray cluster a session."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.s3 import S3Server
+
+# Ray reads these at import; this machine's loopback interface is all the tests may use.
+os.environ.update(
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+    RAY_AUTH_MODE="token",
+    RAY_AUTH_TOKEN=secrets.token_hex(24),
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    server = S3Server(tmp_path_factory.mktemp("s3") / "data")
+    server.start()
+    os.environ.update(server.environment)
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def bucket(s3_server: S3Server, request: pytest.FixtureRequest) -> str:
+    """URI of a fresh folder in a bucket."""
+    return f"s3://out/{request.node.name.replace('[', '-').replace(']', '')}-{secrets.token_hex(3)}"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT of dim 32 with CLS pooling."""
+    from tests.support.models import make_encoder
+
+    return make_encoder(tmp_path_factory.mktemp("models") / "tiny-cls")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_server: S3Server) -> Iterator[None]:
+    """One local Ray for the session, started after S3 so that its workers inherit the credentials."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=256 << 20,
+        _node_ip_address="127.0.0.1",
+    )
+    yield
+    ray.shutdown()
