@@ -7,24 +7,16 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from types import FrameType
 
 from bge_ray.errors import BgeRayError
 from bge_ray.io.storage import Storage
-from bge_ray.pipeline.cluster import prepare_environment
+from bge_ray.pipeline.cluster import disconnect, prepare_environment
+from bge_ray.pipeline.stopping import Stopped, StopRequest
 from bge_ray.settings import Settings, parse_settings, settings_help
 
 logger = logging.getLogger("bge_ray")
 
-Job = Callable[[Settings, bool], str]
-
-
-class Stopped(BaseException):
-    """A signal asked the job to stop; not an Exception, so that nothing below takes it for an error."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.exit_code = 128 + number
+Job = Callable[[Settings, bool, StopRequest], str]
 
 
 class JsonFormatter(logging.Formatter):
@@ -49,7 +41,8 @@ def run_job(name: str, description: str, job: Job, argv: list[str] | None = None
     Args:
         name: of the job, for messages.
         description: first line of ``--help``.
-        job: takes the settings and whether this is a dry run; returns the last line to print.
+        job: takes the settings, whether this is a dry run, and the stop request that signals reach;
+            returns the last line to print.
         argv: arguments; those of the process if None.
 
     Returns:
@@ -78,24 +71,23 @@ def run_job(name: str, description: str, job: Job, argv: list[str] | None = None
     )
     arguments = parser.parse_args(argv)
     _configure_logging(arguments.log_format)
+    stop = StopRequest()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+        signal.signal(number, stop)
     try:
         prepare_environment()
         document = Storage().read(arguments.config).decode() if arguments.config else None
         settings = parse_settings(document, arguments.overrides, arguments.config or "the command line")
-        print(job(settings, arguments.dry_run))  # noqa: T201 - the answer of the command
+        print(job(settings, arguments.dry_run, stop))  # noqa: T201 - the answer of the command
     except BgeRayError as error:
         logger.error("%s: %s", name, error)  # noqa: TRY400 - the message is the whole story
         return error.exit_code
     except Stopped as stopped:
         logger.warning("%s: stopped by %s; run it again to continue", name, stopped)
         return stopped.exit_code
+    finally:
+        disconnect()
     return 0
-
-
-def _stop(number: int, _: FrameType | None) -> None:
-    raise Stopped(number)
 
 
 def _configure_logging(log_format: str) -> None:

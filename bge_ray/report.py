@@ -128,7 +128,7 @@ def report_html(report: dict[str, Any], facts: RunFacts) -> bytes:
         ("Units", f"{report['units_done']:,} of {report['units_planned']:,} planned"),
         (
             "Rate",
-            f"{report['tokens_per_s']:,.0f} tokens/s, {report['rows_per_s']:,.0f} rows/s over {report['steady_s']:,.1f} s",
+            f"{report['tokens_per_s']:,.0f} tokens/s, {report['rows_per_s']:,.0f} rows/s for {report['steady_s']:,.1f} s",
         ),
         ("Start-up", f"{report['startup_s']:,.1f} s of {report['wall_s']:,.1f} s"),
         ("Encoders", f"{report['num_encoders']}, busy {report['utilisation']:.0%} of the steady time"),
@@ -155,7 +155,7 @@ def report_html(report: dict[str, Any], facts: RunFacts) -> bytes:
         f"<h2>Rejected rows by reason</h2><table>{reasons}</table>" if reasons else "",
     ]
     if facts.units_done:
-        page += [f"<figure>{picture}</figure>" for picture in _pictures(report, facts)]
+        page += [f"<figure>{picture}</figure>" for picture in _pictures(facts)]
     return "".join(page).encode()
 
 
@@ -188,7 +188,7 @@ def _cost(report: dict[str, Any]) -> str:
     return f"{report['cost']:.2f} for {report['device_hours']:.3f} device hours{each}"
 
 
-def _pictures(report: dict[str, Any], facts: RunFacts) -> list[str]:
+def _pictures(facts: RunFacts) -> list[str]:
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -236,6 +236,7 @@ def _pictures(report: dict[str, Any], facts: RunFacts) -> list[str]:
 _BLUE = "#3568a8"
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:46em;margin:2em auto;padding:0 1em;color:#222}"
-    "table{border-collapse:collapse}th{text-align:left;padding:.2em 1.5em .2em 0;font-weight:600;vertical-align:top}"
+    "table{border-collapse:collapse}"
+    "th{text-align:left;padding:.2em 1.5em .2em 0;font-weight:600;vertical-align:top}"
     "td{padding:.2em 0}figure{margin:1.5em 0}svg{max-width:100%;height:auto}h2{margin-top:1.5em}"
 )

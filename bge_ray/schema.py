@@ -19,6 +19,7 @@ MAX_ROWS_PER_OBJECT = 1 << ROW_BITS
 MAX_OBJECTS = 1 << 31  # keeps vector_id >= 0 in int64; FAISS uses -1 for "no result"
 
 OUTPUT_DTYPES = {"float16": pa.float16(), "float32": pa.float32()}
+VALUE_BYTES = {"float16": 2, "float32": 4}
 
 # Columns that every embedding shard has; a kept column may not take one of these names.
 RESERVED_COLUMNS = ("vector_id", "passage_id", "n_tokens", "truncated", "embedding")

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bge_ray.command import run_job
+from bge_ray.pipeline.stopping import StopRequest
 from bge_ray.settings import Settings
 
 MIN_CHARS = 60
@@ -67,7 +68,7 @@ def write_corpus(folder: Path, limit: int) -> int:
     return len(passages)
 
 
-def job(settings: Settings, dry_run: bool) -> str:
+def job(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
     """Embed the demo corpus and show what landed."""
     from rich.console import Console
     from rich.table import Table
@@ -76,7 +77,7 @@ def job(settings: Settings, dry_run: bool) -> str:
 
     if dry_run:
         return "\n".join(plan_only(settings).lines())
-    result = embed(settings)
+    result = embed(settings, stop)
     root = Path(str(settings.output.uri))
     console = Console()
     table = Table(title=f"What landed in {root}")

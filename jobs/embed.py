@@ -3,16 +3,17 @@
 import sys
 
 from bge_ray.command import run_job
+from bge_ray.pipeline.stopping import StopRequest
 from bge_ray.settings import Settings
 
 
-def job(settings: Settings, dry_run: bool) -> str:
+def job(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
     """Embed, or say what would be done; returns the last line to print."""
     from bge_ray.pipeline.embed import embed, plan_only
 
     if dry_run:
         return "\n".join(plan_only(settings).lines())
-    result = embed(settings)
+    result = embed(settings, stop)
     return f"{result.report['outcome']}; report at {settings.output.uri}/report.html"
 
 

@@ -1,9 +1,13 @@
 """Joins or starts Ray, and sizes the stages from what the cluster has."""
 
+import dataclasses
 import logging
 import os
 import secrets
+import signal
 import sys
+import threading
+import warnings
 from dataclasses import dataclass
 
 from bge_ray.errors import SettingsError
@@ -59,8 +63,10 @@ def connect(settings: ResourcesSettings) -> None:
     prepare_environment()
     import ray
 
+    _configure_ray_data()
     if ray.is_initialized():
         return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     address = settings.address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         # An address left over from a cluster that died would otherwise be tried first, for minutes.
@@ -69,6 +75,25 @@ def connect(settings: ResourcesSettings) -> None:
         )
     else:
         ray.init(address=address, logging_level="WARNING")
+    # Ray puts its own handlers there, which exit without giving the lease back.
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def disconnect() -> None:
+    """Leave the cluster; a local one ends with it. Does nothing where Ray was never needed."""
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+
+
+def cluster_sizes(settings: ResourcesSettings) -> Sizes:
+    """Size the stages for the cluster that `connect` joins or starts."""
+    connect(settings)
+    import ray
+
+    resources = ray.cluster_resources()
+    return size_stages(settings, resources.get("CPU", 0.0), resources.get("GPU", 0.0))
 
 
 def size_stages(settings: ResourcesSettings, cpus: float, gpus: float) -> Sizes:
@@ -100,8 +125,8 @@ def size_stages(settings: ResourcesSettings, cpus: float, gpus: float) -> Sizes:
     left = cpus - num_encoders * encoder_cpus
     if left < WRITER_CPUS + 0.1:
         raise SettingsError(
-            f"resources.num_encoders {num_encoders}: they reserve {num_encoders * encoder_cpus:g} of {cpus:g} CPUs and "
-            "leave none for reading and writing; lower it, or add CPUs"
+            f"resources.num_encoders {num_encoders}: they reserve {num_encoders * encoder_cpus:g} of {cpus:g} CPUs "
+            "and leave none for reading and writing; lower it, or add CPUs"
         )
     num_writers = max(1, min(MAX_WRITERS, num_encoders, int(left / 4 / WRITER_CPUS)))
     for_readers = left - num_writers * WRITER_CPUS
@@ -117,3 +142,32 @@ def size_stages(settings: ResourcesSettings, cpus: float, gpus: float) -> Sizes:
         reader_cpus=reader_cpus,
         num_writers=num_writers,
     )
+
+
+def cap_sizes(sizes: Sizes, *, spans: int, units: int) -> Sizes:
+    """Return sizes without the actors and tasks that a small job would leave idle."""
+    return dataclasses.replace(
+        sizes,
+        num_encoders=min(sizes.num_encoders, units),
+        num_readers=min(sizes.num_readers, spans),
+        num_writers=min(sizes.num_writers, units),
+    )
+
+
+def _configure_ray_data() -> None:
+    from ray.data import DataContext
+
+    # Our own lines say how far the run is; Ray's warnings still come through.
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    context = DataContext.get_current()
+    context.issue_detectors_config.detectors = []
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # One row is one unit: without this a stream of small units is held back until 128 MiB are there.
+    context.target_max_block_size = 1
+    # A job may wait for its GPUs longer than the half hour after which Ray gives up.
+    context.execution_no_progress_timeout_s = -1
+    # They compare a pool with the number of spans; one span may hold many units.
+    for text in ("The maximum number of concurrent tasks", "The minimum number of concurrent actors"):
+        warnings.filterwarnings("ignore", message=text, module="ray.data")

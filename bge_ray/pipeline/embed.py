@@ -7,46 +7,27 @@ code: plan, subtract what is done, do the rest, publish. See `embed`.
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import ray
 import ray.data
 from ray.exceptions import RayError
 
-from bge_ray.errors import IncompleteRunError, OutputBusyError, RejectedRowsError
-from bge_ray.io.corpus import resolve_columns
-from bge_ray.io.dataset import Dataset
+from bge_ray.errors import BgeRayError, IncompleteRunError, OutputBusyError, RejectedRowsError
 from bge_ray.io.lease import Lease
-from bge_ray.io.storage import Storage, join
-from bge_ray.manifest import (
-    Columns,
-    DatasetSpec,
-    Manifest,
-    Marker,
-    ModelSpec,
-    Plan,
-    UnitLimits,
-    make_manifest,
-    span_units,
-    unit_fingerprint,
-)
-from bge_ray.model.source import resolve_model
-from bge_ray.pipeline.cluster import Sizes, connect, size_stages
+from bge_ray.io.storage import join
+from bge_ray.manifest import Manifest, Marker, make_manifest
+from bge_ray.pipeline.cluster import Sizes, cap_sizes, cluster_sizes
+from bge_ray.pipeline.encode import EncodeStage
 from bge_ray.pipeline.estimate import Estimate, estimate
 from bge_ray.pipeline.isolation import start_ledger
-from bge_ray.pipeline.payload import UnitRow, UnitTask
-from bge_ray.pipeline.planning import extend_plan, find_changes, scan_objects
+from bge_ray.pipeline.job import EmbedJob, SpanTask, span_batch
+from bge_ray.pipeline.payload import UnitRow
+from bge_ray.pipeline.prepare import Work, prepare
 from bge_ray.pipeline.progress import Progress
-from bge_ray.pipeline.stages import (
-    LENGTH_EDGES,
-    EmbedJob,
-    EncodeStage,
-    SpanTask,
-    read_stage,
-    span_batch,
-    write_stage,
-)
+from bge_ray.pipeline.read import LENGTH_EDGES, read_stage
+from bge_ray.pipeline.stopping import Stopped, StopRequest, watched
+from bge_ray.pipeline.write import write_stage
 from bge_ray.report import RunFacts, make_report, report_html, report_json
 from bge_ray.settings import Settings
 
@@ -56,8 +37,6 @@ logger = logging.getLogger(__name__)
 MAX_FAILURES_IN_A_ROW = 10
 GPU_TOKEN_BUDGET = 32_768
 CPU_TOKEN_BUDGET = 1_024
-READ_SPANS_AT_ONCE = 1
-FLOAT_BYTES = {"float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -68,33 +47,12 @@ class EmbedResult:
     report: dict[str, object]
 
 
-@dataclass(frozen=True)
-class Work:
-    """All that is known before anything is written: the data set, its plan, and what is to do."""
-
-    dataset: Dataset
-    spec: DatasetSpec
-    plan: Plan
-    previous_number: int
-    finished: dict[str, Marker]
-    todo: tuple[SpanTask, ...]
-
-    @property
-    def todo_units(self) -> list[UnitTask]:
-        """The units to do, in plan order."""
-        return [task for span in self.todo for task in span.todo]
-
-    @property
-    def todo_rows(self) -> int:
-        """Rows of the units to do."""
-        return sum(task.unit.n_rows for task in self.todo_units)
-
-
-def embed(settings: Settings) -> EmbedResult:
+def embed(settings: Settings, stop: StopRequest | None = None) -> EmbedResult:
     """Embed a corpus into a data set, doing only what is not done yet.
 
     Args:
         settings: needs corpus.uri and output.uri.
+        stop: asked between receipts whether to stop.
 
     Returns:
         The published manifest and the report of this run.
@@ -112,7 +70,8 @@ def embed(settings: Settings) -> EmbedResult:
         logger.info("nothing to do: all %d units of %s are done", len(published.shards), work.dataset.root)
         facts = RunFacts(started)
         return EmbedResult(published, _report(settings, work, facts, "nothing to do"))
-    with Lease(work.dataset.storage, work.dataset.root) as lease:
+    stop = stop or StopRequest()
+    with stop.deferred(), Lease(work.dataset.storage, work.dataset.root) as lease:
         # What was planned without the lease is still true if no other run planned since.
         if work.dataset.latest_plan()[0] != work.previous_number:
             raise OutputBusyError(
@@ -128,10 +87,10 @@ def embed(settings: Settings) -> EmbedResult:
         outcome = "failed"
         try:
             if work.todo:
-                _run(settings, work, lease, facts, markers)
+                _run(settings, work, _watch(lease, stop), facts, markers)
             manifest = _publish(settings, work, lease, markers)
             outcome = f"complete: {manifest.rows_in:,} rows in {len(manifest.shards):,} units"
-        except Exception as error:
+        except (BgeRayError, Stopped) as error:
             outcome = f"incomplete: {error}"
             raise
         finally:
@@ -144,41 +103,8 @@ def embed(settings: Settings) -> EmbedResult:
 def plan_only(settings: Settings) -> Estimate:
     """Say what `embed` would do, without writing anything (``--dry-run``)."""
     work = prepare(settings)
-    sizes = _sizes(settings) if work.todo else None
+    sizes = cluster_sizes(settings.resources) if work.todo else None
     return estimate(work.dataset, work.spec, work.plan, list(work.todo), sizes, settings)
-
-
-def prepare(settings: Settings) -> Work:
-    """Resolve, list, scan and plan; reads only."""
-    settings.require("corpus.uri", "output.uri")
-    storage = Storage(settings.output.storage_timeout_s)
-    dataset = Dataset(storage, str(settings.output.uri))
-    spec_there = dataset.read_spec()
-    number, previous = dataset.latest_plan()
-    listed, changed = find_changes(storage, settings.corpus, previous)
-    model = _resolve_model(settings, spec_there)
-    dtype = _output_dtype(settings, spec_there, model)
-    limits = UnitLimits(
-        settings.batching.unit_rows, settings.batching.unit_bytes, model.dim * FLOAT_BYTES[dtype]
-    )
-    scanned = []
-    if changed:
-        connect(settings.resources)
-        _configure_ray_data()
-        logger.info("scanning %d of %d corpus objects", len(changed), len(listed))
-        tasks = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        scanned = scan_objects(storage, changed, settings.corpus, limits, tasks)
-    if spec_there is not None:
-        columns = _same_columns(settings, spec_there.columns)
-    else:
-        columns = resolve_columns(scanned, settings.corpus)
-    spec = DatasetSpec(model, columns, dtype)
-    if spec_there is not None:
-        spec.check_same(spec_there, dataset.root)
-    plan = extend_plan(listed, previous, scanned, columns)
-    finished = dataset.finished()
-    todo, still_finished = _subtract(spec, plan, finished)
-    return Work(dataset, spec, plan, number, still_finished, todo)
 
 
 def embedding_receipts(job: EmbedJob, sizes: Sizes, spans: list[SpanTask]) -> Iterator[UnitRow]:
@@ -216,8 +142,10 @@ def embedding_receipts(job: EmbedJob, sizes: Sizes, spans: list[SpanTask]) -> It
     )
 
 
-def _run(settings: Settings, work: Work, lease: Lease, facts: RunFacts, markers: dict[str, Marker]) -> None:
-    sizes = _sizes(settings)
+def _run(
+    settings: Settings, work: Work, watch: Callable[[], None], facts: RunFacts, markers: dict[str, Marker]
+) -> None:
+    sizes = cap_sizes(cluster_sizes(settings.resources), spans=len(work.todo), units=len(work.todo_units))
     facts.num_encoders = sizes.num_encoders
     budget = settings.batching.token_budget
     job = EmbedJob(
@@ -239,18 +167,27 @@ def _run(settings: Settings, work: Work, lease: Lease, facts: RunFacts, markers:
     allowed = settings.corpus.max_rejected_fraction * sum(u.n_rows for u in work.plan.units())
     try:
         with Progress(facts, work.todo_rows, settings.report.log_interval_s):
-            for receipt in embedding_receipts(job, sizes, list(work.todo)):
-                if lease.lost.is_set():
-                    lease.check()
+            for receipt in watched(embedding_receipts(job, sizes, list(work.todo)), watch):
                 _book(receipt, facts, markers)
                 if facts.units_done == 0 and len(facts.failures) >= MAX_FAILURES_IN_A_ROW:
                     raise IncompleteRunError(
-                        f"the first {len(facts.failures)} units all failed, stopping; the first: {facts.failures[0]}"
+                        f"the first {len(facts.failures)} units all failed, stopping: {facts.failures[0]}"
                     )
                 if rejected + facts.rows_rejected > allowed:
                     raise _too_many_rejected(work.dataset.root, facts, allowed)
     except RayError as error:
         raise IncompleteRunError(f"the pipeline failed: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _watch(lease: Lease, stop: StopRequest) -> Callable[[], None]:
+    """Return what is asked between receipts: is the output still ours, and may we go on?"""
+
+    def watch() -> None:
+        stop.check()
+        if lease.lost.is_set():
+            lease.check()
+
+    return watch
 
 
 def _book(receipt: UnitRow, facts: RunFacts, markers: dict[str, Marker]) -> None:
@@ -282,7 +219,7 @@ def _publish(settings: Settings, work: Work, lease: Lease, markers: dict[str, Ma
     if manifest.rows_rejected > settings.corpus.max_rejected_fraction * rows:
         raise RejectedRowsError(
             f"{manifest.rows_rejected} of {rows} rows were rejected, more than corpus.max_rejected_fraction "
-            f"{settings.corpus.max_rejected_fraction:g}; {join(work.dataset.root, 'rejected')} names each with its reason"
+            f"{settings.corpus.max_rejected_fraction:g}; {join(work.dataset.root, 'rejected')} names each"
         )
     lease.check()
     work.dataset.publish(manifest)
@@ -292,77 +229,8 @@ def _publish(settings: Settings, work: Work, lease: Lease, markers: dict[str, Ma
     return manifest
 
 
-def _subtract(
-    spec: DatasetSpec, plan: Plan, finished: dict[str, Marker]
-) -> tuple[tuple[SpanTask, ...], dict[str, Marker]]:
-    """Return the spans with something to do, and the markers that the plan still wants."""
-    todo: list[SpanTask] = []
-    wanted: dict[str, Marker] = {}
-    dataset_fingerprint = spec.fingerprint
-    for corpus_object in plan.objects:
-        bare = dataclasses.replace(corpus_object, spans=())
-        for span in corpus_object.spans:
-            tasks = []
-            for unit in span_units(corpus_object.object_no, span):
-                fingerprint = unit_fingerprint(dataset_fingerprint, corpus_object, unit)
-                marker = finished.get(unit.name)
-                if marker is not None and marker.fingerprint == fingerprint:
-                    wanted[unit.name] = marker
-                else:
-                    tasks.append(UnitTask(unit, fingerprint, corpus_object.uri))
-            if tasks:
-                todo.append(SpanTask(bare, span, tuple(tasks)))
-    return tuple(todo), wanted
-
-
 def _is_current(work: Work, manifest: Manifest) -> bool:
     return [m.unit for m in manifest.shards] == sorted(work.plan.units())
-
-
-def _resolve_model(settings: Settings, there: DatasetSpec | None) -> ModelSpec:
-    model = settings.model
-    if there is not None and model.dtype == "auto":
-        # A data set keeps its dtype wherever a later run happens to execute.
-        model = model.model_copy(update={"dtype": there.model.dtype})
-    if model.dtype != "auto":
-        return resolve_model(model, on_gpu=False)
-    return resolve_model(model, on_gpu=_sizes(settings).encoder_gpus > 0)
-
-
-def _output_dtype(settings: Settings, there: DatasetSpec | None, model: ModelSpec) -> str:
-    if settings.output.dtype != "auto":
-        return settings.output.dtype
-    if there is not None:
-        return there.dtype
-    return "float32" if model.dtype == "float32" else "float16"
-
-
-def _same_columns(settings: Settings, there: Columns) -> Columns:
-    """Return the columns of the data set, changed where the settings name others."""
-    corpus = settings.corpus
-    return Columns(
-        id=there.id if corpus.id_column == "auto" else corpus.id_column,
-        text=corpus.text_column,
-        title=there.title if corpus.title_column == "auto" else corpus.title_column,
-        kept={name: there.kept.get(name, "string") for name in corpus.keep_columns},
-    )
-
-
-def _sizes(settings: Settings) -> Sizes:
-    connect(settings.resources)
-    _configure_ray_data()
-    resources = ray.cluster_resources()
-    return size_stages(settings.resources, resources.get("CPU", 0.0), resources.get("GPU", 0.0))
-
-
-def _configure_ray_data() -> None:
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    # One row is one unit: without this a stream of small units is held back until 128 MiB are there.
-    context.target_max_block_size = 1
-    # A job may wait for its GPUs longer than Ray's half hour.
-    context.execution_options.verbose_progress = False
 
 
 def _too_many_rejected(root: str, facts: RunFacts, allowed: float) -> RejectedRowsError:

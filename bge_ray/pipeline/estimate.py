@@ -15,12 +15,12 @@ from bge_ray.model.encoder import Encoder
 from bge_ray.model.source import fetch_model
 from bge_ray.model.tokenizer import Tokenizer
 from bge_ray.pipeline.cluster import Sizes
-from bge_ray.pipeline.stages import SpanTask
+from bge_ray.pipeline.job import SpanTask
+from bge_ray.schema import VALUE_BYTES
 from bge_ray.settings import Settings
 
 SAMPLE_SPANS = 3
 SAMPLE_ROWS = 256
-BYTES_PER_VALUE = {"float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def estimate(
     )
     tokens = int(tokens_per_row * rows_todo)
     seconds = tokens / (rate * sizes.num_encoders)
-    vector_bytes = spec.model.dim * BYTES_PER_VALUE[spec.dtype]
+    vector_bytes = spec.model.dim * VALUE_BYTES[spec.dtype]
     in_flight = sizes.num_readers + 2 * sizes.num_encoders + sizes.num_writers
     largest = max(task.unit.n_rows for span in todo for task in span.todo)
     price = settings.report.gpu_price_per_hour

@@ -1,0 +1,90 @@
+"""Stopping on request: a signal, or a watch that raises, ends a run between two receipts."""
+
+import contextlib
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import TypeVar
+
+T = TypeVar("T")
+
+POLL_S = 0.2
+_END = object()
+
+
+class Stopped(BaseException):
+    """A signal asked the job to stop; not an Exception, so that nothing takes it for an error."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+class StopRequest:
+    """A signal handler that raises at once, or, while `deferred`, only when `check` is called.
+
+    An exception raised by a handler is lost if it happens to strike inside a destructor, and Ray
+    runs many of those; so while a run holds the output, the request is noted and polled for.
+    """
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+        self._deferred = False
+
+    def __call__(self, number: int, frame: FrameType | None = None) -> None:
+        """Take note of a signal."""
+        self._number = number
+        if not self._deferred:
+            raise Stopped(number)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let signals wait for `check`."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def check(self) -> None:
+        """Raise Stopped if a signal came."""
+        if self._number is not None:
+            raise Stopped(self._number)
+
+
+def watched(items: Iterable[T], watch: Callable[[], None]) -> Iterator[T]:
+    """Yield items as they come, calling ``watch`` at least every POLL_S; it raises to stop.
+
+    The items are drawn in a thread, because waiting for the next one may take minutes. The thread
+    is left behind when watch raises: it ends with the item after, or with the process.
+    """
+    ready: queue.Queue[object] = queue.Queue(maxsize=1000)
+    abandoned = threading.Event()
+
+    def draw() -> None:
+        try:
+            for item in items:
+                if abandoned.is_set():
+                    return
+                ready.put(item)
+            ready.put(_END)
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            ready.put(error)
+
+    threading.Thread(target=draw, name="receipts", daemon=True).start()
+    try:
+        while True:
+            watch()
+            try:
+                item = ready.get(timeout=POLL_S)
+            except queue.Empty:
+                continue
+            if item is _END:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item  # type: ignore[misc]  # what `items` yields
+    finally:
+        abandoned.set()
