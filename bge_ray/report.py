@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 FORMAT_VERSION = 1
+PICTURE_BINS = 60
 
 
 @dataclass
@@ -33,7 +34,8 @@ class RunFacts:
     last_encode: float | None = None
     lengths: list[int] = field(default_factory=list)
     length_edges: tuple[int, ...] = ()
-    timeline: list[tuple[float, int, int]] = field(default_factory=list)
+    # Of each unit: when encoding began and ended, its tokens, its rows out.
+    timeline: list[tuple[float, float, int, int]] = field(default_factory=list)
 
     @property
     def steady_s(self) -> float:
@@ -62,7 +64,8 @@ class RunFacts:
         self.lengths = [
             a + b for a, b in zip(self.lengths or [0] * len(facts["lengths"]), facts["lengths"], strict=True)
         ]
-        self.timeline.append((facts["encode_ended"], marker["tokens"], marker["rows_out"]))
+        times = (facts["encode_started"], facts["encode_ended"])
+        self.timeline.append((*times, marker["tokens"], marker["rows_out"]))
 
 
 def make_report(facts: RunFacts, *, ended: float, outcome: str, extra: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +131,8 @@ def report_html(report: dict[str, Any], facts: RunFacts) -> bytes:
         ("Units", f"{report['units_done']:,} of {report['units_planned']:,} planned"),
         (
             "Rate",
-            f"{report['tokens_per_s']:,.0f} tokens/s, {report['rows_per_s']:,.0f} rows/s for {report['steady_s']:,.1f} s",
+            f"{report['tokens_per_s']:,.0f} tokens/s, {report['rows_per_s']:,.0f} rows/s "
+            f"for {report['steady_s']:,.1f} s",
         ),
         ("Start-up", f"{report['startup_s']:,.1f} s of {report['wall_s']:,.1f} s"),
         ("Encoders", f"{report['num_encoders']}, busy {report['utilisation']:.0%} of the steady time"),
@@ -164,7 +168,7 @@ def advise(report: dict[str, Any]) -> list[str]:
     advice = []
     if report["steady_s"] > 60 and report["utilisation"] < 0.8:
         advice.append(
-            f"The encoders worked {report['utilisation']:.0%} of the time: add readers (resources.num_readers) or CPUs."
+            f"The encoders worked {report['utilisation']:.0%} of the time: raise resources.num_readers, or add CPUs."
         )
     if report["padding_waste"] > 0.1:
         advice.append(
@@ -219,9 +223,14 @@ def _pictures(facts: RunFacts) -> list[str]:
     finish(figure)
 
     figure, axes = draw("Throughput", "seconds since the start", "tokens/s")
-    times = np.array([t - facts.started for t, *_ in facts.timeline])
-    edges = np.linspace(0, max(float(times.max()), 1.0), min(60, max(5, facts.units_done)) + 1)
-    sums, _ = np.histogram(times, edges, weights=[tokens for _, tokens, _ in facts.timeline])
+    spans = np.array(
+        [(begun - facts.started, ended - facts.started, tokens) for begun, ended, tokens, _ in facts.timeline]
+    )
+    edges = np.linspace(0, max(float(spans[:, 1].max()), 1.0), PICTURE_BINS + 1)
+    sums = np.zeros(PICTURE_BINS)
+    for begun, ended, tokens in spans:  # a unit's tokens are spread over the time it was encoded in
+        overlap = np.clip(np.minimum(edges[1:], ended) - np.maximum(edges[:-1], begun), 0, None)
+        sums += tokens * overlap / max(ended - begun, 1e-9)
     axes.stairs(sums / np.diff(edges), edges, fill=True, color=_BLUE)
     finish(figure)
 

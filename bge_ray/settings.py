@@ -283,12 +283,21 @@ def _refuse_unknown(tree: dict[str, dict[str, Any]]) -> None:
     for key in given:
         if key in known:
             continue
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        by_name = [k for k in known if k.partition(".")[2] == key.partition(".")[2]]
-        hint = next(iter(by_name + near), None)
+        hint = _nearest_key(key, known)
         raise SettingsError(
             f"unknown setting {key}" + (f"; did you mean {hint}?" if hint else "; --help lists every key")
         )
+
+
+def _nearest_key(key: str, known: list[str]) -> str | None:
+    section, _, name = key.partition(".")
+    same_name = [k for k in known if k.partition(".")[2] == name]
+    if same_name:
+        return same_name[0]
+    in_section = {k.partition(".")[2]: k for k in known if k.startswith(f"{section}.")}
+    if near := difflib.get_close_matches(name, in_section, n=1):
+        return in_section[near[0]]
+    return next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.8)), None)
 
 
 def settings_help() -> str:

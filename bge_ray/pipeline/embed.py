@@ -214,7 +214,7 @@ def _publish(settings: Settings, work: Work, lease: Lease, markers: dict[str, Ma
     rows = sum(unit.n_rows for unit in planned)
     if (manifest.rows_in, manifest.rows_out + manifest.rows_rejected) != (rows, rows):
         raise IncompleteRunError(
-            f"{rows} rows were planned, {manifest.rows_out} came out and {manifest.rows_rejected} were rejected"
+            f"{rows} rows were planned, {manifest.rows_out} came out, {manifest.rows_rejected} were rejected"
         )
     if manifest.rows_rejected > settings.corpus.max_rejected_fraction * rows:
         raise RejectedRowsError(
@@ -237,7 +237,7 @@ def _too_many_rejected(root: str, facts: RunFacts, allowed: float) -> RejectedRo
     reasons = ", ".join(f"{reason} {count}" for reason, count in facts.reasons.most_common())
     return RejectedRowsError(
         f"{facts.rows_rejected} rows rejected so far ({reasons}), {allowed:.0f} are allowed by "
-        f"corpus.max_rejected_fraction; {join(root, 'rejected')} names each; mend the corpus or raise the setting"
+        f"corpus.max_rejected_fraction; {join(root, 'rejected')} names each; mend the corpus or raise the limit"
     )
 
 

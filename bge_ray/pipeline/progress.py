@@ -50,10 +50,10 @@ class Progress:
     def line(self) -> str:
         """Return the state in one line."""
         facts, now = self._facts, time.time()
-        recent = [(t, tokens, rows) for t, tokens, rows in facts.timeline[-2000:] if t > now - WINDOW_S]
+        recent = [(tokens, rows) for _, end, tokens, rows in facts.timeline[-2000:] if end > now - WINDOW_S]
         since = max(1e-3, now - max(facts.first_encode or now, now - WINDOW_S))
-        tokens_per_s = sum(tokens for _, tokens, _ in recent) / since
-        rows_per_s = sum(rows for *_, rows in recent) / since
+        tokens_per_s = sum(tokens for tokens, _ in recent) / since
+        rows_per_s = sum(rows for _, rows in recent) / since
         left = self._rows_total - facts.rows_in
         eta = _clock(left / rows_per_s) if rows_per_s > 0 else "unknown"
         return (

@@ -66,7 +66,7 @@ def _read_span(
             "read_started": started,
             "read_s": read - started,
             "tokenise_s": time.time() - read,
-            "lengths": np.histogram(tokens.lengths, bins=(0, *LENGTH_EDGES, 1 << 30))[0].tolist(),
+            "lengths": count_lengths(tokens.lengths),
         }
         rejects = rejected_table(unit.object_no, unit.first_row, rejected + killed)
         yield UnitRow(unit_task, table=table, rejected=rejects, facts=facts).to_batch()
@@ -81,8 +81,7 @@ def _tokenise(
     killed: list[Rejected] = []
 
     def run(pieces: Sequence[IdArray]) -> None:
-        for piece in pieces:
-            done.append((piece, tokenizer.tokenise([instruction + passages.texts[i] for i in piece])))
+        done.extend((p, tokenizer.tokenise([instruction + passages.texts[i] for i in p])) for p in pieces)
 
     def reject(i: int, detail: str) -> None:
         killed.append(Rejected(int(passages.rows[i]), passages.passage_ids[i], "killed_worker", detail))
@@ -94,6 +93,12 @@ def _tokenise(
     if killed:
         passages = take_passages(passages, np.concatenate([piece for piece, _ in done] or [everything[:0]]))
     return passages, tokens, killed
+
+
+def count_lengths(lengths: np.ndarray) -> list[int]:
+    """Return how many lengths lie up to each of LENGTH_EDGES, and how many beyond the last."""
+    bins = np.searchsorted(LENGTH_EDGES, lengths, side="left")
+    return [int(count) for count in np.bincount(bins, minlength=len(LENGTH_EDGES) + 1)]
 
 
 @functools.lru_cache(maxsize=2)

@@ -33,7 +33,7 @@ class StopRequest:
         self._number: int | None = None
         self._deferred = False
 
-    def __call__(self, number: int, frame: FrameType | None = None) -> None:
+    def __call__(self, number: int, _: FrameType | None = None) -> None:
         """Take note of a signal."""
         self._number = number
         if not self._deferred:

@@ -5,9 +5,7 @@ import gzip
 import io
 import itertools
 import json
-import sysconfig
 from functools import lru_cache
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,8 +16,8 @@ from jobs.demo import find_docstrings
 
 @lru_cache(maxsize=1)
 def docstrings(limit: int) -> list[dict[str, str]]:
-    """Real passages: docstrings of the standard library, as records with id, title and text."""
-    found = itertools.islice(find_docstrings(Path(sysconfig.get_path("stdlib"))), limit)
+    """Real passages: docstrings of Python and its packages, as records with id, title and text."""
+    found = itertools.islice(find_docstrings(), limit)
     return [
         {"id": f"{number}:{name}", "title": title, "text": text}
         for number, (name, title, text) in enumerate(found)
