@@ -95,8 +95,9 @@ def embed(settings: Settings, stop: StopRequest | None = None) -> EmbedResult:
             raise
         finally:
             report = _report(settings, work, facts, outcome)
-            work.dataset.storage.write(join(work.dataset.root, "report.json"), report_json(report))
-            work.dataset.storage.write(join(work.dataset.root, "report.html"), report_html(report, facts))
+            if not lease.lost.is_set():
+                work.dataset.storage.write(join(work.dataset.root, "report.json"), report_json(report))
+                work.dataset.storage.write(join(work.dataset.root, "report.html"), report_html(report, facts))
         return EmbedResult(manifest, report)
 
 

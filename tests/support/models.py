@@ -5,7 +5,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    PreTrainedTokenizerFast,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
+    XLMRobertaModel,
+)
 
 SENTENCES = [
     "the quick brown fox jumps over the lazy dog",
@@ -88,6 +96,28 @@ def make_encoder(
     seed: int = 0,
 ) -> Path:
     """Write a random encoder with sentence-transformers' pooling files; returns the folder."""
+    config = _make_config(folder, kind, dim, layers, positions, seed)
+    model = BertModel(config) if kind == "bert" else XLMRobertaModel(config)
+    model.eval().save_pretrained(folder)
+    write_pooling(folder, pooling, dim)
+    return folder
+
+
+def make_cross_encoder(
+    folder: Path, *, kind: str = "bert", dim: int = 32, layers: int = 2, positions: int = 512, seed: int = 0
+) -> Path:
+    """Write a random cross-encoder with one output; returns the folder."""
+    config = _make_config(folder, kind, dim, layers, positions, seed)
+    config.num_labels = 1
+    classes = {"bert": BertForSequenceClassification, "xlm-roberta": XLMRobertaForSequenceClassification}
+    classes[kind](config).eval().save_pretrained(folder)
+    return folder
+
+
+def _make_config(
+    folder: Path, kind: str, dim: int, layers: int, positions: int, seed: int
+) -> BertConfig | XLMRobertaConfig:
+    """Write the tokenizer of a new model and return its configuration; seeds torch."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     sizes = {
@@ -98,21 +128,15 @@ def make_encoder(
         "initializer_range": 0.4,
     }
     if kind == "bert":
-        tokenizer = make_wordpiece(folder, positions)
-        model = BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=positions, **sizes))
-    else:
-        tokenizer = make_unigram(folder, positions)
-        config = XLMRobertaConfig(
-            vocab_size=len(tokenizer),
-            max_position_embeddings=positions + 2,
-            pad_token_id=1,
-            type_vocab_size=1,
-            **sizes,
-        )
-        model = XLMRobertaModel(config)
-    model.eval().save_pretrained(folder)
-    write_pooling(folder, pooling, dim)
-    return folder
+        vocab_size = len(make_wordpiece(folder, positions))
+        return BertConfig(vocab_size=vocab_size, max_position_embeddings=positions, **sizes)
+    return XLMRobertaConfig(
+        vocab_size=len(make_unigram(folder, positions)),
+        max_position_embeddings=positions + 2,
+        pad_token_id=1,
+        type_vocab_size=1,
+        **sizes,
+    )
 
 
 def write_pooling(folder: Path, pooling: str, dim: int) -> None:

@@ -37,6 +37,8 @@ def main() -> None:
     thread.start()
     result = embed(parse_settings(None, [f"{k}={v}" for k, v in keys.items()]))
     thread.join()
+    ray.shutdown()
+    cluster.shutdown()
     print("node removed:", removed.is_set(), result.report["outcome"])
 
 

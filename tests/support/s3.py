@@ -55,7 +55,18 @@ class S3Server:
         ports = [f"-s3.port={self.base}"]
         ports += [f"-{name}.port={self.base + i + 1}" for i, name in enumerate(("master", "volume", "filer"))]
         self._process = subprocess.Popen(
-            [weed, "mini", f"-dir={self.folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *ports, "-webdav=false", "-admin.ui=false", "-master.telemetry=false", "-bucket=corpus,out"],
+            [
+                weed,
+                "mini",
+                f"-dir={self.folder}",
+                "-ip=127.0.0.1",
+                "-ip.bind=127.0.0.1",
+                *ports,
+                "-webdav=false",
+                "-admin.ui=false",
+                "-master.telemetry=false",
+                "-bucket=corpus,out",
+            ],
             env={**os.environ, "AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY},
             stdout=(self.folder.parent / "weed.log").open("ab"),
             stderr=subprocess.STDOUT,
