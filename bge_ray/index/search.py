@@ -1,0 +1,111 @@
+"""Open index files and search them. Scores are inner products, higher is better, whatever the metric."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bge_ray.errors import IndexBuildError
+from bge_ray.index.package import Index, faiss
+from bge_ray.index.topk import Results, best
+from bge_ray.index.vectors import check_rows, normalise
+from bge_ray.schema import FloatArray, IdArray
+
+# Results asked for beyond k: if place k ties with all of them, more are fetched, up to the second.
+_TIE_MARGIN = 8
+_MAX_TIE_MARGIN = 4096
+
+
+def load_index(source: Path | bytes, *, mmap: bool = True, n_bytes: int | None = None) -> Index:
+    """Open an index file.
+
+    Args:
+        source: a local file, or the bytes of one.
+        mmap: map a file into memory instead of reading it; lists are then read when they are probed. The
+            file must not be overwritten while it is open. Bytes are always copied.
+        n_bytes: the size that the file should have. FAISS itself takes a mapped file that lacks up
+            to 7 bytes, and any that has bytes too many.
+
+    Raises:
+        IndexBuildError: the file is missing, truncated, of another size or none of FAISS, or holds fewer
+            vectors than it says. FAISS has no checksum: compare the sha256 for flipped bits.
+    """
+    name = "the index" if isinstance(source, bytes) else str(source)
+    if n_bytes is not None:
+        found = len(source) if isinstance(source, bytes) else source.stat().st_size if source.exists() else 0
+        if found != n_bytes:
+            raise IndexBuildError(f"{name} cannot be opened: it has {found} bytes, should have {n_bytes}")
+    try:
+        if isinstance(source, bytes):
+            index = faiss.deserialize_index(np.frombuffer(source, np.uint8))
+        else:
+            index = faiss.read_index(str(source), faiss.IO_FLAG_MMAP_IFC if mmap else 0)
+    except RuntimeError as error:
+        raise IndexBuildError(f"{name} cannot be opened: {error}") from error
+    ivf = faiss.try_extract_index_ivf(index)
+    held = index.ntotal if ivf is None else ivf.invlists.compute_ntotal()
+    if held != index.ntotal:
+        raise IndexBuildError(f"{name} says {index.ntotal} vectors, its lists hold {held}")
+    return index
+
+
+def search(index: Index, queries: npt.NDArray[Any], k: int, *, effort: int | None = None) -> Results:
+    """Find the k best vectors for each query.
+
+    Args:
+        index: from `load_index`; not changed, so threads may share it.
+        queries: (n_queries, dim) float16 or float32, unit norm.
+        k: results a query.
+        effort: lists to probe (nprobe) of an IVF index, at most nlist; breadth of the walk (efSearch)
+            of an HNSW index; without meaning for a flat one. None takes what the file says.
+
+    Returns:
+        Scores (n_queries, k) float32, falling, and ids (n_queries, k) int64; ties by id; NO_RESULT
+        with score -inf at the end of rows that found fewer.
+
+    Raises:
+        IndexBuildError: k or effort below 1, or a query that `check_rows` refuses: FAISS answers a
+            NaN query with nothing, and a zero query with anything.
+    """
+    check_rows(queries, index.d, "queries")
+    if k < 1 or (effort is not None and effort < 1):
+        raise IndexBuildError(f"k is {k} and effort {effort}, both must be at least 1")
+    rows = normalise(queries)
+    fetched = _search(index, rows, min(k + _TIE_MARGIN, max(index.ntotal, 1)), effort)
+    scores, ids = best(*fetched, k)
+    margin = _TIE_MARGIN
+    unclear = _unclear(fetched, k)
+    while len(unclear) and k + margin < index.ntotal and margin < _MAX_TIE_MARGIN:
+        margin *= 8
+        fetched = _search(index, rows[unclear], min(k + margin, index.ntotal), effort)
+        scores[unclear], ids[unclear] = best(*fetched, k)
+        unclear = unclear[_unclear(fetched, k)]
+    return scores, ids
+
+
+def _unclear(results: Results, k: int) -> IdArray:
+    """Rows whose place k ties with their last result: equals may lie beyond it, and have a lower id."""
+    scores, ids = results
+    if scores.shape[1] <= k:
+        return np.empty(0, np.int64)
+    return np.flatnonzero((scores[:, k - 1] == scores[:, -1]) & (ids[:, -1] >= 0))
+
+
+def _search(index: Index, rows: FloatArray, k: int, effort: int | None) -> Results:
+    if not len(rows):
+        return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
+    distances, ids = index.search(rows, k, params=None if effort is None else _parameters(index, effort))
+    # On unit vectors |q - x|^2 = 2 - 2 q.x
+    scores = np.float32(1) - distances / np.float32(2) if index.metric_type == faiss.METRIC_L2 else distances
+    return best(scores, ids, k)
+
+
+def _parameters(index: Index, effort: int) -> Any:
+    outer = faiss.downcast_index(index)
+    if isinstance(outer, faiss.IndexPreTransform):
+        return faiss.SearchParametersPreTransform(index_params=_parameters(outer.index, effort))
+    if isinstance(outer, faiss.IndexIVF):
+        return faiss.SearchParametersIVF(nprobe=min(effort, outer.nlist))
+    inner = faiss.downcast_index(outer.index) if isinstance(outer, faiss.IndexIDMap) else outer
+    return faiss.SearchParametersHNSW(efSearch=effort) if isinstance(inner, faiss.IndexHNSW) else None

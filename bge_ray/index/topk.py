@@ -1,0 +1,136 @@
+"""The best k of several result lists, of all vectors, and of candidates scored again.
+
+Results are a pair: scores (n_queries, k) float32, best first, and ids (n_queries, k) int64. Ties are
+ordered by id. Where there are fewer than k results, the end holds NO_RESULT with score -inf.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from bge_ray.errors import IndexBuildError
+from bge_ray.index.package import faiss
+from bge_ray.index.vectors import check_rows, check_vectors, normalise
+from bge_ray.schema import FloatArray, IdArray
+
+NO_RESULT = -1
+# Candidates beyond k that are scored exactly, so that rounding decides nothing at place k.
+_MARGIN = 16
+_SCORE_BYTES = 64 << 20
+
+Results: TypeAlias = tuple[FloatArray, IdArray]
+# Ascending (m,) int64 ids without repetition -> (m, dim) float16 or float32 vectors, in that order.
+Fetch: TypeAlias = Callable[[IdArray], npt.NDArray[Any]]
+
+
+def best(scores: FloatArray, ids: IdArray, k: int) -> Results:
+    """Sort each row by falling score, then rising id, holes last, and keep k columns.
+
+    Args:
+        scores: (n_queries, m) float32.
+        ids: (n_queries, m) int64; NO_RESULT marks a hole, whatever its score.
+        k: results to keep; rows are filled with holes if m < k.
+    """
+    if k < 1 or scores.shape != ids.shape:
+        raise IndexBuildError(f"k is {k}, scores are {scores.shape} for ids {ids.shape}")
+    if short := k - scores.shape[1]:
+        pad = ((0, 0), (0, max(short, 0)))
+        scores = np.pad(scores, pad)
+        ids = np.pad(ids, pad, constant_values=NO_RESULT)
+    holes = ids == NO_RESULT
+    scores = np.where(holes, np.float32(-np.inf), scores)
+    order = np.lexsort((ids, -scores, holes), axis=-1)[:, :k]
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
+
+
+def merge_topk(results: Sequence[Results], k: int) -> Results:
+    """Merge the results of several indexes for the same queries.
+
+    Args:
+        results: at least one; each with any number of columns, and holes.
+        k: results to keep.
+
+    Raises:
+        IndexBuildError: nothing to merge, or the numbers of queries differ.
+    """
+    if len({len(ids) for _, ids in results}) != 1:
+        raise IndexBuildError(f"cannot merge results of {[len(ids) for _, ids in results]} queries")
+    scores = np.concatenate([scores for scores, _ in results], axis=1)
+    return best(scores, np.concatenate([ids for _, ids in results], axis=1), k)
+
+
+def exact_topk(
+    queries: npt.NDArray[Any], blocks: Iterable[tuple[npt.NDArray[Any], npt.NDArray[Any]]], k: int
+) -> Results:
+    """Search all vectors exactly, block by block; the truth that recall is measured against.
+
+    Equal vectors get equal scores wherever they stand, so results do not depend on how vectors are
+    dealt to blocks. Memory: one block and (n_queries, k) results.
+
+    Args:
+        queries: (n_queries, dim) float16 or float32, unit norm.
+        blocks: (vectors, ids) as `check_vectors` takes them; for instance one embedding shard each.
+        k: results a query.
+
+    Raises:
+        IndexBuildError: `check_vectors` refuses queries or a block.
+    """
+    dim = queries.shape[-1]
+    check_rows(queries, dim, "queries")
+    rows = normalise(queries)
+    found = best(np.empty((len(rows), 0), np.float32), np.empty((len(rows), 0), np.int64), k)
+    for vectors, block_ids in blocks:
+        unit, ids = check_vectors(vectors, block_ids, dim)
+        if not len(ids) or not len(rows):
+            continue
+        _, places = faiss.knn(rows, unit, min(k + _MARGIN, len(ids)), metric=faiss.METRIC_INNER_PRODUCT)
+        scores = _scores(rows, unit, places)
+        found = merge_topk([found, best(scores, ids[places], k)], k)
+    return found
+
+
+def rescore(queries: npt.NDArray[Any], candidates: IdArray, fetch: Fetch, k: int) -> Results:
+    """Score candidates exactly from their original vectors and keep the best k.
+
+    This restores almost all the recall that a small code costs. Memory: the vectors of all
+    different candidates at once, so call it with some thousand queries at a time.
+
+    Args:
+        queries: (n_queries, dim) float16 or float32, unit norm.
+        candidates: (n_queries, depth) int64 vector ids, NO_RESULT where there is none.
+        fetch: reads vectors by id.
+        k: results a query.
+
+    Raises:
+        IndexBuildError: a bad query, or ``fetch`` returned another number of vectors, or a bad one.
+    """
+    dim = queries.shape[-1]
+    check_rows(queries, dim, "queries")
+    if candidates.ndim != 2 or len(candidates) != len(queries):
+        raise IndexBuildError(f"candidates {candidates.shape} for {len(queries)} queries")
+    ids = np.unique(candidates[candidates != NO_RESULT])
+    if not len(ids):
+        return best(np.empty(candidates.shape, np.float32), candidates, k)
+    vectors = fetch(ids)
+    if len(vectors) != len(ids):
+        raise IndexBuildError(f"{len(vectors)} vectors were fetched for {len(ids)} candidates")
+    check_rows(vectors, dim, "candidate vectors")
+    places = np.minimum(np.searchsorted(ids, candidates), len(ids) - 1)
+    return best(_scores(normalise(queries), normalise(vectors), places), candidates, k)
+
+
+def _scores(queries: FloatArray, vectors: FloatArray, places: IdArray) -> FloatArray:
+    """Inner products (n_queries, m) of each query with the vectors at its (n_queries, m) places.
+
+    Summed in float64, one pair at a time: a matrix product may round equal rows differently.
+    """
+    scores = np.empty(places.shape, np.float32)
+    step = max(1, _SCORE_BYTES // (8 * max(1, places.shape[1]) * queries.shape[1]))
+    for start in range(0, len(queries), step):
+        some = slice(start, start + step)
+        scores[some] = np.einsum(
+            "qd,qmd->qm", queries[some].astype(np.float64), vectors[places[some]].astype(np.float64)
+        )
+    return scores
