@@ -11,6 +11,7 @@
       IncompleteRunError    1   the run ended with work left undone: run it again to continue
       RejectedRowsError     1   more rows were rejected than the settings allow
       IndexBuildError       1   an index input or part is not what its description says
+      RecallError           1   the index was built and published, and misses its recall target
 
 Exit code 2 means that nothing was written. This module knows nothing of the others.
 """
@@ -70,3 +71,7 @@ class RejectedRowsError(BgeRayError):
 
 class IndexBuildError(BgeRayError):
     """Vectors, ids, a trained index or an index part break a rule that FAISS would not check."""
+
+
+class RecallError(BgeRayError):
+    """The published index does not reach ``index.recall_target``."""

@@ -168,7 +168,8 @@ def advise(report: dict[str, Any]) -> list[str]:
     advice = []
     if report["steady_s"] > 60 and report["utilisation"] < 0.8:
         advice.append(
-            f"The encoders worked {report['utilisation']:.0%} of the time: raise resources.num_readers, or add CPUs."
+            f"The encoders worked {report['utilisation']:.0%} of the time: raise resources.num_readers, "
+            "or add CPUs."
         )
     if report["padding_waste"] > 0.1:
         advice.append(

@@ -169,6 +169,35 @@ class ReportSettings(Section):
     )
 
 
+class IndexSettings(Section):
+    """Which FAISS index is built from the embedding shards."""
+
+    build: bool = Field(False, description="build the index at the end of the embed job, too")
+    factory: str = Field(
+        "auto", description="FAISS factory string; auto chooses by vectors, dim and memory_bytes"
+    )
+    metric: Literal["l2", "ip"] = Field(
+        "l2",
+        description="how FAISS compares; scores are inner products either way, lossy codes do better with l2",
+    )
+    memory_bytes: int = Field(
+        16_000_000_000,
+        ge=1_000_000,
+        description="what the index may take when searched, in bytes; decides auto",
+    )
+    layout: Literal["single", "ranges"] = Field(
+        "single", description="one index file, or one a range of inverted lists, to be searched side by side"
+    )
+    range_bytes: int = Field(
+        256_000_000, ge=5_242_880, description="most bytes of a merge task, and of a file in layout ranges"
+    )
+    recall_target: float = Field(0.95, gt=0, le=1, description="recall@10 to reach by choosing nprobe")
+    num_queries: int = Field(1000, ge=1, description="rows drawn as queries to measure recall with")
+    max_drift: float = Field(
+        0.3, ge=0, le=1, description="share of new vectors out of place above which the index is trained anew"
+    )
+
+
 class Settings(Section):
     """Every section; each job says which keys it cannot do without."""
 
@@ -177,6 +206,7 @@ class Settings(Section):
     batching: BatchingSettings = BatchingSettings()
     output: OutputSettings = OutputSettings()
     resources: ResourcesSettings = ResourcesSettings()
+    index: IndexSettings = IndexSettings()
     report: ReportSettings = ReportSettings()
 
     def require(self, *keys: str) -> None:

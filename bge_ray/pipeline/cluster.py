@@ -125,8 +125,8 @@ def size_stages(settings: ResourcesSettings, cpus: float, gpus: float) -> Sizes:
     left = cpus - num_encoders * encoder_cpus
     if left < WRITER_CPUS + 0.1:
         raise SettingsError(
-            f"resources.num_encoders {num_encoders}: they reserve {num_encoders * encoder_cpus:g} of {cpus:g} "
-            "CPUs and leave none for reading and writing; lower it, or add CPUs"
+            f"resources.num_encoders {num_encoders}: they reserve {num_encoders * encoder_cpus:g} of "
+            f"{cpus:g} CPUs and leave none for reading and writing; lower it, or add CPUs"
         )
     num_writers = max(1, min(MAX_WRITERS, num_encoders, int(left / 4 / WRITER_CPUS)))
     for_readers = left - num_writers * WRITER_CPUS

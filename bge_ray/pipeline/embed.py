@@ -238,7 +238,7 @@ def _too_many_rejected(root: str, facts: RunFacts, allowed: float) -> RejectedRo
     reasons = ", ".join(f"{reason} {count}" for reason, count in facts.reasons.most_common())
     return RejectedRowsError(
         f"{facts.rows_rejected} rows rejected so far ({reasons}), {allowed:.0f} are allowed by "
-        f"corpus.max_rejected_fraction; {join(root, 'rejected')} names each; mend the corpus or raise the limit"
+        f"corpus.max_rejected_fraction; {join(root, 'rejected')} names each; mend the corpus or raise it"
     )
 
 

@@ -41,6 +41,7 @@ def markers(root: str) -> int:
     return len(STORAGE.list_files(f"{root}/out/done"))
 
 
+@pytest.mark.timeout(900)
 def test_twenty_thousand_rows_survive_kills_of_driver_actor_node_and_store(
     bucket: str, s3_server: S3Server, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -79,7 +80,7 @@ def test_twenty_thousand_rows_survive_kills_of_driver_actor_node_and_store(
         "tests.support.node_loss",
         json.dumps({k: str(v) for k, v in keys.items()}),
     ]
-    lost = subprocess.run(node_loss, check=False, cwd=REPOSITORY, timeout=280, capture_output=True, text=True)
+    lost = subprocess.run(node_loss, check=False, cwd=REPOSITORY, timeout=400, capture_output=True, text=True)
     assert lost.returncode == 0, lost.stderr
     assert "node removed: True" in lost.stdout
 
