@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: a real S3 server, small models, one Ray cluster a session."""
 
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,8 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @pytest.fixture
 def bucket(s3_server: S3Server, request: pytest.FixtureRequest) -> str:
     """URI of a fresh folder in a bucket."""
-    return f"s3://out/{request.node.name.replace('[', '-').replace(']', '')}-{secrets.token_hex(3)}"
+    name = re.sub(r"[^A-Za-z0-9_]+", "-", request.node.name)[:60]
+    return f"s3://out/{name}-{secrets.token_hex(3)}"
 
 
 @pytest.fixture(scope="session")

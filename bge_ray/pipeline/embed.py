@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import ray.data
 from ray.exceptions import RayError
 
-from bge_ray.errors import BgeRayError, IncompleteRunError, OutputBusyError, RejectedRowsError
+from bge_ray.errors import BgeRayError, IncompleteRunError, OutputBusyError, RejectedRowsError, StorageError
 from bge_ray.io.lease import Lease
 from bge_ray.io.storage import join
 from bge_ray.manifest import Manifest, Marker, make_manifest
@@ -33,7 +33,7 @@ from bge_ray.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# This many units given up in a row, and none done, mean that the fault is not in the units.
+# This many units given up in a row mean that the fault is not in the units.
 MAX_FAILURES_IN_A_ROW = 10
 GPU_TOKEN_BUDGET = 32_768
 CPU_TOKEN_BUDGET = 1_024
@@ -84,20 +84,17 @@ def embed(settings: Settings, stop: StopRequest | None = None) -> EmbedResult:
             )
         facts = RunFacts(started, units_planned=len(work.todo_units), length_edges=LENGTH_EDGES)
         markers = dict(work.finished)
-        outcome = "failed"
         try:
             if work.todo:
                 _run(settings, work, _watch(lease, stop), facts, markers)
-            manifest = _publish(settings, work, lease, markers)
-            outcome = f"complete: {manifest.rows_in:,} rows in {len(manifest.shards):,} units"
+            manifest = _publish(settings, work, lease, facts, markers)
         except (BgeRayError, Stopped) as error:
-            outcome = f"incomplete: {error}"
-            raise
-        finally:
-            report = _report(settings, work, facts, outcome)
             if not lease.lost.is_set():
-                work.dataset.storage.write(join(work.dataset.root, "report.json"), report_json(report))
-                work.dataset.storage.write(join(work.dataset.root, "report.html"), report_html(report, facts))
+                _tell_failure(work, _report(settings, work, facts, f"incomplete: {error}"), facts)
+            raise
+        outcome = f"complete: {manifest.rows_in:,} rows in {len(manifest.shards):,} units"
+        report = _report(settings, work, facts, outcome)
+        _write_report(work, report, facts)
         return EmbedResult(manifest, report)
 
 
@@ -166,13 +163,15 @@ def _run(
     logger.info("%d units, %d rows to embed with %s", len(work.todo_units), work.todo_rows, sizes)
     rejected = sum(m.rows_rejected for m in markers.values())
     allowed = settings.corpus.max_rejected_fraction * sum(u.n_rows for u in work.plan.units())
+    in_a_row = 0
     try:
         with Progress(facts, work.todo_rows, settings.report.log_interval_s):
             for receipt in watched(embedding_receipts(job, sizes, list(work.todo)), watch):
                 _book(receipt, facts, markers)
-                if facts.units_done == 0 and len(facts.failures) >= MAX_FAILURES_IN_A_ROW:
+                in_a_row = 0 if receipt.marker else in_a_row + 1
+                if in_a_row >= MAX_FAILURES_IN_A_ROW:
                     raise IncompleteRunError(
-                        f"the first {len(facts.failures)} units all failed, stopping: {facts.failures[0]}"
+                        f"{in_a_row} units failed in a row, the last: {facts.failures[-1]}"
                     )
                 if rejected + facts.rows_rejected > allowed:
                     raise _too_many_rejected(work.dataset.root, facts, allowed)
@@ -202,14 +201,17 @@ def _book(receipt: UnitRow, facts: RunFacts, markers: dict[str, Marker]) -> None
     facts.add_receipt(dataclasses.asdict(receipt.marker), receipt.facts)
 
 
-def _publish(settings: Settings, work: Work, lease: Lease, markers: dict[str, Marker]) -> Manifest:
+def _publish(
+    settings: Settings, work: Work, lease: Lease, facts: RunFacts, markers: dict[str, Marker]
+) -> Manifest:
     """Check that every planned row is accounted for, then publish and sweep."""
     planned = work.plan.units()
     missing = [unit for unit in planned if unit.name not in markers]
     if missing:
+        cause = facts.failures[0] if facts.failures else "no cause is known"
         raise IncompleteRunError(
-            f"{len(missing)} of {len(planned)} units are not done, the first {missing[0].name}; "
-            "report.json names the causes; run again to continue"
+            f"{len(missing)} of {len(planned)} units are not done: {cause}; report.json names every cause; "
+            "run again to continue"
         )
     manifest = make_manifest(work.spec.fingerprint, (markers[unit.name] for unit in planned))
     rows = sum(unit.n_rows for unit in planned)
@@ -257,3 +259,16 @@ def _report(settings: Settings, work: Work, facts: RunFacts, outcome: str) -> di
             "settings": settings.model_dump(mode="json"),
         },
     )
+
+
+def _write_report(work: Work, report: dict[str, object], facts: RunFacts) -> None:
+    work.dataset.storage.write(join(work.dataset.root, "report.json"), report_json(report))
+    work.dataset.storage.write(join(work.dataset.root, "report.html"), report_html(report, facts))
+
+
+def _tell_failure(work: Work, report: dict[str, object], facts: RunFacts) -> None:
+    """Write the report of a failed run; what failed the run may refuse the report, too."""
+    try:
+        _write_report(work, report, facts)
+    except StorageError as error:
+        logger.error("no report of this run: %s", error)  # noqa: TRY400 - the run's own error follows

@@ -2,12 +2,20 @@
 
 import gzip
 import json
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bge_ray.errors import CorpusError, DatasetMismatchError, IncompleteRunError, RejectedRowsError
+from bge_ray.errors import (
+    BgeRayError,
+    CorpusError,
+    DatasetMismatchError,
+    IncompleteRunError,
+    RejectedRowsError,
+)
 from bge_ray.io.storage import Storage, join
 from bge_ray.pipeline.embed import embed, plan_only
 from bge_ray.settings import Settings, parse_settings
@@ -35,6 +43,17 @@ def settings_for(root: str, model: Path, *overrides: str) -> Settings:
         "output.storage_timeout_s": 20,
     }
     return parse_settings(None, [f"{k}={v}" for k, v in keys.items()] + list(overrides))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 100 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", disk], check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
 
 
 @pytest.fixture(scope="module")
@@ -216,3 +235,39 @@ def test_dry_run_counts_and_writes_nothing(
     result = embed(settings_for(bucket, tiny_model))
     assert estimate.tokens == pytest.approx(result.report["tokens"], rel=0.5)
     assert estimate.output_bytes == pytest.approx(result.report["bytes_out"], rel=0.6)
+
+
+@pytest.mark.parametrize(
+    ("objects", "overrides", "message"),
+    [
+        ({}, [], "no such file or folder"),
+        ({"empty.jsonl": b""}, [], "no rows in any"),
+        ({"readme.txt": b"hello"}, [], "known ending"),
+        ({"x.jsonl": b'{"id": "1", "body": "text"}'}, [], r"no column 'text' \(corpus.text_column\)"),
+        ({"x.jsonl": b'{"key": "1", "text": "text"}'}, [], "no id column"),
+        ({"x.jsonl": b'{"id": "1", "text": "text"}'}, ["corpus.keep_columns=[lang]"], "no column 'lang'"),
+        ({"x.jsonl": b'{"id": "1", "text": "text"}'}, ["model.name=/no/such/folder"], "no such folder"),
+        ({"x.jsonl": b'{"id": "1", "text": "text"}'}, ["model.max_length=4096"], "max_length 4096"),
+    ],
+)
+def test_input_that_cannot_be_used_is_refused_before_anything_is_written(
+    bucket: str, tiny_model: Path, objects: dict[str, bytes], overrides: list[str], message: str
+) -> None:
+    upload(f"{bucket}/corpus", objects)
+    with pytest.raises(BgeRayError, match=message) as caught:
+        embed(settings_for(bucket, tiny_model, *overrides))
+    assert caught.value.exit_code == 2
+    assert STORAGE.list_files(f"{bucket}/out") == []
+
+
+def test_a_full_disk_ends_the_run_and_with_space_it_goes_on(
+    small_disk: Path, bucket: str, tiny_model: Path, passages: list[dict[str, str]]
+) -> None:
+    upload(f"{bucket}/corpus", mixed_objects(passages[:400]))
+    settings = settings_for(bucket, tiny_model, f"output.uri={small_disk}/out", "batching.unit_rows=20")
+    with pytest.raises(BgeRayError, match=r"(?i)no space") as caught:
+        embed(settings)
+    assert caught.value.exit_code == 1
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    assert embed(settings).manifest.rows_out == 400
+    check_nothing_left_over(f"{small_disk}/out")
