@@ -192,10 +192,34 @@ class IndexSettings(Section):
         256_000_000, ge=5_242_880, description="most bytes of a merge task, and of a file in layout ranges"
     )
     recall_target: float = Field(0.95, gt=0, le=1, description="recall@10 to reach by choosing nprobe")
-    num_queries: int = Field(1000, ge=1, description="rows drawn as queries to measure recall with")
-    max_drift: float = Field(
-        0.3, ge=0, le=1, description="share of new vectors out of place above which the index is trained anew"
+    queries: str | None = Field(
+        None,
+        description="JSONL, CSV, TSV or Parquet file with a column `text`: queries to measure recall with; "
+        "null draws rows of the data set instead",
     )
+    num_queries: int = Field(1000, ge=1, description="most queries that recall is measured with")
+    max_drift: float = Field(
+        0.3,
+        ge=0,
+        le=1,
+        description="share of vectors out of place since the training above which the index is trained anew",
+    )
+
+
+class BenchSettings(Section):
+    """What jobs/bench.py measures on this machine."""
+
+    shapes: tuple[Literal["minilm", "small", "base", "large"], ...] = Field(
+        ("minilm",), description="models: minilm with its packaged weights, small to large as BGE has them, at random"
+    )
+    lengths: tuple[Literal["natural"] | int, ...] = Field(
+        ("natural",), description="text lengths: natural, or so many tokens each"
+    )
+    rows: int = Field(3000, ge=64, description="passages each contestant embeds")
+    pairs: int = Field(2000, ge=0, description="pairs each reranker scores; 0 leaves rerankers out")
+    repeats: int = Field(3, ge=1, description="runs of each contestant, in alternation; medians are shown")
+    leave_out: tuple[str, ...] = Field((), description="contestants not to run, by name")
+    output: str = Field("bench-out", description="folder for bench.json and bench.md")
 
 
 class Settings(Section):
@@ -208,6 +232,7 @@ class Settings(Section):
     resources: ResourcesSettings = ResourcesSettings()
     index: IndexSettings = IndexSettings()
     report: ReportSettings = ReportSettings()
+    bench: BenchSettings = BenchSettings()
 
     def require(self, *keys: str) -> None:
         """Refuse to go on without a value for each dotted key.

@@ -12,7 +12,6 @@ import pyarrow as pa
 
 from bge_ray.io.rows import Rejected, rejected_table
 from bge_ray.io.shards import packed_tokens, shard_table
-from bge_ray.model.batching import token_budget_batches
 from bge_ray.model.encoder import Encoder, is_broken_device
 from bge_ray.pipeline.isolation import Attempt, run_isolated
 from bge_ray.pipeline.job import EmbedJob
@@ -60,7 +59,7 @@ class EncodeStage:
         def reject(i: int, detail: str) -> None:
             result.faults[i] = ("killed_worker", detail)
 
-        batches = token_budget_batches(tokens.lengths, self._job.token_budget)
+        batches = self._encoder.cut(tokens.lengths, self._job.token_budget)
         run_isolated(attempt, "encoding", batches, run, reject)
         self._reject_overflow(result.embeddings, result.faults)
         shard = shard_table(self._job.spec, table, result.embeddings)

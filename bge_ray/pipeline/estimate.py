@@ -10,7 +10,6 @@ from bge_ray.io.corpus import read_units
 from bge_ray.io.dataset import Dataset
 from bge_ray.io.rows import check_rows
 from bge_ray.manifest import DatasetSpec, Plan
-from bge_ray.model.batching import token_budget_batches
 from bge_ray.model.encoder import Encoder
 from bge_ray.model.source import fetch_model
 from bge_ray.model.tokenizer import Tokenizer
@@ -146,7 +145,7 @@ def _measure(
     encoder = Encoder(
         spec.model, device=sizes.device, threads=sizes.encoder_threads, trust_remote_code=trust_remote_code
     )
-    batches = token_budget_batches(tokens.lengths, budget)
+    batches = encoder.cut(tokens.lengths, budget)
     result = encoder.empty_result(len(tokens))
     encoder.encode(tokens, batches[:2], result)
     started = time.perf_counter()

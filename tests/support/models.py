@@ -51,6 +51,7 @@ def make_wordpiece(folder: Path, max_length: int = 512) -> PreTrainedTokenizerFa
         cls_token="[CLS]",
         sep_token="[SEP]",
         mask_token="[MASK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
     fast.save_pretrained(folder)
     return fast
@@ -93,10 +94,12 @@ def make_encoder(
     dim: int = 32,
     layers: int = 2,
     positions: int = 512,
+    intermediate: int | None = None,
     seed: int = 0,
 ) -> Path:
     """Write a random encoder with sentence-transformers' pooling files; returns the folder."""
     config = _make_config(folder, kind, dim, layers, positions, seed)
+    config.intermediate_size = intermediate or config.intermediate_size
     model = BertModel(config) if kind == "bert" else XLMRobertaModel(config)
     model.eval().save_pretrained(folder)
     write_pooling(folder, pooling, dim)

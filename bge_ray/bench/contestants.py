@@ -1,0 +1,299 @@
+"""Who is measured: our job, our bare loops, and what a user would pick instead, each in a process of its own.
+
+Run as `python -m bge_ray.bench.contestants NAME TASK.json`; the last line printed is the result as JSON. A
+fresh process a run keeps thread pools, caches and CUDA contexts of one from helping or hurting another.
+Times leave start-up apart: the model is loaded and has run once before the clock starts.
+"""
+
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every contestant gets: the same texts and weights, and the same cores or device."""
+
+    corpus: str
+    model: str
+    reranker: str
+    dtype: str
+    max_length: int
+    num_encoders: int
+    token_budget: int
+    unit_rows: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """Seconds of steady work over some rows."""
+
+    seconds: float
+    rows: int
+
+
+def texts_of(task: Task) -> list[str]:
+    """Return the texts of the corpus, in order."""
+    texts: list[str] = pq.read_table(task.corpus, columns=["text"])["text"].to_pylist()
+    return texts
+
+
+def bare_loop(task: Task) -> Result:
+    """Our encoder without Ray, storage or tokenising: as many processes as the job has encoders."""
+    texts = texts_of(task)
+    return Result(side_by_side(_encode_units, task, texts), len(texts))
+
+
+def side_by_side(
+    prepare: Callable[[Task, list[Any]], Callable[[], None]], task: Task, items: list[Any]
+) -> float:
+    """Deal items to one process an encoder and return the seconds from the first start to the last end.
+
+    Args:
+        prepare: loads and warms up in the process, and returns the work to be timed.
+        task: what to run.
+        items: dealt round robin.
+    """
+    context = multiprocessing.get_context("spawn")
+    barrier, ends = context.Barrier(task.num_encoders + 1), context.Queue()
+    parts = [items[i :: task.num_encoders] for i in range(task.num_encoders)]
+    workers = [context.Process(target=_worker, args=(prepare, task, part, barrier, ends)) for part in parts]
+    for worker in workers:
+        worker.start()
+    barrier.wait()
+    started = time.time()
+    ended = max(ends.get() for _ in workers)
+    for worker in workers:
+        worker.join()
+    return float(ended - started)
+
+
+def _worker(
+    prepare: Callable[..., Callable[[], None]], task: Task, part: list[Any], barrier: Any, ends: Any
+) -> None:
+    work = prepare(task, part)
+    barrier.wait()
+    work()
+    ends.put(time.time())
+
+
+def _encode_units(task: Task, texts: list[str]) -> Callable[[], None]:
+    from bge_ray.model.encoder import Encoder
+    from bge_ray.model.source import fetch_model, resolve_model
+    from bge_ray.model.tokenizer import Tokenizer
+    from bge_ray.settings import ModelSettings
+
+    settings = ModelSettings(name=task.model, dtype=task.dtype, max_length=task.max_length)
+    spec = resolve_model(settings, on_gpu=task.device == "cuda")
+    tokenizer = Tokenizer(fetch_model(task.model, None)[0], task.max_length)
+    encoder = Encoder(spec, device=task.device, threads=1)
+    units = [tokenizer.tokenise(texts[i : i + task.unit_rows]) for i in range(0, len(texts), task.unit_rows)]
+
+    def work(limit: int | None = None) -> None:
+        for tokens in units:
+            batches = encoder.cut(tokens.lengths, task.token_budget)[:limit]
+            encoder.encode(tokens, batches, encoder.empty_result(len(tokens)))
+
+    work(limit=1)
+    return work
+
+
+def embed_job(task: Task) -> Result:
+    """The whole job: reading, tokenising, encoding, committing; from the first unit encoded to the last."""
+    from bge_ray.pipeline.cluster import disconnect, prepare_environment
+
+    prepare_environment()
+    from bge_ray.pipeline.embed import embed
+    from bge_ray.settings import parse_settings
+
+    with tempfile.TemporaryDirectory(prefix="bge-ray-bench-") as folder:
+        keys = {
+            "corpus.uri": task.corpus,
+            "corpus.title_column": "null",
+            "output.uri": folder,
+            "model.name": task.model,
+            "model.max_length": task.max_length,
+            "model.dtype": task.dtype,
+            "batching.unit_rows": task.unit_rows,
+            "batching.token_budget": task.token_budget,
+            "resources.num_encoders": task.num_encoders,
+        }
+        report = embed(parse_settings(None, [f"{k}={v}" for k, v in keys.items()])).report
+        disconnect()
+    return Result(float(str(report["steady_s"])), int(str(report["rows_out"])))
+
+
+def sentence_transformers(task: Task) -> Result:
+    """`SentenceTransformer.encode` as its documentation shows it, on all cores or the device."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(task.model, device=task.device, model_kwargs={"dtype": task.dtype})
+    model.max_seq_length = task.max_length
+    return _timed(texts_of(task), lambda texts: model.encode(texts, normalize_embeddings=True))
+
+
+def flag_embedding(task: Task) -> Result:
+    """`FlagModel.encode` with its defaults; pooling as the model's own files say."""
+    from FlagEmbedding import FlagModel
+
+    from bge_ray.model.source import resolve_model
+    from bge_ray.settings import ModelSettings
+
+    spec = resolve_model(ModelSettings(name=task.model), on_gpu=False)
+    half = task.dtype == "float16"
+    model = FlagModel(task.model, use_fp16=half, devices=task.device, pooling_method=spec.pooling)
+    return _timed(texts_of(task), lambda texts: model.encode(texts, max_length=task.max_length))
+
+
+def ray_map_batches(task: Task) -> Result:
+    """What the Ray Data documentation shows: `map_batches` with a class that holds a SentenceTransformer."""
+    from bge_ray.pipeline.cluster import connect, disconnect, prepare_environment
+    from bge_ray.settings import ResourcesSettings
+
+    prepare_environment()
+    import ray.data
+
+    connect(ResourcesSettings())
+    ray.data.DataContext.get_current().target_max_block_size = 128 << 20
+    gpus = 1 if task.device == "cuda" else 0
+    seen = (
+        ray.data.read_parquet(task.corpus)
+        .select_columns(["text"])
+        .repartition(16)
+        .map_batches(
+            MapBatchesEncoder,
+            fn_constructor_args=(asdict(task),),
+            batch_size=64,
+            num_gpus=gpus,
+            num_cpus=1 if gpus else 0.5,
+            compute=ray.data.ActorPoolStrategy(size=task.num_encoders),
+        )
+        .to_pandas()
+    )
+    disconnect()
+    return Result(float(seen["ended"].max() - seen["started"].min()), len(seen))
+
+
+class MapBatchesEncoder:
+    """The class of the documentation's example."""
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        from sentence_transformers import SentenceTransformer
+
+        self._model = SentenceTransformer(
+            task["model"], device=task["device"], model_kwargs={"dtype": task["dtype"]}
+        )
+        self._model.max_seq_length = task["max_length"]
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Encode one batch; times stand in for the vectors, which nobody reads here."""
+        started = time.time()
+        self._model.encode(list(batch["text"]), normalize_embeddings=True)
+        n_rows = len(batch["text"])
+        return {"started": np.full(n_rows, started), "ended": np.full(n_rows, time.time())}
+
+
+def reranker(task: Task) -> Result:
+    """Our reranker, tokenising included: one process an encoder of the job."""
+    pairs = pairs_of(task)
+    return Result(side_by_side(_score_pairs, task, pairs), len(pairs))
+
+
+def _score_pairs(task: Task, pairs: list[tuple[str, str]]) -> Callable[[], None]:
+    from bge_ray.model.pairs import PairTokenizer
+    from bge_ray.model.reranker import Reranker, resolve_reranker
+    from bge_ray.model.source import fetch_model
+
+    spec = resolve_reranker(
+        task.reranker,
+        max_length=task.max_length,
+        dtype=task.dtype,  # type: ignore[arg-type]
+        on_gpu=task.device == "cuda",
+    )
+    tokenizer = PairTokenizer(fetch_model(task.reranker, None)[0], task.max_length)
+    model = Reranker(spec, device=task.device, threads=1)
+
+    def work(some: list[tuple[str, str]] = pairs) -> None:
+        rows = tokenizer.tokenise([q for q, _ in some], [p for _, p in some])
+        result = model.empty_result(len(some))
+        model.score(rows, model.cut(rows.tokens.lengths, task.token_budget), result)
+
+    work(pairs[:16])
+    return work
+
+
+def flag_reranker(task: Task) -> Result:
+    """`FlagReranker.compute_score` with its defaults."""
+    from FlagEmbedding import FlagReranker
+
+    model = FlagReranker(task.reranker, use_fp16=task.dtype == "float16", devices=task.device)
+    return _timed(
+        pairs_of(task),
+        lambda pairs: model.compute_score([list(p) for p in pairs], max_length=task.max_length),
+    )
+
+
+def cross_encoder(task: Task) -> Result:
+    """`CrossEncoder.predict` of sentence-transformers with its defaults."""
+    from sentence_transformers import CrossEncoder
+
+    model = CrossEncoder(
+        task.reranker, device=task.device, max_length=task.max_length, model_kwargs={"dtype": task.dtype}
+    )
+    return _timed(pairs_of(task), lambda pairs: model.predict(pairs))
+
+
+def pairs_of(task: Task) -> list[tuple[str, str]]:
+    """Return (title, text) pairs of the corpus as queries and passages."""
+    table = pq.read_table(task.corpus, columns=["title", "text"])
+    return list(zip(table["title"].to_pylist(), table["text"].to_pylist(), strict=True))
+
+
+def _timed(items: list[Any], run: Callable[[list[Any]], object]) -> Result:
+    run(items[:32])
+    started = time.perf_counter()
+    run(items)
+    return Result(time.perf_counter() - started, len(items))
+
+
+ENCODERS: dict[str, Callable[[Task], Result]] = {
+    "bge-ray job": embed_job,
+    "bge-ray bare loop": bare_loop,
+    "sentence-transformers": sentence_transformers,
+    "FlagEmbedding": flag_embedding,
+    "Ray Data map_batches + sentence-transformers": ray_map_batches,
+}
+RERANKERS: dict[str, Callable[[Task], Result]] = {
+    "bge-ray reranker": reranker,
+    "FlagReranker": flag_reranker,
+    "CrossEncoder": cross_encoder,
+}
+
+
+def write_corpus(folder: Path, texts: list[str], titles: list[str], shards: int) -> None:
+    """Write texts as Parquet shards that every contestant reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(shards):
+        rows = range(number, len(texts), shards)
+        columns = {
+            "id": [str(i) for i in rows],
+            "title": [titles[i] for i in rows],
+            "text": [texts[i] for i in rows],
+        }
+        pq.write_table(pa.table(columns), folder / f"part-{number:03d}.parquet")
+
+
+if __name__ == "__main__":
+    result = (ENCODERS | RERANKERS)[sys.argv[1]](Task(**json.loads(Path(sys.argv[2]).read_text())))
+    print("\n" + json.dumps(asdict(result)))  # noqa: T201 - the answer of this process
