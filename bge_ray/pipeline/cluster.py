@@ -10,7 +10,7 @@ import threading
 import warnings
 from dataclasses import dataclass
 
-from bge_ray.errors import SettingsError
+from bge_ray.errors import BgeRayError, SettingsError
 from bge_ray.settings import ResourcesSettings
 
 logger = logging.getLogger(__name__)
@@ -171,3 +171,11 @@ def _configure_ray_data() -> None:
     # They compare a pool with the number of spans; one span may hold many units.
     for text in ("The maximum number of concurrent tasks", "The minimum number of concurrent actors"):
         warnings.filterwarnings("ignore", message=text, module="ray.data")
+
+
+def root_cause(error: Exception) -> str:
+    """Return in one line what made a Ray task or actor fail; Ray's own text is its whole traceback."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, BgeRayError):
+        return " ".join(str(cause).split())
+    return str(error).strip().splitlines()[-1]

@@ -17,7 +17,7 @@ from bge_ray.errors import BgeRayError, IncompleteRunError, OutputBusyError, Rej
 from bge_ray.io.lease import Lease
 from bge_ray.io.storage import join
 from bge_ray.manifest import Manifest, Marker, make_manifest
-from bge_ray.pipeline.cluster import Sizes, cap_sizes, cluster_sizes
+from bge_ray.pipeline.cluster import Sizes, cap_sizes, cluster_sizes, root_cause
 from bge_ray.pipeline.encode import EncodeStage
 from bge_ray.pipeline.estimate import Estimate, estimate
 from bge_ray.pipeline.isolation import start_ledger
@@ -176,7 +176,7 @@ def _run(
                 if rejected + facts.rows_rejected > allowed:
                     raise _too_many_rejected(work.dataset.root, facts, allowed)
     except RayError as error:
-        raise IncompleteRunError(f"the pipeline failed: {str(error).strip().splitlines()[-1]}") from error
+        raise IncompleteRunError(f"the pipeline failed: {root_cause(error)}") from error
 
 
 def _watch(lease: Lease, stop: StopRequest) -> Callable[[], None]:
