@@ -4,17 +4,20 @@ It dispatches over formats and keeps one promise for all of them: what is read i
 or a `CorpusError` names the object.
 """
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from bge_ray.errors import CorpusError
+from bge_ray.errors import CorpusError, StorageError
 from bge_ray.io.lines import read_csv, read_jsonl, scan_csv, scan_jsonl
 from bge_ray.io.parquet import read_parquet, scan_parquet
 from bge_ray.io.rows import Rows
 from bge_ray.io.storage import ObjectInfo, Storage
 from bge_ray.manifest import Columns, CorpusObject, Span, Unit, UnitLimits, span_units
 from bge_ray.settings import CorpusSettings
+
+logger = logging.getLogger(__name__)
 
 _SUFFIX = re.compile(r"\.(parquet|pq|jsonl|ndjson|json|csv|tsv)(\.gz|\.zst|\.zstd)?$", re.IGNORECASE)
 _FORMATS = {
@@ -27,6 +30,8 @@ _FORMATS = {
     "tsv": "csv",
 }
 _COMPRESSIONS = {"": "", ".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+_BEIR_CORPUS = re.compile(r"corpus\.jsonl(\.gz|\.zst|\.zstd)?$")
+_BEIR_OTHER = re.compile(r"(queries\.jsonl(\.gz|\.zst|\.zstd)?|qrels/[^/]+)$")
 _AUTO_ID_COLUMNS = ("_id", "id", "passage_id")
 
 
@@ -44,8 +49,7 @@ class ScannedObject:
 def list_corpus(storage: Storage, settings: CorpusSettings) -> list[ObjectInfo]:
     """Return the corpus objects, sorted by URI, without opening any.
 
-    A folder in the BEIR layout (``corpus.jsonl`` beside ``queries.jsonl`` or ``qrels/``) yields its
-    corpus only.
+    In a folder of the BEIR layout, ``queries.jsonl`` and ``qrels/`` beside ``corpus.jsonl`` are no corpus.
 
     Raises:
         CorpusError: nothing is there, or nothing that looks like a corpus.
@@ -55,17 +59,39 @@ def list_corpus(storage: Storage, settings: CorpusSettings) -> list[ObjectInfo]:
         raise CorpusError("corpus.uri is not set")
     listed = storage.list_files(settings.uri)
     if not listed:
-        raise CorpusError(f"corpus.uri {settings.uri}: no such file or folder, or an empty one")
-    beir = [o for o in listed if re.search(r"(^|/)corpus\.jsonl(\.gz|\.zst)?$", o.uri)]
-    if beir and any(re.search(r"/(queries\.jsonl|qrels/)", o.uri) for o in listed):
-        listed = beir
-    known = listed if settings.format != "auto" else [o for o in listed if _SUFFIX.search(o.uri)]
+        raise CorpusError(
+            f"corpus.uri {settings.uri}: no such file or folder, or an empty one "
+            "(names that start with a dot or an underscore do not count)"
+        )
+    listed = _without_beir_queries(listed)
+    if settings.format != "auto":
+        return listed
+    known = [o for o in listed if _SUFFIX.search(o.uri)]
+    unknown = [o for o in listed if not _SUFFIX.search(o.uri)]
     if not known:
         raise CorpusError(
             f"corpus.uri {settings.uri}: none of its {len(listed)} objects has a known ending "
             f"(such as {listed[0].uri}); set corpus.format to parquet, jsonl or csv"
         )
+    if unknown:
+        logger.warning(
+            "corpus.uri %s: %d objects without a known ending are left out, such as %s",
+            settings.uri,
+            len(unknown),
+            unknown[0].uri,
+        )
     return known
+
+
+def _without_beir_queries(listed: list[ObjectInfo]) -> list[ObjectInfo]:
+    folders = [o.uri[: m.start()] for o in listed if (m := _BEIR_CORPUS.search(o.uri)) is not None]
+    beir = {f for f in folders if f.endswith("/")}
+
+    def belongs(uri: str) -> bool:
+        other = _BEIR_OTHER.search(uri)
+        return other is not None and uri[: other.start()] in beir
+
+    return [o for o in listed if not belongs(o.uri)]
 
 
 def object_format(uri: str, settings: CorpusSettings) -> tuple[str, str]:
@@ -96,7 +122,8 @@ def scan_object(
     """
     kind, compression = object_format(info.uri, settings)
     if kind == "parquet":
-        text_columns = (settings.text_column, settings.title_column or "", *settings.keep_columns)
+        title = "title" if settings.title_column == "auto" else settings.title_column or ""
+        text_columns = (settings.text_column, title, *settings.keep_columns)
         spans, columns = scan_parquet(storage, info.uri, info.size, text_columns, limits)
     else:
         scan = scan_jsonl if kind == "jsonl" else scan_csv
@@ -125,19 +152,28 @@ def resolve_columns(scanned: Sequence[ScannedObject], settings: CorpusSettings) 
         id_column = found[0]
     title = settings.title_column
     if title == "auto":
-        title = (
-            "title" if all("title" in s.columns for s in filled) and settings.text_column != "title" else None
-        )
-    native = all(s.format == "parquet" for s in filled)
-    kept = {name: first.get(name, "string") if native else "string" for name in settings.keep_columns}
+        titled = any("title" in s.columns for s in filled) and settings.text_column != "title"
+        title = "title" if titled else None
+    kept = {name: _kept_kind(name, filled) for name in settings.keep_columns}
     columns = Columns(id_column, settings.text_column, title, kept)
     for s in filled:
         check_columns(s, columns)
     return columns
 
 
+def _kept_kind(name: str, filled: Sequence[ScannedObject]) -> str:
+    """Return the type of a metadata column: that of the first Parquet object that has any, else text."""
+    if any(s.format != "parquet" for s in filled):
+        return "string"
+    kinds = [s.columns[name] for s in filled if s.columns.get(name, "null") != "null"]
+    return kinds[0] if kinds else "string"
+
+
 def check_columns(scanned: ScannedObject, columns: Columns) -> None:
     """Refuse an object that lacks a column of the data set.
+
+    The lines of JSONL need not all have the same keys: a title that none of its first rows has is taken as
+    missing in those rows, not in the object.
 
     Raises:
         CorpusError: names the object, the column and what is there instead.
@@ -145,25 +181,43 @@ def check_columns(scanned: ScannedObject, columns: Columns) -> None:
     if not scanned.spans:
         return
     needed = {"corpus.id_column": columns.id, "corpus.text_column": columns.text}
-    if columns.title is not None:
+    if columns.title is not None and scanned.format != "jsonl":
         needed["corpus.title_column"] = columns.title
     needed |= {f"corpus.keep_columns ({name})": name for name in columns.kept}
     for setting, name in needed.items():
         if name not in scanned.columns:
+            raise CorpusError(_lacks(scanned, setting, name))
+    if scanned.format == "parquet":
+        _check_types(scanned, columns)
+    for name, kind in columns.kept.items():
+        if scanned.columns[name] not in (kind, "null") and kind != "string":
             raise CorpusError(
-                f"{scanned.info.uri}: no column {name!r} ({setting}); it has {sorted(scanned.columns)}"
+                f"{scanned.info.uri}: kept column {name!r} is {scanned.columns[name]}, "
+                f"elsewhere in the data set {kind}"
             )
-    text_columns = [columns.text] + ([columns.title] if columns.title is not None else [])
-    for name in text_columns:
-        if scanned.format == "parquet" and scanned.columns[name] != "string":
+
+
+def _check_types(scanned: ScannedObject, columns: Columns) -> None:
+    for name in (columns.text, columns.title):
+        if name is not None and scanned.columns[name] not in ("string", "null"):
             raise CorpusError(
                 f"{scanned.info.uri}: column {name!r} is {scanned.columns[name]}, expected text"
             )
-    for name, kind in columns.kept.items():
-        if scanned.columns[name] != kind and kind != "string":
-            raise CorpusError(
-                f"{scanned.info.uri}: kept column {name!r} is {scanned.columns[name]}, elsewhere in the data set {kind}"
-            )
+    id_kind = scanned.columns[columns.id]
+    if id_kind not in ("string", "null") and not re.fullmatch(r"u?int\d+", id_kind):
+        raise CorpusError(
+            f"{scanned.info.uri}: id column {columns.id!r} is {id_kind}, expected text or integers"
+        )
+
+
+def _lacks(scanned: ScannedObject, setting: str, name: str) -> str:
+    where = " in its first rows" if scanned.format == "jsonl" else ""
+    hint = ""
+    if setting == "corpus.title_column":
+        hint = "; other objects have it: set corpus.title_column to null to embed texts alone"
+    return (
+        f"{scanned.info.uri}: no column {name!r} ({setting}){where}; it has {sorted(scanned.columns)}{hint}"
+    )
 
 
 def read_units(
@@ -175,24 +229,37 @@ def read_units(
         CorpusError: the object changed since it was planned, or cannot be decoded.
         StorageError: it cannot be fetched.
     """
-    _check_unchanged(storage, corpus_object)
-    where = (storage, corpus_object.uri, corpus_object.size)
-    if corpus_object.format == "parquet":
-        found = read_parquet(*where, span, columns, todo)
-    else:
-        read = read_jsonl if corpus_object.format == "jsonl" else read_csv
-        found = read(*where, corpus_object.compression, span, columns, todo)
     planned = {unit.first_row: unit for unit in span_units(corpus_object.object_no, span)}
-    for first_row, rows in found:
-        unit = planned[first_row]
-        if len(rows) != unit.n_rows:
-            raise CorpusError(
-                f"{corpus_object.uri}: rows {first_row} to {first_row + unit.n_rows} were planned, only {len(rows)} "
-                "are there; it changed since the run began: run again"
-            )
-        # Checked again after the bytes are here: an object replaced in between would mix two contents.
+    _check_unchanged(storage, corpus_object)
+    try:
+        for first_row, rows in _read(storage, corpus_object, span, columns, todo):
+            unit = planned[first_row]
+            _check_count(corpus_object, unit, rows)
+            # Checked again after the bytes are here: an object replaced meanwhile would mix two contents.
+            _check_unchanged(storage, corpus_object)
+            yield unit, rows
+    except (CorpusError, StorageError):
+        # What looks like damage may be a new content under the old plan; then that is the message.
         _check_unchanged(storage, corpus_object)
-        yield unit, rows
+        raise
+
+
+def _read(
+    storage: Storage, corpus_object: CorpusObject, span: Span, columns: Columns, todo: set[int]
+) -> Iterator[tuple[int, Rows]]:
+    uri = corpus_object.uri
+    if corpus_object.format == "parquet":
+        return read_parquet(storage, uri, corpus_object.size, span, columns, todo)
+    read = read_jsonl if corpus_object.format == "jsonl" else read_csv
+    return read(storage, uri, corpus_object.compression, span, columns, todo)
+
+
+def _check_count(corpus_object: CorpusObject, unit: Unit, rows: Rows) -> None:
+    if len(rows) != unit.n_rows:
+        raise CorpusError(
+            f"{corpus_object.uri}: rows {unit.first_row} to {unit.first_row + unit.n_rows - 1} were planned, "
+            f"only {len(rows)} of them are there"
+        )
 
 
 def _check_unchanged(storage: Storage, corpus_object: CorpusObject) -> None:

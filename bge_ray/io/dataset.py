@@ -1,10 +1,13 @@
 """The output folder as a data set: its spec, plans, markers, manifest, and what may be swept."""
 
+import json
 import logging
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import TypeVar
 
 from bge_ray.errors import DatasetMismatchError, StorageError
 from bge_ray.io.storage import ObjectInfo, Storage, join
@@ -15,6 +18,10 @@ logger = logging.getLogger(__name__)
 
 KEPT_PLANS = 10
 PARALLEL_REQUESTS = 16
+
+R = TypeVar("R")
+
+_PLAN_NAME = re.compile(r"plan/(\d+)\.json")
 
 
 @dataclass(frozen=True)
@@ -34,15 +41,16 @@ class Dataset:
         data = self.storage.read_optional(uri)
         if data is None:
             return None
+        # The version comes first: a format of another version need not look like ours at all.
+        version = _format_version(data)
+        if version not in (None, FORMAT_VERSION):
+            raise DatasetMismatchError(
+                f"{uri}: format {version}, this version writes {FORMAT_VERSION}; choose another output.uri"
+            )
         try:
-            spec = from_json(DatasetSpec, data)
+            return from_json(DatasetSpec, data)
         except ValueError as error:
             raise DatasetMismatchError(f"{uri}: not a data set of ours: {error}") from error
-        if spec.format_version != FORMAT_VERSION:
-            raise DatasetMismatchError(
-                f"{uri}: format {spec.format_version}, this version writes {FORMAT_VERSION}; choose another output.uri"
-            )
-        return spec
 
     def create_spec(self, spec: DatasetSpec) -> None:
         """Write dataset.json, or make sure that the one there says the same.
@@ -50,18 +58,21 @@ class Dataset:
         Raises:
             DatasetMismatchError: another data set is there.
         """
-        if not self.storage.create(join(self.root, "dataset.json"), to_json(spec)):
+        while not self.storage.create(join(self.root, "dataset.json"), to_json(spec)):
             there = self.read_spec()
             if there is not None:
                 spec.check_same(there, self.root)
+                return
 
     def latest_plan(self) -> tuple[int, Plan | None]:
         """Return the number of the newest plan and the plan; (0, None) where there is none."""
-        names = self._listing("plan")
-        if not names:
+        numbers = self._plan_numbers()
+        if not numbers:
             return 0, None
-        number = max(int(PurePosixPath(name).stem) for name in names)
-        return number, from_json(Plan, self.storage.read(self._plan_uri(number)))
+        uri = self._plan_uri(numbers[-1])
+        return numbers[-1], _parse(
+            Plan, self.storage.read(uri), uri, "restore it; without it objects would get new numbers"
+        )
 
     def create_plan(self, number: int, plan: Plan) -> bool:
         """Write a plan under a number that was free; False if another run took it."""
@@ -69,32 +80,36 @@ class Dataset:
 
     def read_manifest(self) -> Manifest | None:
         """Return the manifest of the last complete run, or None."""
-        data = self.storage.read_optional(join(self.root, "manifest.json"))
-        return None if data is None else from_json(Manifest, data)
+        uri = join(self.root, "manifest.json")
+        data = self.storage.read_optional(uri)
+        if data is None:
+            return None
+        return _parse(Manifest, data, uri, "restore it, or remove it to embed the whole corpus again")
 
     def finished(self) -> dict[str, Marker]:
-        """Return the markers whose files are there in full, by unit name.
+        """Return the markers whose files are there in full, by unit name; changes nothing.
 
-        They come from the manifest and from ``done/``. A marker whose file is missing or has
-        another size (removed by hand, an over-eager lifecycle rule) does not count; such a file
-        is removed, because its name is needed for the right content.
+        They come from ``done/`` and from the manifest. A marker whose file is missing or has
+        another size (removed by hand, an over-eager lifecycle rule) does not count.
         """
         manifest = self.read_manifest()
-        markers = {marker.unit.name: marker for marker in (manifest.shards if manifest else ())}
-        markers |= {marker.unit.name: marker for marker in self._read_markers(self._listing("done"))}
+        folded = list(manifest.shards) if manifest else []
         there = {**self._listing("embeddings"), **self._listing("rejected")}
-        finished = {}
-        for name, marker in markers.items():
-            bad = [
-                fact
-                for fact in marker_files(marker)
-                if fact.path not in there or there[fact.path].size != fact.bytes
-            ]
-            if not bad:
-                finished[name] = marker
+        finished: dict[str, Marker] = {}
+        damaged: dict[str, str] = {}
+        for marker in [*self._read_markers(self._listing("done")), *folded]:
+            if marker.unit.name in finished:
                 continue
-            logger.warning("%s: %s is missing or damaged; the unit is done again", self.root, bad[0].path)
-            self.storage.delete([join(self.root, fact.path) for fact in bad if fact.path in there])
+            bad = [
+                f.path for f in marker_files(marker) if f.path not in there or there[f.path].size != f.bytes
+            ]
+            if bad:
+                damaged[marker.unit.name] = bad[0]
+            else:
+                finished[marker.unit.name] = marker
+        for name, path in damaged.items():
+            if name not in finished:
+                logger.warning("%s: missing or damaged; the unit is done again", join(self.root, path))
         return finished
 
     def publish(self, manifest: Manifest) -> None:
@@ -102,7 +117,9 @@ class Dataset:
         self.storage.write(join(self.root, "manifest.json"), to_json(manifest))
 
     def sweep(self, manifest: Manifest) -> int:
-        """Remove what the published manifest does not need: folded markers, dead shards, old plans.
+        """Remove what the published manifest does not need.
+
+        That is folded markers, dead shards, all but the last plans, and temporary files of killed writers.
 
         Returns:
             How many shard files were removed.
@@ -114,14 +131,19 @@ class Dataset:
             for path in self._listing(folder)
             if path not in live
         ]
-        plans = sorted(self._listing("plan"))
-        doomed = [*self._listing("done"), *dead, *plans[:-KEPT_PLANS]]
+        plans = [self._plan_uri(number) for number in self._plan_numbers()[:-KEPT_PLANS]]
+        doomed = [*plans, *(join(self.root, path) for path in (*self._listing("done"), *dead))]
         with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
-            list(pool.map(lambda path: self.storage.delete([join(self.root, path)]), doomed))
+            list(pool.map(lambda uri: self.storage.delete([uri]), doomed))
+        self.storage.remove_temporaries(self.root)
         return len(dead)
 
     def _plan_uri(self, number: int) -> str:
         return join(self.root, "plan", f"{number:06d}.json")
+
+    def _plan_numbers(self) -> list[int]:
+        found = (_PLAN_NAME.fullmatch(path) for path in self._listing("plan"))
+        return sorted(int(match.group(1)) for match in found if match is not None)
 
     def _listing(self, folder: str) -> dict[str, ObjectInfo]:
         """Return the files of one folder of the data set by path below the root."""
@@ -133,17 +155,27 @@ class Dataset:
             return [m for m in pool.map(self._read_marker, paths) if m is not None]
 
     def _read_marker(self, path: str) -> Marker | None:
-        data = self.storage.read_optional(join(self.root, path))
-        if data is None:
-            return None
-        try:
-            return from_json(Marker, data)
-        except ValueError as error:
-            raise StorageError(
-                f"{join(self.root, path)}: not a marker ({error}); remove it and run again"
-            ) from error
+        uri = join(self.root, path)
+        data = self.storage.read_optional(uri)
+        return None if data is None else _parse(Marker, data, uri, "remove it to do its unit again")
 
 
 def marker_files(marker: Marker) -> list[FileFact]:
     """Return the files that a marker vouches for."""
     return [fact for fact in (marker.embeddings, marker.rejected) if fact is not None]
+
+
+def _parse(kind: type[R], data: bytes, uri: str, advice: str) -> R:
+    try:
+        return from_json(kind, data)
+    except ValueError as error:
+        first = str(error).replace("\n", " ")[:300]
+        raise StorageError(f"{uri}: not a {kind.__name__.lower()} of ours, {advice} ({first})") from error
+
+
+def _format_version(data: bytes) -> object:
+    try:
+        spec = json.loads(data)
+    except ValueError:
+        return None
+    return spec.get("format_version") if isinstance(spec, dict) else None

@@ -46,7 +46,7 @@ def scan_jsonl(
     """
     cutter = _Cutter(limits)
     keys: dict[str, str] = {}
-    with _open(storage, uri, size, compression) as file:
+    with open_lines(storage, uri, size, compression) as file:
         for start, stop, line in iter_lines(file):
             if line is not None and not line.strip():
                 continue
@@ -66,37 +66,41 @@ def scan_csv(
     cutter = _Cutter(limits)
     with _open_csv(storage, uri, size, compression) as (header, rows):
         for record in rows:
-            cutter.add(0, 0, sum(map(len, record)))
+            cutter.add(0, 0, sum(len(value.encode("utf-8", "surrogateescape")) for value in record))
     return cutter.as_stream(size), dict.fromkeys(header, "string")
 
 
 def read_jsonl(
-    storage: Storage, uri: str, size: int, compression: str, span: Span, columns: Columns, todo: set[int]
+    storage: Storage, uri: str, compression: str, span: Span, columns: Columns, todo: set[int]
 ) -> Iterator[tuple[int, Rows]]:
     """Yield (first row, rows) of each unit of a span whose first row is in ``todo``, in order."""
-    with contextlib.ExitStack() as stack:
-        if compression:
-            file: io.BufferedIOBase = stack.enter_context(_open(storage, uri, size, compression))
-        else:
-            file = io.BytesIO(storage.read_range(uri, span.start, span.stop))
-        lines = (line for _, _, line in iter_lines(file) if line is None or line.strip())
+    # A compressed object has one span, from its first byte to its last.
+    start = span.start
+    with open_lines(storage, uri, span.stop, compression, start) as file:
+        lines = (line for _, _, line in iter_lines(file, start) if line is None or line.strip())
         first = span.first_row
+        last = max(todo, default=-1)
         for n_rows in span.unit_rows:
+            if first > last:
+                return
             if first in todo:
                 parsed = [_parse(line) for line in itertools.islice(lines, n_rows)]
                 yield first, _to_rows(parsed, columns)
-            elif compression:
+            else:
                 _skip(lines, n_rows)
             first += n_rows
 
 
 def read_csv(
-    storage: Storage, uri: str, size: int, compression: str, span: Span, columns: Columns, todo: set[int]
+    storage: Storage, uri: str, compression: str, span: Span, columns: Columns, todo: set[int]
 ) -> Iterator[tuple[int, Rows]]:
     """Yield (first row, rows) of each unit of a span whose first row is in ``todo``, in order."""
-    with _open_csv(storage, uri, size, compression) as (header, rows):
+    with _open_csv(storage, uri, span.stop, compression) as (header, rows):
         first = span.first_row
+        last = max(todo, default=-1)
         for n_rows in span.unit_rows:
+            if first > last:
+                return
             if first in todo:
                 parsed = [_name_fields(header, record) for record in itertools.islice(rows, n_rows)]
                 yield first, _to_rows(parsed, columns)
@@ -105,9 +109,13 @@ def read_csv(
             first += n_rows
 
 
-def iter_lines(file: io.BufferedIOBase) -> Iterator[tuple[int, int, bytes | None]]:
-    """Yield (start, stop, line) by byte offsets; the line is None where it exceeds MAX_LINE_BYTES."""
-    start = 0
+def iter_lines(file: io.BufferedIOBase, start: int = 0) -> Iterator[tuple[int, int, bytes | None]]:
+    """Yield (start, stop, line) by byte offsets; the line is None where it exceeds MAX_LINE_BYTES.
+
+    Args:
+        file: positioned at ``start``.
+        start: offset in the object; a byte order mark is dropped at 0 only.
+    """
     while line := file.readline(MAX_LINE_BYTES):
         stop = start + len(line)
         whole: bytes | None = line
@@ -161,8 +169,12 @@ class _Cutter:
 
 
 @contextlib.contextmanager
-def _open(storage: Storage, uri: str, size: int, compression: str) -> Iterator[io.BufferedReader]:
-    raw: Any = storage.open(uri, size)
+def open_lines(
+    storage: Storage, uri: str, stop: int, compression: str, start: int = 0
+) -> Iterator[io.BufferedReader]:
+    """Open bytes [start, stop) of an object as a buffered stream, decompressed."""
+    raw: Any = storage.open(uri, stop)
+    raw.seek(start)
     if compression:
         # Unlike Python's zstd reader, Arrow's fails on a truncated stream, and reads every member of one.
         raw = pa.CompressedInputStream(
@@ -181,16 +193,31 @@ def _open_csv(
 ) -> Iterator[tuple[list[str], Iterator[list[str]]]]:
     name = uri.lower().removesuffix(".gz").removesuffix(".zst")
     csv.field_size_limit(MAX_LINE_BYTES)
-    with _open(storage, uri, size, compression) as file:
+    with open_lines(storage, uri, size, compression) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(text, delimiter="\t" if name.endswith(".tsv") else ",", strict=True)
         try:
             header = next(reader, [])
             if len(set(header)) != len(header):
                 raise CorpusError(f"{uri}: a column name stands twice in the header {header}")
-            yield header, (record for record in reader if record)
+            yield header, _iter_records(reader, uri)
         except csv.Error as error:
-            raise CorpusError(f"{uri}: line {reader.line_num}: not valid CSV: {error}") from error
+            raise CorpusError(f"{uri}: the header is not valid CSV: {error}") from error
+
+
+def _iter_records(reader: Any, uri: str) -> Iterator[list[str]]:
+    """Yield the records that are not blank; where a bad one ends is unknown, so it ends the reading."""
+    first_line = reader.line_num + 1
+    try:
+        for record in reader:
+            if record:
+                yield record
+            first_line = reader.line_num + 1
+    except csv.Error as error:
+        raise CorpusError(
+            f"{uri}: not valid CSV in the record that begins at line {first_line}: {error}"
+            + (" (is a quote left open?)" if reader.line_num > first_line else "")
+        ) from error
 
 
 def _skip(items: Iterator[Any], count: int) -> None:

@@ -3,11 +3,14 @@
 The commit of a unit is: its files, each created whole under its final name, then its marker. A
 process that dies between any two of these leaves either nothing, files without a marker (the
 next attempt adopts or completes them), or a finished unit. Nothing is ever replaced by other
-content under the same name, so a slow twin of a task cannot change what a marker vouches for.
+content under the same name, so a slow twin of a task cannot change what a marker vouches for: a
+file in the way that is not of the same rows (an earlier attempt may have rejected others, a disk
+may have damaged it) stays until the sweep, and ours takes a name with its hash in it.
 """
 
 import hashlib
 import io
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +22,8 @@ from bge_ray.io.rows import Passages
 from bge_ray.io.storage import Storage, join
 from bge_ray.manifest import DatasetSpec, FileFact, Marker, Unit, to_json
 from bge_ray.schema import FloatArray, PackedTokens, embedding_schema, vector_ids
+
+logger = logging.getLogger(__name__)
 
 ROW_GROUP_ROWS = 16_384
 FINGERPRINT_KEY = b"bge_ray.unit_fingerprint"
@@ -50,9 +55,9 @@ class ShardWriter:
             raise StorageError(f"unit {unit.name}: {counted} rows to write, {unit.n_rows} were planned")
         embeddings = rejects = None
         if len(shard):
-            embeddings = self._create(f"embeddings/{unit.name}.parquet", shard, fingerprint)
+            embeddings = self._create(f"embeddings/{unit.name}", shard, fingerprint)
         if len(rejected):
-            rejects = self._create(f"rejected/{unit.name}.parquet", rejected, fingerprint)
+            rejects = self._create(f"rejected/{unit.name}", rejected, fingerprint)
         reasons = rejected["reason"].value_counts().to_pylist() if len(rejected) else []
         marker = Marker(
             unit=unit,
@@ -68,15 +73,23 @@ class ShardWriter:
         self.storage.write(join(self.root, marker_path(unit)), to_json(marker))
         return marker
 
-    def _create(self, path: str, table: pa.Table, fingerprint: str) -> FileFact:
+    def _create(self, stem: str, table: pa.Table, fingerprint: str) -> FileFact:
         data = self._encode(table, fingerprint)
-        uri = join(self.root, path)
-        if not self.storage.create(uri, data):
+        digest = hashlib.sha256(data).hexdigest()
+        for path in (f"{stem}.parquet", f"{stem}-{digest[:12]}.parquet"):
+            uri = join(self.root, path)
+            if self.storage.create(uri, data):
+                return FileFact(path, len(data), digest, len(table))
             # An earlier attempt got as far as this file. On a GPU its last bits may differ from ours;
             # it is kept, because a marker may already vouch for it.
-            data = self.storage.read(uri)
-            self._check_adoptable(uri, data, table, fingerprint)
-        return FileFact(path, len(data), hashlib.sha256(data).hexdigest(), len(table))
+            there = self.storage.read(uri)
+            wrong = _why_not_adoptable(there, table, fingerprint)
+            if wrong is None:
+                return FileFact(path, len(there), hashlib.sha256(there).hexdigest(), len(table))
+            logger.warning("%s: stands in the way and is left alone: %s", uri, wrong)
+        raise StorageError(
+            f"{uri}: exists and is not what was written there ({wrong}); remove it and run again"
+        )
 
     def _encode(self, table: pa.Table, fingerprint: str) -> bytes:
         model = self.spec.model
@@ -104,25 +117,24 @@ class ShardWriter:
         )
         return buffer.getvalue()
 
-    def _check_adoptable(self, uri: str, data: bytes, table: pa.Table, fingerprint: str) -> None:
-        try:
-            file = pq.ParquetFile(io.BytesIO(data))
-        except pa.ArrowException as error:
-            raise StorageError(
-                f"{uri}: exists and is not readable ({error}); remove it and run again"
-            ) from error
-        there = (file.schema_arrow.metadata or {}).get(FINGERPRINT_KEY, b"").decode()
-        if there != fingerprint or file.metadata.num_rows != len(table):
-            raise StorageError(
-                f"{uri}: exists with {file.metadata.num_rows} rows and fingerprint {there[:12]}, expected "
-                f"{len(table)} rows and {fingerprint[:12]}; it is not of this data set: remove it, or choose "
-                "another output.uri"
-            )
-
 
 def marker_path(unit: Unit) -> str:
     """Return the path of a unit's marker below the data set."""
     return f"done/{unit.name}.json"
+
+
+def _why_not_adoptable(data: bytes, table: pa.Table, fingerprint: str) -> str | None:
+    """Return None if an existing file is of the same unit and holds the same rows, else what differs."""
+    try:
+        there = pq.read_table(io.BytesIO(data))
+    except (OSError, pa.ArrowException) as error:
+        return f"it is damaged ({error})"
+    found = (there.schema.metadata or {}).get(FINGERPRINT_KEY, b"").decode()
+    if found != fingerprint:
+        return f"its fingerprint is {found[:12] or 'missing'}, not {fingerprint[:12]}"
+    if there.schema.names != table.schema.names or not there["vector_id"].equals(table["vector_id"]):
+        return f"its {len(there)} rows are not the {len(table)} rows of this attempt"
+    return None
 
 
 def token_table(unit: Unit, passages: Passages, tokens: PackedTokens) -> pa.Table:
@@ -142,10 +154,11 @@ def token_table(unit: Unit, passages: Passages, tokens: PackedTokens) -> pa.Tabl
 
 def packed_tokens(table: pa.Table) -> PackedTokens:
     """Return the token ids of a `token_table`, as views of its buffers."""
-    column = table["input_ids"].combine_chunks()
-    ids = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
-    truncated = table["truncated"].to_numpy()
-    return PackedTokens(ids.values.to_numpy(), ids.offsets.to_numpy(), truncated)
+    column = table["input_ids"]
+    whole = column.num_chunks == 1 and column.chunk(0).offset == 0
+    ids = column.chunk(0) if whole else column.combine_chunks()  # which copies even a single chunk
+    offsets = ids.offsets.to_numpy()
+    return PackedTokens(ids.values.to_numpy()[: offsets[-1]], offsets, table["truncated"].to_numpy())
 
 
 def shard_table(spec: DatasetSpec, table: pa.Table, embeddings: FloatArray) -> pa.Table:

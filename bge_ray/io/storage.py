@@ -9,8 +9,10 @@ work, so a `Storage` can be sent to another process without carrying a secret.
 
 import errno
 import io
+import itertools
 import os
 import posixpath
+import time
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -28,7 +30,26 @@ T = TypeVar("T")
 # A dot in front keeps temporary files out of every listing and glob of ours.
 TEMPORARY_SUFFIX = ".bge-ray-tmp"
 
-_PERMANENT_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL, errno.EFBIG}
+# A temporary file older than this belongs to a process that was killed.
+TEMPORARY_MAX_AGE_S = 3600.0
+# s3fs cuts larger writes into parts, which not every server creates exclusively; S3 takes 5 GB at once.
+S3_PART_BYTES = 5 << 29
+
+_PERMANENT_ERRNOS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+    errno.EINVAL,
+    errno.EFBIG,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.ELOOP,
+}
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+# Codes in S3 answers that a mere Python exception type hides: the first set passes, the second never does.
+_TRANSIENT_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "XAmzContentSHA256Mismatch"}
+_PERMANENT_CODES = {"301", "PermanentRedirect"}
 _PERMANENT_TYPES = (
     FileNotFoundError,
     PermissionError,
@@ -57,6 +78,14 @@ _TRANSIENT_NAMES = {
     "ServiceRequestError",
     "ServiceResponseError",
 }
+_CLIENT_MODULES = {"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "s3fs"}
+_CREDENTIAL_NAMES = {
+    "CredentialRetrievalError",
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "ProfileNotFound",
+    "TokenRetrievalError",
+}
 
 
 @dataclass(frozen=True)
@@ -80,25 +109,36 @@ class Storage:
         Raises:
             StorageError: it is missing, forbidden, or unreachable until the time limit.
         """
-        return self._retry("read", uri, lambda fs, path: bytes(fs.cat_file(path)))
+        return self.attempt("read", uri, _cat)
 
     def read_optional(self, uri: str) -> bytes | None:
         """Return the whole object, or None if there is none of that name."""
 
         def cat(fs: Any, path: str) -> bytes | None:
             try:
-                return bytes(fs.cat_file(path))
+                return _cat(fs, path)
             except FileNotFoundError:
                 return None
 
-        return self._retry("read", uri, cat)
+        return self.attempt("read", uri, cat)
 
     def read_range(self, uri: str, start: int, stop: int) -> bytes:
         """Return bytes [start, stop) of the object; fewer where it ends earlier."""
-        return self._retry("read", uri, lambda fs, path: bytes(fs.cat_file(path, start=start, end=stop)))
+        if stop <= start:
+            return b""
+
+        def cat(fs: Any, path: str) -> bytes:
+            try:
+                return bytes(fs.cat_file(path, start=start, end=stop))
+            except OSError as error:
+                if _server_code(error) in ("InvalidRange", "416"):
+                    return b""
+                raise
+
+        return self.attempt("read", uri, cat)
 
     def open(self, uri: str, size: int) -> "RangeFile":
-        """Return a seekable binary file over an object of ``size`` bytes, read by retried ranges."""
+        """Return a seekable binary file over the first ``size`` bytes of an object."""
         return RangeFile(self, uri, size)
 
     def write(self, uri: str, data: bytes) -> None:
@@ -108,9 +148,9 @@ class Storage:
             if is_local(fs):
                 _write_local(Path(path), data, exclusive=False)
             else:
-                fs.pipe_file(path, data)
+                fs.pipe_file(path, data, **_one_request(fs, chunksize=S3_PART_BYTES))
 
-        self._retry("write", uri, put)
+        self.attempt("write", uri, put)
 
     def create(self, uri: str, data: bytes) -> bool:
         """Write the object unless one of that name exists.
@@ -121,51 +161,67 @@ class Storage:
         """
 
         def put(fs: Any, path: str) -> bool:
-            try:
-                if is_local(fs):
-                    _write_local(Path(path), data, exclusive=True)
+            while True:
+                try:
+                    if is_local(fs):
+                        _write_local(Path(path), data, exclusive=True)
+                    else:
+                        fs.pipe_file(path, data, **_exclusive(fs))
+                except Exception as error:
+                    if not _says_exists(error):
+                        raise
                 else:
-                    fs.pipe_file(path, data, mode="create")
-            except OSError as error:
-                if not _says_exists(error):
-                    raise
-                return bytes(fs.cat_file(path)) == data
-            return True
+                    return True
+                try:
+                    return _cat(fs, path) == data
+                except FileNotFoundError:
+                    continue  # removed since: the name is free again
 
-        return self._retry("create", uri, put)
+        return self.attempt("create", uri, put)
 
     def info(self, uri: str) -> ObjectInfo | None:
         """Return size and etag of one object, or None if there is none of that name."""
 
         def head(fs: Any, path: str) -> ObjectInfo | None:
-            fs.invalidate_cache()
             try:
                 return _object_info(fs, fs.info(path))
             except FileNotFoundError:
                 return None
 
-        return self._retry("look at", uri, head)
+        return self.attempt("look at", uri, head)
 
     def list_files(self, uri: str) -> list[ObjectInfo]:
-        """Return the objects of a file, folder (recursively) or glob, sorted by URI; hidden ones left out."""
+        """Return the objects of a file, folder (recursively) or glob, sorted by URI.
+
+        Hidden ones are left out: below the folder, a name that starts with a dot, or with an
+        underscore and holds no ``=``. So Spark's ``_temporary`` and ``_SUCCESS`` are no input, and a
+        partition ``_day=1`` is.
+        """
 
         def listing(fs: Any, path: str) -> list[ObjectInfo]:
-            fs.invalidate_cache()
-            if any(c in path for c in "*?["):
-                found = fs.glob(path, detail=True)
-            else:
+            found = fs.glob(path, detail=True) if _is_glob(path) else {}
+            if not found:  # a plain name, or one that holds a bracket or a question mark of its own
                 found = fs.find(path, detail=True)
-            root = path.rstrip("/")
-            return sorted(
-                (
-                    _object_info(fs, i)
-                    for name, i in found.items()
-                    if i["type"] == "file" and not _hidden(name, root)
-                ),
-                key=lambda o: o.uri,
+            root = _fixed_prefix(path)
+            files = (
+                _object_info(fs, i) for n, i in found.items() if i["type"] == "file" and not _hidden(n, root)
             )
+            return sorted(files, key=lambda o: o.uri)
 
-        return self._retry("list", uri, listing)
+        return self.attempt("list", uri, listing)
+
+    def remove_temporaries(self, uri: str) -> int:
+        """Remove what killed writers left below a local folder; other stores keep nothing half-written."""
+
+        def remove(fs: Any, path: str) -> int:
+            if not is_local(fs):
+                return 0
+            old = [p for p in Path(path).rglob(f".*{TEMPORARY_SUFFIX}") if _age_s(p) > TEMPORARY_MAX_AGE_S]
+            for temporary in old:
+                temporary.unlink(missing_ok=True)
+            return len(old)
+
+        return self.attempt("clean", uri, remove)
 
     def delete(self, uris: Iterable[str]) -> None:
         """Remove objects; one that is already gone counts as removed."""
@@ -177,11 +233,22 @@ class Storage:
                 except FileNotFoundError:
                     return
 
-            self._retry("delete", uri, remove)
+            self.attempt("delete", uri, remove)
 
-    def _retry(self, verb: str, uri: str, operation: Callable[[Any, str], T]) -> T:
+    def attempt(self, verb: str, uri: str, operation: Callable[[Any, str], T]) -> T:
+        """Run an operation until it succeeds, cannot succeed, or has failed for ``timeout_s``.
+
+        Args:
+            verb: what it does, for the message.
+            uri: the object it is about.
+            operation: takes the file system and the object's path in it; must be safe to repeat.
+
+        Raises:
+            StorageError: it failed for good.
+        """
         try:
-            fs, path = url_to_fs(uri)
+            # A cached listing would hide what other processes wrote since.
+            fs, path = url_to_fs(uri, use_listings_cache=False)
             for attempt in tenacity.Retrying(
                 stop=tenacity.stop_after_delay(self.timeout_s),
                 wait=tenacity.wait_random_exponential(multiplier=0.2, max=8),
@@ -190,13 +257,8 @@ class Storage:
             ):
                 with attempt:
                     return operation(fs, path)
-        except (OSError, ImportError, ValueError) as error:
-            raise StorageError(_explain(verb, uri, error)) from error
         except Exception as error:
-            if _is_transient(error) or type(error).__name__ in (
-                "NoCredentialsError",
-                "PartialCredentialsError",
-            ):
+            if isinstance(error, OSError | ImportError | ValueError) or _is_of_client(error):
                 raise StorageError(_explain(verb, uri, error)) from error
             raise
         raise AssertionError("unreachable: Retrying either returns or raises")
@@ -210,35 +272,47 @@ class RangeFile(io.RawIOBase):
         self._storage, self._uri, self._size, self._at = storage, uri, size, 0
 
     def readable(self) -> bool:
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
+        """Return True."""
         return True
 
     def tell(self) -> int:
+        """Return the position in bytes."""
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to a position, which may lie behind the end; costs no request."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         self._at = max(0, base + offset)
         return self._at
 
     def read(self, size: int | None = -1) -> bytes:
+        """Return the next ``size`` bytes, or all that are left.
+
+        Raises:
+            StorageError: they cannot be fetched, or the object ends before the size it was opened with.
+        """
         stop = self._size if size is None or size < 0 else min(self._size, self._at + size)
         if stop <= self._at:
             return b""
         data = self._storage.read_range(self._uri, self._at, stop)
         if len(data) != stop - self._at:
             raise StorageError(
-                f"{self._uri}: {self._size} bytes were listed, but it ends at byte {self._at + len(data)}"
+                f"{self._uri}: {self._size} bytes were expected, of bytes {self._at} to {stop} only "
+                f"{len(data)} are there"
             )
         self._at = stop
         return data
 
     def readall(self) -> bytes:
+        """Return all bytes that are left."""
         return self.read(-1)
 
     def readinto(self, buffer: Any) -> int:
+        """Fill a buffer as far as there are bytes; return their number."""
         data = self.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
@@ -246,7 +320,7 @@ class RangeFile(io.RawIOBase):
 
 def join(root: str, *parts: str) -> str:
     """Return the URI of a name below a folder URI."""
-    return posixpath.join(root.rstrip("/") if root.rstrip("/") else root, *parts)
+    return posixpath.join(root.rstrip("/") or root, *parts)
 
 
 def is_local(fs: Any) -> bool:
@@ -254,9 +328,46 @@ def is_local(fs: Any) -> bool:
     return isinstance(fs, fsspec.implementations.local.LocalFileSystem)
 
 
+def _cat(fs: Any, path: str) -> bytes:
+    """Read a whole object in one request: parts read in parallel could be of two versions of it."""
+    return bytes(fs.cat_file(path, **_one_request(fs, max_concurrency=1)))
+
+
+def _one_request(fs: Any, **options: int) -> dict[str, int]:
+    """Return options by which s3fs does not cut a request into parts; other clients do not know them."""
+    return options if "s3" in _protocols(fs) else {}
+
+
+def _protocols(fs: Any) -> set[str]:
+    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+
+
+def _exclusive(fs: Any) -> dict[str, Any]:
+    """Return the options by which a client creates an object only if the name is free."""
+    if {"az", "abfs", "abfss"} & _protocols(fs):
+        return {"overwrite": False}
+    return {"mode": "create", **_one_request(fs, chunksize=S3_PART_BYTES)}
+
+
+def _is_glob(path: str) -> bool:
+    return any(c in path for c in "*?[")
+
+
+def _fixed_prefix(path: str) -> str:
+    """Return a path up to its first part that is a pattern."""
+    return "/".join(itertools.takewhile(lambda part: not _is_glob(part), path.rstrip("/").split("/")))
+
+
 def _hidden(name: str, root: str) -> bool:
-    below = name[len(root) :] if name.startswith(root) else posixpath.basename(name)
-    return any(part.startswith((".", "_SUCCESS")) for part in below.split("/"))
+    below = name.removeprefix(root).split("/")
+    return any(part.startswith(".") or (part.startswith("_") and "=" not in part) for part in below)
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _object_info(fs: Any, info: dict[str, Any]) -> ObjectInfo:
@@ -264,9 +375,10 @@ def _object_info(fs: Any, info: dict[str, Any]) -> ObjectInfo:
     etag = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("generation")
     if etag is None:
         etag = f"{info.get('mtime', info.get('last_modified', ''))}-{info.get('ino', '')}"
-    return ObjectInfo(
-        uri=fs.unstrip_protocol(info["name"]), size=int(info["size"]), etag=str(etag).strip('"')
-    )
+    uri = fs.unstrip_protocol(info["name"])
+    if info.get("size") is None:
+        raise OSError(errno.EINVAL, "the server does not tell its size")
+    return ObjectInfo(uri=uri, size=int(info["size"]), etag=str(etag).strip('"'))
 
 
 def _write_local(path: Path, data: bytes, *, exclusive: bool) -> None:
@@ -278,12 +390,25 @@ def _write_local(path: Path, data: bytes, *, exclusive: bool) -> None:
             file.flush()
             os.fsync(file.fileno())
         if exclusive:
-            os.link(temporary, path)  # fails if the name is taken, unlike a rename
+            _link(temporary, path)
         else:
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)  # fails if the name is taken, unlike a rename
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        raise OSError(
+            errno.ENOTSUP,
+            "this file system has no hard links, without which two runs could overwrite each other; "
+            "use another one, or the bucket's own URI instead of a mount of it",
+        ) from error
 
 
 def _sync_folder(folder: Path) -> None:
@@ -297,16 +422,38 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _says_exists(error: OSError) -> bool:
+def _says_exists(error: Exception) -> bool:
     # s3fs turns HTTP 412 into OSError(EINVAL, "... pre-conditions ..."), not into FileExistsError.
     text = str(error).lower()
     return isinstance(error, FileExistsError) or "pre-condition" in text or "preconditionfailed" in text
 
 
 def _is_transient(error: BaseException) -> bool:
+    code = _server_code(error)
+    if code in _TRANSIENT_CODES:
+        return True
+    if code in _PERMANENT_CODES:
+        return False
     if isinstance(error, OSError):
         return not isinstance(error, _PERMANENT_TYPES) and error.errno not in _PERMANENT_ERRNOS
-    return bool(_TRANSIENT_NAMES & {t.__name__ for t in type(error).__mro__})
+    return bool(_TRANSIENT_NAMES & _type_names(error))
+
+
+def _server_code(error: BaseException) -> str:
+    """Return the error code in the S3 answer behind an exception, or an empty string."""
+    for e in (error, error.__cause__):
+        response = getattr(e, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+    return ""
+
+
+def _is_of_client(error: Exception) -> bool:
+    return type(error).__module__.partition(".")[0] in _CLIENT_MODULES
+
+
+def _type_names(error: BaseException) -> set[str]:
+    return {t.__name__ for t in type(error).__mro__}
 
 
 def _explain(verb: str, uri: str, error: BaseException) -> str:
@@ -317,6 +464,6 @@ def _explain(verb: str, uri: str, error: BaseException) -> str:
         hint = " (access refused: check the credentials in the environment and the bucket policy)"
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         hint = " (no space left; nothing half-written was kept)"
-    elif type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+    elif _type_names(error) & _CREDENTIAL_NAMES:
         hint = " (no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role)"
     return f"cannot {verb} {uri}: {type(error).__name__}: {error}{hint}"
