@@ -43,7 +43,7 @@ class CorpusSettings(Section):
     text_column: str = Field("text", description="column of the passage text")
     title_column: str | None = Field(
         "auto",
-        description="column joined in front of the text; auto takes `title` if it is there, null means none",
+        description="column joined in front of the text; auto takes `title` if any object has it, null means none",
     )
     keep_columns: tuple[str, ...] = Field((), description="metadata columns copied into the embedding shards")
     max_rejected_fraction: float = Field(
@@ -187,6 +187,11 @@ class IndexSettings(Section):
     )
     layout: Literal["single", "ranges"] = Field(
         "single", description="one index file, or one a range of inverted lists, to be searched side by side"
+    )
+    part_bytes: int = Field(
+        128_000_000,
+        ge=100_000,
+        description="most bytes of codes and ids that one add task makes; it holds them twice",
     )
     range_bytes: int = Field(
         256_000_000, ge=5_242_880, description="most bytes of a merge task, and of a file in layout ranges"
