@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from bge_ray.settings import Pooling
 
 ENGLISH_INSTRUCTION = "Represent this sentence for searching relevant passages: "
-CHINESE_INSTRUCTION = "为这个句子生成表示以用于检索相关文章："
+CHINESE_INSTRUCTION = "为这个句子生成表示以用于检索相关文章："  # noqa: RUF001 - the full-width colon is meant
 
 
 @dataclass(frozen=True)
@@ -50,5 +50,15 @@ _BY_NAME = {card_id.rpartition("/")[2]: card for card_id, card in CARDS.items()}
 
 
 def find_card(name: str) -> ModelCard | None:
-    """Return the card of a hub id, or of a local folder named like the model; None if unknown."""
-    return CARDS.get(name) or _BY_NAME.get(name.rstrip("/").rpartition("/")[2].lower())
+    """Return the card of a hub id, or of a local folder named like the model; None if unknown.
+
+    A training checkpoint goes by the folder above it, a folder of the hub's cache by the id in its path.
+    """
+    if name in CARDS:
+        return CARDS[name]
+    parts = [part for part in name.replace("\\", "/").split("/") if part]
+    if parts and parts[-1].startswith("checkpoint-"):
+        parts.pop()
+    if len(parts) > 2 and parts[-2] == "snapshots":
+        parts = parts[-3].split("--")
+    return _BY_NAME.get(parts[-1].lower()) if parts else None

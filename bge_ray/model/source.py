@@ -20,9 +20,18 @@ logger = logging.getLogger(__name__)
 
 # What from_pretrained may open; anything else in the repository (ONNX twins, pictures) is left there.
 FILE_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.py", "1_Pooling/config.json")
+POOLING_FILE = "1_Pooling/config.json"
 KNOWN_MODULES = {"Transformer", "Pooling", "Normalize"}
 # These count positions from padding_idx + 1, so two of their position embeddings are never used.
-OFFSET_POSITION_TYPES = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet"}
+OFFSET_POSITION_TYPES = {
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "data2vec-text",
+    "mpnet",
+}
 HASH_CHUNK_BYTES = 8 << 20
 
 
@@ -50,9 +59,10 @@ def fetch_model(name: str, revision: str | None) -> tuple[Path, str | None]:
         raise ModelError(f"model.name {name}: the hub has no such model or revision: {error}") from error
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"model.name {name}: not a local folder, and the model hub cannot be reached ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}). Ways out: give a local folder with the model's files; point HF_HOME at a "
-            "cache that holds it (and set HF_HUB_OFFLINE=1); or set HF_ENDPOINT to a mirror"
+            f"model.name {name}: not a local folder, and the model hub cannot be reached "
+            f"({type(error).__name__}: {next(iter(str(error).splitlines()), '')}). Ways out: give a local "
+            "folder with its files; point HF_HOME at a cache that holds it (and set HF_HUB_OFFLINE=1); "
+            "or set HF_ENDPOINT to a mirror"
         ) from error
     return snapshot, snapshot.name
 
@@ -69,15 +79,16 @@ def resolve_model(settings: ModelSettings, *, on_gpu: bool) -> ModelSpec:
     """
     folder, commit = fetch_model(settings.name, settings.revision)
     card = find_card(settings.name)
-    config = _read_json(folder / "config.json")
+    config = read_config(folder)
     _check_modules(folder)
-    prompts = _optional_json(folder / "config_sentence_transformers.json").get("prompts") or {}
+    prompts = _prompts(folder)
     query = settings.query_instruction
     if query is None:
-        query = prompts.get("query", card.query_instruction if card else "")
+        # sentence-transformers writes an empty prompt by default, which says nothing about the model.
+        query = prompts.get("query") or (card.query_instruction if card else "")
     passage = settings.passage_instruction
     if passage is None:
-        passage = prompts.get("document", prompts.get("passage", ""))
+        passage = prompts.get("document") or prompts.get("passage") or ""
     return ModelSpec(
         name=settings.name,
         revision=commit,
@@ -92,27 +103,49 @@ def resolve_model(settings: ModelSettings, *, on_gpu: bool) -> ModelSpec:
     )
 
 
-@functools.lru_cache(maxsize=4)
 def hash_model(folder: str) -> str:
-    """Return the hex sha256 over the files of a model folder that decide its vectors."""
+    """Return the hex sha256 over the files of a model folder that decide its vectors.
+
+    Raises:
+        ModelError: there are no safetensors weights, or a file cannot be read.
+    """
     root = Path(folder)
     files = sorted({path for pattern in FILE_PATTERNS for path in root.glob(pattern) if path.is_file()})
     if not any(path.suffix == ".safetensors" for path in files):
         raise ModelError(
             f"{folder}: no .safetensors file; convert the weights first (pickled weights are not opened)"
         )
+    try:
+        facts = [(path, path.stat()) for path in files]
+        return _hash_files(folder, tuple((str(path), s.st_size, s.st_mtime_ns) for path, s in facts))
+    except OSError as error:
+        raise ModelError(f"{folder}: {error}") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _hash_files(folder: str, facts: tuple[tuple[str, int, int], ...]) -> str:
+    # Size and time are part of the key, so that a folder changed under a living process is read again.
     digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
+    for name, size, _ in facts:
+        digest.update(f"{Path(name).relative_to(folder).as_posix()}\0{size}\0".encode())
+        with Path(name).open("rb") as file:
             while chunk := file.read(HASH_CHUNK_BYTES):
                 digest.update(chunk)
     return digest.hexdigest()
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the config.json of a model folder.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    return _read_json(folder / "config.json")
+
+
 def _dim(config: dict[str, Any], card: ModelCard | None, folder: Path) -> int:
-    dim = int(config.get("hidden_size", 0))
-    if dim < 1:
+    dim = config.get("hidden_size", config.get("dim"))  # DistilBERT calls it dim
+    if not isinstance(dim, int) or dim < 1:
         raise ModelError(f"{folder}/config.json: no hidden_size")
     if card is not None and card.dim != dim:
         logger.warning("%s: its vectors have %d dimensions, %s has %d", folder, dim, card.id, card.dim)
@@ -122,7 +155,7 @@ def _dim(config: dict[str, Any], card: ModelCard | None, folder: Path) -> int:
 def _pooling(settings: ModelSettings, folder: Path, card: ModelCard | None) -> Pooling:
     if settings.pooling != "auto":
         return settings.pooling
-    config = _optional_json(folder / "1_Pooling" / "config.json")
+    config = _optional_json(folder / POOLING_FILE)
     modes = [
         key.removeprefix("pooling_mode_")
         for key, on in config.items()
@@ -142,7 +175,8 @@ def _pooling(settings: ModelSettings, folder: Path, card: ModelCard | None) -> P
         return names[modes[0]]
     if modes:
         raise ModelError(
-            f"{folder}: pooling {modes} is not supported; set model.pooling to cls, mean or last_token if it fits"
+            f"{folder}: pooling {modes} is not supported; "
+            "set model.pooling to cls, mean or last_token if it fits"
         )
     if card is not None:
         return card.pooling
@@ -151,9 +185,16 @@ def _pooling(settings: ModelSettings, folder: Path, card: ModelCard | None) -> P
     )
 
 
+def position_limit(config: dict[str, Any]) -> int | None:
+    """Return how many tokens a model has positions for; None if its config.json does not say."""
+    positions = config.get("max_position_embeddings")
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    return positions - (2 if config.get("model_type") in OFFSET_POSITION_TYPES else 0)
+
+
 def _max_length(settings: ModelSettings, folder: Path, config: dict[str, Any], card: ModelCard | None) -> int:
-    positions = int(config.get("max_position_embeddings", 0)) or (card.max_length if card else 512)
-    limit = positions - (2 if config.get("model_type") in OFFSET_POSITION_TYPES else 0)
+    limit = position_limit(config) or (card.max_length if card else 512)
     if settings.max_length is not None:
         if settings.max_length > limit:
             raise ModelError(
@@ -165,12 +206,30 @@ def _max_length(settings: ModelSettings, folder: Path, config: dict[str, Any], c
     return min(wanted, limit)
 
 
+def _prompts(folder: Path) -> dict[str, str]:
+    prompts = _optional_json(folder / "config_sentence_transformers.json").get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(text, str | None) for text in prompts.values()):
+        raise ModelError(f"{folder}/config_sentence_transformers.json: prompts is not a map of texts")
+    return prompts
+
+
 def _check_modules(folder: Path) -> None:
+    """Refuse a folder whose sentence-transformers modules do more than pool and normalise."""
     path = folder / "modules.json"
     if not path.is_file():
         return
-    modules = json.loads(path.read_text())
-    unknown = [m["type"] for m in modules if m["type"].rpartition(".")[2] not in KNOWN_MODULES]
+    try:
+        modules = [(str(m["type"]), str(m["path"])) for m in json.loads(path.read_text())]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{path}: not a list of modules: {error!r}") from error
+    unknown = [kind for kind, _ in modules if kind.rpartition(".")[2] not in KNOWN_MODULES]
+    # The place of each module is part of the claim: what is not looked at must not decide a vector.
+    unknown += [
+        f"{kind} in {place}"
+        for kind, place in modules
+        if (kind.endswith(".Pooling") and f"{place}/config.json" != POOLING_FILE)
+        or (kind.endswith(".Transformer") and place)
+    ]
     if unknown:
         raise ModelError(
             f"{folder}: modules {unknown} are not supported; its vectors would not be its authors'"
@@ -179,6 +238,8 @@ def _check_modules(folder: Path) -> None:
         raise ModelError(
             f"{folder}: sentence_bert_config.json asks for do_lower_case, which is not supported"
         )
+    if _optional_json(folder / POOLING_FILE).get("include_prompt") is False:
+        raise ModelError(f"{folder}: pools without its prompt (include_prompt), which is not supported")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,152 @@
+"""The reranker: packed (query, passage) pairs in, one raw logit a pair out; knows no runs and no Ray."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from bge_ray.errors import ModelError
+from bge_ray.model.batching import token_budget_batches
+from bge_ray.model.execution import Computed
+from bge_ray.model.inputs import Inputs, Rows, pool
+from bge_ray.model.load import Kind
+from bge_ray.model.prepare import prepare_executor
+from bge_ray.model.source import fetch_model, hash_model, position_limit, read_config
+from bge_ray.schema import FloatArray, IdArray
+from bge_ray.settings import Auto, ComputeDtype
+
+KIND: Kind = "cross_encoder"
+
+# FlagReranker's own; the positions of bge-reranker-v2-m3 go further, and its authors use 1024.
+DEFAULT_MAX_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class RerankerSpec:
+    """The reranker as it was resolved: everything about it that decides a score."""
+
+    name: str
+    revision: str | None
+    weights_sha256: str
+    max_length: int
+    dtype: str
+
+
+class Scored(Computed):
+    """Scores of n pairs, and why some have none."""
+
+    @property
+    def scores(self) -> FloatArray:
+        """(n,) float32 raw logits; zero for a pair named in ``faults``."""
+        return self.values[:, 0]
+
+
+def resolve_reranker(
+    name: str,
+    *,
+    revision: str | None = None,
+    max_length: int | None = None,
+    dtype: ComputeDtype | Auto = "auto",
+    on_gpu: bool,
+) -> RerankerSpec:
+    """Settle everything about the reranker that decides a score.
+
+    Args:
+        name: hub id or local folder.
+        revision: commit, tag or branch on the hub.
+        max_length: tokens of a pair, special tokens included; None takes 512, FlagReranker's default.
+        dtype: compute dtype; auto is float16 on a GPU and float32 on a CPU.
+        on_gpu: whether the rerankers have GPUs.
+
+    Raises:
+        ModelError: the model is not to be had, or has too few positions.
+    """
+    folder, commit = fetch_model(name, revision)
+    limit = position_limit(read_config(folder))
+    if max_length is not None and limit is not None and max_length > limit:
+        raise ModelError(f"rerank.max_length {max_length}: {name} has positions for {limit} tokens")
+    wanted = max_length or min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
+    return RerankerSpec(
+        name=name,
+        revision=commit,
+        weights_sha256=hash_model(str(folder)),
+        max_length=wanted,
+        dtype=("float16" if on_gpu else "float32") if dtype == "auto" else dtype,
+    )
+
+
+class Reranker:
+    """One cross-encoder on one device. ``score`` is the only verb."""
+
+    def __init__(
+        self,
+        spec: RerankerSpec,
+        *,
+        device: str,
+        threads: int = 1,
+        trust_remote_code: bool = False,
+        packed: bool | None = None,
+    ) -> None:
+        """Load the model that ``spec`` names, and refuse any other.
+
+        Args:
+            spec: the reranker as the run was planned with it.
+            device: a torch device, such as cpu or cuda.
+            threads: CPU threads of this process's forward passes.
+            trust_remote_code: run Python code found in the model folder.
+            packed: run without padding; None where it is known to be right and faster.
+
+        Raises:
+            ModelError: the weights here are not those of the spec, or the classifier's are missing.
+        """
+        torch.set_num_threads(threads)
+        self.spec = spec
+        self._executor = prepare_executor(
+            spec.name,
+            spec.revision,
+            spec.weights_sha256,
+            KIND,
+            _compute,
+            dtype=spec.dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            packed=packed,
+        )
+        self.device = self._executor.device
+
+    def cut(self, lengths: np.ndarray, budget: int) -> list[IdArray]:
+        """Cut pairs of (n,) ``lengths`` into batches of at most ``budget`` tokens, as this model counts."""
+        return token_budget_batches(lengths, budget, packed=self._executor.packed)
+
+    def empty_result(self, n_pairs: int) -> Scored:
+        """Return a result of n pairs that `score` fills."""
+        return Scored(np.zeros((n_pairs, 1), dtype=np.float32))
+
+    def score(self, pairs: Rows, batches: Sequence[IdArray], result: Scored) -> None:
+        """Score the pairs of the given batches into ``result``.
+
+        A batch that does not fit in memory is halved and tried again; a single pair that does not
+        fit, or whose score is not finite even in float32, is named in ``faults``.
+
+        Args:
+            pairs: n pairs of one or many queries, as `PairTokenizer` makes them.
+            batches: row numbers of each forward pass, as `cut` makes them.
+            result: of `empty_result(n)`; pairs in no batch are left as they are.
+
+        Raises:
+            RuntimeError: whatever the model raises that is not a lack of memory.
+        """
+        self._executor.run(pairs, batches, result)
+
+
+def _compute(model: Any, inputs: Inputs) -> torch.Tensor:
+    """Return (pairs, 1) logits."""
+    if inputs.borders is None:
+        return torch.as_tensor(model(**inputs.arguments).logits)
+    # The head takes the first token of each row, and a packed batch is one row: it gets them apart.
+    hidden = model.base_model(**inputs.arguments).last_hidden_state
+    first = pool(hidden, inputs, "cls").to(hidden.dtype).unsqueeze(1)  # (pairs, 1, dim)
+    pooled = model.bert.pooler(first) if model.config.model_type == "bert" else first
+    return torch.as_tensor(model.classifier(pooled))
