@@ -81,7 +81,14 @@ def test_help_lists_every_key_with_its_meaning() -> None:
 
 
 # Keys without a default that would make sense, which a config shows an example of.
-EXAMPLES = {"corpus.uri", "output.uri", "search.queries", "search.output", "rerank.candidates", "rerank.output"}
+EXAMPLES = {
+    "corpus.uri",
+    "output.uri",
+    "search.queries",
+    "search.output",
+    "rerank.candidates",
+    "rerank.output",
+}
 EXAMPLES |= {"evaluate.run", "evaluate.qrels", "evaluate.output", "index.queries"}
 
 
@@ -95,5 +102,7 @@ def test_the_configs_name_every_key_and_say_the_defaults() -> None:
                 named.add(f"{section}.{name}")
                 if f"{section}.{name}" not in EXAMPLES:
                     given = getattr(getattr(settings, section), name)
-                    assert given == getattr(getattr(defaults, section), name), f"{path.name}: {section}.{name}"
+                    assert given == getattr(getattr(defaults, section), name), (
+                        f"{path.name}: {section}.{name}"
+                    )
     assert named == set(KEYS)

@@ -1,4 +1,4 @@
-"""The embed job as a process of its own, to be killed."""
+"""A job as a process of its own, to be killed."""
 
 import os
 import signal
@@ -14,15 +14,20 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class JobProcess:
-    """One `python jobs/embed.py`; ``kill`` takes the driver, its cluster dies with it."""
+    """One `python jobs/<job>.py`; ``kill`` takes the driver, its cluster dies with it."""
 
     def __init__(
-        self, log: Path, settings: dict[str, object], *extra: str, environment: dict[str, str] | None = None
+        self,
+        log: Path,
+        settings: dict[str, object],
+        *extra: str,
+        environment: dict[str, str] | None = None,
+        job: str = "embed",
     ) -> None:
         words = [w for key, value in settings.items() for w in ("--set", f"{key}={value}")]
         self._log = log
         self.process = subprocess.Popen(
-            [sys.executable, "jobs/embed.py", *words, *extra],
+            [sys.executable, f"jobs/{job}.py", *words, *extra],
             cwd=REPOSITORY,
             env={**os.environ, "PYTHONPATH": str(REPOSITORY), **(environment or {})},
             stdout=log.open("ab"),

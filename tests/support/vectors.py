@@ -1,0 +1,93 @@
+"""Data sets of synthetic embeddings, as the embed job would have left them."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from bge_ray.io.dataset import Dataset
+from bge_ray.io.shards import ShardWriter
+from bge_ray.io.storage import Storage
+from bge_ray.manifest import (
+    Columns,
+    DatasetSpec,
+    Manifest,
+    Marker,
+    ModelSpec,
+    Unit,
+    make_manifest,
+)
+from bge_ray.schema import REJECTED_SCHEMA, embedding_schema, vector_ids
+
+MODEL = ModelSpec("synthetic", None, "0" * 64, 32, "cls", 512, True, "float32", "", "")
+
+
+def clustered(rows: int, dim: int, seed: int, *, clusters: int = 50, centres_seed: int = 0) -> np.ndarray:
+    """Return (rows, dim) float32 unit vectors around centres that depend on ``centres_seed`` alone."""
+    centres = np.random.default_rng(centres_seed).normal(size=(clusters, dim)).astype(np.float32)
+    rng = np.random.default_rng([seed, 1])
+    vectors = centres[rng.integers(0, clusters, rows)]
+    vectors += np.float32(0.9) * rng.standard_normal((rows, dim), dtype=np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors
+
+
+class VectorDataset:
+    """A data set below ``root`` whose shards a test sets, replaces and removes, until ``publish``."""
+
+    def __init__(self, root: str, dim: int = 32, dtype: str = "float32", **model: object) -> None:
+        self.spec = DatasetSpec(
+            dataclasses.replace(MODEL, dim=dim, **model), Columns("id", "text", None), dtype
+        )
+        self.dataset = Dataset(Storage(30), root)
+        self.dataset.create_spec(self.spec)
+        self._markers: dict[int, Marker] = {}
+
+    def put(self, object_no: int, vectors: np.ndarray) -> Marker:
+        """Write one shard of (n, dim) vectors; their ids are those of rows 0 to n - 1 of the object."""
+        marker = write_shard(self.dataset, self.spec, object_no, vectors)
+        self._markers[object_no] = marker
+        return marker
+
+    def adopt(self, marker: Marker) -> None:
+        """Take over a shard that another process wrote."""
+        self._markers[marker.unit.object_no] = marker
+
+    def remove(self, object_no: int) -> None:
+        del self._markers[object_no]
+
+    def publish(self) -> Manifest:
+        manifest = make_manifest(self.spec.fingerprint, self._markers.values())
+        self.dataset.publish(manifest)
+        self.dataset.sweep(manifest)
+        return manifest
+
+
+def write_shard(dataset: Dataset, spec: DatasetSpec, object_no: int, vectors: np.ndarray) -> Marker:
+    rows = len(vectors)
+    schema = embedding_schema(spec.model.dim, spec.dtype, pa.schema([]))
+    flat = pa.array(np.ascontiguousarray(vectors, dtype=spec.dtype).reshape(-1))
+    table = pa.table(
+        [
+            pa.array(vector_ids(object_no, np.arange(rows))),
+            pa.array([f"{object_no}-{row}" for row in range(rows)], pa.string()),
+            pa.array(np.full(rows, 5, np.int32)),
+            pa.array(np.zeros(rows, bool)),
+            pa.FixedSizeListArray.from_arrays(flat, type=schema.field("embedding").type),
+        ],
+        schema=schema,
+    )
+    writer = ShardWriter(dataset.storage, dataset.root, spec, "zstd")
+    return writer.commit(Unit(object_no, 0, rows), f"f{object_no}", table, REJECTED_SCHEMA.empty_table())
+
+
+def make_dataset(
+    root: str, rows: Sequence[int], dim: int = 32, dtype: str = "float32", make: Callable = clustered
+) -> VectorDataset:
+    """Write a complete data set with so many rows in each shard."""
+    made = VectorDataset(root, dim, dtype)
+    for number, count in enumerate(rows):
+        made.put(number, make(count, dim, seed=number))
+    made.publish()
+    return made
