@@ -37,10 +37,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds of steady work over some rows."""
+    """Seconds of steady work over some rows; what our job says of itself besides."""
 
     seconds: float
     rows: int
+    padding_waste: float | None = None
+    waited: float | None = None
 
 
 def texts_of(task: Task) -> list[str]:
@@ -131,7 +133,11 @@ def embed_job(task: Task) -> Result:
         }
         report = embed(parse_settings(None, [f"{k}={v}" for k, v in keys.items()])).report
         disconnect()
-    return Result(float(str(report["steady_s"])), int(str(report["rows_out"])))
+    figures = {
+        name: float(str(report[name])) for name in ("steady_s", "rows_out", "padding_waste", "utilisation")
+    }
+    waited = 1 - figures["utilisation"]
+    return Result(figures["steady_s"], int(figures["rows_out"]), figures["padding_waste"], waited)
 
 
 def sentence_transformers(task: Task) -> Result:

@@ -19,7 +19,8 @@ from bge_ray.manifest import (
     span_units,
     unit_fingerprint,
 )
-from bge_ray.model.source import resolve_model
+from bge_ray.model.load import load_config
+from bge_ray.model.source import fetch_model, resolve_model
 from bge_ray.pipeline.cluster import cluster_sizes, connect
 from bge_ray.pipeline.job import SpanTask
 from bge_ray.pipeline.payload import UnitTask
@@ -112,9 +113,11 @@ def _resolve_model(settings: Settings, there: DatasetSpec | None) -> ModelSpec:
     if there is not None and model.dtype == "auto":
         # A data set keeps its dtype wherever a later run happens to execute.
         model = model.model_copy(update={"dtype": there.model.dtype})
-    if model.dtype != "auto":
-        return resolve_model(model, on_gpu=False)
-    return resolve_model(model, on_gpu=cluster_sizes(settings.resources).encoder_gpus > 0)
+    on_gpu = model.dtype == "auto" and cluster_sizes(settings.resources).encoder_gpus > 0
+    spec = resolve_model(model, on_gpu=on_gpu)
+    # What an encoder would refuse to load is refused here, before anything is written.
+    load_config(fetch_model(spec.name, spec.revision)[0], trust_remote_code=model.trust_remote_code)
+    return spec
 
 
 def _output_dtype(settings: Settings, there: DatasetSpec | None, model: ModelSpec) -> str:

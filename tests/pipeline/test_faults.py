@@ -121,8 +121,9 @@ def test_remote_code_is_not_run_unasked(bucket: str, tmp_path: Path) -> None:
     model = make_poisonous(tmp_path / "poison", "fox")
     upload(bucket, {"x.jsonl": jsonl_bytes([{"id": "1", "text": "a fox"}])})
     run = JobProcess(tmp_path / "log", keys_for(bucket, model))
-    assert run.wait() in (1, 2)
+    assert run.wait() == 2, run.log()
     assert "trust_remote_code" in run.log()
+    assert STORAGE.list_files(f"{bucket}/out") == []
 
 
 def test_sigterm_stops_cleanly_and_the_next_run_goes_on(
