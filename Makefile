@@ -4,16 +4,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check unit format clean
+.PHONY: help demo test test-slow check unit format clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
-demo: $(VENV)/.demo ## embed the docstrings of this Python with packaged weights, offline
+demo: $(VENV)/.demo ## embed, index and search the docstrings of this Python, offline
 	$(BIN)/python jobs/demo.py
 
-test: $(VENV)/.dev ## all tests, with a real Ray, a real S3 server and real kills
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev ## the tests, with a real Ray, a real S3 server and real weights
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.dev ## the long ones: real kills of drivers, actors, nodes and the store, memory, scale
+	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/.dev ## format, lint, types, import contracts, quick tests
 	$(BIN)/ruff format --check .

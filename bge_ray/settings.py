@@ -43,7 +43,7 @@ class CorpusSettings(Section):
     text_column: str = Field("text", description="column of the passage text")
     title_column: str | None = Field(
         "auto",
-        description="column joined in front of the text; auto takes `title` if any object has it, null means none",
+        description="column joined in front of the text; auto takes `title` if any object has it; null: none",
     )
     keep_columns: tuple[str, ...] = Field((), description="metadata columns copied into the embedding shards")
     max_rejected_fraction: float = Field(
@@ -199,8 +199,8 @@ class IndexSettings(Section):
     recall_target: float = Field(0.95, gt=0, le=1, description="recall@10 to reach by choosing nprobe")
     queries: str | None = Field(
         None,
-        description="JSONL, CSV, TSV or Parquet file with a column `text`: queries to measure recall with; "
-        "null draws rows of the data set instead",
+        description="file, folder or glob of queries to measure recall with, as search.queries; null draws "
+        "rows of the data set instead",
     )
     num_queries: int = Field(1000, ge=1, description="most queries that recall is measured with")
     max_drift: float = Field(
@@ -211,11 +211,139 @@ class IndexSettings(Section):
     )
 
 
+class SearchSettings(Section):
+    """Which queries are searched for, how, and where the run goes."""
+
+    queries: str | None = Field(
+        None,
+        description="file, folder or glob of queries: JSONL, Parquet, CSV, or a folder in the BEIR layout",
+    )
+    id_column: str = Field(
+        "auto", description="column of the query id; auto takes _id, query_id, qid or id, whichever is there"
+    )
+    text_column: str = Field(
+        "auto", description="column of the query text; auto takes text, query or question"
+    )
+    output: str | None = Field(None, description="folder of run.parquet and run.trec on any fsspec URI")
+    k: int = Field(100, ge=1, le=100_000, description="results a query")
+    exact: bool = Field(
+        False, description="search the embedding shards themselves; done anyway where there is no index"
+    )
+    nprobe: int | None = Field(
+        None, ge=1, description="inverted lists to probe (or efSearch of HNSW); null takes the tuned value"
+    )
+    rescore: int = Field(
+        0,
+        ge=0,
+        description="candidates from the index to score again from the stored vectors, at least k; 0: none",
+    )
+    rerank: bool = Field(
+        False, description="rerank the results in the same job; the section rerank says with what"
+    )
+    unit_queries: int = Field(
+        2000, ge=1, description="queries of one work unit, the piece that is searched at once"
+    )
+    num_searchers: int | None = Field(
+        None, ge=1, description="actors that share the index; null sizes them from the CPUs"
+    )
+    tag: str = Field("bge-ray", min_length=1, description="name of the system, last column of a TREC run")
+    max_rejected_fraction: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="share of queries without an answer above which the job counts as failed",
+    )
+
+    @model_validator(mode="after")
+    def _rescores_enough(self) -> "SearchSettings":
+        if 0 < self.rescore < self.k:
+            raise ValueError(f"rescore: must be 0, or at least k ({self.k})")
+        if self.tag.split() != [self.tag]:
+            raise ValueError("tag: must hold no white space, which separates the columns of a TREC run")
+        return self
+
+
+class RerankSettings(Section):
+    """Which candidates are scored again, by which cross-encoder, and where the run goes."""
+
+    model: str = Field(
+        "BAAI/bge-reranker-base", description="hub id or local folder of a cross-encoder with one output"
+    )
+    revision: str | None = Field(None, description="hub commit, tag or branch")
+    max_length: int | None = Field(
+        None, ge=16, description="tokens of a pair, special tokens included; null takes 512"
+    )
+    dtype: ComputeDtype | Auto = Field(
+        "auto", description="compute dtype; auto is float16 on a GPU and float32 on a CPU"
+    )
+    token_budget: int | Auto = Field(
+        "auto", description="tokens of one forward pass; auto is 32768 on a GPU and 1024 on a CPU"
+    )
+    candidates: str | None = Field(
+        None,
+        description="a run (TREC or Parquet), or JSONL or Parquet with texts inline, also query, pos, neg",
+    )
+    output: str | None = Field(
+        None, description="folder of the reranked run; null: reranked/ below search.output"
+    )
+    depth: int = Field(100, ge=1, description="candidates a query that are scored, the best first")
+    texts: Literal["auto", "corpus", "kept"] = Field(
+        "auto",
+        description="where texts of bare ids come from: the corpus, or columns kept in the embedding shards; "
+        "auto takes the latter if they are there",
+    )
+    unit_pairs: int = Field(
+        4096, ge=1, description="pairs of one work unit, the piece that is committed, retried and resumed"
+    )
+    join_pairs: int = Field(
+        200_000, ge=1, description="pairs whose texts are fetched together, by one pass over the corpus"
+    )
+    num_rerankers: int | None = Field(
+        None, ge=1, description="reranker actors; null takes one a GPU, or sizes them from the CPUs"
+    )
+    gpus_per_reranker: float | None = Field(
+        None, ge=0, description="GPUs of one reranker; null takes 1, 0.75 beside encoders, 0 without GPUs"
+    )
+    threads_per_reranker: int | None = Field(None, ge=1, description="CPU threads of one reranker")
+    trust_remote_code: bool = Field(
+        False, description="run Python code found in the model folder; off unless you trust its author"
+    )
+    max_rejected_fraction: float = Field(
+        0.01, ge=0, le=1, description="share of pairs without a score above which the job counts as failed"
+    )
+
+    @model_validator(mode="after")
+    def _budget_is_positive(self) -> "RerankSettings":
+        if isinstance(self.token_budget, int) and self.token_budget < 1:
+            raise ValueError("token_budget: must be at least 1 token")
+        return self
+
+
+class EvaluateSettings(Section):
+    """Which runs are measured against which judgements."""
+
+    run: str | tuple[str, ...] | None = Field(
+        None, description="a run file or folder, or a list of them; the others are compared with the first"
+    )
+    qrels: str | None = Field(None, description="judgements: TREC qrels, or BEIR's tsv with its header")
+    output: str | None = Field(
+        None, description="folder of metrics.json, metrics.md and metrics.svg; null writes none"
+    )
+    k: tuple[int, ...] = Field((1, 5, 10, 100), description="cut-offs of nDCG, MRR, recall and success")
+
+    @model_validator(mode="after")
+    def _cuts_are_positive(self) -> "EvaluateSettings":
+        if not self.k or min(self.k) < 1 or len(set(self.k)) != len(self.k):
+            raise ValueError("k: must be different numbers, each at least 1")
+        return self
+
+
 class BenchSettings(Section):
     """What jobs/bench.py measures on this machine."""
 
     shapes: tuple[Literal["minilm", "small", "base", "large"], ...] = Field(
-        ("minilm",), description="models: minilm with its packaged weights, small to large as BGE has them, at random"
+        ("minilm",),
+        description="models: minilm with its packaged weights, small to large as BGE has them, at random",
     )
     lengths: tuple[Literal["natural"] | int, ...] = Field(
         ("natural",), description="text lengths: natural, or so many tokens each"
@@ -236,6 +364,9 @@ class Settings(Section):
     output: OutputSettings = OutputSettings()
     resources: ResourcesSettings = ResourcesSettings()
     index: IndexSettings = IndexSettings()
+    search: SearchSettings = SearchSettings()
+    rerank: RerankSettings = RerankSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
     report: ReportSettings = ReportSettings()
     bench: BenchSettings = BenchSettings()
 

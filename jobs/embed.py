@@ -8,13 +8,18 @@ from bge_ray.settings import Settings
 
 
 def job(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
-    """Embed, or say what would be done; returns the last line to print."""
+    """Embed, and index on request, or say what would be done; returns the last lines to print."""
     from bge_ray.pipeline.embed import embed, plan_only
 
     if dry_run:
         return "\n".join(plan_only(settings).lines())
     result = embed(settings, stop)
-    return f"{result.report['outcome']}; report at {settings.output.uri}/report.html"
+    outcome = f"{result.report['outcome']}; report at {settings.output.uri}/report.html"
+    if not settings.index.build:
+        return outcome
+    from bge_ray.pipeline.index import build_index, index_outcome
+
+    return f"{outcome}\n{index_outcome(settings, build_index(settings, stop))}"
 
 
 if __name__ == "__main__":

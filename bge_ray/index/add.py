@@ -18,7 +18,7 @@ from bge_ray.schema import FloatArray, IdArray
 # rows that share a matrix product, and must not depend on how shards are dealt to tasks.
 ADD_BATCH_ROWS = 16_384
 
-# One embedding shard: (n, dim) float16 or float32 vectors and (n,) int64 ids.
+# One embedding shard, or one row group of it: (n, dim) float16 or float32 vectors and (n,) int64 ids.
 Shard: TypeAlias = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 # (n, d) float32 rows, after the rotation -> (n,) int64 list of each row, in [0, nlist).
 Assign: TypeAlias = Callable[[FloatArray], IdArray]
@@ -27,11 +27,12 @@ Assign: TypeAlias = Callable[[FloatArray], IdArray]
 def add_part(trained: TrainedIndex, shards: Iterable[Shard], *, assign: Assign | None = None) -> bytes:
     """Encode embedding shards into one part, byte for byte what FAISS would store.
 
-    Memory: one shard, and twice the codes and ids of the part.
+    Memory: one shard (or row group), and twice the codes and ids of the part.
 
     Args:
         trained: kind IVF or FLAT.
-        shards: each a whole embedding shard, since batches are cut from its first row on.
+        shards: whole embedding shards or their row groups, always the same; batches are cut from the
+            first row of each on.
         assign: chooses the list of each row instead of the coarse quantizer, for instance on a GPU.
 
     Returns:
@@ -99,6 +100,7 @@ def _batches(shards: Iterable[Shard], dim: int) -> Iterator[tuple[FloatArray, Id
         for start in range(0, len(vectors), ADD_BATCH_ROWS):
             stop = start + ADD_BATCH_ROWS
             yield check_vectors(vectors[start:stop], ids[start:stop], dim)
+        del vectors, ids  # before the next ones are read
 
 
 def _assign(index: Index, rows: FloatArray, assign: Assign | None) -> IdArray:

@@ -13,7 +13,7 @@ import numpy as np
 
 from bge_ray.errors import IndexBuildError
 from bge_ray.index.factory import ID_BYTES
-from bge_ray.index.part import Part, part_sizes, read_lists
+from bge_ray.index.part import Part, part_sizes, read_blocks, read_table
 from bge_ray.index.train import TrainedIndex
 from bge_ray.schema import IdArray
 
@@ -118,47 +118,55 @@ def plan_ranges(trained: TrainedIndex, sizes: IdArray, max_bytes: int) -> list[L
 
 
 def merge_range(parts: Sequence[Part], lists: ListRange) -> Iterator[bytes]:
+    """Merge a range of lists of an IVF index, as `merged_range` does, in chunks of CHUNK_BYTES."""
+    data = memoryview(merged_range(parts, lists))
+    for start in range(0, len(data), CHUNK_BYTES):
+        yield bytes(data[start : start + CHUNK_BYTES])
+
+
+def merged_range(parts: Sequence[Part], lists: ListRange) -> bytearray:
     """Merge a range of lists of an IVF index.
 
-    Memory: the bytes of the range, plus one chunk.
+    Memory: the bytes of the range, the tables of the parts, and _READ_THREADS blocks of CHUNK_BYTES or of
+    one part's longest list.
 
     Args:
         parts: in the order their vectors shall have within a list; `check_parts` has seen them.
         lists: from `plan_ranges`.
 
-    Yields:
-        The ``lists.n_bytes`` bytes that follow the header (and the ranges before) in the index
-        file, in chunks of about CHUNK_BYTES.
+    Returns:
+        The ``lists.n_bytes`` bytes that follow the header (and the ranges before) in the index file.
 
     Raises:
         IndexBuildError: a part is truncated or damaged, or these are not the parts that were
-            planned with. Raised before the first chunk.
+            planned with.
     """
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        inputs = list(pool.map(lambda part: read_lists(part, lists.start, lists.stop), parts))
-    found = sum(len(given.data) for given in inputs)
-    if found != lists.n_bytes:
-        raise IndexBuildError(
-            f"lists {lists.start} to {lists.stop} hold {found} bytes, {lists.n_bytes} were planned"
-        )
-    places = [0] * len(parts)
-    chunk: list[memoryview] = []
-    chunk_bytes = 0
-    for number in range(lists.stop - lists.start):
-        ids = []
-        for which, (part, given) in enumerate(zip(parts, inputs, strict=True)):
-            size = given.sizes[number]
-            if not size:
-                continue
-            begin = places[which]
-            middle = begin + size * part.head.code_size
-            end = places[which] = middle + size * ID_BYTES
-            chunk.append(given.data[begin:middle])
-            ids.append(given.data[middle:end])
-            chunk_bytes += end - begin
-        chunk += ids
-        if chunk_bytes >= CHUNK_BYTES:
-            yield b"".join(chunk)
-            chunk, chunk_bytes = [], 0
-    if chunk:
-        yield b"".join(chunk)
+        tables = list(pool.map(lambda part: read_table(part, lists.start, lists.stop), parts))
+        sizes = np.stack([table.sizes for table in tables])  # (parts, lists)
+        code, entry = parts[0].head.code_size, parts[0].head.entry_bytes
+        total = sizes.sum(axis=0)
+        found = int(total.sum()) * entry
+        if found != lists.n_bytes:
+            raise IndexBuildError(
+                f"lists {lists.start} to {lists.stop} hold {found} bytes, {lists.n_bytes} were planned"
+            )
+        # A list holds the codes of all parts, then their ids; each part's place in both is known now.
+        begin = (np.cumsum(total) - total) * entry
+        before = np.cumsum(sizes, axis=0) - sizes
+        codes_at, ids_at = begin + before * code, begin + total * code + before * ID_BYTES
+        merged = bytearray(lists.n_bytes)
+        target = memoryview(merged)
+
+        def place(which: int) -> None:
+            codes_to, ids_to = codes_at[which].tolist(), ids_at[which].tolist()
+            for first, block in read_blocks(parts[which], tables[which], CHUNK_BYTES):
+                at = 0
+                for number, size in enumerate(block.sizes, first):
+                    middle, end = at + size * code, at + size * entry
+                    target[codes_to[number] : codes_to[number] + middle - at] = block.data[at:middle]
+                    target[ids_to[number] : ids_to[number] + end - middle] = block.data[middle:end]
+                    at = end
+
+        list(pool.map(place, range(len(parts))))
+    return merged

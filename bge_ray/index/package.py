@@ -69,3 +69,11 @@ if not hasattr(faiss, "index_factory"):
         "the module faiss is an empty remainder of an uninstalled package: run "
         "`pip install --force-reinstall 'bge-ray[cpu]'` or `'bge-ray[gpu]'`"
     )
+
+
+def use_threads(count: int) -> None:
+    """Let FAISS and its BLAS use so many threads of this process, however many cores the machine has.
+
+    OMP_NUM_THREADS is read once, when the library is loaded, and a worker process outlives its task.
+    """
+    faiss.omp_set_num_threads(max(1, count))

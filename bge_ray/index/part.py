@@ -15,7 +15,7 @@ import io
 import json
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -169,6 +169,23 @@ def part_sizes(part: Part) -> IdArray:
 
 
 @dataclass(frozen=True)
+class Table:
+    """Where the lists [first, first + len(sizes)) of one part lie, and their checksums.
+
+    ``starts`` is (lists + 1,) int64 rows before each list, ``crcs`` one number a list.
+    """
+
+    first: int
+    starts: IdArray
+    crcs: list[int]
+
+    @property
+    def sizes(self) -> IdArray:
+        """(lists,) int64 vectors in each list."""
+        return self.starts[1:] - self.starts[:-1]
+
+
+@dataclass(frozen=True)
 class ListRows:
     """The bytes of lists [first, first + len(sizes)) of one part, checked."""
 
@@ -176,8 +193,54 @@ class ListRows:
     sizes: list[int]
 
 
+def read_table(part: Part, first: int, stop: int) -> Table:
+    """Read where a range of lists lies.
+
+    Raises:
+        IndexBuildError: the part is truncated, or its table makes no sense.
+    """
+    entries = np.frombuffer(
+        part.read_exactly(HEAD_BYTES + _ENTRY.itemsize * first, _ENTRY.itemsize * (stop - first + 1)), _ENTRY
+    )
+    table = Table(first, entries["start"].astype(np.int64), entries["crc"].tolist())
+    if (table.sizes < 0).any() or table.starts[-1] > part.head.rows:
+        raise IndexBuildError(f"index part {part.name}: its table is damaged")
+    return table
+
+
+def read_blocks(part: Part, table: Table, max_bytes: int) -> Iterator[tuple[int, ListRows]]:
+    """Read the lists of a table in blocks of whole lists, and check each.
+
+    Args:
+        part: where from.
+        table: of `read_table`.
+        max_bytes: most bytes of a block; a longer list makes a block of its own.
+
+    Yields:
+        (number of the block's first list within the table, its lists).
+
+    Raises:
+        IndexBuildError: the part is truncated, or a list does not have the checksum it was written with.
+    """
+    head = part.head
+    starts = table.starts
+    begin = 0
+    while begin < len(starts) - 1:
+        most = starts[begin] + max_bytes // head.entry_bytes
+        stop = max(begin + 1, int(np.searchsorted(starts, most, side="right")) - 1)
+        place = head.lists_offset + int(starts[begin]) * head.entry_bytes
+        data = memoryview(part.read_exactly(place, int(starts[stop] - starts[begin]) * head.entry_bytes))
+        ends = ((starts[begin : stop + 1] - starts[begin]) * head.entry_bytes).tolist()
+        for number in range(begin, stop):
+            rows = data[ends[number - begin] : ends[number - begin + 1]]
+            if len(rows) and zlib.crc32(rows) != table.crcs[number]:
+                raise IndexBuildError(f"index part {part.name}: list {table.first + number} is damaged")
+        yield begin, ListRows(data, (starts[begin + 1 : stop + 1] - starts[begin:stop]).tolist())
+        begin = stop
+
+
 def read_lists(part: Part, first: int, stop: int) -> ListRows:
-    """Read a range of lists and check it.
+    """Read a range of lists in one piece, and check it.
 
     Args:
         part: where from.
@@ -187,26 +250,10 @@ def read_lists(part: Part, first: int, stop: int) -> ListRows:
     Raises:
         IndexBuildError: the part is truncated, or a list does not have the checksum it was written with.
     """
-    head = part.head
-    table = np.frombuffer(
-        part.read_exactly(HEAD_BYTES + _ENTRY.itemsize * first, _ENTRY.itemsize * (stop - first + 1)), _ENTRY
-    )
-    starts = table["start"].astype(np.int64)
-    sizes = starts[1:] - starts[:-1]
-    if (sizes < 0).any() or starts[-1] > head.rows:
-        raise IndexBuildError(f"index part {part.name}: its table is damaged")
-    begin = int(starts[0])
-    data = memoryview(
-        part.read_exactly(
-            head.lists_offset + begin * head.entry_bytes, int(starts[-1] - begin) * head.entry_bytes
-        )
-    )
-    ends = ((starts - begin) * head.entry_bytes).tolist()
-    crcs = table["crc"].tolist()
-    for number in np.flatnonzero(sizes).tolist():
-        if zlib.crc32(data[ends[number] : ends[number + 1]]) != crcs[number]:
-            raise IndexBuildError(f"index part {part.name}: list {first + number} is damaged")
-    return ListRows(data, sizes.tolist())
+    table = read_table(part, first, stop)
+    everything = int(table.starts[-1] - table.starts[0]) * part.head.entry_bytes
+    [(_, found)] = read_blocks(part, table, everything)
+    return found
 
 
 def list_crc(part: Part, number: int) -> int:

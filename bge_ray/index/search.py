@@ -84,6 +84,26 @@ def search(index: Index, queries: npt.NDArray[Any], k: int, *, effort: int | Non
     return scores, ids
 
 
+def set_default_effort(data: bytes, effort: int) -> bytes:
+    """Return an index file whose nprobe or efSearch is ``effort`` when plain FAISS opens it.
+
+    Memory: three times the file.
+
+    Raises:
+        IndexBuildError: this is no index file.
+    """
+    index = load_index(data)
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is not None:
+        ivf.nprobe = min(effort, ivf.nlist)
+    else:
+        outer = faiss.downcast_index(index)
+        inner = faiss.downcast_index(outer.index) if isinstance(outer, faiss.IndexIDMap) else outer
+        if isinstance(inner, faiss.IndexHNSW):
+            inner.hnsw.efSearch = effort
+    return bytes(faiss.serialize_index(index).tobytes())
+
+
 def _unclear(results: Results, k: int) -> IdArray:
     """Rows whose place k ties with their last result: equals may lie beyond it, and have a lower id."""
     scores, ids = results

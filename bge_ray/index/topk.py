@@ -19,6 +19,8 @@ NO_RESULT = -1
 # Candidates beyond k that are scored exactly, so that rounding decides nothing at place k.
 _MARGIN = 16
 _SCORE_BYTES = 64 << 20
+# Float32 inner products of unit vectors are off by less than this.
+_ROUNDING = np.float32(1e-4)
 
 Results: TypeAlias = tuple[FloatArray, IdArray]
 # Ascending (m,) int64 ids without repetition -> (m, dim) float16 or float32 vectors, in that order.
@@ -85,9 +87,10 @@ def exact_topk(
         unit, ids = check_vectors(vectors, block_ids, dim)
         if not len(ids) or not len(rows):
             continue
-        _, places = faiss.knn(rows, unit, min(k + _MARGIN, len(ids)), metric=faiss.METRIC_INNER_PRODUCT)
-        scores = _scores(rows, unit, places)
-        found = merge_topk([found, best(scores, ids[places], k)], k)
+        rough, places = faiss.knn(rows, unit, min(k + _MARGIN, len(ids)), metric=faiss.METRIC_INNER_PRODUCT)
+        # Most of a later block is worse than the k best so far by more than rounding: not worth scoring.
+        hopeful = rough >= found[0][:, -1:] - _ROUNDING
+        found = merge_topk([found, best(*_score_some(rows, unit, ids, places, hopeful), k)], k)
     return found
 
 
@@ -118,19 +121,35 @@ def rescore(queries: npt.NDArray[Any], candidates: IdArray, fetch: Fetch, k: int
         raise IndexBuildError(f"{len(vectors)} vectors were fetched for {len(ids)} candidates")
     check_rows(vectors, dim, "candidate vectors")
     places = np.minimum(np.searchsorted(ids, candidates), len(ids) - 1)
-    return best(_scores(normalise(queries), normalise(vectors), places), candidates, k)
+    rows = np.repeat(np.arange(len(places)), places.shape[1])
+    scores = _scores(normalise(queries), normalise(vectors), rows, places.ravel())
+    return best(scores.reshape(places.shape), candidates, k)
 
 
-def _scores(queries: FloatArray, vectors: FloatArray, places: IdArray) -> FloatArray:
-    """Inner products (n_queries, m) of each query with the vectors at its (n_queries, m) places.
+def _score_some(
+    queries: FloatArray, vectors: FloatArray, ids: IdArray, places: IdArray, wanted: npt.NDArray[np.bool_]
+) -> Results:
+    """Score the ``wanted`` of (n_queries, m) places; returns as many columns as one query wants at most."""
+    width = max(1, int(wanted.sum(axis=1).max()))
+    # The wanted ones of each row come first, in their order.
+    order = np.argsort(~wanted, axis=1, kind="stable")[:, :width]
+    places, wanted = np.take_along_axis(places, order, axis=1), np.take_along_axis(wanted, order, axis=1)
+    scores = np.full(places.shape, -np.inf, np.float32)
+    rows, columns = np.nonzero(wanted)
+    scores[rows, columns] = _scores(queries, vectors, rows, places[rows, columns])
+    return scores, np.where(wanted, ids[places], NO_RESULT)
+
+
+def _scores(queries: FloatArray, vectors: FloatArray, rows: IdArray, places: IdArray) -> FloatArray:
+    """Inner products (m,) of the queries at (m,) rows with the vectors at (m,) places.
 
     Summed in float64, one pair at a time: a matrix product may round equal rows differently.
     """
-    scores = np.empty(places.shape, np.float32)
-    step = max(1, _SCORE_BYTES // (8 * max(1, places.shape[1]) * queries.shape[1]))
-    for start in range(0, len(queries), step):
+    scores = np.empty(len(rows), np.float32)
+    step = max(1, _SCORE_BYTES // (16 * queries.shape[1]))
+    for start in range(0, len(rows), step):
         some = slice(start, start + step)
         scores[some] = np.einsum(
-            "qd,qmd->qm", queries[some].astype(np.float64), vectors[places[some]].astype(np.float64)
+            "pd,pd->p", queries[rows[some]].astype(np.float64), vectors[places[some]].astype(np.float64)
         )
     return scores

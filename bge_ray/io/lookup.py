@@ -4,12 +4,14 @@ An id is a place, so the manifest alone says which shard holds it; of that shard
 columns that are asked for are read.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bge_ray.errors import StorageError
@@ -48,7 +50,7 @@ class ShardMap:
         inside = (places >= 0) & (ids < self.stops[np.maximum(places, 0)]) if len(self.starts) else ids < ids
         ids, places = ids[inside], places[inside]
         edges = np.flatnonzero(np.diff(places, prepend=-1, append=-1))
-        for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        for start, stop in itertools.pairwise(edges):
             yield self.facts[int(places[start])], ids[start:stop]
 
 
@@ -71,9 +73,10 @@ def read_places(
         StorageError: a shard is missing or damaged.
     """
     with ThreadPoolExecutor(PARALLEL_SHARDS) as pool:
-        tables = list(pool.map(lambda part: read_shard(storage, root, *part, columns), shards.split(ids)))
+        parts = shards.split(ids)
+        tables = list(pool.map(lambda part: read_shard(storage, root, part[0], part[1], columns), parts))
     if not tables:
-        return pa.table({"vector_id": pa.array([], pa.int64())})
+        return pa.table({"vector_id": pa.array([], pa.int64()), **{name: pa.nulls(0) for name in columns}})
     return pa.concat_tables(tables)
 
 
@@ -118,8 +121,8 @@ def find_passages(storage: Storage, root: str, fact: FileFact, wanted: pa.Array)
         with pq.ParquetFile(pa.PythonFile(storage.open(uri, fact.bytes), mode="r"), pre_buffer=True) as file:
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=["vector_id", "passage_id"], use_threads=False)
-                places = pa.compute.index_in(table["passage_id"], value_set=wanted)
-                hit = pa.compute.is_valid(places).to_numpy()
+                places = pc.index_in(table["passage_id"], value_set=wanted)
+                hit = pc.is_valid(places).to_numpy()
                 positions.append(places.drop_null().to_numpy().astype(np.int64))
                 found.append(table["vector_id"].to_numpy()[hit])
     except (OSError, KeyError, pa.ArrowException) as error:

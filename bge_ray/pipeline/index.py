@@ -8,38 +8,68 @@ missing and no more. What was published last stays whole until `index.json` name
 import json
 import logging
 import time
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import ray
 
-from bge_ray.errors import IndexBuildError, SettingsError
+from bge_ray.errors import DatasetMismatchError, IndexBuildError, RecallError, SettingsError, StorageError
 from bge_ray.index.drift import imbalance
-from bge_ray.index.factory import IndexSpec, Kind, Metric, check_factory, choose_factory, index_bytes
-from bge_ray.io.dataset import Dataset
+from bge_ray.index.factory import (
+    IndexSpec,
+    Kind,
+    Metric,
+    check_factory,
+    choose_factory,
+    choose_nlist,
+    index_bytes,
+)
+from bge_ray.io.assemble import remove_unfinished
+from bge_ray.io.dataset import PARALLEL_REQUESTS, Dataset
 from bge_ray.io.lease import Lease
 from bge_ray.io.storage import Storage, join
-from bge_ray.manifest import Manifest
+from bge_ray.manifest import DatasetSpec, Manifest
 from bge_ray.pipeline.cluster import connect
+from bge_ray.pipeline.index_queries import Queries, encode_given, given_queries
+from bge_ray.pipeline.index_report import index_report
 from bge_ray.pipeline.index_steps import (
     Build,
     add_parts,
     build_shards,
+    check_count,
     finish_flat,
     finish_ivf,
     get_trained,
     key_of,
+    knows_header,
+    list_sizes,
     measure_drift,
     merge_parts,
+    rebuild_files,
+    set_effort,
+    sizes_uri,
 )
-from bge_ray.pipeline.index_tasks import WrittenFile
-from bge_ray.pipeline.recall import hold_out, tune
+from bge_ray.pipeline.index_tasks import StoredPart, TrainedFile, WrittenFile
+from bge_ray.pipeline.recall import TUNED_K, HeldOut, Quality, hold_out, tune, tuned_recall
 from bge_ray.pipeline.stopping import StopRequest
+from bge_ray.schema import IdArray
 from bge_ray.settings import IndexSettings, Settings
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that decides an index, checked; ``key`` is a name for it."""
+
+    dataset: DatasetSpec
+    manifest: Manifest
+    spec: IndexSpec
+    queries: Queries | None
+    key: str
 
 
 def build_index(settings: Settings, stop: StopRequest | None = None) -> dict[str, Any]:
@@ -53,18 +83,18 @@ def build_index(settings: Settings, stop: StopRequest | None = None) -> dict[str
         The content of index.json; ``reached`` says whether the recall target was.
 
     Raises:
-        SettingsError: there is no complete data set, or the factory is not supported.
+        SettingsError, CorpusError, DatasetMismatchError: there is no complete data set, or the factory is not
+            supported, or the queries are no texts; nothing was written.
         OutputBusyError: another run is building this index.
-        IndexBuildError, StorageError: an input or a part is damaged.
+        IncompleteRunError, IndexBuildError, StorageError: an input or a part is damaged or missing; what was
+            published before is as it was.
     """
     settings.require("output.uri")
     storage = Storage(settings.output.storage_timeout_s)
     root = str(settings.output.uri)
-    manifest, spec = _inputs(Dataset(storage, root), settings.index)
-    current = read_index(storage, root)
-    inputs = _inputs_key(manifest, spec, settings.index)
-    if current is not None and current["inputs"] == inputs:
-        logger.info("nothing to do: the index of %s is up to date", root)
+    inputs = _read_inputs(Dataset(storage, root), settings.index)
+    current = _current(storage, root, inputs)
+    if current is not None:
         return current
     connect(settings.resources)
     stop = stop or StopRequest()
@@ -75,9 +105,14 @@ def build_index(settings: Settings, stop: StopRequest | None = None) -> dict[str
             if lease.lost.is_set():
                 lease.check()
 
+        # The run that held the lease before may have built just this, or embedded more.
+        inputs = _read_inputs(Dataset(storage, root), settings.index)
+        current = _current(storage, root, inputs)
+        if current is not None:
+            return current
         at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        build = Build(storage, root, manifest, spec, settings.index, at_once, watch)
-        description = _build(build, current, inputs)
+        build = Build(storage, root, inputs.manifest, inputs.spec, settings.index, at_once, watch)
+        description = _build(build, inputs, settings)
         lease.check()
         storage.write(build.uri("index.json"), (json.dumps(description, indent=1) + "\n").encode())
         _sweep(build, description)
@@ -88,20 +123,56 @@ def plan_index(settings: Settings) -> str:
     """Say what `build_index` would build, without building (``--dry-run``)."""
     settings.require("output.uri")
     dataset = Dataset(Storage(settings.output.storage_timeout_s), str(settings.output.uri))
-    manifest, spec = _inputs(dataset, settings.index)
-    current = read_index(dataset.storage, dataset.root)
-    fresh = current is not None and current["inputs"] == _inputs_key(manifest, spec, settings.index)
+    inputs = _read_inputs(dataset, settings.index)
+    manifest, spec = inputs.manifest, inputs.spec
+    fresh = _current(dataset.storage, dataset.root, inputs) is not None
     return (
         f"{spec.factory}: {manifest.rows_out:,} vectors in {len(manifest.shards):,} shards, "
-        f"{spec.training_rows:,} training rows, about {index_bytes(spec, manifest.rows_out) / 1e6:,.0f} MB, "
+        f"{min(spec.training_rows, manifest.rows_out):,} training rows, about "
+        f"{index_bytes(spec, manifest.rows_out) / 1e6:,.0f} MB, "
         + ("up to date: nothing to do" if fresh else "to be built")
     )
 
 
+def index_outcome(settings: Settings, index: dict[str, Any]) -> str:
+    """Say in one line what `build_index` came to.
+
+    Raises:
+        RecallError: the index is published, and misses its recall target.
+    """
+    recall = index["recall"].get(f"@{TUNED_K}") or index["recall"]["@1"]
+    effort = f" at {index['effort']} {index['nprobe']}" if index["effort"] else ""
+    line = (
+        f"{index['factory']}: {index['ntotal']:,} vectors, "
+        f"recall@{recall['k']} {recall['value']:.4f}{effort}, "
+        f"{index['recall_after_exact_reranking']['value']:.4f} with exact re-ranking; "
+        f"see {join(str(settings.output.uri), 'index', 'report.html')}"
+    )
+    if not index["reached"]:
+        raise RecallError(
+            f"{line}; index.recall_target {index['recall_target']:g} was not reached: the index is "
+            "published, search it with exact re-ranking, or build one with a larger code"
+        )
+    return line
+
+
 def read_index(storage: Storage, root: str) -> dict[str, Any] | None:
-    """Return the description of the published index, or None."""
-    data = storage.read_optional(join(root, "index", "index.json"))
-    return None if data is None else dict(json.loads(data))
+    """Return the description of the published index, or None.
+
+    Raises:
+        StorageError: index.json is damaged, or of another version.
+    """
+    uri = join(root, "index", "index.json")
+    data = storage.read_optional(uri)
+    if data is None:
+        return None
+    try:
+        description = dict(json.loads(data))
+    except (ValueError, TypeError) as error:
+        raise StorageError(f"{uri}: is damaged ({error}); remove it to build the index anew") from error
+    if description.get("format_version") != FORMAT_VERSION:
+        raise StorageError(f"{uri}: is of another version; remove it to build the index anew")
+    return description
 
 
 def index_files(root: str, description: dict[str, Any]) -> list[WrittenFile]:
@@ -112,95 +183,183 @@ def index_files(root: str, description: dict[str, Any]) -> list[WrittenFile]:
     ]
 
 
-def _inputs(dataset: Dataset, settings: IndexSettings) -> tuple[Manifest, IndexSpec]:
-    spec, manifest = dataset.read_spec(), dataset.read_manifest()
-    if spec is None or manifest is None:
-        raise SettingsError(f"output.uri {dataset.root}: no complete data set there; run embed.py first")
-    if not manifest.rows_out:
-        raise SettingsError(f"output.uri {dataset.root}: the data set has no vectors")
-    if not spec.model.normalize:
-        raise SettingsError(
-            f"output.uri {dataset.root}: its vectors are not normalised, an index needs model.normalize"
+def _read_inputs(dataset: Dataset, settings: IndexSettings) -> Inputs:
+    there, manifest = dataset.read_spec(), dataset.read_manifest()
+    name = f"output.uri {dataset.root}"
+    if there is None or manifest is None:
+        raise SettingsError(f"{name}: no complete data set there; run embed.py first")
+    if manifest.dataset_fingerprint != there.fingerprint:
+        raise DatasetMismatchError(
+            f"{name}: its manifest is of another data set ({manifest.dataset_fingerprint[:12]}) than its "
+            f"dataset.json ({there.fingerprint[:12]}); run embed.py again"
         )
+    if not manifest.rows_out:
+        raise SettingsError(f"{name}: the data set has no vectors")
+    if not there.model.normalize:
+        raise SettingsError(f"{name}: its vectors are not normalised, an index needs model.normalize")
     factory = settings.factory
     if factory == "auto":
-        factory = choose_factory(manifest.rows_out, spec.model.dim, settings.memory_bytes)
+        factory = choose_factory(manifest.rows_out, there.model.dim, settings.memory_bytes)
     try:
-        return manifest, check_factory(factory, spec.model.dim, Metric(settings.metric))
+        spec = check_factory(factory, there.model.dim, Metric(settings.metric))
     except IndexBuildError as error:
         raise SettingsError(str(error)) from error
+    if manifest.rows_out < spec.min_training_rows:
+        raise SettingsError(
+            f"index.factory {factory!r} needs at least {spec.min_training_rows:,} vectors to train on, the "
+            f"data set has {manifest.rows_out:,}: use 'auto', 'Flat' or fewer lists, such as "
+            f"IVF{choose_nlist(manifest.rows_out)}"
+        )
+    queries = None
+    if settings.queries is not None:
+        queries = given_queries(dataset.storage, settings.queries, settings.num_queries)
+    key = key_of(
+        FORMAT_VERSION,
+        manifest.dataset_fingerprint,
+        spec.factory,
+        spec.metric.value,
+        settings.layout,
+        settings.range_bytes,
+        settings.recall_target,
+        settings.num_queries,
+        queries.sha256 if queries else None,
+        [m.embeddings.sha256 for m in manifest.shards if m.embeddings is not None],
+    )
+    return Inputs(there, manifest, spec, queries, key)
 
 
-def _build(build: Build, current: dict[str, Any] | None, inputs: str) -> dict[str, Any]:
+def _current(storage: Storage, root: str, inputs: Inputs) -> dict[str, Any] | None:
+    """Return the published index if it is of these inputs and its files are there."""
+    current = read_index(storage, root)
+    if current is None or current["inputs"] != inputs.key:
+        return None
+    for file in index_files(root, current):
+        info = storage.info(file.path)
+        if info is None or info.size != file.bytes:
+            logger.warning("%s: is missing or has another size; building it again", file.path)
+            return None
+    logger.info("nothing to do: the index of %s is up to date", root)
+    return current
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a build came to; ``kept`` are the URIs of files that the next build starts from."""
+
+    files: list[WrittenFile]
+    quality: Quality
+    kept: list[str]
+    sizes: IdArray | None = None
+    drift: float = 0.0
+
+
+def _build(build: Build, inputs: Inputs, settings: Settings) -> dict[str, Any]:
     started = time.time()
-    held_out = hold_out(build)
+    kind = build.spec.kind
+    # First of all, because a model that cannot be loaded should not be noticed after hours.
+    given = None
+    if inputs.queries is not None:
+        given = encode_given(inputs.queries, inputs.dataset.model, settings.model, build.watch)
     trained = get_trained(build, reuse=True)
-    parts: list[str] = []
-    moved, uneven = 0.0, 1.0
-    if build.spec.kind is not Kind.SHARDS:
-        parts = add_parts(build, trained)
-        moved = measure_drift(build, parts, [build.uri(path) for path in current["parts"]] if current else [])
-        if moved > build.settings.max_drift:
-            logger.info("%.0f %% of the new vectors are out of place: training anew", 100 * moved)
-            trained = get_trained(build, reuse=False)
-            parts = add_parts(build, trained)
-    folder = key_of(inputs, trained.sha256)
-    if build.spec.kind is Kind.IVF:
-        merged = merge_parts(build, trained, parts, folder)
-        uneven = imbalance(merged.sizes)
-        tuning, rescored = tune(build, merged.pieces, held_out)
-        files = finish_ivf(build, trained, merged, tuning.chosen.effort, folder)
+    if kind is Kind.SHARDS:
+        shards = build_shards(build, trained)
+        check_count(build, sum(file.rows for file in shards))
+        held_out = hold_out(build, given)
+        folder = key_of(inputs.key, trained.sha256)
+        quality = tune(build, shards, held_out)
+        files = set_effort(build, shards, quality.tuning.chosen.effort, folder, name="shard")
+        made = Made(files, quality, [file.path for file in shards])
     else:
-        flat = build.spec.kind is Kind.FLAT
-        files = finish_flat(build, trained, parts, folder) if flat else build_shards(build, trained, folder)
-        tuning, rescored = tune(build, files, held_out)
+        parts = add_parts(build, trained)
+        sizes = list_sizes(build, trained, parts)
+        drifted = 0.0
+        if kind is Kind.IVF:
+            drifted = measure_drift(build, trained, sizes)
+            if drifted > build.settings.max_drift:
+                logger.info("%.0f %% of the vectors are out of place: training anew", 100 * drifted)
+                trained = get_trained(build, reuse=False)
+                parts = add_parts(build, trained)
+                sizes = list_sizes(build, trained, parts)
+                measure_drift(build, trained, sizes)
+        held_out = hold_out(build, given)
+        folder = key_of(inputs.key, trained.sha256)
+        made = _merge(build, trained, parts, sizes, held_out, folder)
+        made = replace(made, drift=drifted)
+    check_count(build, sum(file.rows for file in made.files))
+    description = _describe(build, inputs, trained, made, len(held_out.queries))
+    description["seconds"] = time.time() - started
+    build.storage.write(build.uri("report.html"), index_report(description, made.sizes))
+    return description
+
+
+def _merge(
+    build: Build,
+    trained: TrainedFile,
+    parts: list[StoredPart],
+    sizes: IdArray,
+    held_out: HeldOut,
+    folder: str,
+) -> Made:
+    kept = [part.uri for part in parts]
+    if build.spec.kind is Kind.FLAT:
+        files = finish_flat(build, trained, parts, folder)
+        return Made(files, tune(build, files, held_out), kept)
+    if knows_header(build, trained):
+        pieces = merge_parts(build, trained, parts, sizes, folder)
+        quality = tune(build, pieces, held_out)
+        files = finish_ivf(build, trained, pieces, quality.tuning.chosen.effort, folder)
+    else:
+        untuned = rebuild_files(build, trained, parts, sizes, folder)
+        quality = tune(build, untuned, held_out)
+        files = set_effort(build, untuned, quality.tuning.chosen.effort, folder, name="index")
+    return Made(files, quality, [*kept, sizes_uri(trained)], sizes)
+
+
+def _describe(
+    build: Build, inputs: Inputs, trained: TrainedFile, made: Made, num_queries: int
+) -> dict[str, Any]:
     below = len(build.uri("x")) - 1
+    spec, quality, tuning = build.spec, made.quality, made.quality.tuning
     return {
         "format_version": FORMAT_VERSION,
-        "inputs": inputs,
+        "inputs": inputs.key,
         "dataset_fingerprint": build.manifest.dataset_fingerprint,
-        "factory": build.spec.factory,
-        "kind": build.spec.kind.value,
-        "metric": build.spec.metric.value,
-        "dim": build.spec.dim,
-        "ntotal": sum(file.rows for file in files),
-        "nlist": build.spec.nlist,
-        "files": [asdict(file) | {"path": file.path[below:]} for file in files],
+        "factory": spec.factory,
+        "kind": spec.kind.value,
+        "metric": spec.metric.value,
+        "dim": spec.dim,
+        "ntotal": sum(file.rows for file in made.files),
+        "nlist": spec.nlist,
+        "files": [asdict(file) | {"path": file.path[below:]} for file in made.files],
         "training": {"path": trained.uri[below:], "sha256": trained.sha256},
-        "parts": [uri[below:] for uri in parts],
+        "parts": [uri[below:] for uri in made.kept],
+        "effort": {Kind.IVF: "nprobe", Kind.SHARDS: "efSearch", Kind.FLAT: None}[spec.kind],
         "nprobe": tuning.chosen.effort,
         "recall_target": tuning.target,
         "reached": tuning.reached,
-        "num_queries": len(held_out.own),
+        "queries": inputs.queries.uri if inputs.queries else "rows of the data set, their own row left out",
+        "num_queries": num_queries,
         "recall": {f"@{r.k}": asdict(r) for r in tuning.chosen.recalls},
         "ceiling": {f"@{r.k}": asdict(r) for r in tuning.ceiling.recalls} if tuning.ceiling else None,
-        "recall_after_exact_reranking": asdict(rescored),
+        "ceiling_queries": quality.ceiling_queries,
+        "recall_after_exact_reranking": asdict(quality.rescored),
+        "gain_of_exact_reranking": quality.rescored.value - tuned_recall(tuning.chosen).value,
         "curve": [{"nprobe": m.effort, **{f"@{r.k}": r.value for r in m.recalls}} for m in tuning.curve],
-        "imbalance": uneven,
-        "drift": moved,
-        "seconds": time.time() - started,
+        "imbalance": 1.0 if made.sizes is None else imbalance(made.sizes),
+        "drift": made.drift,
     }
 
 
 def _sweep(build: Build, description: dict[str, Any]) -> None:
-    """Remove what the published index does not need."""
-    live = {
-        "index.json",
-        "training.json",
-        "lease.json",
-        description["training"]["path"],
-        *description["parts"],
-    }
-    live |= {file["path"] for file in description["files"]}
-    keep = {build.uri(path).rpartition("/index/")[2] for path in live}
-    listed = build.storage.list_files(build.uri())
-    build.storage.delete(info.uri for info in listed if info.uri.rpartition("/index/")[2] not in keep)
-
-
-def _inputs_key(manifest: Manifest, spec: IndexSpec, settings: IndexSettings) -> str:
-    """Return a name for all that decides the files of the index."""
-    shas = [m.embeddings.sha256 for m in manifest.shards if m.embeddings is not None]
-    wanted = [settings.layout, settings.range_bytes, settings.recall_target, settings.num_queries]
-    return key_of(
-        FORMAT_VERSION, manifest.dataset_fingerprint, spec.factory, spec.metric.value, *wanted, shas
-    )
+    """Remove what the published index does not need, and what killed runs left unfinished."""
+    live = {"index.json", "training.json", "report.html", "lease.json", description["training"]["path"]}
+    live |= {*description["parts"], *(file["path"] for file in description["files"])}
+    # A listing names a local file by its full URI, so only what is below the folder can be compared.
+    dead = [
+        info.uri
+        for info in build.storage.list_files(build.uri())
+        if info.uri.rpartition("/index/")[2] not in live
+    ]
+    with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+        list(pool.map(lambda uri: build.storage.delete([uri]), dead))
+    remove_unfinished(build.storage, build.uri())

@@ -5,42 +5,50 @@ Parts and pieces are named by what went into them, so "is it there" is the whole
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import ray
 
+from bge_ray.errors import IncompleteRunError, IndexBuildError
 from bge_ray.index.drift import drift
-from bge_ray.index.factory import IndexSpec
+from bge_ray.index.factory import IndexSpec, index_bytes
+from bge_ray.index.header import HeaderFormatError, ivf_header
 from bge_ray.index.merge import ListRange, plan_ranges, total_sizes
-from bge_ray.index.part import part_sizes
-from bge_ray.io.assemble import concatenate
+from bge_ray.io.assemble import Piece
 from bge_ray.io.shards import ROW_GROUP_ROWS
 from bge_ray.io.storage import Storage, join
 from bge_ray.manifest import FileFact, Manifest
 from bge_ray.pipeline.index_tasks import (
+    StoredPart,
     TrainedFile,
     WrittenFile,
     add_task,
-    file_facts,
+    facts_task,
+    finish_task,
     flat_task,
-    headed_task,
-    open_parts,
+    open_stored,
     piece_task,
+    read_sizes,
+    rebuild_task,
     sample_task,
+    set_effort_task,
     shard_index_task,
     train_task,
+    write_sizes,
 )
 from bge_ray.pipeline.searchers import RangePiece
-from bge_ray.pipeline.tasks import run_tasks
+from bge_ray.pipeline.tasks import largest_node, run_tasks
 from bge_ray.schema import IdArray
 from bge_ray.settings import IndexSettings
 
-# Codes and ids that one add task holds, twice.
-PART_BYTES = 128_000_000
-# Vectors of one HNSW index, in bytes.
-SHARD_BYTES = 1_000_000_000
+logger = logging.getLogger(__name__)
+
+# What a task takes beside its data: Python, NumPy, Arrow, FAISS, one embedding shard.
+TASK_BYTES = 500_000_000
 # A sample takes at most this share of a row group, so that it touches four times as many places.
 SAMPLED_SHARE = 0.25
 SEED = 20260101
@@ -67,24 +75,32 @@ class Build:
         """Return the URI of a file of the index."""
         return join(self.root, "index", *parts)
 
-    def exists(self, uri: str) -> bool:
-        """Tell whether a file is there; everything is written whole or not at all."""
-        return self.storage.info(uri) is not None
+    def there(self, *parts: str) -> dict[str, int]:
+        """Return the sizes of the files of a folder by name; each is written whole or not at all."""
+        return {i.uri.rpartition("/")[2]: i.size for i in self.storage.list_files(self.uri(*parts))}
 
-    def run(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Run tasks and return their results in the order of the arguments."""
+    def run(
+        self,
+        function: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        *,
+        num_cpus: float = 1.0,
+        memory_bytes: int = 0,
+        fetch: bool = True,
+    ) -> list[Any]:
+        """Run tasks and return their results in the order of the arguments; see `run_tasks`."""
         results: list[Any] = [None] * len(arguments)
-        for number, result in run_tasks(function, arguments, at_once=self.at_once, watch=self.watch):
+        for number, result in run_tasks(
+            function,
+            arguments,
+            at_once=self.at_once,
+            watch=self.watch,
+            num_cpus=num_cpus,
+            memory_bytes=memory_bytes,
+            fetch=fetch,
+        ):
             results[number] = result
         return results
-
-
-@dataclass(frozen=True)
-class Merged:
-    """Merged ranges of lists, still without headers, and the (nlist,) list sizes of the whole."""
-
-    sizes: IdArray
-    pieces: list[RangePiece]
 
 
 def key_of(*parts: object) -> str:
@@ -93,129 +109,275 @@ def key_of(*parts: object) -> str:
 
 
 def get_trained(build: Build, *, reuse: bool) -> TrainedFile:
-    """Return the stored trained index if it is of this factory, else train one on a sample of all shards."""
-    spec, fingerprint = build.spec, build.manifest.dataset_fingerprint
-    stored = build.storage.read_optional(build.uri("training.json"))
-    if reuse and stored is not None:
-        record = json.loads(stored)
-        if record.pop("dataset_fingerprint") == fingerprint:
-            trained = TrainedFile(**record)
-            if (trained.factory, trained.metric, trained.dim) == (spec.factory, spec.metric.value, spec.dim):
-                return trained
+    """Return the stored trained index if it is of this factory, else train one on a sample of all shards.
+
+    Raises:
+        IndexBuildError: training.json is damaged.
+    """
+    spec = build.spec
+    wanted = {
+        "dataset_fingerprint": build.manifest.dataset_fingerprint,
+        "factory": spec.factory,
+        "metric": spec.metric.value,
+        "dim": spec.dim,
+    }
+    record = _read_training(build) if reuse else None
+    if record is not None and {key: record.get(key) for key in wanted} == wanted:
+        uri = build.uri(record["path"])
+        if build.storage.info(uri) is not None:
+            return TrainedFile(uri, record["sha256"], spec.factory, spec.metric.value, spec.dim)
+        logger.warning("%s is gone: training anew", uri)
+    logger.info("training %s on %d rows", spec.factory, min(spec.training_rows, build.manifest.rows_out))
+    path = f"trained/{key_of(spec.factory, spec.metric.value, [f.sha256 for f in build.facts])}.faiss"
+    cpus = max(1, int(largest_node("CPU")))
     sample = _draw_sample(build, spec.training_rows)
-    uri = build.uri(
-        "trained", f"{key_of(spec.factory, spec.metric.value, [f.sha256 for f in build.facts])}.faiss"
-    )
-    [sha256] = build.run(train_task, [(build.storage, uri, spec.factory, spec.metric.value, sample)])
-    trained = TrainedFile(uri, sha256, spec.factory, spec.metric.value, spec.dim)
-    record = asdict(trained) | {"dataset_fingerprint": fingerprint}
+    arguments = (build.storage, build.uri(path), spec.factory, spec.metric.value, spec.dim, cpus, *sample)
+    memory = TASK_BYTES + 16 * spec.training_rows * spec.dim
+    [sha256] = build.run(train_task, [arguments], num_cpus=cpus, memory_bytes=memory)
+    record = wanted | {"path": path, "sha256": sha256}
     build.storage.write(build.uri("training.json"), json.dumps(record, indent=1).encode())
-    return trained
+    return TrainedFile(build.uri(path), sha256, spec.factory, spec.metric.value, spec.dim)
 
 
-def add_parts(build: Build, trained: TrainedFile) -> list[str]:
-    """Encode all shards into parts; returns the URIs of the parts, in order of place."""
-    groups = _group(build.facts, PART_BYTES // (build.spec.code_size + 8))
-    uris = [
-        build.uri("parts", f"{key_of(trained.sha256, [f.sha256 for f in group])}.part") for group in groups
+def add_parts(build: Build, trained: TrainedFile) -> list[StoredPart]:
+    """Encode all shards into parts, in order of place."""
+    groups = group_shards(build.facts, build.settings.part_bytes // (build.spec.code_size + 8))
+    names = [f"{key_of(trained.sha256, [f.sha256 for f in group])}.part" for group in groups]
+    there = build.there("parts")
+    todo = [
+        (build.storage, build.root, trained, group, build.uri("parts", name))
+        for group, name in zip(groups, names, strict=True)
+        if name not in there
     ]
-    there = {info.uri.rpartition("/")[2] for info in build.storage.list_files(build.uri("parts"))}
-    build.run(
-        add_task,
-        [
-            (build.storage, build.root, trained, group, uri)
-            for group, uri in zip(groups, uris, strict=True)
-            if uri.rpartition("/")[2] not in there
-        ],
-    )
-    return uris
+    logger.info("adding: %d of %d parts are to do", len(todo), len(names))
+    memory = TASK_BYTES + 2 * build.settings.part_bytes + 2 * index_bytes(build.spec, 0)
+    build.run(add_task, todo, memory_bytes=memory)
+    return open_stored(build.storage, [build.uri("parts", name) for name in names])
 
 
-def measure_drift(build: Build, parts: Sequence[str], known: Sequence[str]) -> float:
-    """Return how far the parts that are not among the ``known`` ones are out of place; 0 without either."""
-    old, new = [uri for uri in parts if uri in known], [uri for uri in parts if uri not in known]
-    if not old or not new:
-        return 0.0
-    before, after = (
-        sum(
-            (part_sizes(part) for part in open_parts(build.storage, uris)),
-            np.zeros(build.spec.nlist, np.int64),
+def list_sizes(build: Build, trained: TrainedFile, parts: Sequence[StoredPart]) -> IdArray:
+    """Add up the (nlist,) list sizes of all parts.
+
+    Raises:
+        IndexBuildError: the parts do not belong together.
+        IncompleteRunError: they do not hold each vector of the data set once.
+    """
+    sizes = total_sizes(trained.load(build.storage), [part.open(build.storage) for part in parts])
+    check_count(build, int(sizes.sum()))
+    return sizes
+
+
+def check_count(build: Build, ntotal: int) -> None:
+    """Make sure that an index of ``ntotal`` vectors holds every vector of the data set.
+
+    Raises:
+        IncompleteRunError: it does not.
+    """
+    if ntotal != build.manifest.rows_out:
+        raise IncompleteRunError(
+            f"the index would hold {ntotal:,} vectors, the data set has {build.manifest.rows_out:,}; "
+            f"remove {build.uri('parts')} and run again"
         )
-        for uris in (old, new)
-    )
-    return drift(before, after)
 
 
-def merge_parts(build: Build, trained: TrainedFile, parts: Sequence[str], folder: str) -> Merged:
-    """Merge the parts of an IVF index by ranges of lists balanced by bytes."""
-    loaded = trained.load(build.storage)
-    sizes = total_sizes(loaded, open_parts(build.storage, parts))
-    ranges = plan_ranges(loaded, sizes, build.settings.range_bytes)
-    uris = [build.uri(folder, f"piece-{lists.start:07d}-{lists.stop:07d}") for lists in ranges]
-    there = {info.uri.rpartition("/")[2]: info.size for info in build.storage.list_files(build.uri(folder))}
-    build.run(
-        piece_task,
-        [
-            (build.storage, tuple(parts), lists, uri)
-            for lists, uri in zip(ranges, uris, strict=True)
-            if there.get(uri.rpartition("/")[2]) != lists.n_bytes
-        ],
-    )
-    pieces = [
-        RangePiece(trained, uri, lists.n_bytes, _inside(sizes, lists))
-        for lists, uri in zip(ranges, uris, strict=True)
+def measure_drift(build: Build, trained: TrainedFile, sizes: IdArray) -> float:
+    """Return the share of vectors that lie elsewhere than when the index was trained; see `index.drift`.
+
+    The list sizes of the first build with a training are stored beside it; this writes them.
+    """
+    uri = sizes_uri(trained)
+    if build.storage.info(uri) is None:
+        write_sizes(build.storage, uri, sizes)
+        return 0.0
+    return drift(read_sizes(build.storage, uri), sizes)
+
+
+def sizes_uri(trained: TrainedFile) -> str:
+    """Return where the list sizes at the time of the training are kept."""
+    return trained.uri.removesuffix(".faiss") + ".sizes"
+
+
+def merge_parts(
+    build: Build, trained: TrainedFile, parts: Sequence[StoredPart], sizes: IdArray, folder: str
+) -> list[RangePiece]:
+    """Merge the parts of an IVF index by ranges of lists balanced by bytes; headers come later."""
+    ranges = plan_ranges(trained.load(build.storage), sizes, build.settings.range_bytes)
+    names = [f"piece-{lists.start:07d}-{lists.stop:07d}" for lists in ranges]
+    there = build.there(folder)
+    sizes_at = build.uri(folder, "sizes")
+    write_sizes(build.storage, sizes_at, sizes)
+    shared = ray.put(list(parts))
+    todo = [
+        (build.storage, shared, lists, build.uri(folder, name))
+        for lists, name in zip(ranges, names, strict=True)
+        if there.get(name) != lists.n_bytes
     ]
-    return Merged(sizes, pieces)
+    logger.info("merging: %d of %d ranges are to do", len(todo), len(ranges))
+    longest = max(lists.n_bytes for lists in ranges)
+    build.run(piece_task, todo, memory_bytes=TASK_BYTES + longest)
+    return [
+        RangePiece(trained, build.uri(folder, name), lists, sizes_at)
+        for lists, name in zip(ranges, names, strict=True)
+    ]
+
+
+def knows_header(build: Build, trained: TrainedFile) -> bool:
+    """Tell whether FAISS writes the file layout known here; if not, FAISS itself must merge."""
+    try:
+        ivf_header(trained.load(build.storage), np.zeros(build.spec.nlist, np.int64))
+    except HeaderFormatError as error:
+        logger.warning("%s: merging by FAISS itself, which takes three times the memory", error)
+        return False
+    return True
 
 
 def finish_ivf(
-    build: Build, trained: TrainedFile, merged: Merged, nprobe: int, folder: str
+    build: Build, trained: TrainedFile, pieces: Sequence[RangePiece], nprobe: int, folder: str
 ) -> list[WrittenFile]:
     """Put headers with the tuned nprobe in front, and make the file or files to be published."""
-    if build.settings.layout == "ranges" or len(merged.pieces) == 1:
-        names = [f"range-{n:05d}.faiss" for n in range(len(merged.pieces))]
-        if build.settings.layout == "single":
-            names = ["index.faiss"]
-        return build.run(
-            headed_task,
-            [
-                (build.storage, trained, piece.piece, piece.sizes, nprobe, build.uri(folder, name))
-                for piece, name in zip(merged.pieces, names, strict=True)
-            ],
-        )
-    head = build.uri(folder, "piece-head")
-    build.run(headed_task, [(build.storage, trained, merged.pieces[0].piece, merged.sizes, nprobe, head)])
-    uri = build.uri(folder, "index.faiss")
-    concatenate(build.storage, [head, *(piece.piece for piece in merged.pieces[1:])], uri)
-    return build.run(file_facts, [(build.storage, uri, uri, int(merged.sizes.sum()))])
-
-
-def finish_flat(build: Build, trained: TrainedFile, parts: Sequence[str], folder: str) -> list[WrittenFile]:
-    """Merge an index without lists into one file."""
-    uri = build.uri(folder, "index.faiss")
-    arguments = (build.storage, trained, tuple(parts), build.settings.range_bytes, build.uri(folder, "piece"))
-    [pieces] = build.run(flat_task, [arguments])
-    concatenate(build.storage, pieces, uri)
-    return build.run(file_facts, [(build.storage, uri, uri, sum(fact.rows for fact in build.facts))])
-
-
-def build_shards(build: Build, trained: TrainedFile, folder: str) -> list[WrittenFile]:
-    """Build HNSW indexes side by side, to be searched together."""
-    groups = _group(build.facts, max(1, SHARD_BYTES // build.spec.code_size))
+    groups = [[piece] for piece in pieces] if build.settings.layout == "ranges" else [list(pieces)]
+    names = file_names(build, len(groups))
     return build.run(
-        shard_index_task,
+        finish_task,
         [
-            (build.storage, build.root, trained, group, build.uri(folder, f"shard-{number:05d}.faiss"))
-            for number, group in enumerate(groups)
+            (
+                build.storage,
+                trained,
+                pieces[0].sizes_uri,
+                ListRange(group[0].lists.start, group[-1].lists.stop, 0),
+                [Piece(piece.uri, piece.lists.n_bytes) for piece in group],
+                nprobe,
+                build.uri(folder, name),
+            )
+            for group, name in zip(groups, names, strict=True)
+        ],
+        memory_bytes=TASK_BYTES + 4 * index_bytes(build.spec, 0),
+    )
+
+
+def finish_flat(
+    build: Build, trained: TrainedFile, parts: Sequence[StoredPart], folder: str
+) -> list[WrittenFile]:
+    """Merge an index without lists into one file, or into files of at most about range_bytes."""
+    groups = [list(parts)]
+    if build.settings.layout == "ranges":
+        groups, held = [], 0
+        for part in parts:
+            size = part.head.rows * part.head.entry_bytes
+            if not groups or held + size > build.settings.range_bytes:
+                groups.append([])
+                held = 0
+            groups[-1].append(part)
+            held += size
+    return build.run(
+        flat_task,
+        [
+            (build.storage, trained, group, build.settings.range_bytes, build.uri(folder, name))
+            for group, name in zip(groups, file_names(build, len(groups)), strict=True)
+        ],
+        memory_bytes=TASK_BYTES + 3 * build.settings.range_bytes,
+    )
+
+
+def rebuild_files(
+    build: Build, trained: TrainedFile, parts: Sequence[StoredPart], sizes: IdArray, folder: str
+) -> list[WrittenFile]:
+    """Merge the parts of an IVF index by FAISS itself, where its file layout is not known here."""
+    most = build.settings.range_bytes if build.settings.layout == "ranges" else 1 << 62
+    ranges = plan_ranges(trained.load(build.storage), sizes, most)
+    longest = max(lists.n_bytes for lists in ranges)
+    return build.run(
+        rebuild_task,
+        [
+            (build.storage, trained, list(parts), lists, build.uri(folder, f"untuned-{number:05d}"))
+            for number, lists in enumerate(ranges)
+        ],
+        memory_bytes=TASK_BYTES + 3 * longest,
+    )
+
+
+def build_shards(build: Build, trained: TrainedFile) -> list[WrittenFile]:
+    """Build HNSW indexes side by side, to be searched together; those that are there are kept."""
+    groups = group_shards(build.facts, max(1, build.settings.range_bytes // build.spec.code_size))
+    names = [f"{key_of(trained.sha256, [f.sha256 for f in group])}.shard" for group in groups]
+    there = build.there("parts")
+    todo = [
+        (build.storage, build.root, trained, group, build.uri("parts", name))
+        for group, name in zip(groups, names, strict=True)
+        if name not in there
+    ]
+    logger.info("building: %d of %d index shards are to do", len(todo), len(names))
+    build.run(shard_index_task, todo, memory_bytes=TASK_BYTES + 3 * build.settings.range_bytes)
+    return build.run(
+        facts_task,
+        [
+            (build.storage, build.uri("parts", name), sum(fact.rows for fact in group))
+            for group, name in zip(groups, names, strict=True)
         ],
     )
 
 
-def _draw_sample(build: Build, wanted: int) -> np.ndarray:
-    """Draw rows uniformly over all shards, by row groups; returns (n, dim) float32."""
-    empty = np.empty((0, build.spec.dim), np.float32)
+def set_effort(
+    build: Build, files: Sequence[WrittenFile], effort: int, folder: str, *, name: str
+) -> list[WrittenFile]:
+    """Copy files with the tuned nprobe or efSearch in them, which plain FAISS then uses."""
+    names = [f"{name}-{number:05d}.faiss" for number in range(len(files))]
+    if name == "index":
+        names = file_names(build, len(files))
+    return build.run(
+        set_effort_task,
+        [
+            (build.storage, file, effort, build.uri(folder, target))
+            for file, target in zip(files, names, strict=True)
+        ],
+        memory_bytes=TASK_BYTES + 3 * max(file.bytes for file in files),
+    )
+
+
+def file_names(build: Build, count: int) -> list[str]:
+    """Return the names of the files to publish."""
+    if build.settings.layout == "single":
+        return ["index.faiss"]
+    return [f"range-{number:05d}.faiss" for number in range(count)]
+
+
+def group_shards(facts: Sequence[FileFact], max_rows: int) -> list[tuple[FileFact, ...]]:
+    """Group neighbouring shards, of at most so many rows together, so that a change stays local.
+
+    A group ends behind a shard whose hash says so, which is half a group's rows on average; so the
+    groups after a shard that came, changed or went are mostly the same as before, and so are their parts.
+    """
+    groups: list[list[FileFact]] = []
+    rows, ended = 0, True
+    for fact in facts:
+        if ended or rows + fact.rows > max_rows:
+            groups.append([])
+            rows = 0
+        groups[-1].append(fact)
+        rows += fact.rows
+        ended = int(fact.sha256[:8], 16) / 2**32 < 2 * fact.rows / max_rows
+    return [tuple(group) for group in groups]
+
+
+def _read_training(build: Build) -> dict[str, Any] | None:
+    uri = build.uri("training.json")
+    stored = build.storage.read_optional(uri)
+    if stored is None:
+        return None
+    try:
+        record = dict(json.loads(stored))
+        complete = all(isinstance(record[key], str) for key in ("path", "sha256"))
+    except (ValueError, KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise IndexBuildError(f"{uri}: is damaged; remove it to train anew")
+    return record
+
+
+def _draw_sample(build: Build, wanted: int) -> list[Any]:
+    """Draw rows uniformly over all shards, by row groups; returns references, since a sample may be large."""
     if not wanted:
-        return empty
+        return []
     rng = np.random.default_rng(SEED)
     facts = build.facts
     groups = [(s, g) for s, fact in enumerate(facts) for g in range(-(-fact.rows // ROW_GROUP_ROWS))]
@@ -232,27 +394,9 @@ def _draw_sample(build: Build, wanted: int) -> np.ndarray:
             rng.choice(rows_of[number], take, replace=False).tolist()
         )
         left -= take
-    found = build.run(
+    return build.run(
         sample_task,
         [(build.storage, build.root, facts[shard], where) for shard, where in sorted(chosen.items())],
+        memory_bytes=TASK_BYTES,
+        fetch=False,
     )
-    return np.concatenate([empty, *(vectors for vectors, _ in found)])
-
-
-def _group(facts: Sequence[FileFact], max_rows: int) -> list[tuple[FileFact, ...]]:
-    """Group neighbouring shards while they have at most so many rows together."""
-    groups: list[list[FileFact]] = []
-    rows = 0
-    for fact in facts:
-        if not groups or rows + fact.rows > max_rows:
-            groups.append([])
-            rows = 0
-        groups[-1].append(fact)
-        rows += fact.rows
-    return [tuple(group) for group in groups]
-
-
-def _inside(sizes: IdArray, lists: ListRange) -> IdArray:
-    inside = np.zeros_like(sizes)
-    inside[lists.start : lists.stop] = sizes[lists.start : lists.stop]
-    return inside

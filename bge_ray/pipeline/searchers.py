@@ -2,7 +2,7 @@
 
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
@@ -12,23 +12,30 @@ from ray.actor import ActorHandle
 
 from bge_ray.errors import IndexBuildError
 from bge_ray.index.header import ivf_header
+from bge_ray.index.merge import ListRange
+from bge_ray.index.package import Index, use_threads
 from bge_ray.index.search import load_index, search
 from bge_ray.index.topk import Results, merge_topk
 from bge_ray.io.storage import Storage
-from bge_ray.pipeline.index_tasks import TrainedFile, WrittenFile
-from bge_ray.schema import FloatArray, IdArray
+from bge_ray.pipeline.index_tasks import TrainedFile, WrittenFile, read_sizes, sizes_inside
+from bge_ray.pipeline.tasks import largest_node, wait_for
+from bge_ray.schema import FloatArray
 
 DOWNLOAD_BYTES = 32 << 20
+MAX_RESTARTS = 5
 
 
 @dataclass(frozen=True)
 class RangePiece:
-    """A merged range of lists without a header, which the searcher puts in front; ``sizes`` are 0 outside."""
+    """A merged range of lists without a header, which the searcher puts in front.
+
+    ``sizes_uri`` holds the (nlist,) list sizes of the whole index, which headers are made from.
+    """
 
     trained: TrainedFile
-    piece: str
-    bytes: int
-    sizes: IdArray
+    uri: str
+    lists: ListRange
+    sizes_uri: str
 
 
 IndexSource: TypeAlias = WrittenFile | RangePiece
@@ -37,53 +44,80 @@ IndexSource: TypeAlias = WrittenFile | RangePiece
 class Searcher:
     """Holds index files on its machine's disk, mapped into memory; lists are read as they are probed."""
 
-    def __init__(self, storage: Storage, sources: Sequence[IndexSource]) -> None:
-        """Fetch and check the files.
-
-        Raises:
-            IndexBuildError: a file is not the one that was written.
-        """
+    def __init__(self, storage: Storage, sources: Sequence[IndexSource], threads: int) -> None:
+        """Note what to hold, and how many threads a search may use; files are fetched at the first one."""
+        self._storage, self._sources = storage, sources
         self._folder = tempfile.TemporaryDirectory(prefix="bge-ray-index-")
-        self._indexes = []
-        for number, source in enumerate(sources):
-            path = Path(self._folder.name) / f"{number}.faiss"
-            with path.open("wb") as target:
-                if isinstance(source, RangePiece):
-                    target.write(ivf_header(source.trained.load(storage), source.sizes))
-                    _download(storage, source.piece, source.bytes, target)
-                else:
-                    found = _download(storage, source.path, source.bytes, target)
-                    if found != source.sha256:
-                        raise IndexBuildError(
-                            f"{source.path}: is damaged, its sha256 is {found}, not {source.sha256}"
-                        )
-            self._indexes.append(load_index(path))
+        self._indexes: list[Index] = []
+        use_threads(threads)
 
     def search(self, queries: FloatArray, k: int, effort: int | None) -> Results:
-        """Return the best k over all files of this actor; see `index.search.search`."""
+        """Return the best k over all files of this actor; see `index.search.search`.
+
+        Raises:
+            IndexBuildError: a file is not the one that was written, or a query is bad.
+        """
+        while len(self._indexes) < len(self._sources):
+            number = len(self._indexes)
+            path = Path(self._folder.name) / f"{number}.faiss"
+            self._fetch(self._sources[number], path)
+            self._indexes.append(load_index(path))
         return merge_topk([search(index, queries, k, effort=effort) for index in self._indexes], k)
 
+    def _fetch(self, source: IndexSource, path: Path) -> None:
+        with path.open("wb") as target:
+            if isinstance(source, WrittenFile):
+                found = _download(self._storage, source.path, source.bytes, target)
+                if found != source.sha256:
+                    raise IndexBuildError(
+                        f"{source.path}: is damaged, its sha256 is {found}, not {source.sha256}"
+                    )
+                return
+            inside = sizes_inside(read_sizes(self._storage, source.sizes_uri), source.lists)
+            target.write(ivf_header(source.trained.load(self._storage), inside))
+            _download(self._storage, source.uri, source.lists.n_bytes, target)
 
-def start_searchers(
-    storage: Storage, sources: Sequence[IndexSource], count: int, num_cpus: float
-) -> list[ActorHandle]:
-    """Start actors that share the sources evenly; together they are the index."""
-    count = max(1, min(count, len(sources)))
-    actor = ray.remote(num_cpus=num_cpus, max_restarts=-1, max_task_retries=-1)(Searcher)
-    return [actor.remote(storage, sources[i::count]) for i in range(count)]
+
+def start_searchers(storage: Storage, sources: Sequence[IndexSource], at_once: int) -> list[ActorHandle]:
+    """Start actors that share the sources evenly; together they are the index.
+
+    Args:
+        storage: where the sources are.
+        sources: whole files, or pieces.
+        at_once: CPUs that the actors may reserve together.
+    """
+    count = max(1, min(at_once, len(sources)))
+    threads = max(1, min(at_once // count, int(largest_node("CPU"))))
+    # Spread, because each of them holds its share of the index on its machine's disk.
+    actor = ray.remote(
+        num_cpus=threads,
+        max_restarts=MAX_RESTARTS,
+        max_task_retries=MAX_RESTARTS,
+        scheduling_strategy="SPREAD",
+    )(Searcher)
+    return [actor.remote(storage, sources[i::count], threads) for i in range(count)]
 
 
-def search_all(searchers: Sequence[ActorHandle], queries: FloatArray, k: int, effort: int | None) -> Results:
-    """Search all actors and merge what they find."""
+def search_all(
+    searchers: Sequence[ActorHandle],
+    queries: FloatArray,
+    k: int,
+    effort: int | None,
+    watch: Callable[[], None],
+) -> Results:
+    """Search all actors and merge what they find; ``watch`` is called while they work."""
     shared = ray.put(queries)
-    return merge_topk(ray.get([s.search.remote(shared, k, effort) for s in searchers]), k)
+    return merge_topk(wait_for([s.search.remote(shared, k, effort) for s in searchers], watch), k)
 
 
 def _download(storage: Storage, uri: str, size: int, target: BinaryIO) -> str:
     """Append an object to an open file in bounded memory; returns its sha256 in hex."""
     digest = hashlib.sha256()
     for start in range(0, size, DOWNLOAD_BYTES):
-        block = storage.read_range(uri, start, min(size, start + DOWNLOAD_BYTES))
+        stop = min(size, start + DOWNLOAD_BYTES)
+        block = storage.read_range(uri, start, stop)
+        if len(block) != stop - start:
+            raise IndexBuildError(f"{uri}: ends at byte {start + len(block)} of {size}")
         digest.update(block)
         target.write(block)
     return digest.hexdigest()

@@ -68,7 +68,6 @@ def test_peak_memory_stays_when_the_corpus_is_tripled(bucket: str, tiny_model: P
         assert read_manifest(f"{root}/out").rows_out == times * ROWS
     print("\npeak private memory in MB")
     for kind in sorted(peaks[0]):
-        print(
-            f"  {kind:<8} {peaks[0][kind]:7.0f} for {ROWS:,} rows, {peaks[1][kind]:7.0f} for {3 * ROWS:,} rows"
-        )
+        one, three = peaks[0][kind], peaks[1][kind]
+        print(f"  {kind:<8} {one:7.0f} for {ROWS:,} rows, {three:7.0f} for {3 * ROWS:,} rows")
         assert peaks[1][kind] < 1.15 * peaks[0][kind] + 15, kind
