@@ -47,7 +47,6 @@ class Searcher:
     def __init__(self, storage: Storage, sources: Sequence[IndexSource], threads: int) -> None:
         """Note what to hold, and how many threads a search may use; files are fetched at the first one."""
         self._storage, self._sources = storage, sources
-        self._folder = tempfile.TemporaryDirectory(prefix="bge-ray-index-")
         self._indexes: list[Index] = []
         use_threads(threads)
 
@@ -58,10 +57,11 @@ class Searcher:
             IndexBuildError: a file is not the one that was written, or a query is bad.
         """
         while len(self._indexes) < len(self._sources):
-            number = len(self._indexes)
-            path = Path(self._folder.name) / f"{number}.faiss"
-            self._fetch(self._sources[number], path)
-            self._indexes.append(load_index(path))
+            # The name goes as soon as the file is mapped: an actor ends by being killed, and would leave it.
+            with tempfile.TemporaryDirectory(prefix="bge-ray-index-") as folder:
+                path = Path(folder) / "index.faiss"
+                self._fetch(self._sources[len(self._indexes)], path)
+                self._indexes.append(load_index(path))
         return merge_topk([search(index, queries, k, effort=effort) for index in self._indexes], k)
 
     def _fetch(self, source: IndexSource, path: Path) -> None:

@@ -469,3 +469,23 @@ def test_the_report_is_one_page_with_both_pictures(bucket: str) -> None:
     assert page.count("<svg") == 2
     assert "IVF32,SQ8" in page
     assert not any(word in page for word in ("src=", "<link", "<script", "@import"))
+
+
+def test_a_searcher_leaves_nothing_on_the_disk_however_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tempfile
+
+    from bge_ray.pipeline.searchers import Searcher
+
+    root = str(tmp_path / "out")
+    make_dataset(root, [4000], DIM)
+    index = build_index(settings_for(root, "index.factory=IVF16,SQ8"))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    searcher = Searcher(STORAGE, index_files(root, index), threads=1)
+    queries = clustered(20, DIM, seed=3)
+    first = searcher.search(queries, 5, 16)
+    assert list(scratch.iterdir()) == []
+    np.testing.assert_array_equal(searcher.search(queries, 5, 16)[1], first[1])
