@@ -15,7 +15,7 @@ demo: $(VENV)/.demo ## embed, index and search the docstrings of this Python, of
 test: $(VENV)/.dev ## the tests, with a real Ray, a real S3 server and real weights
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(VENV)/.dev ## the long ones: real kills of drivers, actors, nodes and the store, memory, scale
+test-slow: $(VENV)/.dev ## the long ones: search and rerank on Ray, real kills of drivers, actors, nodes and the store, memory
 	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/.dev ## format, lint, types, import contracts, quick tests

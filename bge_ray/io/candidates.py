@@ -45,6 +45,21 @@ class _Row:
     place: str
 
 
+def find_candidates(storage: Storage, uri: str) -> ObjectInfo:
+    """Return the file itself, or of a folder its run.parquet or run.trec.
+
+    Raises:
+        CorpusError: there is neither.
+    """
+    names = ("", "/run.parquet", "/run.trec")
+    for name in names:
+        info = storage.info(f"{uri.rstrip('/')}{name}")
+        # An object store may tell of a folder as of an empty object.
+        if info is not None and any(found.uri == info.uri for found in storage.list_files(info.uri)):
+            return info
+    raise CorpusError(f"{uri}: no such file, and no folder with a run.parquet or run.trec")
+
+
 def read_candidate_lists(storage: Storage, uri: str, reject: Reject) -> Iterator[Candidates]:
     """Yield the candidates of each query, each passage once, sorted where there are scores.
 
@@ -61,7 +76,7 @@ def read_candidate_lists(storage: Storage, uri: str, reject: Reject) -> Iterator
     Raises:
         CorpusError: there is no such file, it is unreadable, or nothing in it looks like candidates.
     """
-    info = _find(storage, uri)
+    info = find_candidates(storage, uri)
     read = 0
     seen: set[str] = set()
     for query_id, group in itertools.groupby(_read_rows(storage, info, reject), key=lambda row: row.query_id):
@@ -105,23 +120,6 @@ def _candidates(query_id: str, rows: list[_Row], reject: Reject) -> Candidates:
         query,
         texts if found and len(texts) == len(found) else None,
     )
-
-
-def _find(storage: Storage, uri: str) -> ObjectInfo:
-    info = storage.info(uri)
-    if info is not None and not info.size:
-        raise CorpusError(f"{uri}: holds no candidates")
-    if info is not None and _is_file(storage, info):
-        return info
-    for name in ("run.parquet", "run.trec"):
-        inside = storage.info(f"{uri.rstrip('/')}/{name}")
-        if inside is not None:
-            return inside
-    raise CorpusError(f"{uri}: no such file, and no folder with a run.parquet or run.trec")
-
-
-def _is_file(storage: Storage, info: ObjectInfo) -> bool:
-    return any(found.uri == info.uri for found in storage.list_files(info.uri))
 
 
 def _read_rows(storage: Storage, info: ObjectInfo, reject: Reject) -> Iterator[_Row]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bge_ray.errors import BgeRayError, IncompleteRunError, SettingsError
-from bge_ray.io.candidates import read_candidate_lists
+from bge_ray.io.candidates import find_candidates, read_candidate_lists
 from bge_ray.io.dataset import Dataset
 from bge_ray.io.lease import Lease
 from bge_ray.io.lookup import ShardMap
@@ -46,7 +46,7 @@ from bge_ray.pipeline.search_runs import (
     read_current,
     write_report,
 )
-from bge_ray.pipeline.search_sizes import Pool, PoolSizes, cluster_pools
+from bge_ray.pipeline.search_sizes import Pool, PoolSizes, cluster_pools, compute_dtype
 from bge_ray.pipeline.search_stages import read_stage
 from bge_ray.pipeline.stopping import Stopped, StopRequest
 from bge_ray.settings import RerankSettings, Settings
@@ -89,7 +89,10 @@ def rerank(settings: Settings, stop: StopRequest | None = None) -> dict[str, Any
     current = read_current(work.storage, work.folder, work.key)
     if current is not None:
         logger.info("nothing to do: %s is up to date", work.folder)
+        _check_share(settings, current, work.folder)
         return current | {"outcome": "nothing to do"}
+    dtype = compute_dtype(settings, "rerankers", settings.rerank.dtype, "float16")
+    work = dataclasses.replace(work, spec=dataclasses.replace(work.spec, dtype=dtype))
     stop = stop or StopRequest()
     with stop.deferred(), Lease(work.storage, work.folder) as lease:
         watch = make_watch(lease, stop)
@@ -118,10 +121,7 @@ def rerank(settings: Settings, stop: StopRequest | None = None) -> dict[str, Any
             if not lease.lost.is_set():
                 write_report(work.storage, work.folder, report)
         clear_work(work.storage, work.folder)
-    allowed = settings.rerank.max_rejected_fraction
-    left_out = report["pairs_in"] - report["pairs_out"] + report["lists_rejected"]
-    share = left_out / max(1, report["pairs_in"] + report["lists_rejected"])
-    check_rejected(report, work.folder, share, allowed, "rerank.max_rejected_fraction")
+    _check_share(settings, report, work.folder)
     return report
 
 
@@ -159,12 +159,10 @@ def rerank_receipts(
 
 
 def make_score_job(settings: Settings, place: Workplace, spec: RerankerSpec, pool: Pool) -> ScoreJob:
-    """Return what the reranker pool must know; the automatic dtype and budget go by its device."""
+    """Return what the reranker pool must know; the automatic budget goes by its device."""
     budget = settings.rerank.token_budget
     if budget == "auto":
         budget = GPU_TOKEN_BUDGET if pool.gpus else CPU_TOKEN_BUDGET
-    if settings.rerank.dtype == "auto":
-        spec = dataclasses.replace(spec, dtype="float16" if pool.gpus else "float32")
     return ScoreJob(place, spec, Device(pool.device, pool.threads, budget, settings.rerank.trust_remote_code))
 
 
@@ -196,17 +194,26 @@ def make_text_source(settings: RerankSettings, source: Source, sizes: PoolSizes)
     )
 
 
+def _check_share(settings: Settings, report: dict[str, Any], folder: str) -> None:
+    left_out = report["pairs_in"] - report["pairs_out"] + report["lists_rejected"]
+    share = left_out / max(1, report["pairs_in"] + report["lists_rejected"])
+    allowed = settings.rerank.max_rejected_fraction
+    check_rejected(report, folder, share, allowed, "rerank.max_rejected_fraction")
+
+
 def _prepare(settings: Settings) -> _Work:
     settings.require("rerank.candidates", "rerank.output")
     storage = Storage(settings.output.storage_timeout_s)
     source = open_source(settings) if settings.output.uri is not None else None
     spec = settle_reranker(settings.rerank)
-    inputs = []
-    for uri in (settings.rerank.candidates, settings.search.queries):
-        listed = storage.list_files(uri) if uri is not None else []
-        inputs.append([(info.uri, info.size, info.etag) for info in listed])
+    found = [find_candidates(storage, str(settings.rerank.candidates))]
+    if settings.search.queries is not None:
+        found += storage.list_files(settings.search.queries)
+    inputs = [(info.uri, info.size, info.etag) for info in found]
     work = _Work(storage, str(settings.rerank.output), source, spec, "")
-    return dataclasses.replace(work, key=digest(_unit_key(settings, work), settings.search.tag, inputs))
+    # The dtype of a report's key is the one asked for: a run that is there is not made anew on other devices.
+    asked = (settings.rerank.dtype, settings.search.tag, inputs)
+    return dataclasses.replace(work, key=digest(_unit_key(settings, work), *asked))
 
 
 def _unit_key(settings: Settings, work: _Work) -> str:
@@ -217,7 +224,7 @@ def _unit_key(settings: Settings, work: _Work) -> str:
         shards = [m.embeddings.sha256 for m in work.source.manifest.shards if m.embeddings is not None]
         corpus = [work.source.spec.fingerprint, shards]
     spec = dataclasses.asdict(dataclasses.replace(work.spec, name="", revision=None))
-    return digest("rerank", FORMAT_VERSION, spec, rerank.dtype, rerank.depth, rerank.texts, corpus)
+    return digest("rerank", FORMAT_VERSION, spec, rerank.depth, rerank.texts, corpus)
 
 
 def _blocks(

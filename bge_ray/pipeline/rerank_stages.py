@@ -17,7 +17,7 @@ from bge_ray.model.reranker import Reranker, RerankerSpec
 from bge_ray.model.source import fetch_model
 from bge_ray.pipeline.isolation import Attempt, run_isolated
 from bge_ray.pipeline.rerank_texts import TextSource, add_texts
-from bge_ray.pipeline.search_job import Parcel, ScoreJob
+from bge_ray.pipeline.search_job import Parcel, ScoreJob, whole
 from bge_ray.schema import IdArray, PackedTokens
 
 TOKENISE_PAIRS = 1024
@@ -162,8 +162,7 @@ class ScoreStage:
 
 def _packed(table: pa.Table) -> Rows:
     """Return the pairs of a table with ``input_ids`` and ``type_start`` as the reranker takes them."""
-    column = table["input_ids"].combine_chunks()
-    ids = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
+    ids = whole(table["input_ids"])
     offsets = np.concatenate([np.zeros(1, np.int32), np.cumsum(pc.list_value_length(ids).to_numpy())])
     tokens = PackedTokens(
         ids.flatten().to_numpy(), offsets.astype(np.int32), np.zeros(len(table), dtype=np.bool_)

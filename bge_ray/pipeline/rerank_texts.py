@@ -21,6 +21,7 @@ from bge_ray.io.lookup import ShardMap, find_passages, read_shard
 from bge_ray.io.rows import Rows, check_rows
 from bge_ray.io.storage import Storage
 from bge_ray.manifest import Columns, CorpusObject, FileFact, Span, span_units
+from bge_ray.pipeline.search_job import whole
 from bge_ray.pipeline.tasks import run_tasks
 from bge_ray.schema import IdArray, vector_ids
 
@@ -167,7 +168,7 @@ def add_texts(table: pa.Table, source: TextSource, depth: int) -> pa.Table:
 def _to_score(table: pa.Table, depth: int) -> npt.NDArray[np.bool_]:
     """(n,) bool: candidates without a fault among the first ``depth`` of their query."""
     able: npt.NDArray[np.bool_] = pc.is_null(table["reason"]).to_numpy()
-    query_ids = table["query_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    query_ids = whole(table["query_id"]).dictionary_encode().indices.to_numpy()
     # The rows of a query are neighbours, so the rank is the distance from the first of them.
     begins = np.flatnonzero(np.diff(query_ids, prepend=-1))
     rank = np.arange(len(table)) - np.repeat(begins, np.diff(begins, append=len(table)))

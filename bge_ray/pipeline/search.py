@@ -58,7 +58,7 @@ from bge_ray.pipeline.search_runs import (
     read_current,
     write_report,
 )
-from bge_ray.pipeline.search_sizes import Pool, PoolSizes, cluster_pools
+from bge_ray.pipeline.search_sizes import Pool, PoolSizes, cluster_pools, compute_dtype
 from bge_ray.pipeline.search_stages import (
     QueryEncodeStage,
     SearchJob,
@@ -111,7 +111,9 @@ def search(settings: Settings, stop: StopRequest | None = None) -> dict[str, Any
     current = read_current(storage, work.folder, work.key)
     if current is not None:
         logger.info("nothing to do: %s is up to date", work.folder)
+        _check_share(settings, current, work.folder)
         return current | {"outcome": "nothing to do"}
+    work = _with_dtypes(settings, work)
     stop = stop or StopRequest()
     with stop.deferred(), Lease(storage, work.folder) as lease:
         watch = make_watch(lease, stop)
@@ -138,9 +140,7 @@ def search(settings: Settings, stop: StopRequest | None = None) -> dict[str, Any
             if not lease.lost.is_set():
                 write_report(storage, work.folder, report)
         clear_work(storage, work.folder)
-    share = (report["queries_in"] - report["queries_out"]) / max(1, report["queries_in"])
-    allowed = settings.search.max_rejected_fraction
-    check_rejected(report, work.folder, share, allowed, "search.max_rejected_fraction")
+    _check_share(settings, report, work.folder)
     return report
 
 
@@ -181,6 +181,12 @@ def search_receipts(
     return receipts(rows)
 
 
+def _check_share(settings: Settings, report: dict[str, Any], folder: str) -> None:
+    share = (report["queries_in"] - report["queries_out"]) / max(1, report["queries_in"])
+    allowed = settings.search.max_rejected_fraction
+    check_rejected(report, folder, share, allowed, "search.max_rejected_fraction")
+
+
 def _prepare(settings: Settings) -> _Work:
     settings.require("output.uri", "search.queries", "search.output")
     source = open_source(settings)
@@ -196,9 +202,9 @@ def _prepare(settings: Settings) -> _Work:
     listed = source.storage.list_files(str(settings.search.queries))
     inputs = [(info.uri, info.size, info.etag) for info in listed]
     outputs = [output.folder for output in _outputs(settings, work)]
-    return dataclasses.replace(
-        work, key=digest(_unit_key(settings, work), settings.search.tag, outputs, inputs)
-    )
+    # The dtypes of a report's key are those asked for: what is there is not made anew on other devices.
+    asked = (settings.model.dtype, settings.rerank.dtype, settings.search.tag, outputs, inputs)
+    return dataclasses.replace(work, key=digest(_unit_key(settings, work), *asked))
 
 
 def _check_index(index: dict[str, Any], source: Source) -> None:
@@ -241,6 +247,16 @@ def _query_model(settings: Settings, source: Source) -> ModelSpec:
     return dataclasses.replace(spec, revision=commit)
 
 
+def _with_dtypes(settings: Settings, work: _Work) -> _Work:
+    """Settle the compute dtypes, which go by the devices of the cluster."""
+    dtype = compute_dtype(settings, "encoders", settings.model.dtype, work.model.dtype)
+    work = dataclasses.replace(work, model=dataclasses.replace(work.model, dtype=dtype))
+    if work.reranker is None:
+        return work
+    dtype = compute_dtype(settings, "rerankers", settings.rerank.dtype, "float16")
+    return dataclasses.replace(work, reranker=dataclasses.replace(work.reranker, dtype=dtype))
+
+
 def _outputs(settings: Settings, work: _Work) -> list[RunOutput]:
     """Return the runs to publish: the candidates, and the reranked run if there is one."""
     outputs = [RunOutput(work.folder, settings.search.tag, "score")]
@@ -271,8 +287,8 @@ def _unit_key(settings: Settings, work: _Work) -> str:
     rerank: list[Any] | None = None
     if work.reranker is not None:
         spec = dataclasses.asdict(dataclasses.replace(work.reranker, name="", revision=None))
-        rerank = [spec, settings.rerank.dtype, settings.rerank.depth, settings.rerank.texts]
-    queries = [work.model.query_instruction, work.model.max_length, settings.model.dtype]
+        rerank = [spec, settings.rerank.depth, settings.rerank.texts]
+    queries = [work.model.query_instruction, work.model.max_length, work.model.dtype]
     return digest("search", FORMAT_VERSION, source.spec.fingerprint, shards, index, queries, asked.k, rerank)
 
 
@@ -335,11 +351,6 @@ def _run(
 
 
 def _encode_job(settings: Settings, place: Workplace, spec: ModelSpec, pool: Pool) -> EncodeJob:
-    if settings.model.dtype != "auto":
-        spec = dataclasses.replace(spec, dtype=settings.model.dtype)
-    elif not pool.gpus:
-        # Half precision is for GPUs; on a CPU the same weights give the same directions in float32.
-        spec = dataclasses.replace(spec, dtype="float32")
     budget = settings.batching.token_budget
     if budget == "auto":
         budget = GPU_TOKEN_BUDGET if pool.gpus else CPU_TOKEN_BUDGET

@@ -160,6 +160,11 @@ def ipc_bytes(table: pa.Table) -> bytes:
     return bytes(sink.getvalue())
 
 
+def whole(column: pa.ChunkedArray) -> pa.Array:
+    """Return a column as one array, also one without rows, which has no chunk to begin with."""
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+
+
 def digest(*values: Any) -> str:
     """Return the hex sha256 over values that JSON can hold, or bytes."""
     sha = hashlib.sha256()

@@ -24,7 +24,7 @@ from bge_ray.io.assemble import Piece, concatenate
 from bge_ray.io.runs import RUN_SCHEMA, encode_trec
 from bge_ray.io.storage import Storage, join
 from bge_ray.pipeline.search_intake import Rejections
-from bge_ray.pipeline.search_job import CANDIDATE_SCHEMA, Parcel, UnitTask, Workplace, part_uri
+from bge_ray.pipeline.search_job import CANDIDATE_SCHEMA, Parcel, UnitTask, Workplace, part_uri, whole
 
 PART_SCHEMA = pa.schema([f for f in CANDIDATE_SCHEMA if f.name not in ("query", "text")])
 FACTS_KEY = b"bge_ray.facts"
@@ -126,7 +126,7 @@ def rank_rows(table: pa.Table, column: str) -> pa.Table:
     """
     table = table.filter(pc.is_valid(table[column]))
     # The numbers of queries in order of appearance: a rerank unit has a row number a pair.
-    numbers = pc.dictionary_encode(table["query_id"]).combine_chunks().indices.cast(pa.int64())
+    numbers = whole(table["query_id"]).dictionary_encode().indices.cast(pa.int64())
     table = table.append_column("query_no", numbers)
     table = table.sort_by([("query_no", "ascending"), (column, "descending"), ("passage_id", "ascending")])
     places = table["query_no"].to_numpy()

@@ -60,6 +60,19 @@ def cluster_pools(settings: Settings, most: dict[str, int]) -> PoolSizes:
     )
 
 
+def compute_dtype(settings: Settings, name: str, asked: str, on_gpu: str) -> str:
+    """Return the compute dtype of a pool's model: as asked for, or ``on_gpu``, or float32 on CPUs.
+
+    Where it is automatic the cluster is joined or started, to see whether it has GPUs.
+    """
+    if asked != "auto":
+        return asked
+    connect(settings.resources)
+    gpus = float(ray.cluster_resources().get("GPU", 0.0))
+    # Half precision is for GPUs; on a CPU the same weights give the same directions in float32.
+    return on_gpu if _gpu_shares(settings, {name: 1}, gpus)[name] else "float32"
+
+
 def size_pools(
     settings: Settings, most: dict[str, int], cpus: float, gpus: float, node_cpus: float
 ) -> PoolSizes:

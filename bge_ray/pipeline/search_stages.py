@@ -26,7 +26,7 @@ from bge_ray.model.source import fetch_model
 from bge_ray.model.tokenizer import Tokenizer
 from bge_ray.pipeline.isolation import Attempt, run_isolated
 from bge_ray.pipeline.search_intake import read_group
-from bge_ray.pipeline.search_job import CANDIDATE_SCHEMA, EncodeJob, Parcel, Workplace
+from bge_ray.pipeline.search_job import CANDIDATE_SCHEMA, EncodeJob, Parcel, Workplace, whole
 from bge_ray.pipeline.searchers import search_all
 from bge_ray.schema import FloatArray, IdArray
 
@@ -219,7 +219,7 @@ def _rows(
     if not len(found):
         return _as_candidates(found), 0
     rows = found["row_no"].to_numpy()
-    numbers = found["passage_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    numbers = whole(found["passage_id"]).dictionary_encode().indices.to_numpy()
     _, first = np.unique(rows * len(found) + numbers, return_index=True)
     first.sort()
     rows = rows[first]

@@ -30,7 +30,7 @@ from tests.support.corpora import docstrings, mixed_objects
 from tests.support.models import make_cross_encoder, make_encoder
 from tests.support.s3 import S3Server
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 WORDS = "the quick brown fox jumps over lazy dog a corpus in object storage becomes embeddings and an index"
 
@@ -234,6 +234,11 @@ def test_bad_candidates_are_named_and_counted_and_the_rest_is_done(
             "query": "fox " * 9000,
             "passages": [{"passage_id": "x", "text": "dog " * 90_000}],
         },
+        {
+            "query_id": "lost",
+            "query": "fine",
+            "passages": [f"lost {i}" for i in range(600)],
+        },  # a unit of its own
         {"query_id": "nothing", "query": "fine", "passages": [{"passage_id": "x", "text": ""}]},
     ]
     upload(
@@ -260,7 +265,9 @@ def test_bad_candidates_are_named_and_counted_and_the_rest_is_done(
         "long": 1,
         "nothing": 1,
     }
-    assert sorted(read_rejected(f"{bucket}/out"), key=str) == sorted(
+    rejected = read_rejected(f"{bucket}/out")
+    assert sum(entry[0] == "lost" for entry in rejected) == 600
+    assert sorted((entry for entry in rejected if entry[0] != "lost"), key=str) == sorted(
         [
             ("unknown", "-1", "unknown_passage"),
             ("ok", None, "duplicate_query"),
@@ -276,9 +283,9 @@ def test_bad_candidates_are_named_and_counted_and_the_rest_is_done(
         key=str,
     )
     report = json.loads(STORAGE.read(f"{bucket}/out/report.json"))
-    assert report["pairs_in"] == report["pairs_out"] + 2  # the unknown id, and the one that stands twice
+    assert report["pairs_in"] == report["pairs_out"] + 602  # unknown ids, and the one that stands twice
     assert report["truncated_pairs"] >= 1
-    assert sum(report["rejected_reasons"].values()) == 10
+    assert sum(report["rejected_reasons"].values()) == 610
 
 
 def test_a_folder_without_a_trained_head_is_refused(

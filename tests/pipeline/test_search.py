@@ -1,5 +1,6 @@
 """The search job on a real Ray and a real S3 server: truth is brute force over the stored vectors."""
 
+import dataclasses
 import json
 import secrets
 from pathlib import Path
@@ -7,11 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bge_ray.errors import CorpusError, DatasetMismatchError, ModelError, RejectedRowsError, SettingsError
+from bge_ray.errors import (
+    CorpusError,
+    DatasetMismatchError,
+    IncompleteRunError,
+    ModelError,
+    RejectedRowsError,
+    SettingsError,
+)
 from bge_ray.io.storage import join
+from bge_ray.model.source import resolve_model
 from bge_ray.pipeline.embed import embed
 from bge_ray.pipeline.index import build_index, read_index
 from bge_ray.pipeline.search import plan_search, search
+from bge_ray.settings import ModelSettings
 from tests.pipeline.search_support import (
     STORAGE,
     assert_same_ranking,
@@ -28,8 +38,9 @@ from tests.support.corpora import csv_bytes, docstrings, jsonl_bytes, mixed_obje
 from tests.support.datasets import vectors_by_id
 from tests.support.models import make_cross_encoder, make_encoder
 from tests.support.s3 import S3Server
+from tests.support.vectors import VectorDataset, clustered
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 PASSAGES = 900
 
@@ -76,64 +87,33 @@ def test_exact_search_equals_numpy(root: str, bucket: str, tiny_model: Path, que
     assert STORAGE.list_files(f"{bucket}/work") == []
 
 
-def test_ranges_equal_the_single_file_and_both_equal_exact_search_when_all_lists_are_probed(
+def test_four_range_shards_equal_the_single_file_and_all_lists_equal_exact_search(
     root: str, bucket: str, tiny_model: Path
 ) -> None:
-    passages = docstrings(PASSAGES)
-    upload(
-        f"{bucket}/corpus",
-        {"a.parquet": parquet_bytes(passages[:450]), "b.jsonl": jsonl_bytes(passages[450:])},
-    )
-    keys = {"corpus__uri": f"{bucket}/corpus", "model__name": str(tiny_model), "batching__unit_rows": 100}
-    runs = []
-    for layout in ("single", "ranges"):
-        data = f"{bucket}/{layout}"
-        embed(settings_for(**keys, output__uri=data, resources__num_encoders=2))
-        # The smallest range there is holds all of it, so the file is cut by hand into four below.
-        build_index(settings_for(output__uri=data, index__factory="IVF16,Flat", index__layout=layout))
-        if layout == "ranges":
-            _cut_into_ranges(data, 4)
-            assert len(read_index(STORAGE, data)["files"]) == 4
-        for nprobe in (3, 16):
-            asked = keys_for(root, f"{bucket}/run-{layout}-{nprobe}", output__uri=data, search__nprobe=nprobe)
+    """160,000 vectors, because the smallest file of a range has 5 MB; of a model that can be asked."""
+    model = resolve_model(ModelSettings(name=str(tiny_model)), on_gpu=False)
+    data = f"{bucket}/data"
+    made = VectorDataset(data, **{k: v for k, v in dataclasses.asdict(model).items() if k != "dim"}, dim=32)
+    for number in range(4):
+        made.put(number, clustered(40_000, 32, seed=number))
+    made.publish()
+    runs = {}
+    for layout, files in (("single", 1), ("ranges", 4)):
+        build = {"index__factory": "IVF64,Flat", "index__layout": layout, "index__num_queries": 50}
+        build_index(settings_for(output__uri=data, **build, index__range_bytes=5_500_000))
+        assert len(read_index(STORAGE, data)["files"]) >= files
+        for nprobe in (3, 64):
+            asked = keys_for(root, f"{bucket}/{layout}-{nprobe}", output__uri=data, search__nprobe=nprobe)
             search(settings_for(**asked, search__num_searchers=3))
-            runs.append(read_run(asked["search__output"]))
-    assert runs[0] == runs[2]
-    assert runs[1] == runs[3]
-    assert runs[0] != runs[1]
-    exact = f"{bucket}/run-exact"
-    search(settings_for(**keys_for(root, exact, output__uri=f"{bucket}/single", search__exact=True)))
-    ours, truth = by_query(runs[1]), by_query(read_run(exact))
+            runs[layout, nprobe] = read_run(asked["search__output"])
+    assert runs["single", 3] == runs["ranges", 3]
+    assert runs["single", 64] == runs["ranges", 64]
+    assert runs["single", 3] != runs["single", 64]
+    search(settings_for(**keys_for(root, f"{bucket}/exact", output__uri=data, search__exact=True)))
+    ours, truth = by_query(runs["ranges", 64]), by_query(read_run(f"{bucket}/exact"))
+    assert list(ours) == list(truth)
     for query_id in truth:
         assert_same_ranking(ours[query_id], truth[query_id])
-
-
-def _cut_into_ranges(data: str, count: int) -> None:
-    """Publish the index anew as several files, each with some of the lists, as layout ranges does."""
-    import hashlib
-
-    import faiss
-
-    description = read_index(STORAGE, data)
-    (whole,) = description["files"]
-    index = faiss.deserialize_index(np.frombuffer(STORAGE.read(join(data, "index", whole["path"])), np.uint8))
-    files = []
-    for number in range(count):
-        part = faiss.clone_index(index)
-        lists = part.invlists
-        kept = 0
-        for no in range(index.nlist):
-            if no * count // index.nlist == number:
-                kept += lists.list_size(no)
-            else:
-                lists.resize(no, 0)
-        part.ntotal = kept
-        content = bytes(faiss.serialize_index(part).tobytes())
-        path = f"cut-{number}.faiss"
-        STORAGE.write(join(data, "index", path), content)
-        fact = {"path": path, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        files.append(whole | fact | {"rows": kept})
-    STORAGE.write(join(data, "index", "index.json"), json.dumps(description | {"files": files}).encode())
 
 
 def test_rescoring_brings_the_order_of_exact_search(
@@ -202,9 +182,11 @@ def test_the_same_answer_in_every_format_and_unit_and_a_second_run_does_nothing(
         keys = keys_for(root, f"{bucket}/run-{unit}", search__queries=f"{bucket}/{name}")
         keys["search__unit_queries"] = unit
         search(settings_for(**keys))
-        rows = read_run(keys["search__output"])
-        first = first or rows
-        assert rows == first
+        found = by_query(read_run(keys["search__output"]))
+        first = first or found
+        assert list(found) == list(first) == list(queries)
+        for query_id, pairs in found.items():  # other batches, other last bits
+            assert_same_ranking(pairs, first[query_id])
     again = search(settings_for(**keys))
     assert again["outcome"] == "nothing to do"
 
@@ -257,7 +239,14 @@ def test_a_wrong_index_or_model_is_refused_and_an_old_index_is_told_of(
     with pytest.raises(DatasetMismatchError, match="another model"):
         search(settings_for(**keys))
     assert STORAGE.list_files(f"{bucket}/run") == []
+    # Another training under the same description: the file is not the one that was published.
     STORAGE.write(uri, json.dumps(description).encode())
+    file = join(data, "index", description["files"][0]["path"])
+    whole = STORAGE.read(file)
+    STORAGE.write(file, whole[:-8] + bytes(8))
+    with pytest.raises(IncompleteRunError, match="is damaged"):
+        search(settings_for(**keys))
+    STORAGE.write(file, whole)
     # An object is gone from the corpus since: its passages must not come up, under whatever name.
     STORAGE.delete([f"{bucket}/corpus/1.jsonl"])
     embed(settings_for(**embedding, resources__num_encoders=1))
