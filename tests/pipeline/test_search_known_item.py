@@ -40,14 +40,14 @@ def test_mrr_through_index_and_job_is_that_of_brute_force(bucket: str, tmp_path:
     qrels = "query-id\tcorpus-id\tscore\n" + "".join(f"q{i}\t{p['id']}\t1\n" for i, p in enumerate(asked))
     upload(bucket, {"queries.jsonl": jsonl(records), "qrels.tsv": qrels.encode()})
 
-    keys = {"output__uri": f"{bucket}/data", "model__name": get_model_path()}
+    keys = {"output__uri": f"{bucket}/data", "model__name": str(get_model_path())}
     embed(settings_for(**keys, corpus__uri=f"{bucket}/corpus", model__max_length=MAX_LENGTH))
     index = build_index(settings_for(**keys, index__factory="IVF64,SQ8", index__recall_target=0.99))
     for name, more in {"run": {"search__rescore": 200}, "exact": {"search__exact": True}}.items():
         output = {"search__output": f"{bucket}/{name}", "search__queries": f"{bucket}/queries.jsonl"}
         search(settings_for(**keys, **output, **more, search__k=100))
 
-    model = SentenceTransformer(get_model_path(), device="cpu")
+    model = SentenceTransformer(str(get_model_path()), device="cpu")
     model.max_seq_length = MAX_LENGTH
     options = {"normalize_embeddings": True, "show_progress_bar": False, "batch_size": 64}
     vectors = model.encode([p["text"] for p in passages], **options)
