@@ -351,6 +351,11 @@ class BenchSettings(Section):
     rows: int = Field(3000, ge=64, description="passages each contestant embeds")
     pairs: int = Field(2000, ge=0, description="pairs each reranker scores; 0 leaves rerankers out")
     repeats: int = Field(3, ge=1, description="runs of each contestant, in alternation; medians are shown")
+    simulated_gpus: int = Field(
+        0,
+        ge=0,
+        description="encoders that only sleep, to measure what one driver can feed; 0 leaves that out",
+    )
     leave_out: tuple[str, ...] = Field((), description="contestants not to run, by name")
     output: str = Field("bench-out", description="folder for bench.json and bench.md")
 

@@ -6,14 +6,22 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from bge_ray.bench.contestants import ENCODERS, RERANKERS, Task, write_corpus
+from bge_ray.bench.contestants import (
+    ENCODERS,
+    NOT_HERE,
+    RERANKERS,
+    NotHereError,
+    Result,
+    Task,
+    write_corpus,
+)
 from bge_ray.bench.machine import copy_rate, count_flop, describe_machine, matrix_rate
 from bge_ray.bench.models import make_encoder, make_reranker
 from bge_ray.errors import SettingsError
@@ -23,8 +31,10 @@ from bge_ray.settings import BenchSettings, Settings
 
 logger = logging.getLogger(__name__)
 
-CONTESTANT_TIMEOUT_S = 3600
+RUN_TIMEOUT_S = 3600
 SHARDS = 8
+# Of a simulated pool: seconds a unit (as 50,000 short passages on a fast GPU take; none), units an encoder.
+SIMULATED = ((10.0, 12), (0.0, 30))
 
 
 def run_bench(settings: Settings, titles: list[str], texts: list[str]) -> dict[str, Any]:
@@ -36,54 +46,44 @@ def run_bench(settings: Settings, titles: list[str], texts: list[str]) -> dict[s
         texts: the passages.
 
     Returns:
-        Machine, ceilings, and one table for each shape and length mix; also written to bench.output.
+        Machine, ceilings, one table for each shape and length mix, and the simulated pool; also written
+        to bench.output.
     """
     bench = settings.bench
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = (
-        ("float16" if device == "cuda" else "float32")
-        if settings.model.dtype == "auto"
-        else settings.model.dtype
-    )
-    ceiling = matrix_rate(device, dtype)
+    chosen = settings.model.dtype
+    dtype = {"cuda": "float16", "cpu": "float32"}[device] if chosen == "auto" else chosen
+    rates = {name: matrix_rate(device, name) for name in ("float32", "bfloat16", "float16")}
     outcome: dict[str, Any] = {
         "machine": describe_machine(),
         "device": device,
         "dtype": dtype,
-        "matrix_flop_per_s": ceiling,
+        "matrix_flop_per_s": rates,
         "copy_bytes_per_s": copy_rate(device),
         "tables": [],
+        "scheduling": [],
     }
     with tempfile.TemporaryDirectory(prefix="bge-ray-bench-") as work:
         for shape in bench.shapes:
-            model = make_encoder(shape, Path(work) / f"{shape}-encoder")
-            cross = make_reranker(shape, Path(work) / f"{shape}-reranker")
+            folder = Path(work) / shape
+            basis = _basis(settings, shape, folder, device, dtype)
             for mix in bench.lengths:
-                task, lengths = _prepare(
-                    settings, mix, model, cross, titles, texts, Path(work) / f"{shape}-{mix}", device, dtype
-                )
+                task, lengths = _task(basis, mix, texts[: bench.rows], titles, folder / str(mix))
                 table = _measure(bench, task, ENCODERS)
-                _add_rates(table, lengths, count_flop(str(model), lengths), ceiling)
+                _add_rates(table, lengths, count_flop(basis.model, lengths), rates[dtype])
                 outcome["tables"].append({"shape": shape, "lengths": mix, "rows": table})
             if bench.pairs:
-                task, _ = _prepare(
-                    settings,
-                    "natural",
-                    model,
-                    cross,
-                    titles[: bench.pairs],
-                    texts[: bench.pairs],
-                    Path(work) / f"{shape}-pairs",
-                    device,
-                    dtype,
-                )
-                outcome["tables"].append(
-                    {"shape": shape, "lengths": "pairs", "rows": _measure(bench, task, RERANKERS)}
-                )
-    folder = Path(bench.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench.json").write_text(json.dumps(outcome, indent=1))
-    (folder / "bench.md").write_text(to_markdown(outcome))
+                task, _ = _task(basis, "natural", texts[: bench.pairs], titles, folder / "pairs")
+                table = _measure(bench, task, RERANKERS)
+                outcome["tables"].append({"shape": shape, "lengths": "pairs", "rows": table})
+    if bench.simulated_gpus:
+        outcome["scheduling"] = [
+            _schedule(bench.simulated_gpus, unit_s, units_each) for unit_s, units_each in SIMULATED
+        ]
+    target = Path(bench.output)
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "bench.json").write_text(json.dumps(outcome, indent=1))
+    (target / "bench.md").write_text(to_markdown(outcome))
     return outcome
 
 
@@ -91,67 +91,108 @@ def to_markdown(outcome: dict[str, Any]) -> str:
     """Return the tables as Markdown; the ratio is that of our job, or reranker, to each other row."""
     machine = outcome["machine"]
     where = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
-    rate = f"{outcome['matrix_flop_per_s'] / 1e9:,.0f} GFLOP/s"
-    lines = [f"{where}, {outcome['dtype']}, matrix rate {rate}, torch {machine['torch']}"]
+    rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in outcome["matrix_flop_per_s"].items())
+    copied = outcome["copy_bytes_per_s"] / 1e9
+    lines = [
+        f"{where}, torch {machine['torch']}; contestants run in {outcome['dtype']}",
+        "",
+        f"Matrix rate in GFLOP/s: {rates}; copies {copied:,.1f} GB/s",
+    ]
     for table in outcome["tables"]:
-        lines += ["", f"**{table['shape']}, {table['lengths']}**", ""]
-        note = ""
-        first = next(iter(table["rows"].values()))["rows_per_s"]
-        lines += [
-            "| | rows/s | tokens/s | utilisation | ours is faster by | runs |",
-            "|---|---|---|---|---|---|",
-        ]
-        for name, row in table["rows"].items():
-            tokens, used = row.get("tokens_per_s"), row.get("utilisation")
-            cells = [
-                name,
-                f"{row['rows_per_s']:,.1f}",
-                f"{tokens:,.0f}" if tokens else "",
-                f"{used:.0%}" if used else "",
-                f"{first / row['rows_per_s']:.2f}",
-                ", ".join(f"{s:.1f} s" for s in row["seconds"]),
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-            if "waited" in row:
-                note = (
-                    f"{row['padding_waste']:.1%} of its tokens are padding, encoders wait {row['waited']:.1%}"
-                )
-        lines += ["", f"Our job: {note}."] if note else []
+        lines += ["", f"**{table['shape']}, {table['lengths']}**", "", *_table_lines(table["rows"])]
+    if outcome["scheduling"]:
+        lines += ["", "**Simulated encoders, one driver**", "", *_scheduling_lines(outcome["scheduling"])]
     return "\n".join(lines) + "\n"
 
 
-def _prepare(
-    settings: Settings,
-    mix: str | int,
-    model: Path,
-    cross: Path,
-    titles: list[str],
-    texts: list[str],
-    folder: Path,
-    device: str,
-    dtype: str,
+def _table_lines(rows: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [
+        "| | rows/s | tokens/s | utilisation | ours is faster by | runs |",
+        "|---|---|---|---|---|---|",
+    ]
+    first = next(iter(rows.values()))
+    notes = []
+    for name, row in rows.items():
+        if "not_here" in row:
+            notes += ["", f"{name}: {row['not_here']}."]
+            continue
+        tokens, used = row.get("tokens_per_s"), row.get("utilisation")
+        cells = [
+            name,
+            f"{row['rows_per_s']:,.1f}",
+            f"{tokens:,.0f}" if tokens else "",
+            f"{used:.0%}" if used else "",
+            f"{first['rows_per_s'] / row['rows_per_s']:.2f}",
+            ", ".join(f"{s:.1f} s" for s in row["seconds"]),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+        if row.get("waited") is not None:
+            waste, waited = row["padding_waste"], row["waited"]
+            notes += [
+                "",
+                f"{name}: {waste:.1%} of its tokens are padding, encoders wait {waited:.1%} of the time.",
+            ]
+    return lines + notes
+
+
+def _scheduling_lines(runs: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| encoders | seconds a unit | units | units/s | encoders busy | driver memory | driver CPU |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        cells = [
+            str(run["encoders"]),
+            f"{run['unit_s']:g}",
+            f"{run['units']:,}",
+            f"{run['units_per_s']:.1f}",
+            f"{run['busy']:.1%}",
+            f"{run['driver_bytes'] / 1e6:,.0f} MB",
+            f"{run['driver_cpu']:.0%} of a core",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+@dataclass(frozen=True)
+class _Basis:
+    """What the tasks of one shape have in common."""
+
+    settings: Settings
+    model: str
+    reranker: str
+    device: str
+    dtype: str
+
+
+def _basis(settings: Settings, shape: str, folder: Path, device: str, dtype: str) -> _Basis:
+    model = make_encoder(shape, folder / "encoder")
+    return _Basis(settings, str(model), str(make_reranker(shape, folder / "reranker")), device, dtype)
+
+
+def _task(
+    basis: _Basis, mix: str | int, texts: list[str], titles: list[str], folder: Path
 ) -> tuple[Task, np.ndarray]:
+    """Write the corpus of a length mix; returns what contestants get, and the (n,) tokens of its rows."""
+    settings = basis.settings
     max_length = 512 if mix == "natural" else int(mix)
-    tokenizer = Tokenizer(model, max_length)
-    chosen = texts[: settings.bench.rows]
     if mix != "natural":  # so long that each is cut to the same number of tokens
-        chosen = [(text + " ") * (1 + 6 * max_length // max(1, len(text))) for text in chosen]
-    lengths = tokenizer.tokenise(chosen).lengths
-    write_corpus(folder, chosen, titles, SHARDS)
-    one_each = torch.cuda.device_count() if device == "cuda" else torch.get_num_threads()
+        texts = [(text + " ") * (1 + 6 * max_length // max(1, len(text))) for text in texts]
+    lengths = Tokenizer(Path(basis.model), max_length).tokenise(texts).lengths
+    write_corpus(folder, texts, titles, SHARDS)
+    on_gpu = basis.device == "cuda"
+    one_each = torch.cuda.device_count() if on_gpu else torch.get_num_threads()
     budget = settings.batching.token_budget
     task = Task(
         corpus=str(folder),
-        model=str(model),
-        reranker=str(cross),
-        dtype=dtype,
+        model=basis.model,
+        reranker=basis.reranker,
+        dtype=basis.dtype,
         max_length=max_length,
         num_encoders=settings.resources.num_encoders or one_each,
-        token_budget=(GPU_TOKEN_BUDGET if device == "cuda" else CPU_TOKEN_BUDGET)
-        if budget == "auto"
-        else budget,
-        unit_rows=max(1, -(-len(chosen) // SHARDS)),
-        device=device,
+        token_budget=(GPU_TOKEN_BUDGET if on_gpu else CPU_TOKEN_BUDGET) if budget == "auto" else budget,
+        unit_rows=max(1, -(-len(texts) // SHARDS)),
+        device=basis.device,
     )
     return task, lengths
 
@@ -159,35 +200,51 @@ def _prepare(
 def _measure(bench: BenchSettings, task: Task, contestants: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Run the contestants in turn, as often as asked; returns seconds and the median rate of each."""
     names = [name for name in contestants if name not in bench.leave_out]
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    said: dict[str, dict[str, Any]] = {}
-    rows = 0
+    results: dict[str, list[Result]] = {name: [] for name in names}
+    not_here: dict[str, str] = {}
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         file.write(json.dumps(asdict(task)))
         file.flush()
         for repeat in range(bench.repeats):
-            for name in names:
-                result = _run_apart(name, file.name)
-                seconds[name].append(result["seconds"])
-                rows = result["rows"]
-                said[name] = {
-                    key: result[key] for key in ("padding_waste", "waited") if result[key] is not None
-                }
-                logger.info(
-                    "run %d of %d: %s: %.1f rows/s", repeat + 1, bench.repeats, name, rows / result["seconds"]
-                )
+            for name in [name for name in names if name not in not_here]:
+                try:
+                    result = Result(**_run_apart("bge_ray.bench.contestants", name, file.name))
+                except NotHereError as error:
+                    not_here[name] = str(error)
+                    continue
+                results[name].append(result)
+                rate = result.rows / result.seconds
+                logger.info("run %d of %d: %s: %.1f rows/s", repeat + 1, bench.repeats, name, rate)
     return {
-        name: {"seconds": times, "rows_per_s": rows / statistics.median(times)}
-        for name, times in seconds.items()
+        name: _summary(found) if found else {"not_here": not_here[name]} for name, found in results.items()
     }
 
 
-def _run_apart(name: str, task_file: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "bge_ray.bench.contestants", name, task_file]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=CONTESTANT_TIMEOUT_S, check=False)  # noqa: S603
+def _summary(results: list[Result]) -> dict[str, Any]:
+    median = sorted(results, key=lambda result: result.seconds)[len(results) // 2]
+    return {
+        "seconds": [result.seconds for result in results],
+        "rows_per_s": median.rows / statistics.median(result.seconds for result in results),
+        "padding_waste": median.padding_waste,
+        "waited": median.waited,
+    }
+
+
+def _schedule(encoders: int, unit_s: float, units_each: int) -> dict[str, Any]:
+    run = _run_apart("bge_ray.bench.scheduling", str(encoders), str(unit_s), str(units_each))
+    logger.info("%d simulated encoders, %g s a unit: busy %.1f %%", encoders, unit_s, 100 * run["busy"])
+    return run
+
+
+def _run_apart(module: str, *words: str) -> dict[str, Any]:
+    """Run a module of ours in a process of its own; returns the JSON of its last line."""
+    command = [sys.executable, "-m", module, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_TIMEOUT_S, check=False)  # noqa: S603
+    if done.returncode == NOT_HERE:
+        raise NotHereError(done.stderr.strip().splitlines()[-1])
     if done.returncode:
         raise SettingsError(
-            f"contestant {name} failed; leave it out with bench.leave_out:\n{done.stderr[-2000:]}"
+            f"{module} {words[0]} failed; leave a contestant out with bench.leave_out:\n{done.stderr[-2000:]}"
         )
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
@@ -195,6 +252,7 @@ def _run_apart(name: str, task_file: str) -> dict[str, Any]:
 def _add_rates(table: dict[str, dict[str, Any]], lengths: np.ndarray, flop: float, ceiling: float) -> None:
     """Add real tokens a second, and the share of the machine's matrix rate that they amount to."""
     for row in table.values():
-        median = statistics.median(row["seconds"])
-        row["tokens_per_s"] = float(lengths.sum()) / median
-        row["utilisation"] = flop / median / ceiling
+        if "seconds" in row:
+            median = statistics.median(row["seconds"])
+            row["tokens_per_s"] = float(lengths.sum()) / median
+            row["utilisation"] = flop / median / ceiling

@@ -168,6 +168,9 @@ def _configure_ray_data() -> None:
     context.target_max_block_size = 1
     # A job may wait for its GPUs longer than the half hour after which Ray gives up.
     context.execution_no_progress_timeout_s = -1
+    # Encoders reserve a GPU and a CPU on purpose: the process that feeds the GPU needs a core.
+    operators = logging.getLogger("ray.data._internal.execution.operators.map_operator")
+    operators.addFilter(lambda record: "both num_cpus and num_gpus" not in record.getMessage())
     # They compare a pool with the number of spans; one span may hold many units.
     for text in ("The maximum number of concurrent tasks", "The minimum number of concurrent actors"):
         warnings.filterwarnings("ignore", message=text, module="ray.data")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import pyarrow as pa
 import ray.data
 from ray.exceptions import RayError
 
@@ -105,14 +106,28 @@ def plan_only(settings: Settings) -> Estimate:
     return estimate(work.dataset, work.spec, work.plan, list(work.todo), sizes, settings)
 
 
-def embedding_receipts(job: EmbedJob, sizes: Sizes, spans: list[SpanTask]) -> Iterator[UnitRow]:
-    """The data path: spans in, one receipt a unit out, in the order they finish."""
+@dataclass(frozen=True)
+class Stages:
+    """What is done to a unit; the bench puts others here, which only take time."""
+
+    read: Callable[..., Iterator[pa.Table]]
+    encode: type
+    write: Callable[..., pa.Table]
+
+
+STAGES = Stages(read_stage, EncodeStage, write_stage)
+
+
+def embedding_receipts(
+    job: object, sizes: Sizes, spans: list[SpanTask], stages: Stages = STAGES
+) -> Iterator[UnitRow]:
+    """The data path: spans in, one receipt a unit out, in the order they finish; each stage gets the job."""
     config = {"job": job}
     return (
         UnitRow.from_batch(batch)
         for batch in ray.data.from_items([span_batch(span) for span in spans], override_num_blocks=len(spans))
         .map_batches(
-            read_stage,
+            stages.read,
             batch_format="pyarrow",
             batch_size=1,
             num_cpus=sizes.reader_cpus,
@@ -120,7 +135,7 @@ def embedding_receipts(job: EmbedJob, sizes: Sizes, spans: list[SpanTask]) -> It
             fn_kwargs=config,
         )
         .map_batches(
-            EncodeStage,
+            stages.encode,
             batch_format="pyarrow",
             batch_size=1,
             num_cpus=sizes.encoder_cpus,
@@ -129,7 +144,7 @@ def embedding_receipts(job: EmbedJob, sizes: Sizes, spans: list[SpanTask]) -> It
             fn_constructor_kwargs=config,
         )
         .map_batches(
-            write_stage,
+            stages.write,
             batch_format="pyarrow",
             batch_size=1,
             num_cpus=sizes.writer_cpus,

@@ -1,0 +1,142 @@
+"""What one driver can feed: the embed job's own data path over a pool of encoders that sleep.
+
+Run as `python -m bge_ray.bench.scheduling ENCODERS UNIT_S UNITS_EACH`; the last line printed is the result as
+JSON. It starts a Ray of its own, whose GPUs and CPUs are only numbers.
+"""
+
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import psutil
+
+from bge_ray.bench import simulated
+from bge_ray.bench.simulated import SimulatedJob
+from bge_ray.manifest import CorpusObject, Span, unit_fingerprint
+from bge_ray.pipeline.cluster import Sizes, connect, disconnect, prepare_environment
+from bge_ray.pipeline.embed import Stages, embedding_receipts
+from bge_ray.pipeline.job import SpanTask
+from bge_ray.pipeline.payload import UnitTask
+from bge_ray.settings import ResourcesSettings
+
+UNIT_ROWS = 50_000
+UNITS_A_SPAN = 8
+# Enough to keep the pool fed when reading costs READ_S; a real pool has more, in processes of their own.
+READERS, WRITERS = 4, 2
+READ_S, WRITE_S = 0.05, 0.02
+# A real table has some 10 MB; data does not pass the driver, so its size only fills this machine's memory.
+TABLE_BYTES = 10_000
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Scheduling:
+    """What became of a simulated run; ``busy`` is the share of encoder time spent on units."""
+
+    encoders: int
+    units: int
+    unit_s: float
+    units_per_s: float
+    busy: float
+    driver_bytes: int
+    driver_cpu: float
+
+
+def simulate(encoders: int, unit_s: float, units_each: int) -> Scheduling:
+    """Run the data path over encoders that hold each unit for ``unit_s`` seconds.
+
+    Joins or starts no cluster: Ray must be up, with as many GPUs as encoders.
+
+    Args:
+        encoders: how many.
+        unit_s: seconds a unit; 0 shows how many units a second can be moved at all.
+        units_each: units per encoder.
+    """
+    sizes = Sizes(
+        num_encoders=encoders,
+        encoder_cpus=0.25,
+        encoder_gpus=1.0,
+        encoder_threads=1,
+        num_readers=READERS,
+        reader_cpus=1.0,
+        num_writers=WRITERS,
+    )
+    job = SimulatedJob(READ_S if unit_s else 0.0, unit_s, WRITE_S if unit_s else 0.0, TABLE_BYTES)
+    stages = Stages(simulated.read_stage, simulated.EncodeStage, simulated.write_stage)
+    units = encoders * units_each
+    driver = psutil.Process()
+    before, started = driver.cpu_times(), time.time()
+    spent: dict[str, list[Interval]] = defaultdict(list)
+    names = set()
+    for receipt in embedding_receipts(job, sizes, _spans(units), stages):
+        spent[receipt.facts["encoder"]].append(
+            (receipt.facts["encode_started"], receipt.facts["encode_ended"])
+        )
+        names.add(receipt.task.unit.name)
+    if len(names) != units:
+        raise RuntimeError(f"{units} units were planned, {len(names)} came out")
+    after, ended = driver.cpu_times(), time.time()
+    window, busy = steady_share(list(spent.values()))
+    inside = sum(window[0] <= end <= window[1] for own in spent.values() for _, end in own)
+    return Scheduling(
+        encoders=encoders,
+        units=units,
+        unit_s=unit_s,
+        units_per_s=inside / max(window[1] - window[0], 1e-9),
+        busy=busy * len(spent) / encoders,
+        driver_bytes=driver.memory_info().rss,
+        driver_cpu=(after.user + after.system - before.user - before.system) / (ended - started),
+    )
+
+
+def steady_share(encoders: Sequence[Sequence[Interval]]) -> tuple[Interval, float]:
+    """Return the time in which every encoder had begun and none had run out, and the share worked in it.
+
+    Args:
+        encoders: the (start, end) of each unit, for each encoder.
+    """
+    start = max(min(begun for begun, _ in own) for own in encoders)
+    end = min(max(done for _, done in own) for own in encoders)
+    if end <= start:
+        return (start, start), 0.0
+    worked = sum(max(0.0, min(done, end) - max(begun, start)) for own in encoders for begun, done in own)
+    return (start, end), worked / ((end - start) * len(encoders))
+
+
+def _spans(units: int) -> list[SpanTask]:
+    spans = []
+    for object_no in range(-(-units // UNITS_A_SPAN)):
+        count = min(UNITS_A_SPAN, units - object_no * UNITS_A_SPAN)
+        span = Span(0, count, 0, (UNIT_ROWS,) * count)
+        uri = f"s3://simulated/corpus/part-{object_no:05d}.parquet"
+        whole = CorpusObject(object_no, uri, count, "0" * 32, "parquet", "none", (span,))
+        todo = tuple(UnitTask(unit, unit_fingerprint("0" * 64, whole, unit), uri) for unit in whole.units())
+        spans.append(SpanTask(whole, span, todo))
+    return spans
+
+
+def main(encoders: int, unit_s: float, units_each: int) -> None:
+    """Start Ray, simulate, print."""
+    prepare_environment()
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=encoders,
+        num_gpus=encoders,
+        include_dashboard=False,
+        logging_level="WARNING",
+        _node_ip_address="127.0.0.1",
+    )
+    connect(ResourcesSettings())
+    found = simulate(encoders, unit_s, units_each)
+    disconnect()
+    print("\n" + json.dumps(asdict(found)))  # noqa: T201 - the answer of this process
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,31 @@
+"""The simulated pool: its arithmetic, and its run over the embed job's own data path."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from bge_ray.bench.scheduling import steady_share
+
+
+def test_the_steady_time_begins_with_the_last_to_start_and_ends_with_the_first_to_run_out() -> None:
+    always = [(0.0, 4.0), (4.0, 10.0)]
+    idles = [(1.0, 3.0), (5.0, 7.0), (7.0, 9.0)]
+    window, share = steady_share([always, idles])
+    assert window == (1.0, 9.0)
+    assert share == pytest.approx((8 + 2 + 2 + 2) / 16)
+
+
+def test_without_a_time_in_which_all_worked_nothing_is_claimed() -> None:
+    assert steady_share([[(0.0, 1.0)], [(2.0, 3.0)]])[1] == 0.0
+
+
+@pytest.mark.ray
+def test_every_unit_passes_the_pool_once_and_no_encoder_works_more_than_all_the_time() -> None:
+    command = [sys.executable, "-m", "bge_ray.bench.scheduling", "3", "0.5", "6"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200)
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found["units"] == 18
+    assert 0 < found["busy"] <= 1
+    assert found["units_per_s"] <= 3 / 0.5 + 0.1
