@@ -196,6 +196,12 @@ class IndexSettings(Section):
     range_bytes: int = Field(
         256_000_000, ge=5_242_880, description="most bytes of a merge task, and of a file in layout ranges"
     )
+    gpus_per_task: float = Field(
+        0.0,
+        ge=0,
+        description="GPUs of the training and of each add task, which then find centroids and lists through "
+        "torch; 0 leaves both to FAISS on CPUs",
+    )
     recall_target: float = Field(0.95, gt=0, le=1, description="recall@10 to reach by choosing nprobe")
     queries: str | None = Field(
         None,

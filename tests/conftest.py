@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.support.s3 import S3Server
@@ -19,6 +20,10 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
 )
+
+# A deadline for one example is a test of how busy the machine is.
+hypothesis.settings.register_profile("bge-ray", deadline=None)
+hypothesis.settings.load_profile("bge-ray")
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,9 @@ ADD_BATCH_ROWS = 16_384
 
 # One embedding shard, or one row group of it: (n, dim) float16 or float32 vectors and (n,) int64 ids.
 Shard: TypeAlias = tuple[npt.NDArray[Any], npt.NDArray[Any]]
-# (n, d) float32 rows, after the rotation -> (n,) int64 list of each row, in [0, nlist).
-Assign: TypeAlias = Callable[[FloatArray], IdArray]
+# (n, d) float32 rows, after the rotation -> (n,) int64 list of each row, in [0, nlist), and (n,) whether
+# that is beyond doubt; where it is not, the coarse quantizer decides.
+Assign: TypeAlias = Callable[[FloatArray], tuple[IdArray, npt.NDArray[np.bool_]]]
 
 
 def add_part(trained: TrainedIndex, shards: Iterable[Shard], *, assign: Assign | None = None) -> bytes:
@@ -33,7 +34,7 @@ def add_part(trained: TrainedIndex, shards: Iterable[Shard], *, assign: Assign |
         trained: kind IVF or FLAT.
         shards: whole embedding shards or their row groups, always the same; batches are cut from the
             first row of each on.
-        assign: chooses the list of each row instead of the coarse quantizer, for instance on a GPU.
+        assign: chooses the list of each row in place of the coarse quantizer, for instance on a GPU.
 
     Returns:
         The file that `part.open_part` reads. The same shards in the same order give the same bytes.
@@ -111,7 +112,10 @@ def _assign(index: Index, rows: FloatArray, assign: Assign | None) -> IdArray:
         _, nearest = ivf.quantizer.search(rows, 1)
         numbers: IdArray = np.ascontiguousarray(nearest[:, 0])
     else:
-        numbers = np.ascontiguousarray(assign(rows))
+        numbers, sure = assign(rows)
+        if not sure.all():
+            _, nearest = ivf.quantizer.search(np.ascontiguousarray(rows[~sure]), 1)
+            numbers[~sure] = nearest[:, 0]
     if numbers.dtype != np.int64 or numbers.shape != (len(rows),):
         raise IndexBuildError(f"assignment is {numbers.dtype} {numbers.shape}, must be int64 ({len(rows)},)")
     # FAISS assigns a row that is not finite to list -1, drops it and still counts it.

@@ -3,7 +3,10 @@
 import numpy as np
 import numpy.typing as npt
 
-from bge_ray.schema import IdArray
+from bge_ray.schema import IdArray, PackedTokens
+
+# Any token will do, but for those with a meaning of their own, which have the lowest numbers or the highest.
+PLAIN_TOKEN = 10
 
 
 def token_budget_batches(
@@ -36,3 +39,12 @@ def token_budget_batches(
         batches.append(order[start : start + max(1, size)])
         start += max(1, size)
     return batches
+
+
+def longest_rows(length: int, budget: int) -> PackedTokens:
+    """Return as many rows of ``length`` equal tokens as a budget holds, at least one: what a warm-up runs."""
+    n_rows = max(1, budget // length)
+    offsets = np.arange(n_rows + 1, dtype=np.int32) * np.int32(length)
+    return PackedTokens(
+        np.full(n_rows * length, PLAIN_TOKEN, np.int32), offsets, np.zeros(n_rows, dtype=np.bool_)
+    )

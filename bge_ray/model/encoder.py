@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812 - the name the field uses
 
 from bge_ray.errors import ModelError
 from bge_ray.manifest import ModelSpec
-from bge_ray.model.batching import token_budget_batches
+from bge_ray.model.batching import longest_rows, token_budget_batches
 from bge_ray.model.execution import Computed
 from bge_ray.model.inputs import Inputs, Rows, pool
 from bge_ray.model.load import Kind
@@ -76,6 +76,11 @@ class Encoder:
     def empty_result(self, n_rows: int) -> Encoded:
         """Return a result of n rows that `encode` fills."""
         return Encoded(np.zeros((n_rows, self.spec.dim), dtype=np.float32))
+
+    def warm_up(self, budget: int) -> None:
+        """Encode a batch of the longest rows for nothing: kernels are loaded, and memory is claimed."""
+        tokens = longest_rows(self.spec.max_length, budget)
+        self.encode(tokens, self.cut(tokens.lengths, budget), self.empty_result(len(tokens)))
 
     def encode(self, tokens: PackedTokens, batches: Sequence[IdArray], result: Encoded) -> None:
         """Encode the rows of the given batches into ``result``.

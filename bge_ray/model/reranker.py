@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from bge_ray.errors import ModelError
-from bge_ray.model.batching import token_budget_batches
+from bge_ray.model.batching import longest_rows, token_budget_batches
 from bge_ray.model.execution import Computed
 from bge_ray.model.inputs import Inputs, Rows, pool
 from bge_ray.model.load import Kind
@@ -123,6 +123,11 @@ class Reranker:
     def empty_result(self, n_pairs: int) -> Scored:
         """Return a result of n pairs that `score` fills."""
         return Scored(np.zeros((n_pairs, 1), dtype=np.float32))
+
+    def warm_up(self, budget: int) -> None:
+        """Score a batch of the longest pairs for nothing: kernels are loaded, and memory is claimed."""
+        tokens = longest_rows(self.spec.max_length, budget)
+        self.score(Rows(tokens), self.cut(tokens.lengths, budget), self.empty_result(len(tokens)))
 
     def score(self, pairs: Rows, batches: Sequence[IdArray], result: Scored) -> None:
         """Score the pairs of the given batches into ``result``.

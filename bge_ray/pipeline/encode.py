@@ -30,6 +30,8 @@ class EncodeStage:
         self._encoder = Encoder(
             job.spec.model, device=job.device, threads=job.threads, trust_remote_code=job.trust_remote_code
         )
+        if job.device != "cpu":
+            self._encoder.warm_up(job.token_budget)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Encode one unit."""

@@ -53,6 +53,7 @@ from bge_ray.pipeline.index_steps import (
 from bge_ray.pipeline.index_tasks import StoredPart, TrainedFile, WrittenFile
 from bge_ray.pipeline.recall import TUNED_K, HeldOut, Quality, hold_out, tune, tuned_recall
 from bge_ray.pipeline.stopping import StopRequest
+from bge_ray.pipeline.tasks import largest_node
 from bge_ray.schema import IdArray
 from bge_ray.settings import IndexSettings, Settings
 
@@ -97,6 +98,11 @@ def build_index(settings: Settings, stop: StopRequest | None = None) -> dict[str
     if current is not None:
         return current
     connect(settings.resources)
+    if settings.index.gpus_per_task > largest_node("GPU"):
+        raise SettingsError(
+            f"index.gpus_per_task {settings.index.gpus_per_task:g}: no node of the cluster has so many GPUs; "
+            "set 0 to build on CPUs"
+        )
     stop = stop or StopRequest()
     with stop.deferred(), Lease(storage, join(root, "index")) as lease:
 

@@ -15,7 +15,7 @@ import ray
 
 from bge_ray.errors import IncompleteRunError, IndexBuildError
 from bge_ray.index.drift import drift
-from bge_ray.index.factory import IndexSpec, index_bytes
+from bge_ray.index.factory import IndexSpec, Kind, index_bytes
 from bge_ray.index.header import HeaderFormatError, ivf_header
 from bge_ray.index.merge import ListRange, plan_ranges, total_sizes
 from bge_ray.io.assemble import Piece
@@ -85,6 +85,7 @@ class Build:
         arguments: Sequence[tuple[Any, ...]],
         *,
         num_cpus: float = 1.0,
+        num_gpus: float = 0.0,
         memory_bytes: int = 0,
         fetch: bool = True,
     ) -> list[Any]:
@@ -96,6 +97,7 @@ class Build:
             at_once=self.at_once,
             watch=self.watch,
             num_cpus=num_cpus,
+            num_gpus=num_gpus,
             memory_bytes=memory_bytes,
             fetch=fetch,
         ):
@@ -131,9 +133,10 @@ def get_trained(build: Build, *, reuse: bool) -> TrainedFile:
     path = f"trained/{key_of(spec.factory, spec.metric.value, [f.sha256 for f in build.facts])}.faiss"
     cpus = max(1, int(largest_node("CPU")))
     sample = _draw_sample(build, spec.training_rows)
-    arguments = (build.storage, build.uri(path), spec.factory, spec.metric.value, spec.dim, cpus, *sample)
+    gpus = build.settings.gpus_per_task if spec.kind is Kind.IVF else 0.0
+    arguments = (build.storage, build.uri(path), spec, cpus, "cuda" if gpus else None, *sample)
     memory = TASK_BYTES + 16 * spec.training_rows * spec.dim
-    [sha256] = build.run(train_task, [arguments], num_cpus=cpus, memory_bytes=memory)
+    [sha256] = build.run(train_task, [arguments], num_cpus=cpus, num_gpus=gpus, memory_bytes=memory)
     record = wanted | {"path": path, "sha256": sha256}
     build.storage.write(build.uri("training.json"), json.dumps(record, indent=1).encode())
     return TrainedFile(build.uri(path), sha256, spec.factory, spec.metric.value, spec.dim)
@@ -144,14 +147,17 @@ def add_parts(build: Build, trained: TrainedFile) -> list[StoredPart]:
     groups = group_shards(build.facts, build.settings.part_bytes // (build.spec.code_size + 8))
     names = [f"{key_of(trained.sha256, [f.sha256 for f in group])}.part" for group in groups]
     there = build.there("parts")
+    # An HNSW quantizer answers nearly right, and a search asks the same one: it must not differ.
+    on_gpu = build.spec.kind is Kind.IVF and "HNSW" not in build.spec.factory
+    gpus = build.settings.gpus_per_task if on_gpu else 0.0
     todo = [
-        (build.storage, build.root, trained, group, build.uri("parts", name))
+        (build.storage, build.root, trained, group, build.uri("parts", name), "cuda" if gpus else None)
         for group, name in zip(groups, names, strict=True)
         if name not in there
     ]
     logger.info("adding: %d of %d parts are to do", len(todo), len(names))
     memory = TASK_BYTES + 2 * build.settings.part_bytes + 2 * index_bytes(build.spec, 0)
-    build.run(add_task, todo, memory_bytes=memory)
+    build.run(add_task, todo, num_gpus=gpus, memory_bytes=memory)
     return open_stored(build.storage, [build.uri("parts", name) for name in names])
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from bge_ray.errors import IndexBuildError
-from bge_ray.index.add import add_part, build_shard
-from bge_ray.index.factory import Metric
+from bge_ray.index.add import Assign, add_part, build_shard
+from bge_ray.index.factory import IndexSpec, Metric
 from bge_ray.index.files import merged_file, rebuild
 from bge_ray.index.header import ivf_header
 from bge_ray.index.merge import ListRange, merged_range
@@ -21,7 +21,7 @@ from bge_ray.index.package import use_threads
 from bge_ray.index.part import Part, PartHead, ReadRange, open_part
 from bge_ray.index.search import set_default_effort
 from bge_ray.index.topk import Results, exact_topk
-from bge_ray.index.train import TrainedIndex, load_trained, train
+from bge_ray.index.train import KMEANS_ITERATIONS, KMeans, TrainedIndex, centroids, load_trained, train
 from bge_ray.index.vectors import check_rows
 from bge_ray.io.assemble import Piece, concatenate, write_large
 from bge_ray.io.storage import Storage, join
@@ -113,33 +113,61 @@ def sample_task(storage: Storage, root: str, fact: FileFact, groups: dict[int, l
 
 
 def train_task(
-    storage: Storage, uri: str, factory: str, metric: str, dim: int, threads: int, *samples: Vectors
+    storage: Storage, uri: str, spec: IndexSpec, threads: int, device: str | None, *samples: Vectors
 ) -> str:
     """Train on samples, store the trained index, and return its sha256.
+
+    Centroids are found by FAISS, or through torch on a ``device``.
 
     Memory: the sample in float32, and what k-means adds to it, beside the object store's own copy.
     """
     use_threads(threads)
-    rows = np.empty((sum(len(ids) for _, ids in samples), dim), np.float32)
+    rows = np.empty((sum(len(ids) for _, ids in samples), spec.dim), np.float32)
     start = 0
     for vectors, ids in samples:
         rows[start : start + len(ids)] = vectors
         start += len(ids)
-    trained = train(rows, factory, Metric(metric))
+    trained = train(rows, spec.factory, spec.metric, kmeans=None if device is None else _kmeans_on(device))
     write_large(storage, uri, trained.data)
     return trained.sha256
 
 
-def add_task(storage: Storage, root: str, trained: TrainedFile, facts: tuple[FileFact, ...], uri: str) -> int:
+def add_task(
+    storage: Storage,
+    root: str,
+    trained: TrainedFile,
+    facts: tuple[FileFact, ...],
+    uri: str,
+    device: str | None,
+) -> int:
     """Encode some shards into one part; returns its bytes.
+
+    Lists are chosen by FAISS, or through torch on a ``device``, with the same outcome.
 
     Memory: twice the part, one shard as it is stored, and the trained index.
     """
     use_threads(1)
+    index = trained.load(storage)
     with ShardReader(storage, root, facts).named() as shards:
-        data = add_part(trained.load(storage), shards)
+        data = add_part(index, shards, assign=None if device is None else _assign_on(device, index))
     write_large(storage, uri, data)
     return len(data)
+
+
+def _kmeans_on(device: str) -> KMeans:
+    from bge_ray.model.nearest import kmeans  # torch is loaded only where a device is used
+
+    def find(points: FloatArray, nlist: int, spherical: bool) -> FloatArray:
+        return kmeans(points, nlist, spherical=spherical, iterations=KMEANS_ITERATIONS, device=device)
+
+    return find
+
+
+def _assign_on(device: str, trained: TrainedIndex) -> Assign:
+    from bge_ray.model.nearest import find_nearest
+
+    found, spherical = centroids(trained), trained.spec.metric is Metric.INNER_PRODUCT
+    return lambda rows: find_nearest(rows, found, spherical=spherical, device=device)
 
 
 def shard_index_task(

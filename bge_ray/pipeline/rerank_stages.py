@@ -114,6 +114,8 @@ class ScoreStage:
             threads=device.threads,
             trust_remote_code=device.trust_remote_code,
         )
+        if device.name != "cpu":
+            self._reranker.warm_up(device.token_budget)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Score the pairs of one unit."""

@@ -20,6 +20,7 @@ def run_tasks(
     at_once: int,
     watch: Callable[[], None],
     num_cpus: float = 1.0,
+    num_gpus: float = 0.0,
     memory_bytes: int = 0,
     fetch: bool = True,
 ) -> Iterator[tuple[int, Any]]:
@@ -31,6 +32,7 @@ def run_tasks(
         at_once: most tasks in flight.
         watch: called while waiting; raises to stop, and what is in flight is cancelled.
         num_cpus: of each task.
+        num_gpus: of each task.
         memory_bytes: what each task needs, so that a node does not start more than it can hold; no
             more is reserved than the largest node has.
         fetch: yield the results; if false, references to them, which tasks take as arguments, so
@@ -44,7 +46,8 @@ def run_tasks(
         Whatever ``function`` raises, as soon as it does.
     """
     memory = min(memory_bytes, int(largest_node("memory")))
-    task = ray.remote(num_cpus=num_cpus, max_retries=MAX_RETRIES, memory=memory or None)(function)
+    needs = {"num_cpus": num_cpus, "num_gpus": num_gpus, "memory": memory or None}
+    task = ray.remote(max_retries=MAX_RETRIES, **needs)(function)
     waiting = enumerate(arguments)
     running: dict[Any, int] = {}
     try:

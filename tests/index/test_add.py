@@ -89,10 +89,10 @@ def test_other_number_of_ids_is_refused(make_vectors, make_trained, n_ids):
 @pytest.mark.parametrize(
     "assign",
     [
-        lambda rows: np.full(len(rows), -1),
-        lambda rows: np.full(len(rows), 16),
-        lambda rows: np.zeros(len(rows), np.int32),
-        lambda rows: np.zeros(len(rows) - 1, np.int64),
+        lambda rows: (np.full(len(rows), -1), np.ones(len(rows), bool)),
+        lambda rows: (np.full(len(rows), 16), np.ones(len(rows), bool)),
+        lambda rows: (np.zeros(len(rows), np.int32), np.ones(len(rows), bool)),
+        lambda rows: (np.zeros(len(rows) - 1, np.int64), np.ones(len(rows) - 1, bool)),
     ],
 )
 def test_bad_assignment_is_refused(make_vectors, make_trained, assign):

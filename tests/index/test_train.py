@@ -92,8 +92,10 @@ def test_assignment_elsewhere_gives_the_same_bytes(make_vectors, make_trained, f
     found = centroids(trained)
     penalty = 0 if metric is Metric.INNER_PRODUCT else (found**2).sum(axis=1) / 2
 
-    def assign(rows: np.ndarray) -> np.ndarray:
-        return (rows @ found.T - penalty).argmax(axis=1)
+    def assign(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        numbers = (rows @ found.T - penalty).argmax(axis=1)
+        numbers[::7] = 0  # as good as any where it says that it does not know
+        return numbers, np.arange(len(rows)) % 7 != 0
 
     shards = [(make_vectors(500), np.arange(500))]
     assert add_part(trained, shards, assign=assign) == add_part(trained, shards)

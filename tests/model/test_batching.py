@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bge_ray.model.batching import token_budget_batches
+from bge_ray.model.batching import longest_rows, token_budget_batches
 
 LENGTHS = st.lists(st.integers(1, 600), max_size=80)
 
@@ -33,3 +33,11 @@ def test_many_tokens_do_not_overflow() -> None:
     lengths = np.full(70_000, 60_000, dtype=np.int32)  # 4.2e9 tokens
     batches = token_budget_batches(lengths, 60_000 * 50_000, packed=True)
     assert [len(b) for b in batches] == [50_000, 20_000]
+
+
+@given(st.integers(1, 600), st.integers(1, 5000))
+def test_a_warm_up_fills_the_budget_with_the_longest_rows(length: int, budget: int) -> None:
+    tokens = longest_rows(length, budget)
+    assert set(tokens.lengths) == {length}
+    assert len(tokens) == max(1, budget // length)
+    assert len(token_budget_batches(tokens.lengths, budget)) == 1

@@ -210,3 +210,14 @@ def test_folder_without_pooler_weights_is_fine(encoder_folder: MakeModel, tmp_pa
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     ours = encode(folder, ["the quick fox"]).embeddings
     np.testing.assert_array_equal(ours, encode(encoder_folder("bert", "cls"), ["the quick fox"]).embeddings)
+
+
+def test_a_warm_up_changes_no_vector(encoder_folder: MakeModel, texts: list[str]) -> None:
+    folder = encoder_folder("xlm-roberta", "mean")
+    spec = resolve(folder)
+    encoder = Encoder(spec, device="cpu")
+    encoder.warm_up(512)
+    tokens = Tokenizer(folder, spec.max_length).tokenise(texts)
+    result = encoder.empty_result(len(texts))
+    encoder.encode(tokens, encoder.cut(tokens.lengths, 512), result)
+    np.testing.assert_array_equal(result.embeddings, encode(folder, texts, budget=512).embeddings)

@@ -201,3 +201,9 @@ def test_template_of_another_kind_is_refused(reranker_folder: RerankerFolder, tm
     (folder / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ModelError, match="joins pairs in a way that is not supported"):
         PairTokenizer(folder, 64)
+
+
+@KINDS
+def test_a_warm_up_runs_the_longest_pairs(reranker_folder: RerankerFolder, kind: str) -> None:
+    spec = resolve_reranker(str(reranker_folder(kind)), on_gpu=False)
+    Reranker(spec, device="cpu").warm_up(1000)
