@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-slow check unit format clean
+.PHONY: help demo test test-slow check unit format clean audit
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -24,6 +24,12 @@ check: $(VENV)/.dev ## format, lint, types, import contracts, quick tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(MAKE) unit
+
+# Not a part of `check`: advisories appear without a change here, so that one commit would pass today and fail
+# tomorrow, and offline. --strict: what the service does not know is not taken for safe. An advisory that does
+# not concern us is left out by --ignore-vuln ID, with its reason in a line here.
+audit: $(VENV)/.dev ## ask for known vulnerabilities of the versions in constraints.txt (needs PyPI's advisories)
+	$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip --strict
 
 unit: $(VENV)/.dev ## the tests that need no Ray
 	$(BIN)/python -m pytest -q -m "not ray and not slow"

@@ -8,19 +8,21 @@ import sys
 import time
 from collections.abc import Callable
 
-from bge_ray.errors import BgeRayError
-from bge_ray.io.storage import Storage
+from bge_ray.errors import BgeRayError, SettingsError
+from bge_ray.io.storage import Storage, join
 from bge_ray.pipeline.cluster import disconnect, prepare_environment
 from bge_ray.pipeline.stopping import Stopped, StopRequest
-from bge_ray.settings import Settings, parse_settings, settings_help
+from bge_ray.run_id import run_id
+from bge_ray.settings import Settings, parse_settings, refuse_credentials, settings_help
 
 logger = logging.getLogger("bge_ray")
 
 Job = Callable[[Settings, bool, StopRequest], str]
+OUTCOMES = {0: "done", 1: "incomplete", 2: "refused, nothing was written"}
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
+    """One JSON object a line, with the run it is of and, where it is about one, the work unit."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as JSON, with the traceback if there is one."""
@@ -29,14 +31,23 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
+            "run_id": run_id(),
         }
+        if (unit := getattr(record, "unit", None)) is not None:
+            entry["unit"] = unit
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)
         return json.dumps(entry, ensure_ascii=False)
 
 
-def run_job(name: str, description: str, job: Job, argv: list[str] | None = None) -> int:
-    """Run a job from its command line.
+def run_job(
+    name: str,
+    description: str,
+    job: Job,
+    argv: list[str] | None = None,
+    report: str | None = None,
+) -> int:
+    """Run a job from its command line; the last line of its log tells outcome, exit code and report place.
 
     Args:
         name: of the job, for messages.
@@ -44,6 +55,7 @@ def run_job(name: str, description: str, job: Job, argv: list[str] | None = None
         job: takes the settings, whether this is a dry run, and the stop request that signals reach;
             returns the last line to print.
         argv: arguments; those of the process if None.
+        report: where its report is, as the key of a folder and a name in it: "output.uri/report.html".
 
     Returns:
         The exit code: 0 done, 1 incomplete, 2 settings or input wrong, 128 + signal if stopped.
@@ -69,25 +81,48 @@ def run_job(name: str, description: str, job: Job, argv: list[str] | None = None
     parser.add_argument(
         "--log-format", choices=["text", "json"], default="text", help="format of the log lines"
     )
-    arguments = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        for word in words:  # first, because argparse repeats what it does not know
+            refuse_credentials(word, word.partition("=")[0])
+    except SettingsError as error:
+        parser.error(str(error))
+    arguments = parser.parse_args(words)
     _configure_logging(arguments.log_format)
+    logger.info("%s: run %s", name, run_id())
     stop = StopRequest()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    place = None
     try:
         prepare_environment()
         document = Storage().read(arguments.config).decode() if arguments.config else None
         settings = parse_settings(document, arguments.overrides, arguments.config or "the command line")
-        print(job(settings, arguments.dry_run, stop))  # noqa: T201 - the answer of the command
+        place = None if arguments.dry_run or report is None else _place(settings, report)
+        print(job(settings, arguments.dry_run, stop), flush=True)  # noqa: T201 - the answer of the command
+        code = 0
     except BgeRayError as error:
         logger.error("%s: %s", name, error)  # noqa: TRY400 - the message is the whole story
-        return error.exit_code
+        code = error.exit_code
     except Stopped as stopped:
         logger.warning("%s: stopped by %s; run it again to continue", name, stopped)
-        return stopped.exit_code
+        code = stopped.exit_code
+    except Exception:
+        logger.exception("%s: an error that no one foresaw", name)
+        code = 1
     finally:
         disconnect()
-    return 0
+    outcome = OUTCOMES.get(code, "stopped")
+    where = f"; report at {place}" if place and code != 2 else ""
+    logger.info("%s: %s; exit code %d%s", name, outcome, code, where)
+    return code
+
+
+def _place(settings: Settings, report: str) -> str | None:
+    key, _, name = report.partition("/")
+    section, _, setting = key.partition(".")
+    folder = getattr(getattr(settings, section), setting)
+    return join(str(folder), name) if folder else None
 
 
 def _configure_logging(log_format: str) -> None:
@@ -96,7 +131,7 @@ def _configure_logging(log_format: str) -> None:
         handler.setFormatter(JsonFormatter())
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
-    root = logging.getLogger("bge_ray")
-    root.handlers = [handler]
-    root.setLevel(logging.INFO)
-    root.propagate = False
+    # Libraries and Python's own warnings go the same way, so that all lines are of one form.
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.captureWarnings(True)
+    logging.getLogger("bge_ray").setLevel(logging.INFO)

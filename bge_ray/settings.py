@@ -6,6 +6,7 @@ storage and hub credentials come from the environment.
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -19,6 +20,12 @@ Pooling: TypeAlias = Literal["cls", "mean", "last_token"]
 ComputeDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 OutputDtype: TypeAlias = Literal["float32", "float16"]
 Auto: TypeAlias = Literal["auto"]
+
+# A name and a password in front of a bucket or host (digits after the colon are a port), or a signed URL.
+_CREDENTIALS = re.compile(
+    r"://[^/\s@:]+:(?!\d+/)[^@\s]*@|[?&](sig|signature|x-amz-\w*-?(signature|credential|token)|awsaccesskeyid)=",
+    re.IGNORECASE,
+)
 
 
 class Section(BaseModel):
@@ -164,8 +171,10 @@ class ReportSettings(Section):
     log_interval_s: float = Field(
         30.0, gt=0, description="seconds between log lines where there is no terminal"
     )
-    gpu_price_per_hour: float | None = Field(
-        None, ge=0, description="price of one encoder's device, in your currency, for the cost in the report"
+    price_per_hour: float | None = Field(
+        None,
+        ge=0,
+        description="price of a device-hour (a GPU, or a CPU core where there is none), in your currency",
     )
 
 
@@ -442,6 +451,10 @@ def parse_settings(
         SettingsError: not YAML, an unknown key (the nearest valid one is named), a wrong type or
             an impossible value.
     """
+    # Before anything else, because every other message may repeat what was given.
+    refuse_credentials(document or "", origin)
+    for override in overrides:
+        refuse_credentials(override, f"--set {override.partition('=')[0]}")
     try:
         tree = yaml.safe_load(document) if document else {}
     except yaml.YAMLError as error:
@@ -464,6 +477,20 @@ def parse_settings(
             f"{'.'.join(map(str, e['loc'][:2]))}: {e['msg']} (got {e['input']!r})" for e in error.errors()
         ]
         raise SettingsError("impossible setting: " + "; ".join(dict.fromkeys(lines))) from error
+
+
+def refuse_credentials(text: str, place: str) -> None:
+    """Refuse a text with a URI that holds credentials; they would end up in logs, plans and reports.
+
+    Raises:
+        SettingsError: it does; the message names the place and does not repeat them.
+    """
+    if _CREDENTIALS.search(text) is not None:
+        place = "the command line" if _CREDENTIALS.search(place) else place
+        raise SettingsError(
+            f"{place}: holds a URI with credentials; take them out, and give them in the environment "
+            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ...) or by the machine's role"
+        )
 
 
 def _parse_override(override: str) -> tuple[str, Any]:

@@ -23,4 +23,11 @@ def job(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job("embed", "Embed a corpus into Parquet shards, doing only what is not done yet.", job))
+    sys.exit(
+        run_job(
+            "embed",
+            "Embed a corpus into Parquet shards, doing only what is not done yet.",
+            job,
+            report="output.uri/report.html",
+        )
+    )

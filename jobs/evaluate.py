@@ -19,4 +19,11 @@ def job(settings: Settings, dry_run: bool, _: StopRequest) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job("evaluate", "Measure runs against judgements, side by side, with significance.", job))
+    sys.exit(
+        run_job(
+            "evaluate",
+            "Measure runs against judgements, side by side, with significance.",
+            job,
+            report="evaluate.output/metrics.md",
+        )
+    )

@@ -17,4 +17,11 @@ def job(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job("index", "Build a FAISS index from embedding shards, and measure its recall.", job))
+    sys.exit(
+        run_job(
+            "index",
+            "Build a FAISS index from embedding shards, and measure its recall.",
+            job,
+            report="output.uri/index/report.html",
+        )
+    )

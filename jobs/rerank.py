@@ -21,4 +21,11 @@ def job(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job("rerank", "Score candidate lists with a cross-encoder, as a TREC run and Parquet.", job))
+    sys.exit(
+        run_job(
+            "rerank",
+            "Score candidate lists with a cross-encoder, as a TREC run and Parquet.",
+            job,
+            report="rerank.output/report.json",
+        )
+    )

@@ -21,4 +21,11 @@ def job(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job("search", "Answer queries from a data set, as a TREC run and Parquet.", job))
+    sys.exit(
+        run_job(
+            "search",
+            "Answer queries from a data set, as a TREC run and Parquet.",
+            job,
+            report="search.output/report.json",
+        )
+    )

@@ -109,7 +109,8 @@ class Dataset:
                 finished[marker.unit.name] = marker
         for name, path in damaged.items():
             if name not in finished:
-                logger.warning("%s: missing or damaged; the unit is done again", join(self.root, path))
+                text = "%s: missing or damaged; the unit is done again"
+                logger.warning(text, join(self.root, path), extra={"unit": name})
         return finished
 
     def publish(self, manifest: Manifest) -> None:

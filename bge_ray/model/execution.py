@@ -29,7 +29,8 @@ class Computed:
     """One output a row, and why some rows have none.
 
     ``values`` is (n, width) float32; a row named in ``faults`` (row to reason and detail) is zero.
-    ``padded_tokens`` counts what was computed, padding included; ``busy_s`` the time it took.
+    ``padded_tokens`` counts what was computed, padding included; ``busy_s`` the time it took; ``splits``
+    the batches that did not fit in memory and were halved.
     """
 
     values: FloatArray
@@ -37,6 +38,7 @@ class Computed:
     batches: int = 0
     padded_tokens: int = 0
     busy_s: float = 0.0
+    splits: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class Executor:
                     self._collect(source, queue.popleft(), result)
             elif len(rows) > 1:
                 waiting.extendleft([rows[len(rows) // 2 :], rows[: len(rows) // 2]])
+                result.splits += 1
             else:
                 self._fault_memory(source, int(rows[0]), result)
         result.busy_s += time.perf_counter() - started

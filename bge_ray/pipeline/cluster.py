@@ -41,6 +41,11 @@ class Sizes:
         """Torch device of the encoders."""
         return "cuda" if self.encoder_gpus else "cpu"
 
+    @property
+    def devices(self) -> float:
+        """GPUs that the encoders take, or CPU cores where they have none: what is paid for by the hour."""
+        return self.num_encoders * (self.encoder_gpus or self.encoder_threads)
+
 
 def prepare_environment() -> None:
     """Choose safe defaults for a local cluster; to be called before Ray is imported.
@@ -92,21 +97,29 @@ def cluster_sizes(settings: ResourcesSettings) -> Sizes:
     connect(settings)
     import ray
 
+    from bge_ray.pipeline.tasks import largest_node
+
     resources = ray.cluster_resources()
-    return size_stages(settings, resources.get("CPU", 0.0), resources.get("GPU", 0.0))
+    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    return size_stages(settings, cpus, gpus, node_cpus=largest_node("CPU"))
 
 
-def size_stages(settings: ResourcesSettings, cpus: float, gpus: float) -> Sizes:
+def size_stages(
+    settings: ResourcesSettings, cpus: float, gpus: float, *, node_cpus: float | None = None
+) -> Sizes:
     """Size the stages for a cluster.
 
     On GPUs an encoder reserves its GPU and one CPU, and readers take what is left. On CPUs there is
     one single-threaded encoder a core, which beats one encoder with many threads; together
-    they reserve all cores but one, so that reading and writing never wait for an encoder to end.
+    they reserve all cores but one. Where encoders reserve parts of cores, reading and writing
+    reserve nothing: what is left is spread over the nodes, and after the loss of a node encoders
+    may take all of it, so that a task that needs a share of a core could wait for ever.
 
     Args:
         settings: what the user fixed.
         cpus: CPUs of the cluster.
         gpus: GPUs of the cluster.
+        node_cpus: CPUs of its largest node, more than which no encoder can have; None: of its only one.
 
     Raises:
         SettingsError: the encoders cannot fit beside at least one reader and one writer.
@@ -120,6 +133,7 @@ def size_stages(settings: ResourcesSettings, cpus: float, gpus: float) -> Sizes:
     else:
         num_encoders = settings.num_encoders or max(1, int(cpus))
         share = (cpus - CPUS_FOR_TASKS) / num_encoders if cpus > CPUS_FOR_TASKS else 0.5 / num_encoders
+        share = min(share, node_cpus or share)
         encoder_cpus = float(int(share)) if share >= 1 else int(share * 10_000) / 10_000
         threads = settings.threads_per_encoder or max(1, int(cpus) // num_encoders)
     left = cpus - num_encoders * encoder_cpus
@@ -133,14 +147,16 @@ def size_stages(settings: ResourcesSettings, cpus: float, gpus: float) -> Sizes:
     reader_cpus = 1.0 if for_readers >= 1 else int(for_readers * 100) / 100
     most = max(1, int(for_readers / reader_cpus))
     useful = READERS_PER_GPU * num_encoders if encoder_gpus else max(1, num_encoders // 4)
+    shared = not encoder_gpus or encoder_cpus < 1
     return Sizes(
         num_encoders=num_encoders,
         encoder_cpus=encoder_cpus,
         encoder_gpus=encoder_gpus,
         encoder_threads=threads,
         num_readers=settings.num_readers or min(most, useful),
-        reader_cpus=reader_cpus,
+        reader_cpus=0.0 if shared else reader_cpus,
         num_writers=num_writers,
+        writer_cpus=0.0 if shared else WRITER_CPUS,
     )
 
 

@@ -18,18 +18,22 @@ from bge_ray.errors import BgeRayError, IncompleteRunError, OutputBusyError, Rej
 from bge_ray.io.lease import Lease
 from bge_ray.io.storage import join
 from bge_ray.manifest import Manifest, Marker, make_manifest
-from bge_ray.pipeline.cluster import Sizes, cap_sizes, cluster_sizes, root_cause
+from bge_ray.pipeline.cluster import Sizes, cap_sizes, cluster_sizes, connect, root_cause
 from bge_ray.pipeline.encode import EncodeStage
 from bge_ray.pipeline.estimate import Estimate, estimate
 from bge_ray.pipeline.isolation import start_ledger
 from bge_ray.pipeline.job import EmbedJob, SpanTask, span_batch
+from bge_ray.pipeline.nodes import await_nodes
 from bge_ray.pipeline.payload import UnitRow
 from bge_ray.pipeline.prepare import Work, prepare
 from bge_ray.pipeline.progress import Progress
 from bge_ray.pipeline.read import LENGTH_EDGES, read_stage
 from bge_ray.pipeline.stopping import Stopped, StopRequest, watched
+from bge_ray.pipeline.telemetry import Telemetry, unit_amounts
 from bge_ray.pipeline.write import write_stage
-from bge_ray.report import RunFacts, make_report, report_html, report_json
+from bge_ray.report.embed_page import embed_page
+from bge_ray.report.facts import RunFacts, Workers, make_report, report_json, written_bytes
+from bge_ray.run_id import run_id
 from bge_ray.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -69,7 +73,7 @@ def embed(settings: Settings, stop: StopRequest | None = None) -> EmbedResult:
     published = work.dataset.read_manifest()
     if published is not None and not work.todo and _is_current(work, published):
         logger.info("nothing to do: all %d units of %s are done", len(published.shards), work.dataset.root)
-        facts = RunFacts(started)
+        facts = RunFacts(started, run_id=run_id())
         return EmbedResult(published, _report(settings, work, facts, "nothing to do"))
     stop = stop or StopRequest()
     with stop.deferred(), Lease(work.dataset.storage, work.dataset.root) as lease:
@@ -83,7 +87,13 @@ def embed(settings: Settings, stop: StopRequest | None = None) -> EmbedResult:
             raise OutputBusyError(
                 f"{work.dataset.root}: another run took plan {work.previous_number + 1}; run again"
             )
-        facts = RunFacts(started, units_planned=len(work.todo_units), length_edges=LENGTH_EDGES)
+        facts = RunFacts(
+            started,
+            run_id=run_id(),
+            units_planned=len(work.todo_units),
+            rows_planned=work.todo_rows,
+            length_edges=LENGTH_EDGES,
+        )
         markers = dict(work.finished)
         try:
             if work.todo:
@@ -91,11 +101,11 @@ def embed(settings: Settings, stop: StopRequest | None = None) -> EmbedResult:
             manifest = _publish(settings, work, lease, facts, markers)
         except (BgeRayError, Stopped) as error:
             if not lease.lost.is_set():
-                _tell_failure(work, _report(settings, work, facts, f"incomplete: {error}"), facts)
+                _tell_failure(work, _report(settings, work, facts, f"incomplete: {error}"))
             raise
         outcome = f"complete: {manifest.rows_in:,} rows in {len(manifest.shards):,} units"
         report = _report(settings, work, facts, outcome)
-        _write_report(work, report, facts)
+        _write_report(work, report)
         return EmbedResult(manifest, report)
 
 
@@ -158,8 +168,14 @@ def embedding_receipts(
 def _run(
     settings: Settings, work: Work, watch: Callable[[], None], facts: RunFacts, markers: dict[str, Marker]
 ) -> None:
+    asked = settings.resources
+    connect(asked)
+    await_nodes("resources.num_encoders", asked.num_encoders, asked.gpus_per_encoder)
     sizes = cap_sizes(cluster_sizes(settings.resources), spans=len(work.todo), units=len(work.todo_units))
-    facts.num_encoders = sizes.num_encoders
+    facts.workers = Workers(
+        sizes.device, sizes.devices, sizes.num_encoders, sizes.num_readers, sizes.num_writers
+    )
+    facts.pipeline_started = time.time()
     budget = settings.batching.token_budget
     job = EmbedJob(
         storage=work.dataset.storage,
@@ -179,10 +195,12 @@ def _run(
     rejected = sum(m.rows_rejected for m in markers.values())
     allowed = settings.corpus.max_rejected_fraction * sum(u.n_rows for u in work.plan.units())
     in_a_row = 0
+    telemetry = Telemetry("embed", facts.run_id)
+    telemetry.start(units=facts.units_planned, encoders=sizes.num_encoders)
     try:
         with Progress(facts, work.todo_rows, settings.report.log_interval_s):
             for receipt in watched(embedding_receipts(job, sizes, list(work.todo)), watch):
-                _book(receipt, facts, markers)
+                _book(receipt, facts, telemetry, markers)
                 in_a_row = 0 if receipt.marker else in_a_row + 1
                 if in_a_row >= MAX_FAILURES_IN_A_ROW:
                     raise IncompleteRunError(
@@ -205,15 +223,19 @@ def _watch(lease: Lease, stop: StopRequest) -> Callable[[], None]:
     return watch
 
 
-def _book(receipt: UnitRow, facts: RunFacts, markers: dict[str, Marker]) -> None:
+def _book(receipt: UnitRow, facts: RunFacts, telemetry: Telemetry, markers: dict[str, Marker]) -> None:
     if receipt.marker is None:
         unit = receipt.task.unit
         rows = f"rows {unit.first_row} to {unit.first_row + unit.n_rows - 1}"
         facts.failures.append(f"{receipt.task.uri} {rows}: {receipt.error}")
-        logger.error("unit %s given up: %s", unit.name, facts.failures[-1])
+        logger.error("unit %s given up: %s", unit.name, facts.failures[-1], extra={"unit": unit.name})
+        telemetry.fail_unit()
         return
     markers[receipt.marker.unit.name] = receipt.marker
-    facts.add_receipt(dataclasses.asdict(receipt.marker), receipt.facts)
+    marker = dataclasses.asdict(receipt.marker)
+    facts.add_receipt(marker, receipt.facts)
+    amounts = unit_amounts(marker, receipt.facts, written_bytes(marker))
+    telemetry.finish_unit(amounts, receipt.marker.reasons)
 
 
 def _publish(
@@ -270,20 +292,20 @@ def _report(settings: Settings, work: Work, facts: RunFacts, outcome: str) -> di
             "plan": work.previous_number + 1,
             "model": dataclasses.asdict(work.spec.model),
             "dataset_fingerprint": work.spec.fingerprint,
-            "price_per_hour": settings.report.gpu_price_per_hour,
+            "price_per_hour": settings.report.price_per_hour,
             "settings": settings.model_dump(mode="json"),
         },
     )
 
 
-def _write_report(work: Work, report: dict[str, object], facts: RunFacts) -> None:
+def _write_report(work: Work, report: dict[str, object]) -> None:
     work.dataset.storage.write(join(work.dataset.root, "report.json"), report_json(report))
-    work.dataset.storage.write(join(work.dataset.root, "report.html"), report_html(report, facts))
+    work.dataset.storage.write(join(work.dataset.root, "report.html"), embed_page(report))
 
 
-def _tell_failure(work: Work, report: dict[str, object], facts: RunFacts) -> None:
+def _tell_failure(work: Work, report: dict[str, object]) -> None:
     """Write the report of a failed run; what failed the run may refuse the report, too."""
     try:
-        _write_report(work, report, facts)
+        _write_report(work, report)
     except StorageError as error:
         logger.error("no report of this run: %s", error)  # noqa: TRY400 - the run's own error follows

@@ -32,18 +32,23 @@ class EncodeStage:
         )
         if job.device != "cpu":
             self._encoder.warm_up(job.token_budget)
+        self._idle_since: float | None = None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Encode one unit."""
         row = UnitRow.from_batch(batch)
         if row.error is not None or row.table is None:
             return batch
+        # The first unit is waited for while the run starts, which is no fault of the readers.
+        waited = 0.0 if self._idle_since is None else time.time() - self._idle_since
         with Attempt(self._job.ledger, f"encode {row.task.unit.name}") as attempt:
             if attempt.total_deaths >= self._job.max_attempts:
                 return row.failed(f"its encoder died {attempt.total_deaths} times").to_batch()
-            return self._encode(row, row.table, attempt).to_batch()
+            batch = self._encode(row, row.table, attempt, waited).to_batch()
+        self._idle_since = time.time()
+        return batch
 
-    def _encode(self, row: UnitRow, table: pa.Table, attempt: Attempt) -> UnitRow:
+    def _encode(self, row: UnitRow, table: pa.Table, attempt: Attempt, waited_s: float) -> UnitRow:
         started = time.time()
         tokens = packed_tokens(table)
         result = self._encoder.empty_result(len(tokens))
@@ -69,9 +74,11 @@ class EncodeStage:
         facts = row.facts | {
             "encode_started": started,
             "encode_ended": ended,
+            "waited_s": waited_s,
             "device_s": result.busy_s,
             "batches": result.batches,
             "padded_tokens": result.padded_tokens,
+            "memory_splits": result.splits,
             "encoder": f"{os.uname().nodename}:{os.getpid()}",
         }
         if not result.faults:

@@ -110,7 +110,7 @@ def estimate(
     vector_bytes = spec.model.dim * VALUE_BYTES[spec.dtype]
     in_flight = sizes.num_readers + 2 * sizes.num_encoders + sizes.num_writers
     largest = max(task.unit.n_rows for span in todo for task in span.todo)
-    price = settings.report.gpu_price_per_hour
+    price = settings.report.price_per_hour
     return Estimate(
         **{name: getattr(base, name) for name in ("objects", "units", "units_todo", "rows", "rows_todo")},
         tokens=tokens,
@@ -119,7 +119,7 @@ def estimate(
         memory_bytes=int(in_flight * largest * (vector_bytes + 8 * tokens_per_row)),
         output_bytes=int(rows_todo * (vector_bytes * 0.93 + 40)),
         num_encoders=sizes.num_encoders,
-        cost=None if price is None else price * sizes.num_encoders * seconds / 3600,
+        cost=None if price is None else price * sizes.devices * seconds / 3600,
     )
 
 

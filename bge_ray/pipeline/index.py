@@ -32,7 +32,6 @@ from bge_ray.io.storage import Storage, join
 from bge_ray.manifest import DatasetSpec, Manifest
 from bge_ray.pipeline.cluster import connect
 from bge_ray.pipeline.index_queries import Queries, encode_given, given_queries
-from bge_ray.pipeline.index_report import index_report
 from bge_ray.pipeline.index_steps import (
     Build,
     add_parts,
@@ -54,6 +53,7 @@ from bge_ray.pipeline.index_tasks import StoredPart, TrainedFile, WrittenFile
 from bge_ray.pipeline.recall import TUNED_K, HeldOut, Quality, hold_out, tune, tuned_recall
 from bge_ray.pipeline.stopping import StopRequest
 from bge_ray.pipeline.tasks import largest_node
+from bge_ray.report.index_page import index_page
 from bge_ray.schema import IdArray
 from bge_ray.settings import IndexSettings, Settings
 
@@ -294,7 +294,7 @@ def _build(build: Build, inputs: Inputs, settings: Settings) -> dict[str, Any]:
     check_count(build, sum(file.rows for file in made.files))
     description = _describe(build, inputs, trained, made, len(held_out.queries))
     description["seconds"] = time.time() - started
-    build.storage.write(build.uri("report.html"), index_report(description, made.sizes))
+    build.storage.write(build.uri("report.html"), index_page(description, made.sizes))
     return description
 
 

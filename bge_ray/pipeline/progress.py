@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from bge_ray.report import RunFacts
+from bge_ray.report.facts import RunFacts
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Progress:
         return (
             f"{facts.rows_in:,} of {self._rows_total:,} rows ({facts.rows_rejected:,} rejected), "
             f"{facts.units_done:,} of {facts.units_planned:,} units, {tokens_per_s:,.0f} tokens/s, "
-            f"{rows_per_s:,.0f} rows/s on {facts.num_encoders} encoders, ETA {eta}"
+            f"{rows_per_s:,.0f} rows/s on {facts.workers.encoders} encoders, ETA {eta}"
         )
 
     def _log_forever(self) -> None:

@@ -66,6 +66,7 @@ def _read_span(
             "read_started": started,
             "read_s": read - started,
             "tokenise_s": time.time() - read,
+            "text_bytes": sum(len(text.encode()) for text in passages.texts),
             "lengths": count_lengths(tokens.lengths),
         }
         rejects = rejected_table(unit.object_no, unit.first_row, rejected + killed)

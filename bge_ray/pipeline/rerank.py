@@ -49,6 +49,8 @@ from bge_ray.pipeline.search_runs import (
 from bge_ray.pipeline.search_sizes import Pool, PoolSizes, cluster_pools, compute_dtype
 from bge_ray.pipeline.search_stages import read_stage
 from bge_ray.pipeline.stopping import Stopped, StopRequest
+from bge_ray.pipeline.telemetry import Telemetry
+from bge_ray.run_id import run_id
 from bge_ray.settings import RerankSettings, Settings
 
 logger = logging.getLogger(__name__)
@@ -286,10 +288,13 @@ def _run(settings: Settings, work: _Work, intake: Intake, tally: Tally, watch: C
     job = make_score_job(settings, place, work.spec, sizes["rerankers"])
     source = make_text_source(settings.rerank, work.source, sizes) if work.source is not None else None
     logger.info("%d pairs to score with %s", tally.rows_planned, sizes)
+    telemetry = Telemetry("rerank", run_id())
+    telemetry.start(units=sum(len(group.todo) for group in intake.groups), encoders=sizes["rerankers"].count)
     follow(
         lambda: rerank_receipts(place, job, source, settings.rerank.depth, sizes, intake.groups),
         intake,
         tally,
+        telemetry,
         watch,
         settings.report.log_interval_s,
     )

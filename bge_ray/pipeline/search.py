@@ -68,6 +68,8 @@ from bge_ray.pipeline.search_stages import (
 )
 from bge_ray.pipeline.searchers import Searcher
 from bge_ray.pipeline.stopping import Stopped, StopRequest
+from bge_ray.pipeline.telemetry import Telemetry
+from bge_ray.run_id import run_id
 from bge_ray.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -336,11 +338,17 @@ def _run(
     )
     encode = _encode_job(settings, place, work.model, sizes["encoders"])
     logger.info("%d queries to answer with %s", tally.rows_planned, sizes)
+    telemetry = Telemetry("search", run_id())
+    telemetry.start(
+        units=sum(len(group.todo) for group in intake.groups),
+        encoders=sizes["rerankers" if work.reranker else "encoders"].count,
+    )
     try:
         follow(
             lambda: search_receipts(encode, job, score, texts, settings.rerank.depth, sizes, intake.groups),
             intake,
             tally,
+            telemetry,
             watch,
             settings.report.log_interval_s,
         )

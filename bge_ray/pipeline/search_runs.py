@@ -19,6 +19,9 @@ from bge_ray.pipeline.cluster import root_cause
 from bge_ray.pipeline.search_intake import Intake, remove_all
 from bge_ray.pipeline.search_job import Parcel
 from bge_ray.pipeline.stopping import StopRequest, watched
+from bge_ray.pipeline.telemetry import Telemetry
+from bge_ray.report.run_page import run_page
+from bge_ray.run_id import run_id
 from bge_ray.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -56,7 +59,7 @@ class Tally:
         """Book a receipt; one with an error may stand for all units of a group."""
         if receipt.error is not None:
             self.failures += [f"group {receipt.task.name}: {receipt.error}"] * len(receipt.task.todo)
-            logger.error("%s given up", self.failures[-1])
+            logger.error("%s given up", self.failures[-1], extra={"unit": receipt.task.name})
             return
         self.done_units += 1
         self.done_rows += sum(unit.n_rows for unit in receipt.task.todo)
@@ -100,6 +103,7 @@ def follow(
     receipts: Callable[[], Iterator[Parcel]],
     intake: Intake,
     tally: Tally,
+    telemetry: Telemetry,
     watch: Callable[[], None],
     interval_s: float,
 ) -> None:
@@ -112,6 +116,7 @@ def follow(
     try:
         for receipt in watched(receipts(), watch):
             tally.add(receipt)
+            _count(receipt, telemetry)
             if not tally.done_units and len(tally.failures) >= MAX_FAILURES_IN_A_ROW:
                 break
             if time.time() > told + interval_s:
@@ -127,6 +132,25 @@ def follow(
             f"{len(tally.failures)} of {sum(len(g.todo) for g in intake.groups)} units are not done, "
             f"the first: {tally.failures[0]}; run again to continue"
         )
+
+
+def _count(receipt: Parcel, telemetry: Telemetry) -> None:
+    """Count a receipt for Prometheus; one with an error may stand for all units of a group."""
+    if receipt.error is not None:
+        for _ in receipt.task.todo:
+            telemetry.fail_unit()
+        return
+    facts = receipt.facts
+    queries, pairs = facts.get("query_tokens", 0), facts.get("pair_tokens", 0)
+    amounts = {
+        "rows": sum(unit.n_rows for unit in receipt.task.todo),
+        "tokens": queries + pairs,
+        # Of queries, which are few and short, no padding is noted.
+        "padded_tokens": queries + facts.get("padded_tokens", 0),
+        "truncated_rows": facts.get("truncated_queries", 0) + facts.get("truncated_pairs", 0),
+        "device_busy_seconds": facts.get("device_s", 0.0),
+    }
+    telemetry.finish_unit(amounts, {})
 
 
 def make_watch(lease: Lease, stop: StopRequest) -> Callable[[], None]:
@@ -152,8 +176,10 @@ def read_current(storage: Storage, folder: str, key: str) -> dict[str, Any] | No
 
 
 def write_report(storage: Storage, folder: str, report: dict[str, Any]) -> None:
-    """Write report.json; with ``complete`` it is what vouches for the run files beside it."""
-    text = json.dumps({"format_version": REPORT_FORMAT, **report}, indent=1, ensure_ascii=False)
+    """Write report.html, then report.json; with ``complete`` that is what vouches for the run files."""
+    report = {"format_version": REPORT_FORMAT, "run_id": run_id(), **report}
+    storage.write(join(folder, "report.html"), run_page(report))
+    text = json.dumps(report, indent=1, ensure_ascii=False)
     storage.write(join(folder, "report.json"), (text + "\n").encode())
 
 

@@ -6,6 +6,7 @@ import ray
 
 from bge_ray.errors import SettingsError
 from bge_ray.pipeline.cluster import connect
+from bge_ray.pipeline.nodes import await_nodes
 from bge_ray.pipeline.tasks import largest_node
 from bge_ray.settings import Settings
 
@@ -54,6 +55,8 @@ def cluster_pools(settings: Settings, most: dict[str, int]) -> PoolSizes:
         most: the pools wanted (names of WEIGHTS), and how many actors of each could have work.
     """
     connect(settings.resources)
+    if "rerankers" in most:
+        await_nodes("rerank.num_rerankers", settings.rerank.num_rerankers, settings.rerank.gpus_per_reranker)
     resources = ray.cluster_resources()
     return size_pools(
         settings, most, resources.get("CPU", 0.0), resources.get("GPU", 0.0), largest_node("CPU")

@@ -2,6 +2,8 @@
 
 import dataclasses
 import time
+from collections import Counter
+from typing import Any
 
 import pyarrow as pa
 
@@ -10,6 +12,10 @@ from bge_ray.io.shards import ShardWriter
 from bge_ray.pipeline.isolation import Attempt
 from bge_ray.pipeline.job import EmbedJob
 from bge_ray.pipeline.payload import UnitRow
+from bge_ray.report.facts import EXAMPLES_PER_REASON
+from bge_ray.schema import split_vector_ids
+
+MAX_ID_CHARS = 200
 
 
 def write_stage(batch: pa.Table, job: EmbedJob) -> pa.Table:
@@ -26,5 +32,30 @@ def write_stage(batch: pa.Table, job: EmbedJob) -> pa.Table:
             marker = writer.commit(row.task.unit, row.task.fingerprint, row.table, row.rejected)
         except StorageError as error:
             return row.failed(str(error)).to_batch()
-    facts = row.facts | {"write_s": time.time() - started, "written": time.time()}
+    ended = time.time()
+    facts = row.facts | {"write_s": ended - started, "written": ended, "rejected_examples": _examples(row)}
     return dataclasses.replace(row, table=None, rejected=None, facts=facts, marker=marker).to_batch()
+
+
+def _examples(row: UnitRow) -> list[dict[str, Any]]:
+    """Return a few rejected rows of each reason, for the report."""
+    if row.rejected is None:
+        return []
+    examples: list[dict[str, Any]] = []
+    shown: Counter[str] = Counter()
+    _, row_numbers = split_vector_ids(row.rejected["vector_id"].to_numpy())
+    for rejected, row_number in zip(row.rejected.to_pylist(), row_numbers.tolist(), strict=True):
+        shown[rejected["reason"]] += 1
+        if shown[rejected["reason"]] > EXAMPLES_PER_REASON:
+            continue
+        passage_id = rejected["passage_id"]
+        examples.append(
+            {
+                "passage_id": passage_id and passage_id[:MAX_ID_CHARS],
+                "reason": rejected["reason"],
+                "detail": rejected["detail"],
+                "uri": row.task.uri,
+                "row": row_number,
+            }
+        )
+    return examples

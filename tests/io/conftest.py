@@ -7,7 +7,7 @@ import fsspec
 import pytest
 
 from bge_ray.io.storage import Storage
-from tests.io.proxy import Fault, FaultyProxy
+from tests.support.proxy import Fault, FaultyProxy
 from tests.support.s3 import S3Server
 
 

@@ -18,7 +18,7 @@ from bge_ray.io.assemble import (
     write_large,
 )
 from bge_ray.io.storage import Storage, join
-from tests.io.proxy import FaultyProxy
+from tests.support.proxy import FaultyProxy
 
 SMALL, LARGE = 1000, MIN_PART_BYTES + 12_345
 

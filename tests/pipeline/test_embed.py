@@ -229,7 +229,7 @@ def test_dry_run_counts_and_writes_nothing(
     bucket: str, tiny_model: Path, passages: list[dict[str, str]]
 ) -> None:
     upload(f"{bucket}/corpus", mixed_objects(passages[:300]))
-    estimate = plan_only(settings_for(bucket, tiny_model, "report.gpu_price_per_hour=2"))
+    estimate = plan_only(settings_for(bucket, tiny_model, "report.price_per_hour=2"))
     assert (estimate.objects, estimate.rows, estimate.rows_todo) == (5, 300, 300)
     assert STORAGE.list_files(f"{bucket}/out") == []
     result = embed(settings_for(bucket, tiny_model))

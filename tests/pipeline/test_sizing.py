@@ -37,6 +37,21 @@ def test_cpu_threads_do_not_exceed_the_cores(cpus: int, num_encoders: int) -> No
     assert sizes.encoder_threads * num_encoders <= max(cpus, num_encoders)
 
 
+@given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 128) | st.none())
+def test_nothing_waits_for_a_core_that_no_node_has(cores: int, nodes: int, num_encoders: int | None) -> None:
+    """An encoder fits on a node; tasks go on however the encoders lie, and after a node was lost."""
+    sizes = size_stages(ResourcesSettings(num_encoders=num_encoders), cores * nodes, 0, node_cpus=cores)
+    assert sizes.encoder_cpus <= cores
+    assert (sizes.reader_cpus, sizes.writer_cpus) == (0, 0)
+
+
+def test_tasks_reserve_cores_only_where_encoders_take_whole_ones() -> None:
+    roomy = size_stages(ResourcesSettings(), 16, 2, node_cpus=8)
+    assert (roomy.encoder_cpus, roomy.reader_cpus) == (1.0, 1.0)
+    tight = size_stages(ResourcesSettings(), 2, 2, node_cpus=1)
+    assert (tight.encoder_cpus, tight.reader_cpus) == (0.25, 0.0)
+
+
 def test_gpus_are_shared_where_asked() -> None:
     sizes = size_stages(ResourcesSettings(gpus_per_encoder=0.5), 32, 4)
     assert (sizes.num_encoders, sizes.encoder_gpus) == (8, 0.5)

@@ -47,7 +47,7 @@ def mixed_objects(records: list[dict[str, str]], pieces: int = 5) -> dict[str, b
     encoders = {
         "a.parquet": parquet_bytes,
         "b.jsonl": jsonl_bytes,
-        "c.jsonl.gz": lambda r: gzip.compress(jsonl_bytes(r)),
+        "c.jsonl.gz": lambda r: gzip.compress(jsonl_bytes(r), mtime=0),
         "d.jsonl.zst": lambda r: zstandard.compress(jsonl_bytes(r)),
         "e.csv": csv_bytes,
     }

@@ -1,0 +1,112 @@
+"""What a run tells Prometheus, by way of `ray.util.metrics`; nothing here can make a run fail.
+
+The driver sets all of it, from the one receipt that it gets of each unit. So a unit counts once however
+often its tasks were repeated, which a counter in a stage could not promise, and the cost is a few
+numbers a unit. The series are few: names below, times reasons for rejecting a row, times runs.
+Fractions (busy, waiting, padding) are left to the query, which can take them over any time:
+see infra/observability.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+COUNTERS = {
+    "rows": "rows that were done: passages embedded, queries answered, pairs scored",
+    "rejected_rows": "rows that were rejected, by reason",
+    "tokens": "tokens of texts, special tokens included",
+    "padded_tokens": "tokens computed, padding included",
+    "truncated_rows": "texts that were cut at model.max_length",
+    "bytes_in": "bytes of text, in UTF-8",
+    "bytes_out": "bytes of files written",
+    "units": "work units finished",
+    "failed_units": "work units given up; the next run does them",
+    "device_busy_seconds": "seconds that models computed, summed over encoders or rerankers",
+    "queue_wait_seconds": "seconds that encoders waited for a unit, their first apart",
+}
+GAUGES = {
+    "units_left": "work units of this run still to do",
+    "encoders": "encoders or rerankers of this run",
+}
+PREFIX = "bge_"
+# Not `job`: Prometheus gives that label to what it scrapes, and would rename ours.
+TAGS = ("bge_job", "run_id")
+
+
+class Telemetry:
+    """The metrics of one run, under its job and run id."""
+
+    def __init__(self, job: str, run_id: str) -> None:
+        """Register the metrics; Ray must be connected."""
+        self._tags = {"bge_job": job, "run_id": run_id}
+        self._metrics: dict[str, Any] = {}
+        self._units_left = 0
+        self._given_up = False
+        self._attempt(self._register)
+
+    def start(self, *, units: int, encoders: int) -> None:
+        """Say how much there is to do, and by how many."""
+        self._units_left = units
+        self._set("encoders", encoders)
+        self._set("units_left", units)
+
+    def finish_unit(self, amounts: Mapping[str, float], reasons: Mapping[str, int]) -> None:
+        """Count a finished unit: amounts by the names of COUNTERS, rejected rows by reason."""
+        for name, amount in amounts.items():
+            self._count(name, amount)
+        for reason, rows in reasons.items():
+            self._count("rejected_rows", rows, reason=reason)
+        self._end_unit("units")
+
+    def fail_unit(self) -> None:
+        """Count a unit that was given up."""
+        self._end_unit("failed_units")
+
+    def _end_unit(self, counter: str) -> None:
+        self._count(counter, 1)
+        self._units_left -= 1
+        self._set("units_left", self._units_left)
+
+    def _register(self) -> None:
+        from ray.util.metrics import Counter, Gauge
+
+        for kind, names in ((Counter, COUNTERS), (Gauge, GAUGES)):
+            for name, meaning in names.items():
+                tags = (*TAGS, "reason") if name == "rejected_rows" else TAGS
+                metric = kind(f"{PREFIX}{name}", description=meaning, tag_keys=tags)
+                self._metrics[name] = metric.set_default_tags(self._tags)
+
+    def _count(self, name: str, amount: float, **tags: str) -> None:
+        def count() -> None:
+            if amount > 0:  # Ray refuses zero
+                self._metrics[name].inc(amount, tags=tags)
+
+        self._attempt(count)
+
+    def _set(self, name: str, amount: float) -> None:
+        self._attempt(lambda: self._metrics[name].set(amount))
+
+    def _attempt(self, operation: Callable[[], None]) -> None:
+        if self._given_up:
+            return
+        try:
+            operation()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the run is worth more than its metrics
+            self._given_up = True
+            logger.warning("no metrics of this run: %s: %s", type(error).__name__, error)
+
+
+def unit_amounts(marker: Mapping[str, Any], facts: Mapping[str, Any], bytes_out: int) -> dict[str, float]:
+    """Return what an embedded unit counts for, by the names of COUNTERS."""
+    return {
+        "rows": marker["rows_out"],
+        "tokens": marker["tokens"],
+        "padded_tokens": facts["padded_tokens"],
+        "truncated_rows": marker["truncated"],
+        "bytes_in": facts["text_bytes"],
+        "bytes_out": bytes_out,
+        "device_busy_seconds": facts["device_s"],
+        "queue_wait_seconds": facts["waited_s"],
+    }

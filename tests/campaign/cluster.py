@@ -1,0 +1,82 @@
+"""A Ray cluster of two nodes that outlives its jobs: the second node can be killed and replaced.
+
+Run as a script: prints its address, and adds a node for every line it reads.
+"""
+
+import os
+import subprocess
+import sys
+
+import psutil
+
+from tests.support.runs import REPOSITORY
+
+OBJECT_STORE_BYTES = 200 << 20
+
+
+class RayCluster:
+    """The script below as a process, and blows against its second node."""
+
+    def __init__(self, log: str, environment: dict[str, str]) -> None:
+        with open(log, "ab") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.campaign.cluster"],
+                cwd=REPOSITORY,
+                env={**os.environ, **environment},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+        self.address = self._answer()
+
+    def workers(self) -> list[psutil.Process]:
+        """Return everything that runs on its nodes."""
+        return psutil.Process(self._process.pid).children(recursive=True)
+
+    def lose_node(self) -> bool:
+        """Kill the second node and all that ran on it, at once."""
+        raylets = [p for p in self.workers() if "raylet" in p.name() and "--head" not in p.cmdline()]
+        if not raylets:
+            return False
+        doomed = [raylets[-1], *raylets[-1].children(recursive=True)]
+        for process in doomed:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        return True
+
+    def add_node(self) -> None:
+        print("add", file=self._process.stdin, flush=True)
+        self._answer()
+
+    def is_whole(self) -> bool:
+        """Whether both nodes are alive."""
+        raylets = [p for p in self.workers() if "raylet" in p.name() and p.status() != psutil.STATUS_ZOMBIE]
+        return self._process.poll() is None and len(raylets) == 2
+
+    def _answer(self) -> str:
+        line = self._process.stdout.readline().strip()
+        if not line.startswith("ready "):
+            raise RuntimeError(f"the cluster did not come up: {line!r}")
+        return line.removeprefix("ready ")
+
+
+def main() -> None:
+    from ray.cluster_utils import Cluster
+
+    node = {"node_ip_address": "127.0.0.1", "object_store_memory": OBJECT_STORE_BYTES}
+    cores = os.cpu_count()
+    cluster = Cluster(
+        initialize_head=True, head_node_args={**node, "num_cpus": cores, "include_dashboard": False}
+    )
+    cluster.add_node(num_cpus=cores, **node)
+    print("ready", cluster.address, flush=True)
+    for _ in sys.stdin:
+        cluster.add_node(num_cpus=cores, **node)
+        print("ready", cluster.address, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""A Ray head of the test's own, with the Jobs API, on loopback and behind a token."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import requests
+
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports that were free a moment ago, outside those that Ray gives to its workers."""
+    found: list[int] = []
+    with_sockets = []
+    while len(found) < count:
+        probe = socket.socket()
+        probe.bind(("127.0.0.1", 0))
+        with_sockets.append(probe)
+        if probe.getsockname()[1] > 20_000:
+            found.append(probe.getsockname()[1])
+    for probe in with_sockets:
+        probe.close()
+    return found
+
+
+class RayHead:
+    """`ray start --head --block` as a process group of its own; ``kill`` takes only what it started."""
+
+    def __init__(self, num_cpus: int = 4, **environment: str) -> None:
+        # A short path of its own: Ray puts sockets there, and the address that "auto" finds.
+        self._folder = Path(tempfile.mkdtemp(prefix="head-", dir="/tmp"))
+        gcs, dashboard, client, agent, agent_grpc, runtime_env, metrics = free_ports(7)
+        self.address = f"http://127.0.0.1:{dashboard}"
+        self.environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_ADDRESS")}
+        self.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as activated
+        command = [RAY, "start", "--head", "--block", "--disable-usage-stats", f"--num-cpus={num_cpus}"]
+        command += ["--node-ip-address=127.0.0.1", f"--port={gcs}", f"--temp-dir={self._folder}"]
+        command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+        command += [f"--ray-client-server-port={client}", f"--metrics-export-port={metrics}"]
+        command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"]
+        command += [f"--runtime-env-agent-port={runtime_env}", f"--object-store-memory={256 << 20}"]
+        self._log = self._folder / "start.log"
+        self._process = subprocess.Popen(
+            command,
+            cwd="/",
+            env=self.environment | environment,
+            stdout=self._log.open("wb"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self._wait_ready()
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a request must carry."""
+        return {"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
+
+    def submit(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run `ray job WORDS` from the checkout, as the README has it."""
+        return subprocess.run(
+            [RAY, "job", *words],
+            cwd=Path(__file__).parents[2],
+            env=self.environment | {"RAY_ADDRESS": self.address} | environment,
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+        )
+
+    def job(self, submission_id: str) -> dict[str, object]:
+        """Return what the Jobs API knows of a job."""
+        answer = requests.get(f"{self.address}/api/jobs/{submission_id}", headers=self.headers, timeout=30)
+        answer.raise_for_status()
+        return dict(answer.json())
+
+    def kill(self) -> None:
+        started = psutil.Process(self._process.pid).children(recursive=True)
+        os.killpg(self._process.pid, signal.SIGKILL)
+        for process in started:
+            if process.is_running():
+                process.kill()
+        self._process.wait()
+        psutil.wait_procs(started, timeout=20)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _wait_ready(self) -> None:
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                answer = requests.get(f"{self.address}/api/jobs/", headers=self.headers, timeout=10)
+                if answer.ok:
+                    return
+            except requests.ConnectionError:
+                pass
+            if time.monotonic() > deadline or self._process.poll() is not None:
+                log = self._log.read_text()
+                self.kill()
+                raise RuntimeError(f"the head did not come up: {log}")
+            time.sleep(0.3)
