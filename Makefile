@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-slow check unit format clean audit
+.PHONY: help demo test test-slow test-airflow check unit format clean audit
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -17,6 +17,9 @@ test: $(VENV)/.dev ## the tests, with a real Ray, a real S3 server and real weig
 
 test-slow: $(VENV)/.dev ## the long ones: search and rerank on Ray, real kills of drivers, actors, nodes and the store, memory
 	$(BIN)/python -m pytest -m slow
+
+test-airflow: $(VENV)/.dev .venv-airflow/.ready ## the Airflow DAG on a real Airflow (in an environment of its own) and a real Ray head
+	$(BIN)/python -m pytest tests/infra/test_airflow.py
 
 check: $(VENV)/.dev ## format, lint, types, import contracts, quick tests
 	$(BIN)/ruff format --check .
@@ -51,3 +54,8 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e '.[cpu,demo,dev,parity]'
 	@touch $@ $(VENV)/.demo
+
+.venv-airflow/.ready: infra/airflow/requirements.txt infra/airflow/constraints.txt
+	$(PYTHON) -m venv .venv-airflow
+	.venv-airflow/bin/python -m pip install --quiet --disable-pip-version-check -c infra/airflow/constraints.txt -r infra/airflow/requirements.txt
+	@touch $@

@@ -150,6 +150,7 @@ def test_an_index_without_lists_has_a_page_too() -> None:
 def test_good_figures_need_no_advice() -> None:
     assert advise(quiet()) == []
     assert advise_index(index_of()) == []
+    assert advise_index(index_of(nprobe=6)) == []  # of 8 lists
     assert b"Nothing: no figure" in embed_page(quiet() | {"advice": []})
 
 
@@ -198,7 +199,7 @@ def test_advice_begins_at_its_threshold() -> None:
     [
         ({"reached": False}, "search.rescore"),
         ({"imbalance": 3.0}, "uneven"),
-        ({"nprobe": 6}, "75% of the lists"),
+        ({"nprobe": 96, "nlist": 128}, "75% of the lists"),
     ],
 )
 def test_advice_on_an_index(change: dict[str, Any], word: str) -> None:

@@ -169,7 +169,10 @@ def test_a_canary_is_found_wherever_it_hides(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("place", ["s3", "local"])
 def test_a_run_leaves_no_secret_anywhere_and_listens_on_loopback_only(
+    place: str,
     bucket: str,
     s3_server: S3Server,
     tiny_model: Path,
@@ -179,13 +182,20 @@ def test_a_run_leaves_no_secret_anywhere_and_listens_on_loopback_only(
 ) -> None:
     # What the tests set for this machine is left out: the product's own choice is on trial.
     monkeypatch.delenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+    root = bucket if place == "s3" else str(tmp_path / "data")
     bad = [{"id": f"bad-{i}", "text": " "} for i in range(3)]
-    STORAGE.write(f"{bucket}/corpus/a.jsonl", jsonl_bytes(docstrings(60) + bad))
-    STORAGE.write(f"{bucket}/corpus/b.parquet", parquet_bytes(docstrings(120)[60:]))
-    keys = {"corpus.uri": f"{bucket}/corpus", "output.uri": f"{bucket}/out", "model.name": tiny_model}
+    STORAGE.write(f"{root}/corpus/a.jsonl", jsonl_bytes(docstrings(60) + bad))
+    STORAGE.write(f"{root}/corpus/b.parquet", parquet_bytes(docstrings(120)[60:]))
+    keys = {"corpus.uri": f"{root}/corpus", "output.uri": f"{root}/out", "model.name": tiny_model}
     keys |= {"resources.num_encoders": 2, "batching.unit_rows": 30, "corpus.max_rejected_fraction": 1}
     keys |= {"index.build": "true"}
     environment = planted() | {"RAY_TMPDIR": str(ray_folder), "HOME": str(tmp_path / "home")}
+    if place == "local":  # where no server is asked whether they are right
+        environment |= {
+            "AWS_ACCESS_KEY_ID": canary("id"),
+            "AWS_SECRET_ACCESS_KEY": canary("key"),
+            "AWS_SESSION_TOKEN": canary("session"),
+        }
     (tmp_path / "home").mkdir()
     run = JobProcess(tmp_path / "log", keys, "--log-format", "json", environment=environment)
     watch = Watch(run)
@@ -210,6 +220,7 @@ def planted_values(environment: dict[str, str]) -> list[str]:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("failure", ["wrong keys", "refused writes", "no such model", "no such bucket"])
 def test_a_failing_run_leaves_no_secret_either(
     failure: str, bucket: str, s3_server: S3Server, tiny_model: Path, tmp_path: Path, ray_folder: Path

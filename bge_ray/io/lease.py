@@ -23,9 +23,15 @@ from bge_ray.io.storage import Storage, join
 
 logger = logging.getLogger(__name__)
 
+LEASE = "lease.json"
 RENEW_S = 5.0
 # A holder that has missed this many renewals is taken for dead.
 PATIENCE_RENEWALS = 4
+
+
+def is_leased(storage: Storage, root: str) -> bool:
+    """Tell whether a run holds an output, or was cut off while it did: giving it back is a run's last act."""
+    return storage.info(join(root, LEASE)) is not None
 
 
 class Lease:
@@ -35,7 +41,7 @@ class Lease:
         # A renewal that is retried for minutes could land on the lease of a newer run.
         self._storage = dataclasses.replace(storage, timeout_s=min(storage.timeout_s, renew_s))
         self._patient = storage
-        self._uri, self._renew_s, self._root = join(root, "lease.json"), renew_s, root
+        self._uri, self._renew_s, self._root = join(root, LEASE), renew_s, root
         self._run_id = uuid.uuid4().hex
         self._beats = 0
         self._stop = threading.Event()

@@ -15,7 +15,7 @@ import ray.data
 from ray.exceptions import RayError
 
 from bge_ray.errors import BgeRayError, IncompleteRunError, OutputBusyError, RejectedRowsError, StorageError
-from bge_ray.io.lease import Lease
+from bge_ray.io.lease import Lease, is_leased
 from bge_ray.io.storage import join
 from bge_ray.manifest import Manifest, Marker, make_manifest
 from bge_ray.pipeline.cluster import Sizes, cap_sizes, cluster_sizes, connect, root_cause
@@ -71,7 +71,9 @@ def embed(settings: Settings, stop: StopRequest | None = None) -> EmbedResult:
     started = time.time()
     work = prepare(settings)
     published = work.dataset.read_manifest()
-    if published is not None and not work.todo and _is_current(work, published):
+    # A run that was cut off after it published has left its lease, and things to sweep and to report.
+    cut_off = is_leased(work.dataset.storage, work.dataset.root)
+    if published is not None and _is_current(work, published) and not cut_off:
         logger.info("nothing to do: all %d units of %s are done", len(published.shards), work.dataset.root)
         facts = RunFacts(started, run_id=run_id())
         return EmbedResult(published, _report(settings, work, facts, "nothing to do"))
@@ -270,7 +272,7 @@ def _publish(
 
 
 def _is_current(work: Work, manifest: Manifest) -> bool:
-    return [m.unit for m in manifest.shards] == sorted(work.plan.units())
+    return not work.todo and [m.unit for m in manifest.shards] == sorted(work.plan.units())
 
 
 def _too_many_rejected(root: str, facts: RunFacts, allowed: float) -> RejectedRowsError:

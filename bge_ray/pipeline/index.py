@@ -27,7 +27,7 @@ from bge_ray.index.factory import (
 )
 from bge_ray.io.assemble import remove_unfinished
 from bge_ray.io.dataset import PARALLEL_REQUESTS, Dataset
-from bge_ray.io.lease import Lease
+from bge_ray.io.lease import Lease, is_leased
 from bge_ray.io.storage import Storage, join
 from bge_ray.manifest import DatasetSpec, Manifest
 from bge_ray.pipeline.cluster import connect
@@ -95,7 +95,8 @@ def build_index(settings: Settings, stop: StopRequest | None = None) -> dict[str
     root = str(settings.output.uri)
     inputs = _read_inputs(Dataset(storage, root), settings.index)
     current = _current(storage, root, inputs)
-    if current is not None:
+    # A run that was cut off after it published has left its lease, and things to sweep.
+    if current is not None and not is_leased(storage, join(root, "index")):
         return current
     connect(settings.resources)
     if settings.index.gpus_per_task > largest_node("GPU"):
@@ -115,13 +116,14 @@ def build_index(settings: Settings, stop: StopRequest | None = None) -> dict[str
         inputs = _read_inputs(Dataset(storage, root), settings.index)
         current = _current(storage, root, inputs)
         if current is not None:
+            _sweep(storage, root, current)
             return current
         at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
         build = Build(storage, root, inputs.manifest, inputs.spec, settings.index, at_once, watch)
         description = _build(build, inputs, settings)
         lease.check()
         storage.write(build.uri("index.json"), (json.dumps(description, indent=1) + "\n").encode())
-        _sweep(build, description)
+        _sweep(storage, root, description)
     return description
 
 
@@ -356,16 +358,16 @@ def _describe(
     }
 
 
-def _sweep(build: Build, description: dict[str, Any]) -> None:
+def _sweep(storage: Storage, root: str, description: dict[str, Any]) -> None:
     """Remove what the published index does not need, and what killed runs left unfinished."""
     live = {"index.json", "training.json", "report.html", "lease.json", description["training"]["path"]}
     live |= {*description["parts"], *(file["path"] for file in description["files"])}
     # A listing names a local file by its full URI, so only what is below the folder can be compared.
     dead = [
         info.uri
-        for info in build.storage.list_files(build.uri())
+        for info in storage.list_files(join(root, "index"))
         if info.uri.rpartition("/index/")[2] not in live
     ]
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
-        list(pool.map(lambda uri: build.storage.delete([uri]), dead))
-    remove_unfinished(build.storage, build.uri())
+        list(pool.map(lambda uri: storage.delete([uri]), dead))
+    remove_unfinished(storage, join(root, "index"))

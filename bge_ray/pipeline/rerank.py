@@ -40,6 +40,7 @@ from bge_ray.pipeline.search_runs import (
     Tally,
     check_rejected,
     clear_work,
+    finish_clearing,
     follow,
     make_watch,
     open_source,
@@ -90,6 +91,7 @@ def rerank(settings: Settings, stop: StopRequest | None = None) -> dict[str, Any
     work = _prepare(settings)
     current = read_current(work.storage, work.folder, work.key)
     if current is not None:
+        finish_clearing(work.storage, work.folder)
         logger.info("nothing to do: %s is up to date", work.folder)
         _check_share(settings, current, work.folder)
         return current | {"outcome": "nothing to do"}

@@ -52,6 +52,7 @@ from bge_ray.pipeline.search_runs import (
     Tally,
     check_rejected,
     clear_work,
+    finish_clearing,
     follow,
     make_watch,
     open_source,
@@ -112,6 +113,7 @@ def search(settings: Settings, stop: StopRequest | None = None) -> dict[str, Any
     storage = work.source.storage
     current = read_current(storage, work.folder, work.key)
     if current is not None:
+        finish_clearing(storage, work.folder)
         logger.info("nothing to do: %s is up to date", work.folder)
         _check_share(settings, current, work.folder)
         return current | {"outcome": "nothing to do"}

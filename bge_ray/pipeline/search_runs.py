@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 
 from bge_ray.errors import DatasetMismatchError, IncompleteRunError, RejectedRowsError, SettingsError
 from bge_ray.io.dataset import Dataset
-from bge_ray.io.lease import Lease
+from bge_ray.io.lease import Lease, is_leased
 from bge_ray.io.storage import Storage, join
 from bge_ray.manifest import DatasetSpec, Manifest
 from bge_ray.pipeline.cluster import root_cause
@@ -186,6 +186,17 @@ def write_report(storage: Storage, folder: str, report: dict[str, Any]) -> None:
 def clear_work(storage: Storage, folder: str) -> None:
     """Remove stored inputs and parts once the run is published."""
     remove_all(storage, [info.uri for info in storage.list_files(join(folder, WORK))])
+
+
+def finish_clearing(storage: Storage, folder: str) -> None:
+    """Clear up for a run that was cut off after it published.
+
+    Raises:
+        OutputBusyError: it lives.
+    """
+    if is_leased(storage, folder):
+        with Lease(storage, folder):
+            clear_work(storage, folder)
 
 
 def check_rejected(report: dict[str, Any], folder: str, share: float, allowed: float, key: str) -> None:

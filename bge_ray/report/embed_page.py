@@ -185,7 +185,7 @@ def _time(report: dict[str, Any]) -> list[Html]:
     )
     return [
         phases,
-        paragraph(f"The {report['num_encoders']} encoders, while encoding:"),
+        paragraph(f"The {count(report['num_encoders'], 'encoder')}, while encoding:"),
         encoders,
         paragraph("All stages, summed over their tasks:"),
         stages,

@@ -25,6 +25,7 @@ from bge_ray.schema import IdArray
 HIGH_IMBALANCE = 2.5
 # Of the lists, probed to reach the target: more is little better than reading everything.
 HIGH_PROBED = 0.25
+MIN_LISTS = 64
 # Points of the curve of list sizes.
 MAX_POINTS = 500
 
@@ -74,8 +75,8 @@ def advise(index: dict[str, Any]) -> list[str]:
             f"The lists are uneven: a search scans {index['imbalance']:.1f} times what it would over equal "
             "ones. Look for many equal texts in the corpus, or take more lists in index.factory."
         )
-    probed = index["nprobe"] / index["nlist"] if index["effort"] == "nprobe" and index["nlist"] else 0.0
-    if probed > HIGH_PROBED:
+    probed = index["nprobe"] / index["nlist"] if index["effort"] == "nprobe" else 0.0
+    if probed > HIGH_PROBED and index["nlist"] >= MIN_LISTS:
         lines.append(
             f"{probed:.0%} of the lists are probed: a lower index.recall_target, or search.rescore beside "
             "it, makes searches faster."

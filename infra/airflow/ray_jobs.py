@@ -117,7 +117,7 @@ class RayJobOperator(BaseOperator):
     def execute(self, context: Any) -> dict[str, Any]:
         """Submit or join the job, follow its log, and return how it ended."""
         jobs = self._jobs()
-        self._running, there = next_submission(jobs, context["ti"])
+        self._running, there = next_submission(jobs, context)
         if there:
             self.log.info("%s is still running: following it", self._running)
         else:
@@ -161,18 +161,24 @@ class RayJobOperator(BaseOperator):
             time.sleep(POLL_S)
 
 
-def submission_of(task: Any, number: int) -> str:
-    """Return the id of the nth submission of a task instance: readable, unique, and fit for a URL."""
-    name = json.dumps([task.dag_id, task.run_id, task.task_id, task.map_index])
+def submission_of(context: Any, number: int) -> str:
+    """Return the id of the nth submission of a task instance: readable, unique, and fit for a URL.
+
+    A DAG run is known by its date, where it has one, so that a second attempt at a date finds the first.
+    """
+    task = context["ti"]
+    date = context.get("logical_date")
+    run = task.run_id if date is None else date.isoformat()
+    digest = hashlib.sha256(json.dumps([task.dag_id, run, task.task_id, task.map_index]).encode()).hexdigest()
     readable = re.sub(r"[^A-Za-z0-9]+", "-", f"{task.dag_id}-{task.task_id}")
-    return f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:12]}-{number}"
+    return f"{readable}-{digest[:12]}-{number}"
 
 
-def next_submission(jobs: RayJobs, task: Any) -> tuple[str, bool]:
+def next_submission(jobs: RayJobs, context: Any) -> tuple[str, bool]:
     """Return the submission of a task instance that has not ended, and whether the head has it already."""
     number = 1
     while True:
-        submission_id = submission_of(task, number)
+        submission_id = submission_of(context, number)
         job = jobs.find(submission_id)
         if job is None or job["status"] not in ENDED:
             return submission_id, job is not None

@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     out = arguments.out.resolve()
     results = out / "trials.jsonl"
     lines = _read(results)
+    if any(line["seed"] != draw(arguments.seed, line["trial"]).seed for line in lines):
+        parser.error(f"{results} is of another seed; choose another --out")
     numbers = [n for n in range(arguments.trials) if n not in {line["trial"] for line in lines}]
     if arguments.only is not None:
         numbers = [arguments.only]
@@ -100,4 +102,7 @@ def _read(results: Path) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left running
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")

@@ -67,14 +67,13 @@ def main() -> None:
     from ray.cluster_utils import Cluster
 
     node = {"node_ip_address": "127.0.0.1", "object_store_memory": OBJECT_STORE_BYTES}
-    cores = os.cpu_count()
-    cluster = Cluster(
-        initialize_head=True, head_node_args={**node, "num_cpus": cores, "include_dashboard": False}
-    )
-    cluster.add_node(num_cpus=cores, **node)
+    # As many cores as a job has that starts its own Ray: FAISS trains with those of the largest node.
+    head = {**node, "num_cpus": os.cpu_count(), "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster.add_node(num_cpus=1, **node)
     print("ready", cluster.address, flush=True)
     for _ in sys.stdin:
-        cluster.add_node(num_cpus=cores, **node)
+        cluster.add_node(num_cpus=1, **node)
         print("ready", cluster.address, flush=True)
 
 

@@ -36,6 +36,7 @@ def settings(root: str, model: Path, job: str, encoders: int = 1) -> dict[str, o
         "corpus.uri": f"s3://{CORPUS}",
         "corpus.max_rejected_fraction": 0.05,
         "model.name": model,
+        "model.max_length": 64,
         "batching.unit_rows": UNIT_ROWS,
         "resources.num_encoders": encoders,
         "resources.threads_per_encoder": 1,
@@ -325,8 +326,12 @@ class Course:
 
 
 def _kill(pid: int, number: int = signal.SIGKILL) -> bool:
+    """Send a signal; False if the process had ended before."""
     try:
-        psutil.Process(pid).send_signal(number)
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        process.send_signal(number)
     except psutil.NoSuchProcess:
         return False
     return True

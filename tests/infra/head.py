@@ -1,5 +1,6 @@
 """A Ray head of the test's own, with the Jobs API, on loopback and behind a token."""
 
+import json
 import os
 import shutil
 import signal
@@ -12,7 +13,16 @@ from pathlib import Path
 
 import psutil
 import requests
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
+# What Ray's own tests of its autoscaler set.
+AUTOSCALED = {
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    "RAY_FAKE_CLUSTER": "1",
+    "RAY_enable_autoscaler_v2": "1",
+    "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+}
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -31,10 +41,33 @@ def free_ports(count: int) -> list[int]:
     return found
 
 
+def _autoscaling(gcs_address: str, resources: dict[str, float]) -> dict[str, object]:
+    provider = {
+        "type": "fake_multinode",
+        "use_node_id_as_ip": True,
+        "disable_node_updaters": True,
+        "disable_launch_config_check": True,
+        "launch_multiple": True,
+        "head_node_id": FAKE_HEAD_NODE_ID,
+        "gcs_address": gcs_address,
+    }
+    worker = {"resources": resources, "node_config": {}, "min_workers": 0, "max_workers": 2}
+    head = {"resources": {}, "node_config": {}, "max_workers": 0}
+    return {
+        "cluster_name": "grows",
+        "max_workers": 2,
+        "provider": provider,
+        "available_node_types": {"head": head, "worker": worker},
+        "head_node_type": "head",
+        "idle_timeout_minutes": 5,
+    }
+
+
 class RayHead:
     """`ray start --head --block` as a process group of its own; ``kill`` takes only what it started."""
 
-    def __init__(self, num_cpus: int = 4, **environment: str) -> None:
+    def __init__(self, num_cpus: int = 4, grows_by: dict[str, float] | None = None) -> None:
+        """Start it; with ``grows_by`` it is autoscaled by nodes of these resources, all on this machine."""
         # A short path of its own: Ray puts sockets there, and the address that "auto" finds.
         self._folder = Path(tempfile.mkdtemp(prefix="head-", dir="/tmp"))
         gcs, dashboard, client, agent, agent_grpc, runtime_env, metrics = free_ports(7)
@@ -47,11 +80,17 @@ class RayHead:
         command += [f"--ray-client-server-port={client}", f"--metrics-export-port={metrics}"]
         command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"]
         command += [f"--runtime-env-agent-port={runtime_env}", f"--object-store-memory={256 << 20}"]
+        environment = self.environment
+        if grows_by is not None:
+            config = self._folder / "autoscaling.json"
+            config.write_text(json.dumps(_autoscaling(f"127.0.0.1:{gcs}", grows_by)))
+            command.append(f"--autoscaling-config={config}")
+            environment = environment | AUTOSCALED
         self._log = self._folder / "start.log"
         self._process = subprocess.Popen(
             command,
             cwd="/",
-            env=self.environment | environment,
+            env=environment,
             stdout=self._log.open("wb"),
             stderr=subprocess.STDOUT,
             start_new_session=True,

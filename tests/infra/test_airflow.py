@@ -68,7 +68,7 @@ def airflow(head: RayHead, tmp_path_factory: pytest.TempPathFactory) -> Airflow:
 
 def upload_chain(root: str, model: Path, reranker: Path) -> dict[str, object]:
     """Store a corpus with one bad row, queries, judgements and the config; return the DAG's parameters."""
-    records = docstrings(20_000)[:400]
+    records = docstrings(400)
     records = [*records[:-1], records[-1] | {"text": "", "title": ""}]
     for name, data in mixed_objects(records).items():
         STORAGE.write(join(root, "corpus", name), data)
@@ -129,18 +129,18 @@ def test_a_killed_task_stops_its_job_and_a_refused_token_says_what_to_do(
     script = """
 import threading, types, os, ray_jobs
 ray_jobs.POLL_S = 0.5
-task = types.SimpleNamespace(dag_id="d", run_id="r", task_id="t", map_index=-1)
+context = {"ti": types.SimpleNamespace(dag_id="d", run_id="r", task_id="t", map_index=-1)}
 operator = ray_jobs.RayJobOperator(task_id="t", command=["sleep", "600"])
 failed = []
 def run():
     try:
-        operator.execute({"ti": task})
+        operator.execute(context)
     except ray_jobs.AirflowException as error:
         failed.append(str(error))
 thread = threading.Thread(target=run)
 thread.start()
 jobs = operator._jobs()
-while (jobs.find(ray_jobs.submission_of(task, 1)) or {}).get("status") != "RUNNING":
+while (jobs.find(ray_jobs.submission_of(context, 1)) or {}).get("status") != "RUNNING":
     thread.join(0.5)
 operator.on_kill()
 thread.join()

@@ -54,7 +54,7 @@ def test_the_package_holds_code_and_configs_and_nothing_else(tmp_path: Path) -> 
 def test_a_submitted_job_joins_the_cluster_runs_the_shipped_code_and_succeeds(
     head: RayHead, bucket: str, tiny_model: Path
 ) -> None:
-    records = docstrings(20_000)[:300]
+    records = docstrings(300)
     upload(bucket, mixed_objects(records))
     config = f"{bucket}/embed.yaml"
     sections = {
@@ -101,9 +101,9 @@ def test_exit_codes_come_through(head: RayHead, bucket: str, tiny_model: Path) -
 def test_stop_leaves_nothing_half_written_and_the_next_submit_goes_on(
     head: RayHead, bucket: str, tiny_model: Path
 ) -> None:
-    records = docstrings(20_000)[:6000]
+    records = docstrings(3000)
     upload(bucket, mixed_objects(records, pieces=10))
-    words = embed_words(bucket, tiny_model, "batching.unit_rows=50")
+    words = embed_words(bucket, tiny_model, "batching.unit_rows=25")
     first = f"first-{secrets.token_hex(4)}"
     grace = ("--runtime-env-json", '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}')
     submitted = head.submit(*SUBMIT, *grace, "--no-wait", "--submission-id", first, "--", *words)
@@ -119,11 +119,11 @@ def test_stop_leaves_nothing_half_written_and_the_next_submit_goes_on(
     assert STORAGE.read_optional(f"{bucket}/out/lease.json") is None
     assert STORAGE.read_optional(f"{bucket}/out/manifest.json") is None
     done = len(STORAGE.list_files(f"{bucket}/out/done"))
-    assert 0 < done < len(records) / 50
+    assert 0 < done < len(records) / 25
     again = head.submit(*SUBMIT, "--", *words)
     assert again.returncode == 0, again.stdout + again.stderr
     report = json.loads(STORAGE.read(f"{bucket}/out/report.json"))
-    assert report["units_planned"] == len(records) / 50 - done  # what was there is not done again
+    assert report["units_planned"] == len(records) / 25 - done  # what was there is not done again
     assert len(vectors_by_id(f"{bucket}/out")) == len(records)
     check_nothing_left_over(f"{bucket}/out")
 

@@ -69,7 +69,7 @@ def part_times(root: str, server: S3Server) -> dict[str, object]:
 
 @pytest.mark.timeout(900)
 def test_three_nights(bucket: str, s3_server: S3Server, tiny_model: Path, tmp_path: Path) -> None:
-    records = docstrings(20_000)
+    records = docstrings((OBJECTS + 2) * ROWS)
     pieces = [records[i * ROWS : (i + 1) * ROWS] for i in range(OBJECTS + 2)]
     for i in range(OBJECTS):
         put(bucket, f"{i:03d}.parquet", pieces[i])

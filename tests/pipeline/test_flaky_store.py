@@ -48,7 +48,7 @@ def index_files(root: str) -> list[tuple[str, str]]:
     return [(file["path"], file["sha256"]) for file in description["files"]]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_embed_index_and_search_come_to_the_same_on_a_failing_store(
     bucket: str, tiny_model: Path, tmp_path: Path, flaky: tuple[dict[str, str], OneInTen]
 ) -> None:

@@ -29,8 +29,9 @@ def _is_free(port: int) -> bool:
 class S3Server:
     """`weed mini` over one folder; `start` may follow `kill`, with all objects still there."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
         self.folder = folder
+        self._options = options
         self.base = free_port_base()
         self.endpoint = f"http://127.0.0.1:{self.base}"
         self._process: subprocess.Popen[bytes] | None = None
@@ -66,6 +67,7 @@ class S3Server:
                 "-admin.ui=false",
                 "-master.telemetry=false",
                 "-bucket=corpus,out",
+                *self._options,
             ],
             env={**os.environ, "AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY},
             stdout=(self.folder.parent / "weed.log").open("ab"),

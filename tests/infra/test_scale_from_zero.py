@@ -1,0 +1,43 @@
+"""A cluster without a worker is given some by Ray's own autoscaler when a job asks, and the job runs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bge_ray.io.storage import Storage, join
+from tests.infra.head import RayHead
+from tests.support.corpora import docstrings, mixed_objects
+from tests.support.datasets import vectors_by_id
+from tests.support.s3 import S3Server
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+STORAGE = Storage(30)
+
+
+@pytest.fixture
+def empty_cluster(s3_server: S3Server) -> Iterator[RayHead]:
+    started = RayHead(num_cpus=0, grows_by={"CPU": 2})
+    yield started
+    started.kill()
+
+
+@pytest.mark.timeout(600)
+def test_a_job_asks_for_nodes_and_runs_on_them(empty_cluster: RayHead, bucket: str, tiny_model: Path) -> None:
+    records = docstrings(200)
+    for name, data in mixed_objects(records).items():
+        STORAGE.write(join(bucket, "corpus", name), data)
+    keys = {
+        "corpus.uri": f"{bucket}/corpus",
+        "output.uri": f"{bucket}/out",
+        "model.name": tiny_model,
+        "model.dtype": "float32",
+        "resources.num_encoders": 2,
+        "resources.gpus_per_encoder": 0,
+    }
+    words = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+    run = empty_cluster.submit("submit", "--working-dir", ".", "--", "python", "jobs/embed.py", *words)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "waiting for nodes for 2 actors" in run.stdout
+    assert vectors_by_id(f"{bucket}/out").keys() == {record["id"] for record in records}
