@@ -1,6 +1,7 @@
 """A Ray cluster of two nodes that outlives its jobs: the second node can be killed and replaced.
 
-Run as a script: prints its address, and adds a node for every line it reads.
+Run as a script with the cores of either node: prints its address, and adds a second node again for every
+line it reads.
 """
 
 import os
@@ -17,10 +18,10 @@ OBJECT_STORE_BYTES = 200 << 20
 class RayCluster:
     """The script below as a process, and blows against its second node."""
 
-    def __init__(self, log: str, environment: dict[str, str]) -> None:
+    def __init__(self, log: str, environment: dict[str, str], cores: tuple[int, int]) -> None:
         with open(log, "ab") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.campaign.cluster"],
+                [sys.executable, "-m", "tests.campaign.cluster", *map(str, cores)],
                 cwd=REPOSITORY,
                 env={**os.environ, **environment},
                 stdin=subprocess.PIPE,
@@ -56,6 +57,15 @@ class RayCluster:
         raylets = [p for p in self.workers() if "raylet" in p.name() and p.status() != psutil.STATUS_ZOMBIE]
         return self._process.poll() is None and len(raylets) == 2
 
+    def stop(self) -> None:
+        """Kill it, jobs and all."""
+        for process in [*self.workers(), self._process]:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self._process.wait()
+
     def _answer(self) -> str:
         line = self._process.stdout.readline().strip()
         if not line.startswith("ready "):
@@ -67,13 +77,13 @@ def main() -> None:
     from ray.cluster_utils import Cluster
 
     node = {"node_ip_address": "127.0.0.1", "object_store_memory": OBJECT_STORE_BYTES}
-    # As many cores as a job has that starts its own Ray: FAISS trains with those of the largest node.
-    head = {**node, "num_cpus": os.cpu_count(), "include_dashboard": False}
+    first, second = map(int, sys.argv[1:])
+    head = {**node, "num_cpus": first, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    cluster.add_node(num_cpus=1, **node)
+    cluster.add_node(num_cpus=second, **node)
     print("ready", cluster.address, flush=True)
     for _ in sys.stdin:
-        cluster.add_node(num_cpus=1, **node)
+        cluster.add_node(num_cpus=second, **node)
         print("ready", cluster.address, flush=True)
 
 

@@ -62,7 +62,9 @@ class Site:
     def cluster(self) -> RayCluster:
         """Return the cluster with both its nodes alive, started if need be."""
         if self._cluster is None:
-            self._cluster = RayCluster(str(self.folder / "cluster.log"), self.environment)
+            # As many cores as a job has that starts its own Ray: FAISS trains with those of the largest node.
+            cores = (os.cpu_count() or 1, 1)
+            self._cluster = RayCluster(str(self.folder / "cluster.log"), self.environment, cores)
         elif not self._cluster.is_whole():
             self._cluster.add_node()
         return self._cluster

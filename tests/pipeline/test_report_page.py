@@ -19,6 +19,7 @@ from tests.support.corpora import docstrings, jsonl_bytes
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(
         find_browser() is None,
         reason="needs chromium (Debian: apt-get install --no-install-recommends chromium)",

@@ -52,6 +52,7 @@ def test_metrics_never_fail_a_run(caplog: pytest.LogCaptureFixture) -> None:
     assert len(caplog.records) == 1
 
 
+@pytest.mark.ray
 def test_metrics_cost_next_to_nothing(ray_cluster: None) -> None:
     telemetry = Telemetry("embed", "cost")
     telemetry.start(units=1000, encoders=1)
@@ -122,6 +123,7 @@ def prometheus(head: RayHead, tmp_path: Path) -> Iterator[Prometheus]:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_prometheus_has_the_figures_of_the_report(
     head: RayHead, prometheus: Prometheus, bucket: str, tiny_model: Path
 ) -> None:
@@ -162,6 +164,7 @@ def test_prometheus_has_the_figures_of_the_report(
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_log_lines_say_whose_they_are(
     bucket: str, s3_server: S3Server, tiny_model: Path, tmp_path: Path
 ) -> None:
