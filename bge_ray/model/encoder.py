@@ -12,11 +12,8 @@ from bge_ray.model.batching import longest_rows, token_budget_batches
 from bge_ray.model.execution import Computed
 from bge_ray.model.inputs import Inputs, Rows, pool
 from bge_ray.model.load import Kind
-from bge_ray.model.memory import is_broken_device, is_out_of_memory
 from bge_ray.model.prepare import prepare_executor
 from bge_ray.schema import FloatArray, IdArray, PackedTokens
-
-__all__ = ["Encoded", "Encoder", "is_broken_device", "is_out_of_memory"]
 
 KIND: Kind = "encoder"
 

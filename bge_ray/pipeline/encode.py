@@ -1,7 +1,6 @@
 """Second stage: actors that hold one encoder each; token tables in, embedding shards out."""
 
 import dataclasses
-import logging
 import os
 import time
 from collections.abc import Sequence
@@ -12,13 +11,12 @@ import pyarrow as pa
 
 from bge_ray.io.rows import Rejected, rejected_table
 from bge_ray.io.shards import packed_tokens, shard_table
-from bge_ray.model.encoder import Encoder, is_broken_device
+from bge_ray.model.encoder import Encoder
+from bge_ray.pipeline.device import device_or_exit
 from bge_ray.pipeline.isolation import Attempt, run_isolated
 from bge_ray.pipeline.job import EmbedJob
 from bge_ray.pipeline.payload import UnitRow
 from bge_ray.schema import IdArray, split_vector_ids
-
-logger = logging.getLogger(__name__)
 
 
 class EncodeStage:
@@ -54,14 +52,8 @@ class EncodeStage:
         result = self._encoder.empty_result(len(tokens))
 
         def run(batches: Sequence[IdArray]) -> None:
-            try:
+            with device_or_exit(f"unit {row.task.unit.name}"):
                 self._encoder.encode(tokens, batches, result)
-            except RuntimeError as error:
-                if not is_broken_device(error):
-                    raise
-                # A CUDA context that has failed once fails for ever; a new process gets a new one.
-                logger.exception("unit %s: the device failed; restarting this encoder", row.task.unit.name)
-                os._exit(75)
 
         def reject(i: int, detail: str) -> None:
             result.faults[i] = ("killed_worker", detail)

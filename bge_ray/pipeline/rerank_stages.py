@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bge_ray.errors import BgeRayError
-from bge_ray.model.encoder import is_broken_device
 from bge_ray.model.inputs import Rows
 from bge_ray.model.pairs import PairTokenizer
 from bge_ray.model.reranker import Reranker, RerankerSpec
 from bge_ray.model.source import fetch_model
+from bge_ray.pipeline.device import device_or_exit
 from bge_ray.pipeline.isolation import Attempt, run_isolated
 from bge_ray.pipeline.rerank_texts import TextSource, add_texts
 from bge_ray.pipeline.search_job import Parcel, ScoreJob, whole
@@ -134,12 +134,8 @@ class ScoreStage:
         result = self._reranker.empty_result(len(scored))
 
         def run(batches: Sequence[IdArray]) -> None:
-            try:
+            with device_or_exit(f"pairs {parcel.task.name}"):
                 self._reranker.score(pairs, batches, result)
-            except RuntimeError as error:
-                if not is_broken_device(error):
-                    raise
-                os._exit(75)  # a broken CUDA context stays broken; a new process gets a new one
 
         def reject(i: int, detail: str) -> None:
             result.faults[i] = ("killed_worker", detail)

@@ -21,9 +21,10 @@ from bge_ray.io.lookup import ShardMap, read_places
 from bge_ray.io.storage import Storage
 from bge_ray.io.vectors import Vectors, read_vectors
 from bge_ray.manifest import FileFact
-from bge_ray.model.encoder import Encoder, is_broken_device
+from bge_ray.model.encoder import Encoder
 from bge_ray.model.source import fetch_model
 from bge_ray.model.tokenizer import Tokenizer
+from bge_ray.pipeline.device import device_or_exit
 from bge_ray.pipeline.isolation import Attempt, run_isolated
 from bge_ray.pipeline.search_intake import read_group
 from bge_ray.pipeline.search_job import CANDIDATE_SCHEMA, EncodeJob, Parcel, Workplace, whole
@@ -90,12 +91,8 @@ class QueryEncodeStage:
         result = self._encoder.empty_result(len(tokens))
 
         def run(batches: Sequence[IdArray]) -> None:
-            try:
+            with device_or_exit(f"queries {parcel.task.name}"):
                 self._encoder.encode(tokens, batches, result)
-            except RuntimeError as error:
-                if not is_broken_device(error):
-                    raise
-                os._exit(75)  # a broken CUDA context stays broken; a new process gets a new one
 
         def reject(i: int, detail: str) -> None:
             result.faults[i] = ("killed_worker", detail)
