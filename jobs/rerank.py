@@ -26,6 +26,6 @@ if __name__ == "__main__":
             "rerank",
             "Score candidate lists with a cross-encoder, as a TREC run and Parquet.",
             job,
-            report="rerank.output/report.json",
+            report="rerank.output/report.html",
         )
     )

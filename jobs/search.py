@@ -26,6 +26,6 @@ if __name__ == "__main__":
             "search",
             "Answer queries from a data set, as a TREC run and Parquet.",
             job,
-            report="search.output/report.json",
+            report="search.output/report.html",
         )
     )
