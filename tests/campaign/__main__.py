@@ -62,7 +62,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(numbers: list[int], seed: int, parallel: int, out: Path) -> Iterator[dict[str, Any]]:
     """Run trials, so many at once, and yield their lines as they end."""
     (out / "logs").mkdir(parents=True, exist_ok=True)
-    model = make_encoder(out / "model")
+    model = out / "model"
+    if not (model / "modules.json").exists():  # no two tokenizers are trained alike: this one is kept
+        make_encoder(model)
     for state in ("base", *CHANGES):
         corpus(state)  # here, because Python 3.11 parses source in one thread only
     references = References(out / "references", model)

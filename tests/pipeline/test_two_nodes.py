@@ -1,4 +1,4 @@
-"""A cluster of small nodes: what encoders leave of it is spread, and no task waits for more than a node has."""
+"""Clusters of small nodes: what encoders leave is spread, and no task waits for more than a node has."""
 
 from collections.abc import Iterator
 from pathlib import Path
