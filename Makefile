@@ -42,7 +42,7 @@ format: $(VENV)/.dev ## put the code in form
 	$(BIN)/ruff check --fix .
 
 clean: ## remove what demo and tests leave
-	rm -rf demo-out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf demo-out bench-out campaign-out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -172,7 +172,7 @@ def _run(
 ) -> None:
     asked = settings.resources
     connect(asked)
-    await_nodes("resources.num_encoders", asked.num_encoders, asked.gpus_per_encoder)
+    await_nodes("resources.num_encoders", asked.num_encoders, asked.gpus_per_encoder, watch)
     sizes = cap_sizes(cluster_sizes(settings.resources), spans=len(work.todo), units=len(work.todo_units))
     facts.workers = Workers(
         sizes.device, sizes.devices, sizes.num_encoders, sizes.num_readers, sizes.num_writers

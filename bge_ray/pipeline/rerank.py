@@ -283,7 +283,8 @@ def _block(found: Candidates, query: str, depth: int) -> Block:
 
 
 def _run(settings: Settings, work: _Work, intake: Intake, tally: Tally, watch: Callable[[], None]) -> Pool:
-    sizes = cluster_pools(settings, {"rerankers": sum(len(group.todo) for group in intake.groups)})
+    most = {"rerankers": sum(len(group.todo) for group in intake.groups)}
+    sizes = cluster_pools(settings, most, watch)
     place = Workplace(
         work.storage, join(work.folder, WORK), settings.resources.max_unit_attempts, start_ledger()
     )

@@ -319,7 +319,7 @@ def _run(
     most = {"encoders": len(intake.groups), "searchers": len(files) if files else len(shards.facts)}
     if work.reranker is not None:
         most["rerankers"] = sum(len(group.todo) for group in intake.groups)
-    sizes = cluster_pools(settings, most)
+    sizes = cluster_pools(settings, most, watch)
     attempts = settings.resources.max_unit_attempts
     place = Workplace(source.storage, join(work.folder, WORK), attempts, start_ledger())
     score = texts = None

@@ -1,5 +1,6 @@
 """Sizes the pools of a search or rerank run: encoders, index actors and rerankers at work at once."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import ray
@@ -47,16 +48,18 @@ class PoolSizes:
         return self.pools[name]
 
 
-def cluster_pools(settings: Settings, most: dict[str, int]) -> PoolSizes:
+def cluster_pools(settings: Settings, most: dict[str, int], watch: Callable[[], None]) -> PoolSizes:
     """Size pools for the cluster that `connect` joins or starts.
 
     Args:
         settings: what the user fixed.
         most: the pools wanted (names of WEIGHTS), and how many actors of each could have work.
+        watch: called while nodes are waited for; raises to stop.
     """
     connect(settings.resources)
     if "rerankers" in most:
-        await_nodes("rerank.num_rerankers", settings.rerank.num_rerankers, settings.rerank.gpus_per_reranker)
+        asked = settings.rerank
+        await_nodes("rerank.num_rerankers", asked.num_rerankers, asked.gpus_per_reranker, watch)
     resources = ray.cluster_resources()
     return size_pools(
         settings, most, resources.get("CPU", 0.0), resources.get("GPU", 0.0), largest_node("CPU")
