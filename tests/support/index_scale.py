@@ -2,7 +2,8 @@
 
     python -m tests.support.index_scale --rows 1000000 --dim 384 --shards 20
 
-Writes a synthetic data set to a fresh S3 server, runs jobs/index.py on it while its processes are watched
+Writes a synthetic, clustered data set to a fresh S3 server (and, with --real demo-out/dataset, the vectors of
+`make demo` beside it), runs jobs/index.py on it while its processes are watched
 (CPU seconds, and the memory of each kind of task), then builds the same index with FAISS alone in one
 process, and compares core-seconds, bytes and peak memory. Needs about 5 GB of disk.
 """
@@ -153,7 +154,17 @@ def one_process(root: str, factory: str, queue: multiprocessing.Queue) -> None:
     )
 
 
-def measure(rows: int, dim: int, shards: int, dtype: str, factory: str, *settings: str) -> dict:
+def read_real(folder: Path):
+    """Return the (n, dim) vectors of a local data set."""
+    import pyarrow.parquet as pq
+
+    column = pq.read_table(folder / "embeddings", columns=["embedding"])["embedding"].combine_chunks()
+    return column.flatten().to_numpy().reshape(len(column), -1)
+
+
+def measure(
+    rows: int, dim: int, shards: int, dtype: str, factory: str, *settings: str, real: Path | None = None
+) -> dict:
     """Run both, and return the figures."""
     from tests.support.vectors import VectorDataset
 
@@ -169,6 +180,8 @@ def measure(rows: int, dim: int, shards: int, dtype: str, factory: str, *setting
                 jobs = [(root, s, rows // shards, dim, dtype) for s in range(shards)]
                 for marker in pool.starmap(write_data, jobs, chunksize=1):
                     made.adopt(marker)
+            if real is not None:
+                made.put(shards, read_real(real))
             made.publish()
             keys = {"output.uri": root, "index.factory": factory}
             keys |= dict(setting.split("=", 1) for setting in settings)
@@ -213,7 +226,10 @@ if __name__ == "__main__":
     parser.add_argument("--shards", type=int, default=20)
     parser.add_argument("--dtype", default="float16", choices=["float16", "float32"])
     parser.add_argument("--factory", default="auto")
+    parser.add_argument("--real", type=Path)
     parser.add_argument("--set", action="append", default=[], dest="settings")
     given = parser.parse_args()
-    found = measure(given.rows, given.dim, given.shards, given.dtype, given.factory, *given.settings)
+    found = measure(
+        given.rows, given.dim, given.shards, given.dtype, given.factory, *given.settings, real=given.real
+    )
     print(json.dumps(found, indent=1))
