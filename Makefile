@@ -12,8 +12,8 @@ help: ## list the commands
 demo: $(VENV)/.demo ## embed, index and search the docstrings of this Python, offline
 	$(BIN)/python jobs/demo.py
 
-test: $(VENV)/.dev ## the tests, with a real Ray, a real S3 server and real weights
-	$(BIN)/python -m pytest -m "not slow"
+test: check ## the tests: `make check`, then those with a real Ray, a real S3 server and real weights
+	$(BIN)/python -m pytest -m "ray and not slow"
 
 test-slow: $(VENV)/.dev ## the long ones: search and rerank on Ray, real kills of drivers, actors, nodes and the store, memory
 	$(BIN)/python -m pytest -m slow
@@ -35,7 +35,7 @@ audit: $(VENV)/.dev ## ask for known vulnerabilities of the versions in constrai
 	$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip --strict
 
 unit: $(VENV)/.dev ## the tests that need no Ray
-	$(BIN)/python -m pytest -q -m "not ray and not slow"
+	$(BIN)/python -m pytest -q -n logical --dist loadfile -m "not ray and not slow"
 
 format: $(VENV)/.dev ## put the code in form
 	$(BIN)/ruff format .
