@@ -15,9 +15,9 @@ ACCESS_KEY, SECRET_KEY = "test-access-key", "test-secret-key"
 
 def free_port_base() -> int:
     """Return a port B such that B to B+3 and their gRPC twins B+10000 to B+10003 are free."""
-    # Test processes that start side by side must not choose the same ones.
-    start = 21_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
-    for base in range(start, 40_000, 10):
+    # Processes that start side by side must not choose the same ones: each looks from a place of its own.
+    first = os.getpid() % 1_000
+    for base in (21_000 + 10 * ((first + i) % 1_000) for i in range(1_000)):
         if all(_is_free(base + i) and _is_free(base + 10_000 + i) for i in range(4)):
             return base
     raise RuntimeError("no free ports")
