@@ -149,11 +149,7 @@ def embed_job(task: Task) -> Result:
 
 def sentence_transformers(task: Task) -> Result:
     """`SentenceTransformer.encode` as its documentation shows it, on all cores or the device."""
-    from sentence_transformers import SentenceTransformer
-
-    model = SentenceTransformer(task.model, device=task.device, model_kwargs={"dtype": task.dtype})
-    model.max_seq_length = task.max_length
-    return _timed(texts_of(task), lambda texts: model.encode(texts, normalize_embeddings=True))
+    return _sentence_transformer(task)
 
 
 def sentence_transformers_unpadded(task: Task) -> Result:
@@ -166,10 +162,13 @@ def sentence_transformers_unpadded(task: Task) -> Result:
 
     if task.device != "cuda" or not is_flash_attn_2_available():
         raise NotHereError("needs a CUDA device and the package flash-attn")
+    return _sentence_transformer(task, attn_implementation="flash_attention_2")
+
+
+def _sentence_transformer(task: Task, **options: str) -> Result:
     from sentence_transformers import SentenceTransformer
 
-    options = {"dtype": task.dtype, "attn_implementation": "flash_attention_2"}
-    model = SentenceTransformer(task.model, device=task.device, model_kwargs=options)
+    model = SentenceTransformer(task.model, device=task.device, model_kwargs={"dtype": task.dtype, **options})
     model.max_seq_length = task.max_length
     return _timed(texts_of(task), lambda texts: model.encode(texts, normalize_embeddings=True))
 

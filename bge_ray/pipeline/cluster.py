@@ -186,10 +186,14 @@ def _configure_ray_data() -> None:
     context.execution_no_progress_timeout_s = -1
     # Encoders reserve a GPU and a CPU on purpose: the process that feeds the GPU needs a core.
     operators = logging.getLogger("ray.data._internal.execution.operators.map_operator")
-    operators.addFilter(lambda record: "both num_cpus and num_gpus" not in record.getMessage())
+    operators.addFilter(_is_news)
     # They compare a pool with the number of spans; one span may hold many units.
     for text in ("The maximum number of concurrent tasks", "The minimum number of concurrent actors"):
         warnings.filterwarnings("ignore", message=text, module="ray.data")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "both num_cpus and num_gpus" not in record.getMessage()
 
 
 def root_cause(error: Exception) -> str:

@@ -28,7 +28,7 @@ from bge_ray.pipeline.payload import UnitRow
 from bge_ray.pipeline.prepare import Work, prepare
 from bge_ray.pipeline.progress import Progress
 from bge_ray.pipeline.read import LENGTH_EDGES, read_stage
-from bge_ray.pipeline.stopping import Stopped, StopRequest, watched
+from bge_ray.pipeline.stopping import Stopped, StopRequest, make_watch, watched
 from bge_ray.pipeline.telemetry import Telemetry, unit_amounts
 from bge_ray.pipeline.write import write_stage
 from bge_ray.report.embed_page import embed_page
@@ -99,7 +99,7 @@ def embed(settings: Settings, stop: StopRequest | None = None) -> EmbedResult:
         markers = dict(work.finished)
         try:
             if work.todo:
-                _run(settings, work, _watch(lease, stop), facts, markers)
+                _run(settings, work, make_watch(lease, stop), facts, markers)
             manifest = _publish(settings, work, lease, facts, markers)
         except (BgeRayError, Stopped) as error:
             if not lease.lost.is_set():
@@ -173,7 +173,7 @@ def _run(
     asked = settings.resources
     connect(asked)
     await_nodes("resources.num_encoders", asked.num_encoders, asked.gpus_per_encoder, watch)
-    sizes = cap_sizes(cluster_sizes(settings.resources), spans=len(work.todo), units=len(work.todo_units))
+    sizes = cap_sizes(cluster_sizes(asked), spans=len(work.todo), units=len(work.todo_units))
     facts.workers = Workers(
         sizes.device, sizes.devices, sizes.num_encoders, sizes.num_readers, sizes.num_writers
     )
@@ -212,17 +212,6 @@ def _run(
                     raise _too_many_rejected(work.dataset.root, facts, allowed)
     except RayError as error:
         raise IncompleteRunError(f"the pipeline failed: {root_cause(error)}") from error
-
-
-def _watch(lease: Lease, stop: StopRequest) -> Callable[[], None]:
-    """Return what is asked between receipts: is the output still ours, and may we go on?"""
-
-    def watch() -> None:
-        stop.check()
-        if lease.lost.is_set():
-            lease.check()
-
-    return watch
 
 
 def _book(receipt: UnitRow, facts: RunFacts, telemetry: Telemetry, markers: dict[str, Marker]) -> None:

@@ -51,7 +51,7 @@ from bge_ray.pipeline.index_steps import (
 )
 from bge_ray.pipeline.index_tasks import StoredPart, TrainedFile, WrittenFile
 from bge_ray.pipeline.recall import TUNED_K, HeldOut, Quality, hold_out, tune, tuned_recall
-from bge_ray.pipeline.stopping import StopRequest
+from bge_ray.pipeline.stopping import StopRequest, make_watch
 from bge_ray.pipeline.tasks import largest_node
 from bge_ray.report.index_page import index_page
 from bge_ray.schema import IdArray
@@ -106,12 +106,7 @@ def build_index(settings: Settings, stop: StopRequest | None = None) -> dict[str
         )
     stop = stop or StopRequest()
     with stop.deferred(), Lease(storage, join(root, "index")) as lease:
-
-        def watch() -> None:
-            stop.check()
-            if lease.lost.is_set():
-                lease.check()
-
+        watch = make_watch(lease, stop)
         # The run that held the lease before may have built just this, or embedded more.
         inputs = _read_inputs(Dataset(storage, root), settings.index)
         current = _current(storage, root, inputs)

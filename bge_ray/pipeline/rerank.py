@@ -42,14 +42,13 @@ from bge_ray.pipeline.search_runs import (
     clear_work,
     finish_clearing,
     follow,
-    make_watch,
     open_source,
     read_current,
     write_report,
 )
 from bge_ray.pipeline.search_sizes import Pool, PoolSizes, cluster_pools, compute_dtype
 from bge_ray.pipeline.search_stages import read_stage
-from bge_ray.pipeline.stopping import Stopped, StopRequest
+from bge_ray.pipeline.stopping import Stopped, StopRequest, make_watch
 from bge_ray.pipeline.telemetry import Telemetry
 from bge_ray.run_id import run_id
 from bge_ray.settings import RerankSettings, Settings

@@ -54,7 +54,6 @@ from bge_ray.pipeline.search_runs import (
     clear_work,
     finish_clearing,
     follow,
-    make_watch,
     open_source,
     read_current,
     write_report,
@@ -68,7 +67,7 @@ from bge_ray.pipeline.search_stages import (
     retrieve_stage,
 )
 from bge_ray.pipeline.searchers import Searcher
-from bge_ray.pipeline.stopping import Stopped, StopRequest
+from bge_ray.pipeline.stopping import Stopped, StopRequest, make_watch
 from bge_ray.pipeline.telemetry import Telemetry
 from bge_ray.run_id import run_id
 from bge_ray.settings import Settings

@@ -18,7 +18,7 @@ from bge_ray.manifest import DatasetSpec, Manifest
 from bge_ray.pipeline.cluster import root_cause
 from bge_ray.pipeline.search_intake import Intake, remove_all
 from bge_ray.pipeline.search_job import Parcel
-from bge_ray.pipeline.stopping import StopRequest, watched
+from bge_ray.pipeline.stopping import watched
 from bge_ray.pipeline.telemetry import Telemetry
 from bge_ray.report.run_page import run_page
 from bge_ray.run_id import run_id
@@ -151,17 +151,6 @@ def _count(receipt: Parcel, telemetry: Telemetry) -> None:
         "device_busy_seconds": facts.get("device_s", 0.0),
     }
     telemetry.finish_unit(amounts, {})
-
-
-def make_watch(lease: Lease, stop: StopRequest) -> Callable[[], None]:
-    """Return what is asked between receipts: is the output still ours, and may we go on?"""
-
-    def watch() -> None:
-        stop.check()
-        if lease.lost.is_set():
-            lease.check()
-
-    return watch
 
 
 def read_current(storage: Storage, folder: str, key: str) -> dict[str, Any] | None:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import TypeVar
 
+from bge_ray.io.lease import Lease
+
 T = TypeVar("T")
 
 POLL_S = 0.2
@@ -52,6 +54,17 @@ class StopRequest:
         """Raise Stopped if a signal came."""
         if self._number is not None:
             raise Stopped(self._number)
+
+
+def make_watch(lease: Lease, stop: StopRequest) -> Callable[[], None]:
+    """Return what is asked between receipts: is the output still ours, and may we go on?"""
+
+    def watch() -> None:
+        stop.check()
+        if lease.lost.is_set():
+            lease.check()
+
+    return watch
 
 
 def watched(items: Iterable[T], watch: Callable[[], None]) -> Iterator[T]:

@@ -69,24 +69,24 @@ class RayHead:
     def __init__(self, num_cpus: int = 4, grows_by: dict[str, float] | None = None) -> None:
         """Start it; with ``grows_by`` it is autoscaled by nodes of these resources, all on this machine."""
         # A short path of its own: Ray puts sockets there, and the address that "auto" finds.
-        self._folder = Path(tempfile.mkdtemp(prefix="head-", dir="/tmp"))
+        self.folder = Path(tempfile.mkdtemp(prefix="head-", dir="/tmp"))
         gcs, dashboard, client, agent, agent_grpc, runtime_env, metrics = free_ports(7)
         self.address = f"http://127.0.0.1:{dashboard}"
         self.environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_ADDRESS")}
         self.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as activated
         command = [RAY, "start", "--head", "--block", "--disable-usage-stats", f"--num-cpus={num_cpus}"]
-        command += ["--node-ip-address=127.0.0.1", f"--port={gcs}", f"--temp-dir={self._folder}"]
+        command += ["--node-ip-address=127.0.0.1", f"--port={gcs}", f"--temp-dir={self.folder}"]
         command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
         command += [f"--ray-client-server-port={client}", f"--metrics-export-port={metrics}"]
         command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"]
         command += [f"--runtime-env-agent-port={runtime_env}", f"--object-store-memory={256 << 20}"]
         environment = self.environment
         if grows_by is not None:
-            config = self._folder / "autoscaling.json"
+            config = self.folder / "autoscaling.json"
             config.write_text(json.dumps(_autoscaling(f"127.0.0.1:{gcs}", grows_by)))
             command.append(f"--autoscaling-config={config}")
             environment = environment | AUTOSCALED
-        self._log = self._folder / "start.log"
+        self._log = self.folder / "start.log"
         self._process = subprocess.Popen(
             command,
             cwd="/",
@@ -128,7 +128,7 @@ class RayHead:
                 process.kill()
         self._process.wait()
         psutil.wait_procs(started, timeout=20)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _wait_ready(self) -> None:
         deadline = time.monotonic() + 90

@@ -116,7 +116,7 @@ def head(s3_server: S3Server) -> Iterator[RayHead]:
 def prometheus(head: RayHead, tmp_path: Path) -> Iterator[Prometheus]:
     if shutil.which("prometheus") is None:
         pytest.skip("needs prometheus (Debian: apt-get install --no-install-recommends prometheus)")
-    started = Prometheus(tmp_path, head._folder / "prom_metrics_service_discovery.json")
+    started = Prometheus(tmp_path, head.folder / "prom_metrics_service_discovery.json")
     yield started
     started.close()
 
