@@ -242,7 +242,8 @@ def reranker(task: Task) -> Result:
 
 def _score_pairs(task: Task, pairs: list[tuple[str, str]]) -> Callable[[], None]:
     from bge_ray.model.pairs import PairTokenizer
-    from bge_ray.model.reranker import Reranker, resolve_reranker
+    from bge_ray.model.reranker import Reranker
+    from bge_ray.model.reranker_spec import resolve_reranker
     from bge_ray.model.source import fetch_model
 
     spec = resolve_reranker(

@@ -64,8 +64,8 @@ def copy_rate(device: str) -> float:
     return best
 
 
-def count_flop(model_folder: str, lengths: np.ndarray) -> float:
-    """Return the floating-point operations of one forward pass over rows, without padding.
+def count_flop(model_folder: str, lengths: np.ndarray, *, one_token: bool) -> float:
+    """Return the floating-point operations that the vectors of some rows ask for, without padding.
 
     Counted are matrix products of the layers and of attention (2 a multiply-add); norms, activations
     and the embedding look-up are not.
@@ -73,9 +73,15 @@ def count_flop(model_folder: str, lengths: np.ndarray) -> float:
     Args:
         model_folder: for its config.json; BERT-like.
         lengths: (n,) tokens of each row.
+        one_token: pooling takes one token a row; the last layer owes it nothing else but keys and values.
     """
     config = json.loads((Path(model_folder) / "config.json").read_text())
-    dim, layers, inner = config["hidden_size"], config["num_hidden_layers"], config["intermediate_size"]
-    linear = layers * (4 * dim * dim + 2 * dim * inner)
+    names = ("hidden_size", "num_hidden_layers", "intermediate_size")
+    dim, layers, inner = (int(config[name]) for name in names)
     tokens, squares = float(lengths.sum()), float(np.square(lengths.astype(np.float64)).sum())
-    return float(2 * linear * tokens + 4 * layers * dim * squares)
+    rest = 2 * dim * dim + 2 * dim * inner  # all of a layer but keys and values, in multiply-adds a token
+    layer = 2 * (rest + 2 * dim * dim) * tokens + 4 * dim * squares
+    if not one_token:
+        return layers * layer
+    last = 2 * (rest * len(lengths) + 2 * dim * dim * tokens) + 4 * dim * tokens
+    return (layers - 1) * layer + last

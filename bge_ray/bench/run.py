@@ -25,14 +25,16 @@ from bge_ray.bench.contestants import (
 from bge_ray.bench.machine import copy_rate, count_flop, describe_machine, matrix_rate
 from bge_ray.bench.models import make_encoder, make_reranker
 from bge_ray.errors import SettingsError
+from bge_ray.model.batching import settle_budget
+from bge_ray.model.source import resolve_model
 from bge_ray.model.tokenizer import Tokenizer
-from bge_ray.pipeline.embed import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET
-from bge_ray.settings import BenchSettings, Settings
+from bge_ray.settings import BenchSettings, ModelSettings, Settings
 
 logger = logging.getLogger(__name__)
 
 RUN_TIMEOUT_S = 3600
-SHARDS = 8
+# So many units, too: what one encoder does while the other has ended its last is a small part of the whole.
+SHARDS = 16
 # Of a simulated pool: seconds a unit (as 50,000 short passages on a fast GPU take; none), units an encoder.
 SIMULATED = ((10.0, 12), (0.0, 30))
 
@@ -70,7 +72,8 @@ def run_bench(settings: Settings, titles: list[str], texts: list[str]) -> dict[s
             for mix in bench.lengths:
                 task, lengths = _task(basis, mix, texts[: bench.rows], titles, folder / str(mix))
                 table = _measure(bench, task, ENCODERS)
-                _add_rates(table, lengths, count_flop(basis.model, lengths), rates[dtype])
+                flop = count_flop(basis.model, lengths, one_token=basis.one_token)
+                _add_rates(table, lengths, flop, rates[dtype])
                 outcome["tables"].append({"shape": shape, "lengths": mix, "rows": table})
             if bench.pairs:
                 task, _ = _task(basis, "natural", texts[: bench.pairs], titles, folder / "pairs")
@@ -160,14 +163,17 @@ class _Basis:
 
     settings: Settings
     model: str
+    one_token: bool
     reranker: str
     device: str
     dtype: str
 
 
 def _basis(settings: Settings, shape: str, folder: Path, device: str, dtype: str) -> _Basis:
-    model = make_encoder(shape, folder / "encoder")
-    return _Basis(settings, str(model), str(make_reranker(shape, folder / "reranker")), device, dtype)
+    model = str(make_encoder(shape, folder / "encoder"))
+    spec = resolve_model(ModelSettings(name=model), on_gpu=device == "cuda")
+    reranker = str(make_reranker(shape, folder / "reranker"))
+    return _Basis(settings, model, spec.pooling != "mean", reranker, device, dtype)
 
 
 def _task(
@@ -182,7 +188,6 @@ def _task(
     write_corpus(folder, texts, titles, SHARDS)
     on_gpu = basis.device == "cuda"
     one_each = torch.cuda.device_count() if on_gpu else torch.get_num_threads()
-    budget = settings.batching.token_budget
     task = Task(
         corpus=str(folder),
         model=basis.model,
@@ -190,7 +195,7 @@ def _task(
         dtype=basis.dtype,
         max_length=max_length,
         num_encoders=settings.resources.num_encoders or one_each,
-        token_budget=(GPU_TOKEN_BUDGET if on_gpu else CPU_TOKEN_BUDGET) if budget == "auto" else budget,
+        token_budget=settle_budget(settings.batching.token_budget, on_gpu=on_gpu),
         unit_rows=max(1, -(-len(texts) // SHARDS)),
         device=basis.device,
     )

@@ -4,9 +4,21 @@ import numpy as np
 import numpy.typing as npt
 
 from bge_ray.schema import IdArray, PackedTokens
+from bge_ray.settings import Auto
+
+# What keeps a GPU busy, and what stays in the cache of a CPU core.
+GPU_TOKEN_BUDGET = 32_768
+CPU_TOKEN_BUDGET = 1_024
 
 # Any token will do, but for those with a meaning of their own, which have the lowest numbers or the highest.
 PLAIN_TOKEN = 10
+
+
+def settle_budget(asked: int | Auto, *, on_gpu: bool) -> int:
+    """Return the token budget of a batch: as asked for, or what suits the device."""
+    if asked != "auto":
+        return asked
+    return GPU_TOKEN_BUDGET if on_gpu else CPU_TOKEN_BUDGET
 
 
 def token_budget_batches(

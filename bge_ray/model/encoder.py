@@ -10,9 +10,10 @@ from bge_ray.errors import ModelError
 from bge_ray.manifest import ModelSpec
 from bge_ray.model.batching import longest_rows, token_budget_batches
 from bge_ray.model.execution import Computed
-from bge_ray.model.inputs import Inputs, Rows, pool
+from bge_ray.model.inputs import Inputs, pool
 from bge_ray.model.load import Kind
 from bge_ray.model.prepare import prepare_executor
+from bge_ray.model.rows import Rows
 from bge_ray.schema import FloatArray, IdArray, PackedTokens
 
 KIND: Kind = "encoder"
@@ -58,6 +59,7 @@ class Encoder:
             spec.revision,
             spec.weights_sha256,
             KIND,
+            spec.pooling,
             self._compute,
             dtype=spec.dtype,
             device=device,

@@ -14,8 +14,9 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from bge_ray.model.inputs import Inputs, Rows, packed_inputs, padded_inputs
+from bge_ray.model.inputs import Inputs, packed_inputs, padded_inputs
 from bge_ray.model.memory import is_out_of_memory
+from bge_ray.model.rows import Rows
 from bge_ray.schema import FloatArray, IdArray
 
 Compute: TypeAlias = Callable[[torch.nn.Module, Inputs], torch.Tensor]

@@ -9,9 +9,8 @@ import torch
 from transformers import PretrainedConfig
 
 from bge_ray.model.packed import equal_runs, positions
-from bge_ray.schema import IdArray, PackedTokens
-
-TypeStarts = npt.NDArray[np.int32]
+from bge_ray.model.rows import Rows
+from bge_ray.schema import IdArray
 
 
 @dataclass(frozen=True)
@@ -25,19 +24,6 @@ class Inputs:
     arguments: dict[str, Any]
     mask: torch.Tensor | None = None
     borders: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What a batch is cut from: the token ids of n rows, and (n,) where each row's second segment begins."""
-
-    tokens: PackedTokens
-    type_starts: TypeStarts | None = None
-
-    def lengths(self, rows: IdArray) -> npt.NDArray[np.int64]:
-        """(rows,) int64 tokens of the given rows."""
-        offsets = self.tokens.offsets
-        return (offsets[rows + 1] - offsets[rows]).astype(np.int64)
 
 
 def padded_inputs(source: Rows, rows: IdArray, config: PretrainedConfig, device: torch.device) -> Inputs:
@@ -88,7 +74,8 @@ def pool(hidden: torch.Tensor, inputs: Inputs, pooling: str) -> torch.Tensor:
     """Reduce token states to one a row.
 
     Args:
-        hidden: (rows, width, dim) padded on the right, or (1, tokens, dim) packed.
+        hidden: (rows, width, dim) padded on the right; packed (1, tokens, dim) for the mean, and else
+            (1, rows, dim), as `last_layer.keep_one_token` leaves it.
         inputs: of the call that made them.
         pooling: cls, mean or last_token.
 
@@ -96,12 +83,9 @@ def pool(hidden: torch.Tensor, inputs: Inputs, pooling: str) -> torch.Tensor:
         (rows, dim) float32; the mean is taken in float32, where a sum of half-precision states is safe.
     """
     if inputs.borders is not None:
-        first, end = inputs.borders[:-1], inputs.borders[1:]
-        if pooling == "cls":
-            return hidden[0, first].float()
-        if pooling == "last_token":
-            return hidden[0, end - 1].float()
-        return torch.segment_reduce(hidden[0].float(), "mean", lengths=end - first)
+        if pooling != "mean":
+            return hidden[0].float()
+        return torch.segment_reduce(hidden[0].float(), "mean", lengths=inputs.borders.diff())
     if pooling == "cls":
         return hidden[:, 0].float()
     if pooling == "last_token":

@@ -31,7 +31,7 @@ def can_pack(config: PretrainedConfig, device: torch.device, dtype: torch.dtype)
     if not is_packable(config):
         return False
     if device.type == "cpu":
-        return dtype == torch.float32  # the half-precision kernels of the CPU have not been measured
+        return dtype in (torch.float32, torch.bfloat16)
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
     head_dim = config.hidden_size // config.num_attention_heads
@@ -82,23 +82,61 @@ def packed_attention(
         (1, tokens, heads, head_dim), and no weights.
     """
     del module, attention_mask
-    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # each (tokens, heads, head_dim)
-    if query.is_cuda:
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    out = attend(q, k, v, cu_seqlens=cu_seqlens, runs=runs, max_seqlen=max_seqlen, scaling=scaling)
+    return out.unsqueeze(0), None
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens: torch.Tensor,
+    runs: Sequence[tuple[int, int]],
+    max_seqlen: int,
+    scaling: float | None,
+    one_query: bool = False,
+) -> torch.Tensor:
+    """Attend within each row of a packed batch.
+
+    Args:
+        q: (tokens, heads, head_dim); (rows, heads, head_dim) with ``one_query``.
+        k: (tokens, heads, head_dim).
+        v: the same.
+        cu_seqlens: (rows + 1,) int32, row i at tokens cu_seqlens[i] to cu_seqlens[i + 1].
+        runs: the same borders as (rows, length) of neighbours of equal length.
+        max_seqlen: tokens of the longest row.
+        scaling: factor on the scores.
+        one_query: whether each row has one query, and not one a token.
+
+    Returns:
+        Of the shape of ``q``.
+    """
+    if q.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 
-        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling)
-        return torch.as_tensor(out).unsqueeze(0), None
+        borders, longest = cu_seqlens, max_seqlen
+        if one_query:
+            borders, longest = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device), 1
+        return torch.as_tensor(varlen_attn(q, k, v, borders, cu_seqlens, longest, max_seqlen, scale=scaling))
     # No kernel on the CPU knows borders. Rows of equal length need none: batches are sorted by length.
     parts = []
-    start = 0
+    at = start = 0
     for n_rows, length in runs:
-        end = start + n_rows * length
-        shape = (n_rows, length, *q.shape[1:])
-        a, b, c = (states[start:end].view(shape).transpose(1, 2) for states in (q, k, v))
-        part = F.scaled_dot_product_attention(a, b, c, scale=scaling)  # (n_rows, heads, length, head_dim)
-        parts.append(part.transpose(1, 2).reshape(n_rows * length, *q.shape[1:]))
-        start = end
-    return torch.cat(parts).unsqueeze(0), None
+        n_queries = 1 if one_query else length
+        a = _heads_first(q[at : at + n_rows * n_queries], n_rows)
+        b, c = (_heads_first(states[start : start + n_rows * length], n_rows) for states in (k, v))
+        part = F.scaled_dot_product_attention(a, b, c, scale=scaling)  # (n_rows, heads, n_queries, head_dim)
+        parts.append(part.transpose(1, 2).reshape(n_rows * n_queries, *q.shape[1:]))
+        at += n_rows * n_queries
+        start += n_rows * length
+    return torch.cat(parts)
+
+
+def _heads_first(states: torch.Tensor, n_rows: int) -> torch.Tensor:
+    """Return (tokens, heads, head_dim) of rows of equal length as (n_rows, heads, length, head_dim)."""
+    return states.view(n_rows, -1, *states.shape[1:]).transpose(1, 2)
 
 
 def equal_runs(lengths: npt.NDArray[np.int64]) -> list[tuple[int, int]]:

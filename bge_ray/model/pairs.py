@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bge_ray.errors import ModelError
-from bge_ray.model.inputs import Rows
+from bge_ray.model.rows import Rows
 from bge_ray.model.tokenizer import Cutter, load_tokenizer
 from bge_ray.schema import PackedTokens
 

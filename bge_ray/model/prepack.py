@@ -2,7 +2,8 @@
 
 They call the operators that torch.compile itself puts in place of a linear layer on a CPU, without
 the compiler. Measured on one core of an EPYC with AVX-512: 101 to 112 GFLOP/s, GELU included,
-against 49 to 103 of torch.nn.Linear; a whole forward pass of all-MiniLM-L6-v2 takes 10 % less time.
+against 49 to 103 of torch.nn.Linear; a whole forward pass of all-MiniLM-L6-v2 takes 10 % less time, in
+float32 there and in bfloat16 on a Xeon with AMX.
 """
 
 import torch
@@ -11,7 +12,7 @@ from transformers.activations import GELUActivation
 
 
 class PrepackedLinear(torch.nn.Module):
-    """A linear layer in float32 through oneDNN, its weight in the kernel's own blocked layout."""
+    """A linear layer through oneDNN, its weight in the kernel's own blocked layout."""
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
@@ -56,8 +57,8 @@ class PrepackedLinear(torch.nn.Module):
 
 
 def prepack_linears(model: torch.nn.Module) -> None:
-    """Replace every linear layer of a float32 CPU model, where this build of torch has the kernel."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    """Replace every linear layer of a CPU model, where torch has the kernel for its dtype on this machine."""
+    if not _has_kernel(next(model.parameters()).dtype):
         return
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -68,3 +69,11 @@ def prepack_linears(model: torch.nn.Module) -> None:
         if type(dense) is PrepackedLinear and type(activation) is GELUActivation:
             dense.fuse_gelu()
             module.intermediate_act_fn = torch.nn.Identity()
+
+
+def _has_kernel(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32

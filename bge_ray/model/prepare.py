@@ -6,6 +6,7 @@ import torch
 
 from bge_ray.errors import ModelError
 from bge_ray.model.execution import Compute, Executor
+from bge_ray.model.last_layer import keep_one_token
 from bge_ray.model.load import Kind, load_config, load_model
 from bge_ray.model.packed import ATTENTION, can_pack, register
 from bge_ray.model.prepack import prepack_linears
@@ -17,6 +18,7 @@ def prepare_executor(
     revision: str | None,
     weights_sha256: str,
     kind: Kind,
+    pooling: str,
     compute: Compute,
     *,
     dtype: str,
@@ -31,6 +33,7 @@ def prepare_executor(
         revision: commit on the hub.
         weights_sha256: what `hash_model` gave when the run was planned.
         kind: encoder or cross-encoder.
+        pooling: which of a row's last states are looked at: cls, mean or last_token.
         compute: what a forward pass computes.
         dtype: a torch dtype by name.
         device: a torch device.
@@ -55,6 +58,8 @@ def prepare_executor(
     if packed:
         register()
     model = load(number, attention=ATTENTION if packed else None)
-    if place.type == "cpu" and number == torch.float32:
+    if packed:
+        keep_one_token(model, pooling)
+    if place.type == "cpu":
         prepack_linears(model)
     return Executor(model, compute, lambda: load(torch.float32), device=place, packed=packed)

@@ -1,37 +1,23 @@
 """The reranker: packed (query, passage) pairs in, one raw logit a pair out; knows no runs and no Ray."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from bge_ray.errors import ModelError
 from bge_ray.model.batching import longest_rows, token_budget_batches
 from bge_ray.model.execution import Computed
-from bge_ray.model.inputs import Inputs, Rows, pool
+from bge_ray.model.inputs import Inputs, pool
 from bge_ray.model.load import Kind
 from bge_ray.model.prepare import prepare_executor
-from bge_ray.model.source import fetch_model, hash_model, position_limit, read_config
+from bge_ray.model.reranker_spec import RerankerSpec
+from bge_ray.model.rows import Rows
 from bge_ray.schema import FloatArray, IdArray
-from bge_ray.settings import Auto, ComputeDtype
 
 KIND: Kind = "cross_encoder"
-
-# FlagReranker's own; the positions of bge-reranker-v2-m3 go further, and its authors use 1024.
-DEFAULT_MAX_LENGTH = 512
-
-
-@dataclass(frozen=True)
-class RerankerSpec:
-    """The reranker as it was resolved: everything about it that decides a score."""
-
-    name: str
-    revision: str | None
-    weights_sha256: str
-    max_length: int
-    dtype: str
+# The head of a cross-encoder looks at the first token alone.
+POOLING = "cls"
 
 
 class Scored(Computed):
@@ -41,40 +27,6 @@ class Scored(Computed):
     def scores(self) -> FloatArray:
         """(n,) float32 raw logits; zero for a pair named in ``faults``."""
         return self.values[:, 0]
-
-
-def resolve_reranker(
-    name: str,
-    *,
-    revision: str | None = None,
-    max_length: int | None = None,
-    dtype: ComputeDtype | Auto = "auto",
-    on_gpu: bool,
-) -> RerankerSpec:
-    """Settle everything about the reranker that decides a score.
-
-    Args:
-        name: hub id or local folder.
-        revision: commit, tag or branch on the hub.
-        max_length: tokens of a pair, special tokens included; None takes 512, FlagReranker's default.
-        dtype: compute dtype; auto is float16 on a GPU and float32 on a CPU.
-        on_gpu: whether the rerankers have GPUs.
-
-    Raises:
-        ModelError: the model is not to be had, or has too few positions.
-    """
-    folder, commit = fetch_model(name, revision)
-    limit = position_limit(read_config(folder))
-    if max_length is not None and limit is not None and max_length > limit:
-        raise ModelError(f"rerank.max_length {max_length}: {name} has positions for {limit} tokens")
-    wanted = max_length or min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
-    return RerankerSpec(
-        name=name,
-        revision=commit,
-        weights_sha256=hash_model(str(folder)),
-        max_length=wanted,
-        dtype=("float16" if on_gpu else "float32") if dtype == "auto" else dtype,
-    )
 
 
 class Reranker:
@@ -108,6 +60,7 @@ class Reranker:
             spec.revision,
             spec.weights_sha256,
             KIND,
+            POOLING,
             _compute,
             dtype=spec.dtype,
             device=device,
@@ -152,6 +105,6 @@ def _compute(model: Any, inputs: Inputs) -> torch.Tensor:
         return torch.as_tensor(model(**inputs.arguments).logits)
     # The head takes the first token of each row, and a packed batch is one row: it gets them apart.
     hidden = model.base_model(**inputs.arguments).last_hidden_state
-    first = pool(hidden, inputs, "cls").to(hidden.dtype).unsqueeze(1)  # (pairs, 1, dim)
+    first = pool(hidden, inputs, POOLING).to(hidden.dtype).unsqueeze(1)  # (pairs, 1, dim)
     pooled = model.bert.pooler(first) if model.config.model_type == "bert" else first
     return torch.as_tensor(model.classifier(pooled))

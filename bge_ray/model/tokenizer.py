@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from bge_ray.errors import ModelError
 from bge_ray.schema import PackedTokens
@@ -101,6 +100,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
     # Without these, transformers 5 makes a tokenizer that knows its special tokens and no word.
     if not any(path.is_file() for pattern in VOCABULARY_FILES for path in folder.glob(pattern)):
         raise ModelError(f"{folder}: has no tokenizer files ({', '.join(VOCABULARY_FILES)})")
+    from transformers import AutoTokenizer  # takes seconds, and whoever only names a stage needs none
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True

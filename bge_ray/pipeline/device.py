@@ -5,8 +5,6 @@ import logging
 import os
 from collections.abc import Iterator
 
-from bge_ray.model.memory import is_broken_device
-
 logger = logging.getLogger(__name__)
 
 EXIT_CODE = 75
@@ -18,6 +16,8 @@ def device_or_exit(at_work_on: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        from bge_ray.model.memory import is_broken_device  # torch, only where there is a device
+
         if not is_broken_device(error):
             raise
         logger.exception("%s: the device failed; restarting this actor", at_work_on)

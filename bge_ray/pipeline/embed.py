@@ -18,6 +18,7 @@ from bge_ray.errors import BgeRayError, IncompleteRunError, OutputBusyError, Rej
 from bge_ray.io.lease import Lease, is_leased
 from bge_ray.io.storage import join
 from bge_ray.manifest import Manifest, Marker, make_manifest
+from bge_ray.model.batching import settle_budget
 from bge_ray.pipeline.cluster import Sizes, cap_sizes, cluster_sizes, connect, root_cause
 from bge_ray.pipeline.encode import EncodeStage
 from bge_ray.pipeline.estimate import Estimate, estimate
@@ -40,8 +41,6 @@ logger = logging.getLogger(__name__)
 
 # This many units given up in a row mean that the fault is not in the units.
 MAX_FAILURES_IN_A_ROW = 10
-GPU_TOKEN_BUDGET = 32_768
-CPU_TOKEN_BUDGET = 1_024
 
 
 @dataclass(frozen=True)
@@ -178,15 +177,12 @@ def _run(
         sizes.device, sizes.devices, sizes.num_encoders, sizes.num_readers, sizes.num_writers
     )
     facts.pipeline_started = time.time()
-    budget = settings.batching.token_budget
     job = EmbedJob(
         storage=work.dataset.storage,
         root=work.dataset.root,
         spec=work.spec,
         compression=settings.output.compression,
-        token_budget=(GPU_TOKEN_BUDGET if sizes.encoder_gpus else CPU_TOKEN_BUDGET)
-        if budget == "auto"
-        else budget,
+        token_budget=settle_budget(settings.batching.token_budget, on_gpu=sizes.device != "cpu"),
         device=sizes.device,
         threads=sizes.encoder_threads,
         trust_remote_code=settings.model.trust_remote_code,

@@ -11,7 +11,6 @@ import pyarrow as pa
 
 from bge_ray.io.rows import Rejected, rejected_table
 from bge_ray.io.shards import packed_tokens, shard_table
-from bge_ray.model.encoder import Encoder
 from bge_ray.pipeline.device import device_or_exit
 from bge_ray.pipeline.isolation import Attempt, run_isolated
 from bge_ray.pipeline.job import EmbedJob
@@ -24,6 +23,8 @@ class EncodeStage:
 
     def __init__(self, job: EmbedJob) -> None:
         """Load the model; nothing is encoded before that."""
+        from bge_ray.model.encoder import Encoder  # torch, only where there is a model
+
         self._job = job
         self._encoder = Encoder(
             job.spec.model, device=job.device, threads=job.threads, trust_remote_code=job.trust_remote_code

@@ -10,7 +10,7 @@ from bge_ray.io.corpus import read_units
 from bge_ray.io.dataset import Dataset
 from bge_ray.io.rows import check_rows
 from bge_ray.manifest import DatasetSpec, Plan
-from bge_ray.model.encoder import Encoder
+from bge_ray.model.batching import settle_budget
 from bge_ray.model.source import fetch_model
 from bge_ray.model.tokenizer import Tokenizer
 from bge_ray.pipeline.cluster import Sizes
@@ -94,14 +94,13 @@ def estimate(
     texts = _sample(dataset, spec, todo)
     if not texts:
         return base
-    budget = settings.batching.token_budget
     measure = ray.remote(num_cpus=sizes.encoder_cpus, num_gpus=sizes.encoder_gpus)(_measure)
     tokens_per_row, rate = ray.get(
         measure.remote(
             spec,
             texts,
             sizes,
-            1024 if budget == "auto" else budget,
+            settle_budget(settings.batching.token_budget, on_gpu=sizes.device != "cpu"),
             trust_remote_code=settings.model.trust_remote_code,
         )
     )
@@ -140,6 +139,8 @@ def _measure(
     spec: DatasetSpec, texts: list[str], sizes: Sizes, budget: int, *, trust_remote_code: bool
 ) -> tuple[float, float]:
     """Return (tokens a row, tokens/s of one encoder) on sample texts."""
+    from bge_ray.model.encoder import Encoder  # torch, only where there is a model
+
     folder, _ = fetch_model(spec.model.name, spec.model.revision)
     tokens = Tokenizer(folder, spec.model.max_length, trust_remote_code=trust_remote_code).tokenise(texts)
     encoder = Encoder(

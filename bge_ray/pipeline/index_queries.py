@@ -11,11 +11,11 @@ from bge_ray.errors import CorpusError, ModelError
 from bge_ray.io.runs import read_queries
 from bge_ray.io.storage import Storage
 from bge_ray.manifest import ModelSpec
+from bge_ray.model.batching import CPU_TOKEN_BUDGET
 from bge_ray.pipeline.tasks import run_tasks
 from bge_ray.schema import FloatArray
 from bge_ray.settings import ModelSettings
 
-TOKEN_BUDGET = 1024
 # What one encoder on a CPU takes, large models included.
 ENCODER_BYTES = 4_000_000_000
 
@@ -69,7 +69,7 @@ def encode_given(
 
 def encode_task(texts: tuple[str, ...], spec: ModelSpec, settings: ModelSettings) -> FloatArray:
     """Encode query texts on a CPU; see `encode_given`."""
-    from bge_ray.model.encoder import Encoder
+    from bge_ray.model.encoder import Encoder  # torch, only where there is a model
     from bge_ray.model.queries import encode_queries
     from bge_ray.model.source import fetch_model
     from bge_ray.model.tokenizer import Tokenizer
@@ -82,7 +82,7 @@ def encode_task(texts: tuple[str, ...], spec: ModelSpec, settings: ModelSettings
     folder, _ = fetch_model(spec.name, spec.revision)
     tokenizer = Tokenizer(folder, spec.max_length, trust_remote_code=trust)
     encoder = Encoder(spec, device="cpu", trust_remote_code=trust)
-    result = encode_queries(texts, tokenizer, encoder, token_budget=TOKEN_BUDGET)
+    result = encode_queries(texts, tokenizer, encoder, token_budget=CPU_TOKEN_BUDGET)
     if result.faults:
         number, (reason, detail) = next(iter(sorted(result.faults.items())))
         raise ModelError(f"index.queries: query {number} has no vector: {reason} {detail}")

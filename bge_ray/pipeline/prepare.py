@@ -19,7 +19,6 @@ from bge_ray.manifest import (
     span_units,
     unit_fingerprint,
 )
-from bge_ray.model.load import load_config
 from bge_ray.model.source import fetch_model, resolve_model
 from bge_ray.pipeline.cluster import cluster_sizes, connect
 from bge_ray.pipeline.job import SpanTask
@@ -115,8 +114,11 @@ def _resolve_model(settings: Settings, there: DatasetSpec | None) -> ModelSpec:
         model = model.model_copy(update={"dtype": there.model.dtype})
     on_gpu = model.dtype == "auto" and cluster_sizes(settings.resources).encoder_gpus > 0
     spec = resolve_model(model, on_gpu=on_gpu)
-    # What an encoder would refuse to load is refused here, before anything is written.
-    load_config(fetch_model(spec.name, spec.revision)[0], trust_remote_code=model.trust_remote_code)
+    if there is None:
+        # What an encoder would refuse to load is refused here, before anything is written.
+        from bge_ray.model.load import load_config  # takes seconds, which a run with nothing to do must not
+
+        load_config(fetch_model(spec.name, spec.revision)[0], trust_remote_code=model.trust_remote_code)
     return spec
 
 

@@ -17,7 +17,8 @@ from bge_ray.io.lease import Lease
 from bge_ray.io.lookup import ShardMap
 from bge_ray.io.runs import Candidates, read_queries
 from bge_ray.io.storage import Storage, join
-from bge_ray.model.reranker import RerankerSpec
+from bge_ray.model.batching import settle_budget
+from bge_ray.model.reranker_spec import RerankerSpec
 from bge_ray.pipeline.isolation import start_ledger
 from bge_ray.pipeline.rerank_model import settle_reranker
 from bge_ray.pipeline.rerank_stages import ScoreStage, pair_stage, texts_stage
@@ -56,8 +57,6 @@ from bge_ray.settings import RerankSettings, Settings
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-GPU_TOKEN_BUDGET = 32_768
-CPU_TOKEN_BUDGET = 1_024
 
 
 @dataclass(frozen=True)
@@ -163,9 +162,7 @@ def rerank_receipts(
 
 def make_score_job(settings: Settings, place: Workplace, spec: RerankerSpec, pool: Pool) -> ScoreJob:
     """Return what the reranker pool must know; the automatic budget goes by its device."""
-    budget = settings.rerank.token_budget
-    if budget == "auto":
-        budget = GPU_TOKEN_BUDGET if pool.gpus else CPU_TOKEN_BUDGET
+    budget = settle_budget(settings.rerank.token_budget, on_gpu=pool.gpus > 0)
     return ScoreJob(place, spec, Device(pool.device, pool.threads, budget, settings.rerank.trust_remote_code))
 
 

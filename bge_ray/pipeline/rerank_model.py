@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from bge_ray.errors import ModelError
-from bge_ray.model.reranker import RerankerSpec, resolve_reranker
+from bge_ray.model.reranker_spec import RerankerSpec, resolve_reranker
 from bge_ray.model.source import fetch_model, read_config
 from bge_ray.settings import RerankSettings
 

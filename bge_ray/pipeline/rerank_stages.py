@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bge_ray.errors import BgeRayError
-from bge_ray.model.inputs import Rows
 from bge_ray.model.pairs import PairTokenizer
-from bge_ray.model.reranker import Reranker, RerankerSpec
+from bge_ray.model.reranker_spec import RerankerSpec
+from bge_ray.model.rows import Rows
 from bge_ray.model.source import fetch_model
 from bge_ray.pipeline.device import device_or_exit
 from bge_ray.pipeline.isolation import Attempt, run_isolated
@@ -106,6 +106,8 @@ class ScoreStage:
 
     def __init__(self, job: ScoreJob) -> None:
         """Load the model."""
+        from bge_ray.model.reranker import Reranker  # torch, only where there is a model
+
         self._job = job
         device = job.device
         self._reranker = Reranker(

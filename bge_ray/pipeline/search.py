@@ -19,13 +19,12 @@ from bge_ray.io.lookup import ShardMap
 from bge_ray.io.runs import read_queries
 from bge_ray.io.storage import join
 from bge_ray.manifest import ModelSpec
-from bge_ray.model.reranker import RerankerSpec
+from bge_ray.model.batching import settle_budget
+from bge_ray.model.reranker_spec import RerankerSpec
 from bge_ray.model.source import fetch_model, hash_model
 from bge_ray.pipeline.index import index_files, read_index
 from bge_ray.pipeline.isolation import start_ledger
 from bge_ray.pipeline.rerank import (
-    CPU_TOKEN_BUDGET,
-    GPU_TOKEN_BUDGET,
     make_score_job,
     make_text_source,
     score_report,
@@ -360,9 +359,7 @@ def _run(
 
 
 def _encode_job(settings: Settings, place: Workplace, spec: ModelSpec, pool: Pool) -> EncodeJob:
-    budget = settings.batching.token_budget
-    if budget == "auto":
-        budget = GPU_TOKEN_BUDGET if pool.gpus else CPU_TOKEN_BUDGET
+    budget = settle_budget(settings.batching.token_budget, on_gpu=pool.gpus > 0)
     return EncodeJob(place, spec, Device(pool.device, pool.threads, budget, settings.model.trust_remote_code))
 
 

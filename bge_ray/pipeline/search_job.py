@@ -16,7 +16,7 @@ from ray.actor import ActorHandle
 
 from bge_ray.io.storage import Storage, join
 from bge_ray.manifest import ModelSpec, from_json, to_json
-from bge_ray.model.reranker import RerankerSpec
+from bge_ray.model.reranker_spec import RerankerSpec
 
 # Rows on their way. ``row_no`` is the number of the input row within its group; a row with a reason has
 # no score of its own, or lost it. ``score`` is the first stage's, ``logit`` the reranker's.

@@ -21,7 +21,6 @@ from bge_ray.io.lookup import ShardMap, read_places
 from bge_ray.io.storage import Storage
 from bge_ray.io.vectors import Vectors, read_vectors
 from bge_ray.manifest import FileFact
-from bge_ray.model.encoder import Encoder
 from bge_ray.model.source import fetch_model
 from bge_ray.model.tokenizer import Tokenizer
 from bge_ray.pipeline.device import device_or_exit
@@ -65,6 +64,8 @@ class QueryEncodeStage:
 
     def __init__(self, job: EncodeJob) -> None:
         """Load the model and its tokenizer."""
+        from bge_ray.model.encoder import Encoder  # torch, only where there is a model
+
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self._job = job
         device = job.device
@@ -72,6 +73,8 @@ class QueryEncodeStage:
         trust = device.trust_remote_code
         self._tokenizer = Tokenizer(folder, job.spec.max_length, trust_remote_code=trust)
         self._encoder = Encoder(job.spec, device=device.name, threads=device.threads, trust_remote_code=trust)
+        if device.name != "cpu":
+            self._encoder.warm_up(device.token_budget)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Encode the queries of one group."""

@@ -9,7 +9,8 @@ import torch
 
 from bge_ray.model.encoder import Encoded, Encoder
 from bge_ray.model.pairs import PairTokenizer
-from bge_ray.model.reranker import Reranker, resolve_reranker
+from bge_ray.model.reranker import Reranker
+from bge_ray.model.reranker_spec import resolve_reranker
 from bge_ray.model.tokenizer import Tokenizer
 from bge_ray.schema import PackedTokens
 from tests.model.conftest import MakeModel, cosines, encode, resolve

@@ -62,7 +62,7 @@ def run_child(folder: Path, packed: bool, spare: int, lengths: list[int]) -> dic
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_encoder(tmp_path_factory.mktemp("oom") / "m", positions=2048, layers=1, intermediate=16_384)
+    return make_encoder(tmp_path_factory.mktemp("oom") / "m", positions=2048, layers=2, intermediate=16_384)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -12,17 +12,18 @@ from bge_ray.model.prepack import PrepackedLinear, prepack_linears
 @pytest.mark.parametrize("rows", [1, 7, 300])
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_layer(rows: int, gelu: bool, bias: bool) -> None:
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_layer(rows: int, gelu: bool, bias: bool, dtype: torch.dtype, close: float) -> None:
     torch.manual_seed(rows)
-    linear = torch.nn.Linear(48, 33, bias=bias)
+    linear = torch.nn.Linear(48, 33, bias=bias, dtype=dtype)
     packed = PrepackedLinear(linear)
     if gelu:
         packed.fuse_gelu()
-    states = torch.randn(2, rows, 48)
+    states = torch.randn(2, rows, 48, dtype=dtype)
     with torch.inference_mode():
         expected = torch.nn.functional.gelu(linear(states)) if gelu else linear(states)
-        torch.testing.assert_close(packed(states), expected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(packed.plain(states), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(packed(states), expected, atol=close, rtol=close)
+        torch.testing.assert_close(packed.plain(states), expected, atol=close, rtol=close)
 
 
 def test_other_errors_stay_what_they_are() -> None:

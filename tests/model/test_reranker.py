@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 from bge_ray.errors import ModelError
 from bge_ray.model.pairs import PairTokenizer
-from bge_ray.model.reranker import Reranker, Scored, resolve_reranker
+from bge_ray.model.reranker import Reranker, Scored
+from bge_ray.model.reranker_spec import resolve_reranker
 from tests.model.conftest import MakeModel
 from tests.support.models import SENTENCES
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from bge_ray.errors import CorpusError, ModelError, RejectedRowsError, SettingsError
 from bge_ray.model.pairs import PairTokenizer
-from bge_ray.model.reranker import Reranker, resolve_reranker
+from bge_ray.model.reranker import Reranker
+from bge_ray.model.reranker_spec import resolve_reranker
 from bge_ray.pipeline.embed import embed
 from bge_ray.pipeline.rerank import plan_rerank, rerank
 from tests.pipeline.search_support import (
