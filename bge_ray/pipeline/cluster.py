@@ -23,6 +23,18 @@ MAX_WRITERS = 32
 READERS_PER_GPU = 6
 
 
+# For a cluster that lives as long as one job, on one machine. A worker that waits for the next unit has
+# loaded its libraries and its tokenizer: where there are more workers than cores, Ray would end it after a
+# second. And nobody asks such a cluster for its events and metrics, which cost a per cent of two cores.
+LOCAL_RAY = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_idle_worker_killing_time_threshold_ms": "600000",
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_enable_metrics_collection": "0",
+}
+
+
 @dataclass(frozen=True)
 class Sizes:
     """How many actors and tasks each stage has, and what each of them reserves."""
@@ -51,13 +63,13 @@ def prepare_environment() -> None:
     """Choose safe defaults for a local cluster; to be called before Ray is imported.
 
     A cluster that this process will start listens on the loopback interface only, asks for a
-    token that exists in this process tree alone, and tells nobody that it is used. A job that joins
-    a cluster (RAY_ADDRESS is set) changes nothing.
+    token that exists in this process tree alone, tells nobody that it is used, and keeps its workers. A job
+    that joins a cluster (RAY_ADDRESS is set) changes nothing.
     """
     if "RAY_ADDRESS" in os.environ or "ray" in sys.modules:
         return
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in LOCAL_RAY.items():
+        os.environ.setdefault(name, value)
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

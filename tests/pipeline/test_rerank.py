@@ -31,7 +31,7 @@ from tests.support.corpora import docstrings, mixed_objects
 from tests.support.models import make_cross_encoder, make_encoder
 from tests.support.s3 import S3Server
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 WORDS = "the quick brown fox jumps over lazy dog a corpus in object storage becomes embeddings and an index"
 
@@ -124,6 +124,7 @@ def test_logits_equal_flag_reranker_and_runs_sort_equally(
     np.testing.assert_allclose([row["probability"] for row in rows], 1 / (1 + np.exp(-logits)), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_texts_of_bare_ids_are_those_that_were_embedded(
     bucket: str, data: str, cross_encoders: dict[str, Path]
 ) -> None:
@@ -159,6 +160,7 @@ def test_texts_of_bare_ids_are_those_that_were_embedded(
         np.testing.assert_allclose([ours[p] for p in ids[:7]], truth, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_kept_columns_serve_as_texts_when_the_corpus_is_gone(
     bucket: str, tiny_model: Path, cross_encoders: dict[str, Path]
 ) -> None:
@@ -340,6 +342,7 @@ def test_what_is_missing_is_said(bucket: str, cross_encoders: dict[str, Path], d
     assert STORAGE.info(f"{bucket}/out/run.parquet") is None
 
 
+@pytest.mark.slow
 def test_a_second_run_does_nothing_and_a_longer_list_of_queries_does_the_rest(
     bucket: str, cross_encoders: dict[str, Path]
 ) -> None:

@@ -40,7 +40,7 @@ from tests.support.models import make_cross_encoder, make_encoder
 from tests.support.s3 import S3Server
 from tests.support.vectors import VectorDataset, clustered
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 PASSAGES = 900
 
@@ -87,6 +87,7 @@ def test_exact_search_equals_numpy(root: str, bucket: str, tiny_model: Path, que
     assert STORAGE.list_files(f"{bucket}/work") == []
 
 
+@pytest.mark.slow
 def test_four_range_shards_equal_the_single_file_and_all_lists_equal_exact_search(
     root: str, bucket: str, tiny_model: Path
 ) -> None:
@@ -128,6 +129,7 @@ def test_rescoring_brings_the_order_of_exact_search(
         assert_same_ranking(ours, best)
 
 
+@pytest.mark.slow
 def test_the_instruction_is_applied_replaced_and_switched_off(root: str, bucket: str, tmp_path: Path) -> None:
     """A folder that names its own instruction; truth is the same text put in front by hand."""
     model = make_encoder(tmp_path / "instructed")
@@ -170,6 +172,7 @@ def test_the_instruction_is_applied_replaced_and_switched_off(root: str, bucket:
     assert seen[0] != seen[1] != seen[2]
 
 
+@pytest.mark.slow
 def test_the_same_answer_in_every_format_and_unit_and_a_second_run_does_nothing(
     root: str, bucket: str, queries: dict[str, str]
 ) -> None:
@@ -216,6 +219,7 @@ def test_queries_that_cannot_be_answered_are_named_and_the_rest_is_done(root: st
     assert (report["queries_in"], report["queries_out"], report["truncated_queries"]) == (27, 21, 1)
 
 
+@pytest.mark.slow
 def test_a_wrong_index_or_model_is_refused_and_an_old_index_is_told_of(
     root: str, bucket: str, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -258,6 +262,7 @@ def test_a_wrong_index_or_model_is_refused_and_an_old_index_is_told_of(
     assert {passage_id for pairs in found.values() for passage_id, _ in pairs} <= there
 
 
+@pytest.mark.slow
 def test_reranking_in_the_same_job_equals_the_rerank_job(root: str, bucket: str, tmp_path: Path) -> None:
     from bge_ray.pipeline.rerank import rerank
 
@@ -284,6 +289,7 @@ def test_reranking_in_the_same_job_equals_the_rerank_job(root: str, bucket: str,
         assert {p for p, _ in pairs} == {p for p, _ in first[query_id][:5]}
 
 
+@pytest.mark.slow
 def test_ids_that_a_trec_run_cannot_hold_leave_only_parquet(bucket: str, root: str, tiny_model: Path) -> None:
     passages = [{"id": f"with space {i}", "title": "", "text": f"the fox {i}"} for i in range(30)]
     upload(f"{bucket}/corpus", {"x.jsonl": jsonl_bytes(passages)})
