@@ -1,5 +1,6 @@
 """Joins or starts Ray, and sizes the stages from what the cluster has."""
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -9,6 +10,8 @@ import sys
 import threading
 import warnings
 from dataclasses import dataclass
+
+import psutil
 
 from bge_ray.errors import BgeRayError, SettingsError
 from bge_ray.settings import ResourcesSettings
@@ -21,6 +24,8 @@ WRITER_CPUS = 0.1
 MAX_WRITERS = 32
 # Tokenising one core's worth of short passages feeds a fraction of a GPU; see README, Tuning.
 READERS_PER_GPU = 6
+# What the processes of a local cluster are given to end.
+EXIT_S = 10.0
 
 
 # For a cluster that lives as long as one job, on one machine. A worker that waits for the next unit has
@@ -99,9 +104,16 @@ def connect(settings: ResourcesSettings) -> None:
 
 
 def disconnect() -> None:
-    """Leave the cluster; a local one ends with it. Does nothing where Ray was never needed."""
-    if "ray" in sys.modules:
-        sys.modules["ray"].shutdown()
+    """Leave the cluster; a local one ends with it, to its last process. Nothing to do where Ray never was."""
+    if "ray" not in sys.modules:
+        return
+    started = psutil.Process().children(recursive=True)
+    sys.modules["ray"].shutdown()
+    # Now and then a worker that is told to exit hangs in its libraries' own clean-up, with all its memory.
+    _, left = psutil.wait_procs(started, timeout=EXIT_S)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def cluster_sizes(settings: ResourcesSettings) -> Sizes:

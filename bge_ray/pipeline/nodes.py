@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from bge_ray.errors import IncompleteRunError
 from bge_ray.pipeline.stopping import POLL_S
@@ -58,8 +58,9 @@ def await_nodes(
                     f"{key} {count}: after {wait_s:.0f} s the cluster still lacks nodes for {len(missing)} "
                     f"of them, each with {bundle}; lower it, let the cluster grow, or run again later"
                 )
-            missing[0].wait(POLL_S)
-            missing = [group for group in missing if not group.wait(0)]
+            # Not the group's own wait(): it takes whole seconds, and this would become a busy loop.
+            time.sleep(POLL_S)
+            missing = [group for group in missing if placement_group_table(group)["state"] != "CREATED"]
             if missing and now - told > TOLD_EVERY_S:
                 told = now
                 logger.info("still waiting for nodes for %d of %d actors", len(missing), count)

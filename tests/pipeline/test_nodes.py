@@ -23,4 +23,4 @@ def test_nodes_are_waited_for_and_no_longer_than_allowed() -> None:
         "in vain: resources.num_encoders 2: after 3 s the cluster still lacks nodes for 2 of them"
         in run.stdout
     )
-    assert "came: True True free GPUs 2.0" in run.stdout
+    assert "came: True free GPUs 2.0" in run.stdout
