@@ -66,7 +66,9 @@ def prepare(settings: Settings) -> Work:
         settings.batching.unit_rows, settings.batching.unit_bytes, model.dim * VALUE_BYTES[dtype]
     )
     scanned = []
+    trust = settings.model.trust_remote_code
     if changed:
+        _check_loads(model, trust_remote_code=trust)
         connect(settings.resources)
         logger.info("scanning %d of %d corpus objects", len(changed), len(listed))
         tasks = min(len(changed), max(1, int(ray.cluster_resources().get("CPU", 1))))
@@ -81,6 +83,8 @@ def prepare(settings: Settings) -> Work:
     plan = extend_plan(listed, previous, scanned, columns)
     finished = dataset.finished()
     todo, still_finished = _subtract(spec, plan, finished)
+    if todo and not changed:
+        _check_loads(model, trust_remote_code=trust)
     return Work(dataset, spec, plan, number, still_finished, todo)
 
 
@@ -113,13 +117,14 @@ def _resolve_model(settings: Settings, there: DatasetSpec | None) -> ModelSpec:
         # A data set keeps its dtype wherever a later run happens to execute.
         model = model.model_copy(update={"dtype": there.model.dtype})
     on_gpu = model.dtype == "auto" and cluster_sizes(settings.resources).encoder_gpus > 0
-    spec = resolve_model(model, on_gpu=on_gpu)
-    if there is None:
-        # What an encoder would refuse to load is refused here, before anything is written.
-        from bge_ray.model.load import load_config  # takes seconds, which a run with nothing to do must not
+    return resolve_model(model, on_gpu=on_gpu)
 
-        load_config(fetch_model(spec.name, spec.revision)[0], trust_remote_code=model.trust_remote_code)
-    return spec
+
+def _check_loads(model: ModelSpec, *, trust_remote_code: bool) -> None:
+    """Refuse here, before anything is written, what an encoder would refuse to load."""
+    from bge_ray.model.load import load_config  # takes seconds, which a run with nothing to do must not
+
+    load_config(fetch_model(model.name, model.revision)[0], trust_remote_code=trust_remote_code)
 
 
 def _output_dtype(settings: Settings, there: DatasetSpec | None, model: ModelSpec) -> str:

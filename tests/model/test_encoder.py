@@ -102,7 +102,7 @@ def test_pooling_against_a_loop(lengths: list[int], pooling: str, seed: int) -> 
     np.testing.assert_allclose(
         pool(torch.from_numpy(hidden), padded, pooling), expected, rtol=1e-5, atol=1e-6
     )
-    if pooling == "mean":  # of the others, the last layer gives one state a row: test_packed_equals_padded
+    if pooling == "mean":  # of the others, the last layer gives one state a row: test_last_layer.py
         borders = torch.from_numpy(np.cumsum([0, *lengths]))
         packed = torch.from_numpy(np.concatenate(rows)[None])
         np.testing.assert_allclose(

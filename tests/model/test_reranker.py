@@ -156,8 +156,8 @@ def test_nan_is_a_fault_of_its_pair_only(reranker_folder: RerankerFolder, tmp_pa
     pairs = [("fox", "brown"), ("lazy", "brown"), ("fox", "lazy dog"), ("ray", "actors")]
     result = score(folder, pairs, dtype="float16")
     assert {row: reason for row, (reason, _) in result.faults.items()} == {1: "non_finite", 2: "non_finite"}
-    # Half precision of a random model, whose vocabulary differs from one training to the next.
-    np.testing.assert_allclose(result.scores[[0, 3]], score(clean, pairs).scores[[0, 3]], atol=0.25)
+    whole = score(clean, pairs, dtype="float16")
+    np.testing.assert_allclose(result.scores[[0, 3]], whole.scores[[0, 3]], atol=2e-2)
 
 
 def test_folders_that_are_no_rerankers(
