@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from bge_ray.errors import BgeRayError, SettingsError
+from bge_ray.io.reports import last_report
 from bge_ray.io.storage import Storage, join
 from bge_ray.pipeline.cluster import disconnect, prepare_environment
 from bge_ray.pipeline.stopping import Stopped, StopRequest
@@ -113,7 +114,9 @@ def run_job(
     finally:
         disconnect()
     outcome = OUTCOMES.get(code, "stopped")
-    where = f"; report at {place}" if place and code != 2 else ""
+    # A run that failed tells of a report only if it has come to write one: an older one is of another run.
+    told = place if code == 0 else last_report()
+    where = f"; report at {told}" if told else ""
     logger.info("%s: %s; exit code %d%s", name, outcome, code, where)
     return code
 

@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 
 from bge_ray.errors import BgeRayError, IncompleteRunError, OutputBusyError, RejectedRowsError, StorageError
 from bge_ray.io.lease import Lease, is_leased
+from bge_ray.io.reports import write_report
 from bge_ray.io.storage import join
 from bge_ray.manifest import Manifest, Marker, make_manifest
 from bge_ray.model.batching import settle_budget
@@ -286,8 +287,7 @@ def _report(settings: Settings, work: Work, facts: RunFacts, outcome: str) -> di
 
 
 def _write_report(work: Work, report: dict[str, object]) -> None:
-    work.dataset.storage.write(join(work.dataset.root, "report.json"), report_json(report))
-    work.dataset.storage.write(join(work.dataset.root, "report.html"), embed_page(report))
+    write_report(work.dataset.storage, work.dataset.root, embed_page(report), report_json(report))
 
 
 def _tell_failure(work: Work, report: dict[str, object]) -> None:

@@ -44,8 +44,8 @@ from bge_ray.pipeline.search_runs import (
     finish_clearing,
     follow,
     open_source,
+    publish_report,
     read_current,
-    write_report,
 )
 from bge_ray.pipeline.search_sizes import Pool, PoolSizes, cluster_pools, compute_dtype
 from bge_ray.pipeline.search_stages import read_stage
@@ -121,7 +121,7 @@ def rerank(settings: Settings, stop: StopRequest | None = None) -> dict[str, Any
         finally:
             report = _report(settings, work, intake, rejections, tally, totals, pool, outcome)
             if not lease.lost.is_set():
-                write_report(work.storage, work.folder, report)
+                publish_report(work.storage, work.folder, report)
         clear_work(work.storage, work.folder)
     _check_share(settings, report, work.folder)
     return report

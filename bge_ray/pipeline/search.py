@@ -54,8 +54,8 @@ from bge_ray.pipeline.search_runs import (
     finish_clearing,
     follow,
     open_source,
+    publish_report,
     read_current,
-    write_report,
 )
 from bge_ray.pipeline.search_sizes import Pool, PoolSizes, cluster_pools, compute_dtype
 from bge_ray.pipeline.search_stages import (
@@ -140,7 +140,7 @@ def search(settings: Settings, stop: StopRequest | None = None) -> dict[str, Any
         finally:
             report = _report(settings, work, intake, rejections, tally, totals, sizes, outcome)
             if not lease.lost.is_set():
-                write_report(storage, work.folder, report)
+                publish_report(storage, work.folder, report)
         clear_work(storage, work.folder)
     _check_share(settings, report, work.folder)
     return report

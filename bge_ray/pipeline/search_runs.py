@@ -13,6 +13,7 @@ from ray.exceptions import RayError
 from bge_ray.errors import DatasetMismatchError, IncompleteRunError, RejectedRowsError, SettingsError
 from bge_ray.io.dataset import Dataset
 from bge_ray.io.lease import Lease, is_leased
+from bge_ray.io.reports import write_report
 from bge_ray.io.storage import Storage, join
 from bge_ray.manifest import DatasetSpec, Manifest
 from bge_ray.pipeline.cluster import root_cause
@@ -20,6 +21,7 @@ from bge_ray.pipeline.search_intake import Intake, remove_all
 from bge_ray.pipeline.search_job import Parcel
 from bge_ray.pipeline.stopping import watched
 from bge_ray.pipeline.telemetry import Telemetry
+from bge_ray.report.facts import report_json
 from bge_ray.report.run_page import run_page
 from bge_ray.run_id import run_id
 from bge_ray.settings import Settings
@@ -164,12 +166,10 @@ def read_current(storage: Storage, folder: str, key: str) -> dict[str, Any] | No
     return report if same and storage.info(join(folder, "run.parquet")) is not None else None
 
 
-def write_report(storage: Storage, folder: str, report: dict[str, Any]) -> None:
-    """Write report.html, then report.json; with ``complete`` that is what vouches for the run files."""
+def publish_report(storage: Storage, folder: str, report: dict[str, Any]) -> None:
+    """Write the report of a run; with ``complete`` that is what vouches for the run files."""
     report = {"format_version": REPORT_FORMAT, "run_id": run_id(), **report}
-    storage.write(join(folder, "report.html"), run_page(report))
-    text = json.dumps(report, indent=1, ensure_ascii=False)
-    storage.write(join(folder, "report.json"), (text + "\n").encode())
+    write_report(storage, folder, run_page(report), report_json(report))
 
 
 def clear_work(storage: Storage, folder: str) -> None:

@@ -4,12 +4,18 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from tests.support.runs import REPOSITORY
 
 DEFECT = """
+import sys
 from bge_ray.command import run_job
+from bge_ray.io.reports import write_report
+from bge_ray.io.storage import Storage
 def job(settings, dry_run, stop):
+    if "reported" in sys.argv[0]:
+        write_report(Storage(), settings.output.uri, b"<html></html>", b"{}")
     raise ZeroDivisionError("unforeseen")
 raise SystemExit(run_job("embed", "", job, report="output.uri/report.html"))
 """
@@ -35,9 +41,16 @@ def test_wrong_settings_are_refused_without_a_report() -> None:
     )
 
 
-def test_an_unforeseen_error_keeps_the_log_whole() -> None:
-    done = run("-c", DEFECT, "--log-format", "json", "--set", "output.uri=/data/out")
-    assert done.returncode == 1, done.stderr
-    *_, failure, last = [json.loads(line) for line in done.stderr.splitlines()]
-    assert "ZeroDivisionError: unforeseen" in failure["traceback"]
-    assert last["message"] == "embed: incomplete; exit code 1; report at /data/out/report.html"
+def test_an_unforeseen_error_keeps_the_log_whole(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("of an earlier run")
+    for script, report in [
+        ("failed.py", ""),
+        ("reported_and_failed.py", f"; report at {tmp_path}/report.html"),
+    ]:
+        (tmp_path / script).write_text(DEFECT)
+        words = ("--log-format", "json", "--set", f"output.uri={tmp_path}")
+        done = run(str(tmp_path / script), *words)
+        assert done.returncode == 1, done.stderr
+        *_, failure, last = [json.loads(line) for line in done.stderr.splitlines()]
+        assert "ZeroDivisionError: unforeseen" in failure["traceback"]
+        assert last["message"] == f"embed: incomplete; exit code 1{report}"
