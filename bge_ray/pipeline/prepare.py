@@ -24,6 +24,7 @@ from bge_ray.pipeline.cluster import cluster_sizes, connect
 from bge_ray.pipeline.job import SpanTask
 from bge_ray.pipeline.payload import UnitTask
 from bge_ray.pipeline.planning import extend_plan, find_changes, scan_objects
+from bge_ray.pipeline.tasks import run_tasks
 from bge_ray.schema import VALUE_BYTES
 from bge_ray.settings import Settings
 
@@ -68,8 +69,8 @@ def prepare(settings: Settings) -> Work:
     scanned = []
     trust = settings.model.trust_remote_code
     if changed:
-        _check_loads(model, trust_remote_code=trust)
         connect(settings.resources)
+        _check_loads(model, trust_remote_code=trust)
         logger.info("scanning %d of %d corpus objects", len(changed), len(listed))
         tasks = min(len(changed), max(1, int(ray.cluster_resources().get("CPU", 1))))
         scanned = scan_objects(storage, changed, settings.corpus, limits, tasks)
@@ -84,6 +85,7 @@ def prepare(settings: Settings) -> Work:
     finished = dataset.finished()
     todo, still_finished = _subtract(spec, plan, finished)
     if todo and not changed:
+        connect(settings.resources)
         _check_loads(model, trust_remote_code=trust)
     return Work(dataset, spec, plan, number, still_finished, todo)
 
@@ -122,9 +124,15 @@ def _resolve_model(settings: Settings, there: DatasetSpec | None) -> ModelSpec:
 
 def _check_loads(model: ModelSpec, *, trust_remote_code: bool) -> None:
     """Refuse here, before anything is written, what an encoder would refuse to load."""
-    from bge_ray.model.load import load_config  # takes seconds, which a run with nothing to do must not
+    # In a task, because it takes torch: seconds, and more memory than all else that a driver holds.
+    arguments = [(model.name, model.revision, trust_remote_code)]
+    list(run_tasks(_load_config, arguments, at_once=1, watch=lambda: None, num_cpus=0))
 
-    load_config(fetch_model(model.name, model.revision)[0], trust_remote_code=trust_remote_code)
+
+def _load_config(name: str, revision: str | None, trust_remote_code: bool) -> None:
+    from bge_ray.model.load import load_config
+
+    load_config(fetch_model(name, revision)[0], trust_remote_code=trust_remote_code)
 
 
 def _output_dtype(settings: Settings, there: DatasetSpec | None, model: ModelSpec) -> str:

@@ -14,6 +14,7 @@ from bge_ray.errors import (
     CorpusError,
     DatasetMismatchError,
     IncompleteRunError,
+    ModelError,
     RejectedRowsError,
 )
 from bge_ray.io.storage import Storage, join
@@ -21,6 +22,7 @@ from bge_ray.pipeline.embed import embed, plan_only
 from bge_ray.settings import Settings, parse_settings
 from tests.support.corpora import docstrings, jsonl_bytes, mixed_objects, parquet_bytes
 from tests.support.datasets import check_nothing_left_over, read_manifest, read_shards, vectors_by_id
+from tests.support.poison import make_poisonous
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -258,6 +260,26 @@ def test_input_that_cannot_be_used_is_refused_before_anything_is_written(
         embed(settings_for(bucket, tiny_model, *overrides))
     assert caught.value.exit_code == 2
     assert STORAGE.list_files(f"{bucket}/out") == []
+
+
+def test_a_model_that_needs_trust_is_refused_without_it_first_and_later(
+    bucket: str, tmp_path: Path, passages: list[dict[str, str]]
+) -> None:
+    model = make_poisonous(tmp_path / "model", "zzz")
+    distrusting = settings_for(bucket, model)
+    upload(f"{bucket}/corpus", {"x.jsonl": jsonl_bytes(passages[:20])})
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        embed(distrusting)
+    assert STORAGE.list_files(f"{bucket}/out") == []
+
+    embed(settings_for(bucket, model, "model.trust_remote_code=true"))
+    STORAGE.delete(
+        [f"{bucket}/out/manifest.json", *(i.uri for i in STORAGE.list_files(f"{bucket}/out/done"))]
+    )
+    left = STORAGE.list_files(f"{bucket}/out")
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        embed(distrusting)
+    assert STORAGE.list_files(f"{bucket}/out") == left
 
 
 def test_a_full_disk_ends_the_run_and_with_space_it_goes_on(
