@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+from bge_ray.pipeline.cluster import LOCAL_RAY
 from tests.campaign.cluster import RayCluster
 from tests.campaign.corpus import corpus
 from tests.support.proxy import FaultyProxy
@@ -36,12 +37,11 @@ class Site:
         self.proxy = FaultyProxy(self.server.endpoint).__enter__()
         self.fs = self.server.filesystem()
         self.environment = {
+            **LOCAL_RAY,
             **self.server.environment,
             "AWS_ENDPOINT_URL": self.proxy.url,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(24),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_TMPDIR": self._temporary.name,
             "HF_HUB_OFFLINE": "1",
             MARK: self._mark,
