@@ -37,7 +37,7 @@ class RayCluster:
 
     def lose_node(self) -> bool:
         """Kill the second node and all that ran on it, at once."""
-        raylets = [p for p in self.workers() if "raylet" in p.name() and "--head" not in p.cmdline()]
+        raylets = [p for p in self._raylets() if "--head" not in p.cmdline()]
         if not raylets:
             return False
         doomed = [raylets[-1], *raylets[-1].children(recursive=True)]
@@ -54,8 +54,7 @@ class RayCluster:
 
     def is_whole(self) -> bool:
         """Whether both nodes are alive."""
-        raylets = [p for p in self.workers() if "raylet" in p.name() and p.status() != psutil.STATUS_ZOMBIE]
-        return self._process.poll() is None and len(raylets) == 2
+        return self._process.poll() is None and len(self._raylets()) == 2
 
     def stop(self) -> None:
         """Kill it, jobs and all."""
@@ -65,6 +64,9 @@ class RayCluster:
             except psutil.NoSuchProcess:
                 continue
         self._process.wait()
+
+    def _raylets(self) -> list[psutil.Process]:
+        return [p for p in self.workers() if "raylet" in p.name() and p.status() != psutil.STATUS_ZOMBIE]
 
     def _answer(self) -> str:
         line = self._process.stdout.readline().strip()
