@@ -31,7 +31,7 @@ def settings(root: str, model: Path, job: str, encoders: int = 1) -> dict[str, o
     """Return the settings of every run of a job over the campaign's corpus."""
     common: dict[str, object] = {"output.uri": f"s3://{root}", "output.storage_timeout_s": 60}
     if job == "index":
-        return common | {"index.factory": "IVF16,SQ8", "index.num_queries": 50, "index.part_bytes": 100_000}
+        return common | {"index.factory": "IVF8,SQ8", "index.num_queries": 50, "index.part_bytes": 100_000}
     return common | {
         "corpus.uri": f"s3://{CORPUS}",
         "corpus.max_rejected_fraction": 0.05,
