@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shutil
 import tempfile
 import threading
 import uuid
@@ -24,7 +25,8 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # what a campaign left that was broken off
+        folder.mkdir(parents=True)
         self.server = S3Server(folder / "data")
         self._mark = uuid.uuid4().hex
         self._corpus: dict[str, bytes] = {}
