@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import requests
-from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
 
 # What Ray's own tests of its autoscaler set.
 AUTOSCALED = {
@@ -43,7 +43,9 @@ def free_ports(count: int) -> list[int]:
 
 def _autoscaling(gcs_address: str, resources: dict[str, float]) -> dict[str, object]:
     provider = {
-        "type": "fake_multinode",
+        # By its module: the wheel lacks the defaults that its own name stands for.
+        "type": "external",
+        "module": f"{FakeMultiNodeProvider.__module__}.{FakeMultiNodeProvider.__name__}",
         "use_node_id_as_ip": True,
         "disable_node_updaters": True,
         "disable_launch_config_check": True,
@@ -53,12 +55,17 @@ def _autoscaling(gcs_address: str, resources: dict[str, float]) -> dict[str, obj
     }
     worker = {"resources": resources, "node_config": {}, "min_workers": 0, "max_workers": 2}
     head = {"resources": {}, "node_config": {}, "max_workers": 0}
+    commands = ("setup", "head_setup", "worker_setup", "initialization", "head_start_ray", "worker_start_ray")
     return {
+        **{f"{name}_commands": [] for name in commands},
+        "auth": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
         "cluster_name": "grows",
         "max_workers": 2,
         "provider": provider,
-        "available_node_types": {"head": head, "worker": worker},
-        "head_node_type": "head",
+        "available_node_types": {"ray.head.default": head, "worker": worker},
+        "head_node_type": "ray.head.default",
         "idle_timeout_minutes": 5,
     }
 
@@ -72,6 +79,7 @@ class RayHead:
         self.folder = Path(tempfile.mkdtemp(prefix="head-", dir="/tmp"))
         gcs, dashboard, client, agent, agent_grpc, runtime_env, metrics = free_ports(7)
         self.address = f"http://127.0.0.1:{dashboard}"
+        self.gcs_address = f"127.0.0.1:{gcs}"
         self.environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_ADDRESS")}
         self.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as activated
         command = [RAY, "start", "--head", "--block", "--disable-usage-stats", f"--num-cpus={num_cpus}"]
@@ -83,7 +91,7 @@ class RayHead:
         environment = self.environment
         if grows_by is not None:
             config = self.folder / "autoscaling.json"
-            config.write_text(json.dumps(_autoscaling(f"127.0.0.1:{gcs}", grows_by)))
+            config.write_text(json.dumps(_autoscaling(self.gcs_address, grows_by)))
             command.append(f"--autoscaling-config={config}")
             environment = environment | AUTOSCALED
         self._log = self.folder / "start.log"
@@ -121,6 +129,8 @@ class RayHead:
         return dict(answer.json())
 
     def kill(self) -> None:
+        if self._process.poll() is not None:
+            raise RuntimeError(f"the head has ended by itself: {self._log.read_text()[-4000:]}")
         started = psutil.Process(self._process.pid).children(recursive=True)
         os.killpg(self._process.pid, signal.SIGKILL)
         for process in started:

@@ -9,6 +9,7 @@ from bge_ray.io.storage import Storage, join
 from tests.infra.head import RayHead
 from tests.support.corpora import docstrings, mixed_objects
 from tests.support.datasets import vectors_by_id
+from tests.support.runs import JobProcess
 from tests.support.s3 import S3Server
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -24,11 +25,13 @@ def empty_cluster(s3_server: S3Server) -> Iterator[RayHead]:
 
 
 @pytest.mark.timeout(600)
-def test_a_job_asks_for_nodes_and_runs_on_them(empty_cluster: RayHead, bucket: str, tiny_model: Path) -> None:
+def test_a_job_asks_for_nodes_and_runs_on_them(
+    empty_cluster: RayHead, bucket: str, tiny_model: Path, tmp_path: Path
+) -> None:
     records = docstrings(200)
     for name, data in mixed_objects(records).items():
         STORAGE.write(join(bucket, "corpus", name), data)
-    keys = {
+    keys: dict[str, object] = {
         "corpus.uri": f"{bucket}/corpus",
         "output.uri": f"{bucket}/out",
         "model.name": tiny_model,
@@ -36,8 +39,6 @@ def test_a_job_asks_for_nodes_and_runs_on_them(empty_cluster: RayHead, bucket: s
         "resources.num_encoders": 2,
         "resources.gpus_per_encoder": 0,
     }
-    words = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
-    run = empty_cluster.submit("submit", "--working-dir", ".", "--", "python", "jobs/embed.py", *words)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "waiting for nodes for 2 actors" in run.stdout
+    run = JobProcess(tmp_path / "log", keys, environment={"RAY_ADDRESS": empty_cluster.gcs_address})
+    assert run.wait() == 0, run.log()
     assert vectors_by_id(f"{bucket}/out").keys() == {record["id"] for record in records}
