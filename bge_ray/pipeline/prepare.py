@@ -19,7 +19,7 @@ from bge_ray.manifest import (
     span_units,
     unit_fingerprint,
 )
-from bge_ray.model.source import fetch_model, resolve_model
+from bge_ray.model.source import fetch_model, read_config, resolve_model
 from bge_ray.pipeline.cluster import cluster_sizes, connect
 from bge_ray.pipeline.job import SpanTask
 from bge_ray.pipeline.payload import UnitTask
@@ -70,7 +70,7 @@ def prepare(settings: Settings) -> Work:
     trust = settings.model.trust_remote_code
     if changed:
         connect(settings.resources)
-        _check_loads(model, trust_remote_code=trust)
+        _check_loads(model, spec_there, trust_remote_code=trust)
         logger.info("scanning %d of %d corpus objects", len(changed), len(listed))
         tasks = min(len(changed), max(1, int(ray.cluster_resources().get("CPU", 1))))
         scanned = scan_objects(storage, changed, settings.corpus, limits, tasks)
@@ -86,7 +86,7 @@ def prepare(settings: Settings) -> Work:
     todo, still_finished = _subtract(spec, plan, finished)
     if todo and not changed:
         connect(settings.resources)
-        _check_loads(model, trust_remote_code=trust)
+        _check_loads(model, spec_there, trust_remote_code=trust)
     return Work(dataset, spec, plan, number, still_finished, todo)
 
 
@@ -122,8 +122,11 @@ def _resolve_model(settings: Settings, there: DatasetSpec | None) -> ModelSpec:
     return resolve_model(model, on_gpu=on_gpu)
 
 
-def _check_loads(model: ModelSpec, *, trust_remote_code: bool) -> None:
+def _check_loads(model: ModelSpec, there: DatasetSpec | None, *, trust_remote_code: bool) -> None:
     """Refuse here, before anything is written, what an encoder would refuse to load."""
+    folder, _ = fetch_model(model.name, model.revision)
+    if there is not None and "auto_map" not in read_config(folder):
+        return  # the same files, without code of their own, have made this data set
     # In a task, because it takes torch: seconds, and more memory than all else that a driver holds.
     arguments = [(model.name, model.revision, trust_remote_code)]
     list(run_tasks(_load_config, arguments, at_once=1, watch=lambda: None, num_cpus=0))

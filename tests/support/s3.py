@@ -15,9 +15,11 @@ ACCESS_KEY, SECRET_KEY = "test-access-key", "test-secret-key"
 
 def free_port_base() -> int:
     """Return a port B such that B to B+3 and their gRPC twins B+10000 to B+10003 are free."""
-    # Processes that start side by side must not choose the same ones: each looks from a place of its own.
-    first = os.getpid() % 1_000
-    for base in (21_000 + 10 * ((first + i) % 1_000) for i in range(1_000)):
+    # Processes that start side by side must not choose the same ones: each looks from a place of its own. All
+    # lie below 32768, from where the kernel takes ports of outgoing connections, even those of a server that
+    # is down for a while.
+    first = os.getpid() % 175
+    for base in (21_000 + 10 * ((first + i) % 175) for i in range(175)):
         if all(_is_free(base + i) and _is_free(base + 10_000 + i) for i in range(4)):
             return base
     raise RuntimeError("no free ports")
