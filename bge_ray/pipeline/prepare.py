@@ -30,6 +30,9 @@ from bge_ray.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+# What BGE's models are, as transformers names them.
+BGE_KINDS = ("bert", "xlm-roberta")
+
 
 @dataclass(frozen=True)
 class Work:
@@ -124,9 +127,11 @@ def _resolve_model(settings: Settings, there: DatasetSpec | None) -> ModelSpec:
 
 def _check_loads(model: ModelSpec, there: DatasetSpec | None, *, trust_remote_code: bool) -> None:
     """Refuse here, before anything is written, what an encoder would refuse to load."""
-    folder, _ = fetch_model(model.name, model.revision)
-    if there is not None and "auto_map" not in read_config(folder):
-        return  # the same files, without code of their own, have made this data set
+    config = read_config(fetch_model(model.name, model.revision)[0])
+    # The same files may have made this data set; and of BGE's own kinds there is no doubt.
+    known = there is not None or config.get("model_type") in BGE_KINDS
+    if known and "auto_map" not in config:
+        return
     # In a task, because it takes torch: seconds, and more memory than all else that a driver holds.
     arguments = [(model.name, model.revision, trust_remote_code)]
     list(run_tasks(_load_config, arguments, at_once=1, watch=lambda: None, num_cpus=0))
