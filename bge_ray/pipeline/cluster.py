@@ -53,6 +53,12 @@ class Sizes:
     num_writers: int
     writer_cpus: float = WRITER_CPUS
 
+    def __str__(self) -> str:
+        gpus = f"GPUs {self.encoder_gpus:g}, " if self.encoder_gpus else ""
+        encoders = f"each: {gpus}CPUs {self.encoder_cpus:g}, threads {self.encoder_threads}"
+        others = f"readers {self.num_readers}, writers {self.num_writers}"
+        return f"encoders {self.num_encoders} ({encoders}), {others}"
+
     @property
     def device(self) -> str:
         """Torch device of the encoders."""

@@ -190,7 +190,7 @@ def _run(
         max_attempts=settings.resources.max_unit_attempts,
         ledger=start_ledger(),
     )
-    logger.info("%d units, %d rows to embed with %s", len(work.todo_units), work.todo_rows, sizes)
+    logger.info("%d units, %s rows to embed; %s", len(work.todo_units), f"{work.todo_rows:,}", sizes)
     rejected = sum(m.rows_rejected for m in markers.values())
     allowed = settings.corpus.max_rejected_fraction * sum(u.n_rows for u in work.plan.units())
     in_a_row = 0

@@ -129,7 +129,11 @@ def get_trained(build: Build, *, reuse: bool) -> TrainedFile:
         if build.storage.info(uri) is not None:
             return TrainedFile(uri, record["sha256"], spec.factory, spec.metric.value, spec.dim)
         logger.warning("%s is gone: training anew", uri)
-    logger.info("training %s on %d rows", spec.factory, min(spec.training_rows, build.manifest.rows_out))
+    if spec.training_rows:
+        rows = min(spec.training_rows, build.manifest.rows_out)
+        logger.info("training %s on %s rows", spec.factory, f"{rows:,}")
+    else:
+        logger.info("%s needs no training", spec.factory)
     path = f"trained/{key_of(spec.factory, spec.metric.value, [f.sha256 for f in build.facts])}.faiss"
     cpus = max(1, int(largest_node("CPU")))
     sample = _draw_sample(build, spec.training_rows)

@@ -286,7 +286,7 @@ def _run(settings: Settings, work: _Work, intake: Intake, tally: Tally, watch: C
     )
     job = make_score_job(settings, place, work.spec, sizes["rerankers"])
     source = make_text_source(settings.rerank, work.source, sizes) if work.source is not None else None
-    logger.info("%d pairs to score with %s", tally.rows_planned, sizes)
+    logger.info("%s pairs to score; %s", f"{tally.rows_planned:,}", sizes)
     telemetry = Telemetry("rerank", run_id())
     telemetry.start(units=sum(len(group.todo) for group in intake.groups), encoders=sizes["rerankers"].count)
     follow(

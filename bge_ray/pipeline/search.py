@@ -337,7 +337,7 @@ def _run(
         rescores=work.index is not None and asked.rescore > 0,
     )
     encode = _encode_job(settings, place, work.model, sizes["encoders"])
-    logger.info("%d queries to answer with %s", tally.rows_planned, sizes)
+    logger.info("%s queries to answer; %s", f"{tally.rows_planned:,}", sizes)
     telemetry = Telemetry("search", run_id())
     telemetry.start(
         units=sum(len(group.todo) for group in intake.groups),

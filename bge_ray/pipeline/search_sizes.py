@@ -30,6 +30,10 @@ class Pool:
     gpus: float
     threads: int
 
+    def __str__(self) -> str:
+        gpus = f"GPUs {self.gpus:g}, " if self.gpus else ""
+        return f"each: {gpus}CPUs {self.cpus:g}, threads {self.threads}"
+
     @property
     def device(self) -> str:
         """Torch device of its models."""
@@ -46,6 +50,10 @@ class PoolSizes:
 
     def __getitem__(self, name: str) -> Pool:
         return self.pools[name]
+
+    def __str__(self) -> str:
+        pools = [f"{name} {pool.count} ({pool})" for name, pool in self.pools.items()]
+        return ", ".join([*pools, f"tasks of each other stage {self.tasks}"])
 
 
 def cluster_pools(settings: Settings, most: dict[str, int], watch: Callable[[], None]) -> PoolSizes:
