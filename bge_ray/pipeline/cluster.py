@@ -75,9 +75,13 @@ def prepare_environment() -> None:
 
     A cluster that this process will start listens on the loopback interface only, asks for a
     token that exists in this process tree alone, tells nobody that it is used, and keeps its workers. A job
-    that joins a cluster (RAY_ADDRESS is set) changes nothing.
+    that joins a cluster (RAY_ADDRESS is set) changes none of that. No job connects again once it has left.
     """
-    if "RAY_ADDRESS" in os.environ or "ray" in sys.modules:
+    if "ray" in sys.modules:
+        return
+    # A thread of Ray Data that outlives its stopped run would otherwise join the cluster, or start one, anew.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+    if "RAY_ADDRESS" in os.environ:
         return
     for name, value in LOCAL_RAY.items():
         os.environ.setdefault(name, value)

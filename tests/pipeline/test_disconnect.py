@@ -23,12 +23,18 @@ stuck = ray.get(ray.remote(num_cpus=0)(lambda: os.getpid()).remote())
 os.kill(stuck, signal.SIGSTOP)
 print(stuck, flush=True)
 disconnect()
+try:
+    ray.put("what a thread that was left behind may do")
+except ray.exceptions.RaySystemError as error:
+    print(f"refused: {error}")
+assert not ray.is_initialized()
 """
 
 
-def test_a_worker_that_hangs_ends_with_its_cluster() -> None:
+def test_a_worker_that_hangs_ends_with_its_cluster_and_none_follows_it() -> None:
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
-    assert not psutil.pid_exists(int(run.stdout.split()[-1]))
+    assert not psutil.pid_exists(int(run.stdout.split()[0]))
+    assert "refused: " in run.stdout  # and no cluster is started behind the job's back
