@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 import secrets
@@ -117,6 +118,8 @@ def disconnect() -> None:
     """Leave the cluster; a local one ends with it, to its last process. Nothing to do where Ray never was."""
     if "ray" not in sys.modules:
         return
+    # A data path that was cut off may lie in a cycle of references; it ends itself through Ray, while it can.
+    gc.collect()
     started = psutil.Process().children(recursive=True)
     sys.modules["ray"].shutdown()
     # Now and then a worker that is told to exit hangs in its libraries' own clean-up, with all its memory.

@@ -113,9 +113,9 @@ def test_stop_leaves_nothing_half_written_and_the_next_submit_goes_on(
     assert head.submit("stop", first).returncode == 0
 
     wait_until(lambda: head.job(first)["status"] == "STOPPED", 90)
-    assert job_lines(head, first)[-1].endswith(
-        f"embed: stopped; exit code 143; report at {bucket}/out/report.html"
-    )
+    lines = job_lines(head, first)
+    last = f"embed: stopped; exit code 143; report at {bucket}/out/report.html"
+    assert lines[-1].endswith(last), "\n".join(lines)
     assert STORAGE.read_optional(f"{bucket}/out/lease.json") is None
     assert STORAGE.read_optional(f"{bucket}/out/manifest.json") is None
     done = len(STORAGE.list_files(f"{bucket}/out/done"))
