@@ -55,8 +55,7 @@ class Sizes:
     writer_cpus: float = WRITER_CPUS
 
     def __str__(self) -> str:
-        gpus = f"GPUs {self.encoder_gpus:g}, " if self.encoder_gpus else ""
-        encoders = f"each: {gpus}CPUs {self.encoder_cpus:g}, threads {self.encoder_threads}"
+        encoders = in_words(self.encoder_gpus, self.encoder_cpus, self.encoder_threads)
         others = f"readers {self.num_readers}, writers {self.num_writers}"
         return f"encoders {self.num_encoders} ({encoders}), {others}"
 
@@ -69,6 +68,11 @@ class Sizes:
     def devices(self) -> float:
         """GPUs that the encoders take, or CPU cores where they have none: what is paid for by the hour."""
         return self.num_encoders * (self.encoder_gpus or self.encoder_threads)
+
+
+def in_words(gpus: float, cpus: float, threads: int) -> str:
+    """Say for a log line what each actor of a pool reserves and uses."""
+    return f"each: {f'GPUs {gpus:g}, ' if gpus else ''}CPUs {cpus:g}, threads {threads}"
 
 
 def prepare_environment() -> None:

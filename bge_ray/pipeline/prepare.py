@@ -30,9 +30,6 @@ from bge_ray.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# What BGE's models are, as transformers names them.
-BGE_KINDS = ("bert", "xlm-roberta")
-
 
 @dataclass(frozen=True)
 class Work:
@@ -70,10 +67,9 @@ def prepare(settings: Settings) -> Work:
         settings.batching.unit_rows, settings.batching.unit_bytes, model.dim * VALUE_BYTES[dtype]
     )
     scanned = []
-    trust = settings.model.trust_remote_code
     if changed:
+        _check_loads(settings, model, spec_there)
         connect(settings.resources)
-        _check_loads(model, spec_there, trust_remote_code=trust)
         logger.info("scanning %d of %d corpus objects", len(changed), len(listed))
         tasks = min(len(changed), max(1, int(ray.cluster_resources().get("CPU", 1))))
         scanned = scan_objects(storage, changed, settings.corpus, limits, tasks)
@@ -88,8 +84,7 @@ def prepare(settings: Settings) -> Work:
     finished = dataset.finished()
     todo, still_finished = _subtract(spec, plan, finished)
     if todo and not changed:
-        connect(settings.resources)
-        _check_loads(model, spec_there, trust_remote_code=trust)
+        _check_loads(settings, model, spec_there)
     return Work(dataset, spec, plan, number, still_finished, todo)
 
 
@@ -125,15 +120,13 @@ def _resolve_model(settings: Settings, there: DatasetSpec | None) -> ModelSpec:
     return resolve_model(model, on_gpu=on_gpu)
 
 
-def _check_loads(model: ModelSpec, there: DatasetSpec | None, *, trust_remote_code: bool) -> None:
+def _check_loads(settings: Settings, model: ModelSpec, there: DatasetSpec | None) -> None:
     """Refuse here, before anything is written, what an encoder would refuse to load."""
-    config = read_config(fetch_model(model.name, model.revision)[0])
-    # The same files may have made this data set; and of BGE's own kinds there is no doubt.
-    known = there is not None or config.get("model_type") in BGE_KINDS
-    if known and "auto_map" not in config:
-        return
+    if there is not None and "auto_map" not in read_config(fetch_model(model.name, model.revision)[0]):
+        return  # the run that made this data set has tried the same files, which hold no code
+    connect(settings.resources)
     # In a task, because it takes torch: seconds, and more memory than all else that a driver holds.
-    arguments = [(model.name, model.revision, trust_remote_code)]
+    arguments = [(model.name, model.revision, settings.model.trust_remote_code)]
     list(run_tasks(_load_config, arguments, at_once=1, watch=lambda: None, num_cpus=0))
 
 

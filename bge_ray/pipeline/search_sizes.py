@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import ray
 
 from bge_ray.errors import SettingsError
-from bge_ray.pipeline.cluster import connect
+from bge_ray.pipeline.cluster import connect, in_words
 from bge_ray.pipeline.nodes import await_nodes
 from bge_ray.pipeline.tasks import largest_node
 from bge_ray.settings import Settings
@@ -31,8 +31,7 @@ class Pool:
     threads: int
 
     def __str__(self) -> str:
-        gpus = f"GPUs {self.gpus:g}, " if self.gpus else ""
-        return f"each: {gpus}CPUs {self.cpus:g}, threads {self.threads}"
+        return in_words(self.gpus, self.cpus, self.threads)
 
     @property
     def device(self) -> str:

@@ -78,7 +78,7 @@ class RayCluster:
 def main() -> None:
     from ray.cluster_utils import Cluster
 
-    # Nobody reads what log monitors forward, and they take a fifteenth of a core each.
+    # Nobody reads what log monitors forward, and they take a fifteenth of a core together.
     place = {"node_ip_address": "127.0.0.1", "include_log_monitor": False}
     node = {**place, "object_store_memory": OBJECT_STORE_BYTES}
     first, second = map(int, sys.argv[1:])

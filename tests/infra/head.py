@@ -130,7 +130,9 @@ class RayHead:
 
     def kill(self) -> None:
         if self._process.poll() is not None:
-            raise RuntimeError(f"the head has ended by itself: {self._log.read_text()[-4000:]}")
+            log = self._log.read_text()
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise RuntimeError(f"the head has ended by itself: {log[-4000:]}")
         started = psutil.Process(self._process.pid).children(recursive=True)
         os.killpg(self._process.pid, signal.SIGKILL)
         for process in started:
