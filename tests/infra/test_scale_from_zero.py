@@ -39,6 +39,20 @@ def test_a_job_asks_for_nodes_and_runs_on_them(
         "resources.num_encoders": 2,
         "resources.gpus_per_encoder": 0,
     }
-    run = JobProcess(tmp_path / "log", keys, environment={"RAY_ADDRESS": empty_cluster.gcs_address})
-    assert run.wait() == 0, run.log()
+    # Once planned, a corpus is not read again: what the run on the cluster waits for is nodes for its encoders.
+    planned = JobProcess(tmp_path / "log", keys)
+    assert planned.wait() == 0, planned.log()
+    markers = STORAGE.list_files(f"{bucket}/out/done")
+    STORAGE.delete([f"{bucket}/out/manifest.json", *(info.uri for info in markers)])
+
+    words = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+    run = empty_cluster.submit("submit", "--working-dir", ".", "--", "python", "jobs/embed.py", *words)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "waiting for nodes for 2 actors" in run.stdout
     assert vectors_by_id(f"{bucket}/out").keys() == {record["id"] for record in records}
+
+    # A corpus that is new to it is scanned first, which waits for nodes, too.
+    fresh = keys | {"output.uri": f"{bucket}/fresh"}
+    run_fresh = JobProcess(tmp_path / "fresh", fresh, environment={"RAY_ADDRESS": empty_cluster.gcs_address})
+    assert run_fresh.wait() == 0, run_fresh.log()
+    assert vectors_by_id(f"{bucket}/fresh").keys() == {record["id"] for record in records}
