@@ -13,7 +13,7 @@
       IndexBuildError       1   an index input or part is not what its description says
       RecallError           1   the index was built and published, and misses its recall target
 
-Exit code 2 means that nothing was written. This module knows nothing of the others.
+Exit code 2 means that the job, or that part of it, wrote nothing. This module knows nothing of the others.
 """
 
 

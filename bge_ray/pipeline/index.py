@@ -14,24 +14,16 @@ from typing import Any
 
 import ray
 
-from bge_ray.errors import DatasetMismatchError, IndexBuildError, RecallError, SettingsError, StorageError
+from bge_ray.errors import RecallError, SettingsError, StorageError
 from bge_ray.index.drift import imbalance
-from bge_ray.index.factory import (
-    IndexSpec,
-    Kind,
-    Metric,
-    check_factory,
-    choose_factory,
-    choose_nlist,
-    index_bytes,
-)
+from bge_ray.index.factory import Kind, index_bytes
 from bge_ray.io.assemble import remove_unfinished
 from bge_ray.io.dataset import PARALLEL_REQUESTS, Dataset
 from bge_ray.io.lease import Lease, is_leased
 from bge_ray.io.storage import Storage, join
-from bge_ray.manifest import DatasetSpec, Manifest
 from bge_ray.pipeline.cluster import connect
-from bge_ray.pipeline.index_queries import Queries, encode_given, given_queries
+from bge_ray.pipeline.index_inputs import FORMAT_VERSION, Inputs, read_inputs
+from bge_ray.pipeline.index_queries import encode_given
 from bge_ray.pipeline.index_steps import (
     Build,
     add_parts,
@@ -55,22 +47,9 @@ from bge_ray.pipeline.stopping import StopRequest, make_watch
 from bge_ray.pipeline.tasks import largest_node
 from bge_ray.report.index_page import index_page
 from bge_ray.schema import IdArray
-from bge_ray.settings import IndexSettings, Settings
+from bge_ray.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """All that decides an index, checked; ``key`` is a name for it."""
-
-    dataset: DatasetSpec
-    manifest: Manifest
-    spec: IndexSpec
-    queries: Queries | None
-    key: str
 
 
 def build_index(settings: Settings, stop: StopRequest | None = None) -> dict[str, Any]:
@@ -93,7 +72,7 @@ def build_index(settings: Settings, stop: StopRequest | None = None) -> dict[str
     settings.require("output.uri")
     storage = Storage(settings.output.storage_timeout_s)
     root = str(settings.output.uri)
-    inputs = _read_inputs(Dataset(storage, root), settings.index)
+    inputs = read_inputs(Dataset(storage, root), settings.index)
     current = _current(storage, root, inputs)
     # A run that was cut off after it published has left its lease, and things to sweep.
     if current is not None and not is_leased(storage, join(root, "index")):
@@ -108,7 +87,7 @@ def build_index(settings: Settings, stop: StopRequest | None = None) -> dict[str
     with stop.deferred(), Lease(storage, join(root, "index")) as lease:
         watch = make_watch(lease, stop)
         # The run that held the lease before may have built just this, or embedded more.
-        inputs = _read_inputs(Dataset(storage, root), settings.index)
+        inputs = read_inputs(Dataset(storage, root), settings.index)
         current = _current(storage, root, inputs)
         if current is not None:
             _sweep(storage, root, current)
@@ -126,7 +105,7 @@ def plan_index(settings: Settings) -> str:
     """Say what `build_index` would build, without building (``--dry-run``)."""
     settings.require("output.uri")
     dataset = Dataset(Storage(settings.output.storage_timeout_s), str(settings.output.uri))
-    inputs = _read_inputs(dataset, settings.index)
+    inputs = read_inputs(dataset, settings.index)
     manifest, spec = inputs.manifest, inputs.spec
     fresh = _current(dataset.storage, dataset.root, inputs) is not None
     return (
@@ -184,51 +163,6 @@ def index_files(root: str, description: dict[str, Any]) -> list[WrittenFile]:
         WrittenFile(join(root, "index", f["path"]), f["bytes"], f["sha256"], f["rows"])
         for f in description["files"]
     ]
-
-
-def _read_inputs(dataset: Dataset, settings: IndexSettings) -> Inputs:
-    there, manifest = dataset.read_spec(), dataset.read_manifest()
-    name = f"output.uri {dataset.root}"
-    if there is None or manifest is None:
-        raise SettingsError(f"{name}: no complete data set there; run embed.py first")
-    if manifest.dataset_fingerprint != there.fingerprint:
-        raise DatasetMismatchError(
-            f"{name}: its manifest is of another data set ({manifest.dataset_fingerprint[:12]}) than its "
-            f"dataset.json ({there.fingerprint[:12]}); run embed.py again"
-        )
-    if not manifest.rows_out:
-        raise SettingsError(f"{name}: the data set has no vectors")
-    if not there.model.normalize:
-        raise SettingsError(f"{name}: its vectors are not normalised, an index needs model.normalize")
-    factory = settings.factory
-    if factory == "auto":
-        factory = choose_factory(manifest.rows_out, there.model.dim, settings.memory_bytes)
-    try:
-        spec = check_factory(factory, there.model.dim, Metric(settings.metric))
-    except IndexBuildError as error:
-        raise SettingsError(str(error)) from error
-    if manifest.rows_out < spec.min_training_rows:
-        raise SettingsError(
-            f"index.factory {factory!r} needs at least {spec.min_training_rows:,} vectors to train on, the "
-            f"data set has {manifest.rows_out:,}: use 'auto', 'Flat' or fewer lists, such as "
-            f"IVF{choose_nlist(manifest.rows_out)}"
-        )
-    queries = None
-    if settings.queries is not None:
-        queries = given_queries(dataset.storage, settings.queries, settings.num_queries)
-    key = key_of(
-        FORMAT_VERSION,
-        manifest.dataset_fingerprint,
-        spec.factory,
-        spec.metric.value,
-        settings.layout,
-        settings.range_bytes,
-        settings.recall_target,
-        settings.num_queries,
-        queries.sha256 if queries else None,
-        [m.embeddings.sha256 for m in manifest.shards if m.embeddings is not None],
-    )
-    return Inputs(there, manifest, spec, queries, key)
 
 
 def _current(storage: Storage, root: str, inputs: Inputs) -> dict[str, Any] | None:

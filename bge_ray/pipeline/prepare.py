@@ -81,11 +81,21 @@ def prepare(settings: Settings) -> Work:
     if spec_there is not None:
         spec.check_same(spec_there, dataset.root)
     plan = extend_plan(listed, previous, scanned, columns)
+    if settings.index.build:
+        _check_index(settings, storage, spec, plan)
     finished = dataset.finished()
     todo, still_finished = _subtract(spec, plan, finished)
     if todo and not changed:
         _check_loads(settings, model, spec_there)
     return Work(dataset, spec, plan, number, still_finished, todo)
+
+
+def _check_index(settings: Settings, storage: Storage, spec: DatasetSpec, plan: Plan) -> None:
+    """Refuse here what the index job would refuse after hours of embedding."""
+    from bge_ray.pipeline.index_inputs import read_given, settle_spec  # takes faiss
+
+    settle_spec(spec, sum(unit.n_rows for unit in plan.units()), settings.index)
+    read_given(storage, settings.index)
 
 
 def _subtract(

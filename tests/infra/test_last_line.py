@@ -12,11 +12,12 @@ DEFECT = """
 import sys
 from bge_ray.command import run_job
 from bge_ray.io.reports import write_report
+from bge_ray.errors import SettingsError
 from bge_ray.io.storage import Storage
 def job(settings, dry_run, stop):
     if "reported" in sys.argv[0]:
         write_report(Storage(), settings.output.uri, b"<html></html>", b"{}")
-    raise ZeroDivisionError("unforeseen")
+    raise SettingsError("of the index") if "refused" in sys.argv[0] else ZeroDivisionError("unforeseen")
 raise SystemExit(run_job("embed", "", job, report="output.uri/report.html"))
 """
 
@@ -54,3 +55,13 @@ def test_an_unforeseen_error_keeps_the_log_whole(tmp_path: Path) -> None:
         *_, failure, last = [json.loads(line) for line in done.stderr.splitlines()]
         assert "ZeroDivisionError: unforeseen" in failure["traceback"]
         assert last["message"] == f"embed: incomplete; exit code 1{report}"
+
+
+def test_what_is_refused_after_something_was_written_does_not_deny_it(tmp_path: Path) -> None:
+    script = tmp_path / "reported_and_refused.py"
+    script.write_text(DEFECT)
+    done = run(str(script), "--set", f"output.uri={tmp_path}")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].endswith(
+        f"INFO embed: refused; exit code 2; report at {tmp_path}/report.html"
+    )

@@ -39,7 +39,7 @@ def test_a_job_asks_for_nodes_and_runs_on_them(
         "resources.num_encoders": 2,
         "resources.gpus_per_encoder": 0,
     }
-    # Once planned, a corpus is not read again: what the run on the cluster waits for is nodes for its encoders.
+    # Once planned, a corpus is not read again: the run on the cluster has only encoders to wait for.
     planned = JobProcess(tmp_path / "log", keys)
     assert planned.wait() == 0, planned.log()
     markers = STORAGE.list_files(f"{bucket}/out/done")

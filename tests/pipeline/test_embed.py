@@ -250,6 +250,26 @@ def test_dry_run_counts_and_writes_nothing(
         ({"x.jsonl": b'{"id": "1", "text": "text"}'}, ["corpus.keep_columns=[lang]"], "no column 'lang'"),
         ({"x.jsonl": b'{"id": "1", "text": "text"}'}, ["model.name=/no/such/folder"], "no such folder"),
         ({"x.jsonl": b'{"id": "1", "text": "text"}'}, ["model.max_length=4096"], "max_length 4096"),
+        (
+            {"x.jsonl": b'{"id": "1", "text": "text"}'},
+            ["index.build=true", "index.factory=NSG32"],
+            "'HNSW32'",
+        ),
+        (
+            {"x.jsonl": b'{"id": "1", "text": "text"}'},
+            ["index.build=true", "index.factory=IVF16,SQ8"],
+            "'auto'",
+        ),
+        (
+            {"x.jsonl": b'{"id": "1", "text": "text"}'},
+            ["index.build=true", "model.normalize=false"],
+            "normalised",
+        ),
+        (
+            {"x.jsonl": b'{"id": "1", "text": "text"}'},
+            ["index.build=true", "index.queries=/no/such/file.jsonl"],
+            "/no/such/file.jsonl",
+        ),
     ],
 )
 def test_input_that_cannot_be_used_is_refused_before_anything_is_written(
