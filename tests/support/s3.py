@@ -13,15 +13,23 @@ import s3fs
 ACCESS_KEY, SECRET_KEY = "test-access-key", "test-secret-key"
 
 
-def free_port_base() -> int:
-    """Return a port B such that B to B+3 and their gRPC twins B+10000 to B+10003 are free."""
-    # Processes that start side by side must not choose the same ones: each looks from a place of its own. All
-    # lie below 32768, from where the kernel takes ports of outgoing connections, even those of a server that
-    # is down for a while.
-    first = os.getpid() % 175
-    for base in (21_000 + 10 * ((first + i) % 175) for i in range(175)):
+def claim_ports() -> tuple[int, socket.socket]:
+    """Return a port B such that B to B+3 and B+10000 to B+10003 (for gRPC) are free, and the claim to it.
+
+    Processes that start servers side by side must not choose the same ports, nor those of a server that is
+    down for a while: whoever holds UDP port B has the claim, until it closes the socket or dies.
+    """
+    # All lie below 32768, from where the kernel takes ports of outgoing connections.
+    for base in range(21_000, 22_750, 10):
+        claim = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            claim.bind(("127.0.0.1", base))
+        except OSError:
+            claim.close()
+            continue
         if all(_is_free(base + i) and _is_free(base + 10_000 + i) for i in range(4)):
-            return base
+            return base, claim
+        claim.close()
     raise RuntimeError("no free ports")
 
 
@@ -36,7 +44,7 @@ class S3Server:
     def __init__(self, folder: Path, *options: str) -> None:
         self.folder = folder
         self._options = options
-        self.base = free_port_base()
+        self.base, self._claim = claim_ports()
         self.endpoint = f"http://127.0.0.1:{self.base}"
         self._process: subprocess.Popen[bytes] | None = None
 
