@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import gc
 import logging
 import os
 import secrets
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 import psutil
 
 from bge_ray.errors import BgeRayError, SettingsError
+from bge_ray.pipeline.receipts import wait_for_paths
 from bge_ray.settings import ResourcesSettings
 
 logger = logging.getLogger(__name__)
@@ -122,8 +122,8 @@ def disconnect() -> None:
     """Leave the cluster; a local one ends with it, to its last process. Nothing to do where Ray never was."""
     if "ray" not in sys.modules:
         return
-    # A data path that was cut off may lie in a cycle of references; it ends itself through Ray, while it can.
-    gc.collect()
+    # They end through Ray, while they can.
+    wait_for_paths(EXIT_S)
     started = psutil.Process().children(recursive=True)
     sys.modules["ray"].shutdown()
     # Now and then a worker that is told to exit hangs in its libraries' own clean-up, with all its memory.

@@ -30,7 +30,8 @@ from bge_ray.pipeline.payload import UnitRow
 from bge_ray.pipeline.prepare import Work, prepare
 from bge_ray.pipeline.progress import Progress
 from bge_ray.pipeline.read import LENGTH_EDGES, read_stage
-from bge_ray.pipeline.stopping import Stopped, StopRequest, make_watch, watched
+from bge_ray.pipeline.receipts import draw_receipts
+from bge_ray.pipeline.stopping import Stopped, StopRequest, make_watch
 from bge_ray.pipeline.telemetry import Telemetry, unit_amounts
 from bge_ray.pipeline.write import write_stage
 from bge_ray.report.embed_page import embed_page
@@ -198,7 +199,7 @@ def _run(
     telemetry.start(units=facts.units_planned, encoders=sizes.num_encoders)
     try:
         with Progress(facts, work.todo_rows, settings.report.log_interval_s):
-            for receipt in watched(embedding_receipts(job, sizes, list(work.todo)), watch):
+            for receipt in draw_receipts(lambda: embedding_receipts(job, sizes, list(work.todo)), watch):
                 _book(receipt, facts, telemetry, markers)
                 in_a_row = 0 if receipt.marker else in_a_row + 1
                 if in_a_row >= MAX_FAILURES_IN_A_ROW:

@@ -17,9 +17,9 @@ from bge_ray.io.reports import write_report
 from bge_ray.io.storage import Storage, join
 from bge_ray.manifest import DatasetSpec, Manifest
 from bge_ray.pipeline.cluster import root_cause
+from bge_ray.pipeline.receipts import draw_receipts
 from bge_ray.pipeline.search_intake import Intake, remove_all
 from bge_ray.pipeline.search_job import Parcel
-from bge_ray.pipeline.stopping import watched
 from bge_ray.pipeline.telemetry import Telemetry
 from bge_ray.report.facts import report_json
 from bge_ray.report.run_page import run_page
@@ -116,7 +116,7 @@ def follow(
     """
     told = time.time()
     try:
-        for receipt in watched(receipts(), watch):
+        for receipt in draw_receipts(receipts, watch):
             tally.add(receipt)
             _count(receipt, telemetry)
             if not tally.done_units and len(tally.failures) >= MAX_FAILURES_IN_A_ROW:

@@ -1,19 +1,13 @@
 """Stopping on request: a signal, or a watch that raises, ends a run between two receipts."""
 
 import contextlib
-import queue
 import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TypeVar
 
 from bge_ray.io.lease import Lease
 
-T = TypeVar("T")
-
 POLL_S = 0.2
-_END = object()
 
 
 class Stopped(BaseException):
@@ -65,39 +59,3 @@ def make_watch(lease: Lease, stop: StopRequest) -> Callable[[], None]:
             lease.check()
 
     return watch
-
-
-def watched(items: Iterable[T], watch: Callable[[], None]) -> Iterator[T]:
-    """Yield items as they come, calling ``watch`` at least every POLL_S; it raises to stop.
-
-    The items are drawn in a thread, because waiting for the next one may take minutes. The thread
-    is left behind when watch raises: it ends with the item after, or with the process.
-    """
-    ready: queue.Queue[object] = queue.Queue(maxsize=1000)
-    abandoned = threading.Event()
-
-    def draw() -> None:
-        try:
-            for item in items:
-                if abandoned.is_set():
-                    return
-                ready.put(item)
-            ready.put(_END)
-        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
-            ready.put(error)
-
-    threading.Thread(target=draw, name="receipts", daemon=True).start()
-    try:
-        while True:
-            watch()
-            try:
-                item = ready.get(timeout=POLL_S)
-            except queue.Empty:
-                continue
-            if item is _END:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item  # type: ignore[misc]  # what `items` yields
-    finally:
-        abandoned.set()
