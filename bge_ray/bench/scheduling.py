@@ -35,13 +35,17 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Scheduling:
-    """What became of a simulated run; ``busy`` is the share of encoder time spent on units."""
+    """What became of a simulated run.
+
+    ``busy`` is the share of encoder time spent on units, None where units take no time; ``units_per_s``
+    is the rate at which the middle half of them came out, actors starting and running out left aside.
+    """
 
     encoders: int
     units: int
     unit_s: float
     units_per_s: float
-    busy: float
+    busy: float | None
     driver_bytes: int
     driver_cpu: float
 
@@ -80,14 +84,13 @@ def simulate(encoders: int, unit_s: float, units_each: int) -> Scheduling:
     if len(names) != units:
         raise RuntimeError(f"{units} units were planned, {len(names)} came out")
     after, ended = driver.cpu_times(), time.time()
-    window, busy = steady_share(list(spent.values()))
-    inside = sum(window[0] <= end <= window[1] for own in spent.values() for _, end in own)
+    _, busy = steady_share(list(spent.values()))
     return Scheduling(
         encoders=encoders,
         units=units,
         unit_s=unit_s,
-        units_per_s=inside / max(window[1] - window[0], 1e-9),
-        busy=busy * len(spent) / encoders,
+        units_per_s=middle_rate([end for own in spent.values() for _, end in own]),
+        busy=busy * len(spent) / encoders if unit_s else None,
         driver_bytes=driver.memory_info().rss,
         driver_cpu=(after.user + after.system - before.user - before.system) / (ended - started),
     )
@@ -105,6 +108,13 @@ def steady_share(encoders: Sequence[Sequence[Interval]]) -> tuple[Interval, floa
         return (start, start), 0.0
     worked = sum(max(0.0, min(done, end) - max(begun, start)) for own in encoders for begun, done in own)
     return (start, end), worked / ((end - start) * len(encoders))
+
+
+def middle_rate(ends: Sequence[float]) -> float:
+    """Return how many a second ended while the middle half of them did; of at least 4 points in time."""
+    ordered = sorted(ends)
+    first, last = len(ordered) // 4, 3 * len(ordered) // 4
+    return (last - first) / max(ordered[last] - ordered[first], 1e-9)
 
 
 def _spans(units: int) -> list[SpanTask]:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from bge_ray.bench.scheduling import steady_share
+from bge_ray.bench.scheduling import middle_rate, steady_share
 
 
 def test_the_steady_time_begins_with_the_last_to_start_and_ends_with_the_first_to_run_out() -> None:
@@ -19,6 +19,15 @@ def test_the_steady_time_begins_with_the_last_to_start_and_ends_with_the_first_t
 
 def test_without_a_time_in_which_all_worked_nothing_is_claimed() -> None:
     assert steady_share([[(0.0, 1.0)], [(2.0, 3.0)]])[1] == 0.0
+
+
+def test_the_rate_is_that_of_the_middle_half() -> None:
+    slow_start, steady, slow_end = (
+        [0.0, 50.0, 90.0, 99.0],
+        [100.0 + 0.5 * i for i in range(9)],
+        [150.0, 190.0, 250.0],
+    )
+    assert middle_rate([*slow_end, *steady, *slow_start]) == pytest.approx(2.0)
 
 
 @pytest.mark.ray
