@@ -33,8 +33,10 @@ from bge_ray.settings import BenchSettings, ModelSettings, Settings
 logger = logging.getLogger(__name__)
 
 RUN_TIMEOUT_S = 3600
-# So many units, too: what one encoder does while the other has ended its last is a small part of the whole.
 SHARDS = 16
+# So many units at least, and no larger ones: what an encoder waits for at the end, when the other is still at its
+# last, is a small part of the whole. Units of less than 100 rows cost more than that, since rows are sorted in them.
+UNITS, UNIT_ROWS = 16, 200
 # Of a simulated pool: seconds a unit (as 50,000 short passages on a fast GPU take; none), units an encoder.
 SIMULATED = ((10.0, 12), (0.0, 60))
 
@@ -196,7 +198,7 @@ def _task(
         max_length=max_length,
         num_encoders=settings.resources.num_encoders or one_each,
         token_budget=settle_budget(settings.batching.token_budget, on_gpu=on_gpu),
-        unit_rows=max(1, -(-len(texts) // SHARDS)),
+        unit_rows=min(UNIT_ROWS, -(-len(texts) // UNITS)),
         device=basis.device,
     )
     return task, lengths

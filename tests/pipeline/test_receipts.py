@@ -13,7 +13,7 @@ from bge_ray.pipeline.receipts import THREAD_NAME, draw_receipts, wait_for_paths
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(120)]
 
 
-ROWS, ROW_S = 20, 5
+ROWS, ROW_S = 20, 3
 
 
 class Sleeper:
