@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 RUN_TIMEOUT_S = 3600
 SHARDS = 16
-# So many units at least, and no larger ones: what an encoder waits for at the end, when the other is still at its
-# last, is a small part of the whole. Units of less than 100 rows cost more than that, since rows are sorted in them.
+# At least so many units, of at most so many rows: what one encoder waits for while the other is at its last is a
+# small part of the whole. Units of under 100 rows cost more than that, since rows are sorted within them.
 UNITS, UNIT_ROWS = 16, 200
 # Of a simulated pool: seconds a unit (as 50,000 short passages on a fast GPU take; none), units an encoder.
 SIMULATED = ((10.0, 12), (0.0, 60))
