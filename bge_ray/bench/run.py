@@ -33,10 +33,8 @@ from bge_ray.settings import BenchSettings, ModelSettings, Settings
 logger = logging.getLogger(__name__)
 
 RUN_TIMEOUT_S = 3600
+# So many units, too: what one encoder does while the other has ended its last is a small part of the whole.
 SHARDS = 16
-# At least so many units, of at most so many rows: what one encoder waits for while the other is at its last is a
-# small part of the whole. Units of under 100 rows cost more than that, since rows are sorted within them.
-UNITS, UNIT_ROWS = 16, 200
 # Of a simulated pool: seconds a unit (as 50,000 short passages on a fast GPU take; none), units an encoder.
 SIMULATED = ((10.0, 12), (0.0, 60))
 
@@ -198,7 +196,7 @@ def _task(
         max_length=max_length,
         num_encoders=settings.resources.num_encoders or one_each,
         token_budget=settle_budget(settings.batching.token_budget, on_gpu=on_gpu),
-        unit_rows=min(UNIT_ROWS, -(-len(texts) // UNITS)),
+        unit_rows=max(1, -(-len(texts) // SHARDS)),
         device=basis.device,
     )
     return task, lengths
