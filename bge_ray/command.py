@@ -105,13 +105,16 @@ def run_job(
     except BgeRayError as error:
         logger.error("%s: %s", name, error)  # noqa: TRY400 - the message is the whole story
         code = error.exit_code
-    except Stopped as stopped:
-        logger.warning("%s: stopped by %s; run it again to continue", name, stopped)
-        code = stopped.exit_code
-    except Exception:
-        logger.exception("%s: an error that no one foresaw", name)
-        code = 1
-    finally:
+    except (Stopped, Exception) as error:
+        # What a signal raises may be lost in foreign code, as in Ray's, which then raises something else.
+        stopped = error if isinstance(error, Stopped) else stop.pending()
+        if stopped is not None:
+            logger.warning("%s: stopped by %s; run it again to continue", name, stopped)
+            code = stopped.exit_code
+        else:
+            logger.exception("%s: an error that no one foresaw", name)
+            code = 1
+    with stop.deferred():
         disconnect()
     outcome = OUTCOMES.get(code, "stopped")
     # A run that failed tells of a report only if it has come to write one: an older one is of another run.

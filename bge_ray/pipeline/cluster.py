@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import psutil
@@ -103,16 +104,25 @@ def connect(settings: ResourcesSettings) -> None:
     _configure_ray_data()
     if ray.is_initialized():
         return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     address = settings.address or os.environ.get("RAY_ADDRESS") or "local"
-    if address == "local":
-        # An address left over from a cluster that died would otherwise be tried first, for minutes.
-        ray.init(
-            address="local", include_dashboard=False, logging_level="WARNING", _node_ip_address="127.0.0.1"
-        )
-    else:
-        ray.init(address=address, logging_level="WARNING")
-    # Ray puts its own handlers there, which exit without giving the lease back.
+    with _signal_handlers_kept():
+        if address == "local":
+            # An address left over from a cluster that died would otherwise be tried first, for minutes.
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                logging_level="WARNING",
+                _node_ip_address="127.0.0.1",
+            )
+        else:
+            ray.init(address=address, logging_level="WARNING")
+
+
+@contextlib.contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Put back the handlers that Ray replaces by its own, which exit without giving the lease back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -120,12 +130,13 @@ def connect(settings: ResourcesSettings) -> None:
 
 def disconnect() -> None:
     """Leave the cluster; a local one ends with it, to its last process. Nothing to do where Ray never was."""
-    if "ray" not in sys.modules:
+    if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
         return
     # They end through Ray, while they can.
     wait_for_paths(EXIT_S)
     started = psutil.Process().children(recursive=True)
-    sys.modules["ray"].shutdown()
+    with _signal_handlers_kept():
+        sys.modules["ray"].shutdown()
     # Now and then a worker that is told to exit hangs in its libraries' own clean-up, with all its memory.
     _, left = psutil.wait_procs(started, timeout=EXIT_S)
     for process in left:

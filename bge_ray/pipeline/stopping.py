@@ -46,8 +46,12 @@ class StopRequest:
 
     def check(self) -> None:
         """Raise Stopped if a signal came."""
-        if self._number is not None:
-            raise Stopped(self._number)
+        if (stopped := self.pending()) is not None:
+            raise stopped
+
+    def pending(self) -> Stopped | None:
+        """Return what `check` raises, or None if no signal came."""
+        return None if self._number is None else Stopped(self._number)
 
 
 def make_watch(lease: Lease, stop: StopRequest) -> Callable[[], None]:

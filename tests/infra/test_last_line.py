@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.runs import REPOSITORY
 
 DEFECT = """
@@ -55,6 +57,42 @@ def test_an_unforeseen_error_keeps_the_log_whole(tmp_path: Path) -> None:
         *_, failure, last = [json.loads(line) for line in done.stderr.splitlines()]
         assert "ZeroDivisionError: unforeseen" in failure["traceback"]
         assert last["message"] == f"embed: incomplete; exit code 1{report}"
+
+
+SIGNALLED = """
+import os, signal, subprocess, threading
+from bge_ray.command import run_job
+from bge_ray.pipeline.cluster import connect
+from bge_ray.settings import ResourcesSettings
+def job(settings, dry_run, stop):
+    if "midway" in __file__:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException:
+            raise SystemError("an exception lost in foreign code")
+    connect(ResourcesSettings())
+    subprocess.Popen(["sleep", "4"])  # what the end of the job waits for
+    threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+raise SystemExit(run_job("embed", "", job))
+"""
+
+
+def test_a_signal_that_is_lost_in_foreign_code_stops_the_job_all_the_same(tmp_path: Path) -> None:
+    script = tmp_path / "midway.py"
+    script.write_text(SIGNALLED)
+    done = run(str(script))
+    assert done.returncode == 143, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].endswith("INFO embed: stopped; exit code 143")
+
+
+@pytest.mark.ray
+def test_a_signal_that_comes_when_all_is_done_changes_nothing(tmp_path: Path) -> None:
+    script = tmp_path / "at_the_end.py"
+    script.write_text(SIGNALLED)
+    done = run(str(script))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1].endswith("INFO embed: done; exit code 0")
 
 
 def test_what_is_refused_after_something_was_written_does_not_deny_it(tmp_path: Path) -> None:
