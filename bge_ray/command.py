@@ -105,17 +105,17 @@ def run_job(
     except BgeRayError as error:
         logger.error("%s: %s", name, error)  # noqa: TRY400 - the message is the whole story
         code = error.exit_code
-    except (Stopped, Exception) as error:
+    except (Stopped, Exception):
         # What a signal raises may be lost in foreign code, as in Ray's, which then raises something else.
-        stopped = error if isinstance(error, Stopped) else stop.pending()
-        if stopped is not None:
+        if (stopped := stop.pending()) is not None:
             logger.warning("%s: stopped by %s; run it again to continue", name, stopped)
             code = stopped.exit_code
         else:
             logger.exception("%s: an error that no one foresaw", name)
             code = 1
-    with stop.deferred():
-        disconnect()
+    finally:
+        with stop.deferred():
+            disconnect()
     outcome = OUTCOMES.get(code, "stopped")
     # A run that failed tells of a report only if it has come to write one: an older one is of another run.
     told = place if code == 0 else last_report()

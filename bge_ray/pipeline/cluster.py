@@ -122,17 +122,19 @@ def connect(settings: ResourcesSettings) -> None:
 def _signal_handlers_kept() -> Iterator[None]:
     """Put back the handlers that Ray replaces by its own, which exit without giving the lease back."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def disconnect() -> None:
     """Leave the cluster; a local one ends with it, to its last process. Nothing to do where Ray never was."""
     if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
         return
-    # They end through Ray, while they can.
+    # Data paths that were cut off end through Ray, while they can.
     wait_for_paths(EXIT_S)
     started = psutil.Process().children(recursive=True)
     with _signal_handlers_kept():

@@ -81,10 +81,10 @@ def prepare(settings: Settings) -> Work:
     if spec_there is not None:
         spec.check_same(spec_there, dataset.root)
     plan = extend_plan(listed, previous, scanned, columns)
-    if settings.index.build:
-        _check_index(settings, storage, spec, plan)
     finished = dataset.finished()
     todo, still_finished = _subtract(spec, plan, finished)
+    if todo and settings.index.build:
+        _check_index(settings, storage, spec, plan)
     if todo and not changed:
         _check_loads(settings, model, spec_there)
     return Work(dataset, spec, plan, number, still_finished, todo)
