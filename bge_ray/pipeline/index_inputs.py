@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from bge_ray.errors import DatasetMismatchError, IndexBuildError, SettingsError
 from bge_ray.index.factory import IndexSpec, Metric, check_factory, choose_factory, choose_nlist
 from bge_ray.io.dataset import Dataset
-from bge_ray.io.storage import Storage
 from bge_ray.manifest import DatasetSpec, Manifest
 from bge_ray.pipeline.index_queries import Queries, given_queries
 from bge_ray.pipeline.index_steps import key_of
@@ -43,7 +42,7 @@ def read_inputs(dataset: Dataset, settings: IndexSettings) -> Inputs:
     if not manifest.rows_out:
         raise SettingsError(f"{name}: the data set has no vectors")
     spec = settle_spec(there, manifest.rows_out, settings)
-    queries = read_given(dataset.storage, settings)
+    queries = given_queries(dataset.storage, settings)
     key = key_of(
         FORMAT_VERSION,
         manifest.dataset_fingerprint,
@@ -87,14 +86,3 @@ def settle_spec(dataset: DatasetSpec, n_vectors: int, settings: IndexSettings) -
             f"are {n_vectors:,}: use 'auto', 'Flat' or fewer lists, such as IVF{choose_nlist(n_vectors)}"
         )
     return spec
-
-
-def read_given(storage: Storage, settings: IndexSettings) -> Queries | None:
-    """Return the user's own queries to measure recall with, or None where none are named.
-
-    Raises:
-        CorpusError: they cannot be read, or there are none.
-    """
-    if settings.queries is None:
-        return None
-    return given_queries(storage, settings.queries, settings.num_queries)

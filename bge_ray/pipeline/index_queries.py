@@ -14,7 +14,7 @@ from bge_ray.manifest import ModelSpec
 from bge_ray.model.batching import CPU_TOKEN_BUDGET
 from bge_ray.pipeline.tasks import run_tasks
 from bge_ray.schema import FloatArray
-from bge_ray.settings import ModelSettings
+from bge_ray.settings import IndexSettings, ModelSettings
 
 # What one encoder on a CPU takes, large models included.
 ENCODER_BYTES = 4_000_000_000
@@ -29,14 +29,18 @@ class Queries:
     texts: tuple[str, ...]
 
 
-def given_queries(storage: Storage, uri: str, most: int) -> Queries:
-    """Read the first ``most`` query texts of what `io.runs.read_queries` takes.
+def given_queries(storage: Storage, settings: IndexSettings) -> Queries | None:
+    """Read the user's own queries, index.num_queries at most; None where no index.queries are named.
 
     Raises:
         CorpusError: the file cannot be read, or holds no query.
     """
+    uri = settings.queries
+    if uri is None:
+        return None
     batches = read_queries(storage, uri)
-    texts = tuple(itertools.islice((text for batch in batches for text in batch.texts), most))
+    every = (text for batch in batches for text in batch.texts)
+    texts = tuple(itertools.islice(every, settings.num_queries))
     if not texts:
         raise CorpusError(f"index.queries {uri}: holds no query")
     return Queries(uri, hashlib.sha256(json.dumps(texts).encode()).hexdigest(), texts)

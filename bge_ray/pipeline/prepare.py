@@ -92,10 +92,11 @@ def prepare(settings: Settings) -> Work:
 
 def _check_index(settings: Settings, storage: Storage, spec: DatasetSpec, plan: Plan) -> None:
     """Refuse here what the index job would refuse after hours of embedding."""
-    from bge_ray.pipeline.index_inputs import read_given, settle_spec  # takes faiss
+    from bge_ray.pipeline.index_inputs import settle_spec  # takes faiss
+    from bge_ray.pipeline.index_queries import given_queries
 
     settle_spec(spec, sum(unit.n_rows for unit in plan.units()), settings.index)
-    read_given(storage, settings.index)
+    given_queries(storage, settings.index)
 
 
 def _subtract(
