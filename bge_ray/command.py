@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable
 
 from bge_ray.errors import BgeRayError, SettingsError
-from bge_ray.io.reports import last_report
-from bge_ray.io.storage import Storage, join
-from bge_ray.pipeline.cluster import disconnect, prepare_environment
-from bge_ray.pipeline.stopping import Stopped, StopRequest
+from bge_ray.pipeline.engine.cluster import disconnect, prepare_environment
+from bge_ray.pipeline.engine.stopping import Stopped, StopRequest
 from bge_ray.run_id import run_id
-from bge_ray.settings import Settings, parse_settings, refuse_credentials, settings_help
+from bge_ray.settings.sections import Settings, parse_settings, refuse_credentials, settings_help
+from bge_ray.storage.objects import Storage, join
+from bge_ray.storage.reports import last_report
 
 logger = logging.getLogger("bge_ray")
 

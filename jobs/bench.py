@@ -4,9 +4,9 @@ import itertools
 import sys
 
 from bge_ray.command import run_job
-from bge_ray.io.docstrings import find_docstrings
-from bge_ray.pipeline.stopping import StopRequest
-from bge_ray.settings import Settings
+from bge_ray.formats.docstrings import find_docstrings
+from bge_ray.pipeline.engine.stopping import StopRequest
+from bge_ray.settings.sections import Settings
 
 
 def job(settings: Settings, dry_run: bool, _: StopRequest) -> str:

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bge_ray.command import run_job
-from bge_ray.io.docstrings import find_docstrings
-from bge_ray.pipeline.stopping import StopRequest
-from bge_ray.settings import Settings
+from bge_ray.formats.docstrings import find_docstrings
+from bge_ray.pipeline.engine.stopping import StopRequest
+from bge_ray.settings.sections import Settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,9 +63,9 @@ def job(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
     """Embed the demo corpus, index it, answer the questions, and show what came of each."""
     from rich.console import Console
 
-    from bge_ray.pipeline.embed import embed, plan_only
-    from bge_ray.pipeline.index import build_index
-    from bge_ray.pipeline.search import search
+    from bge_ray.pipeline.embed.job import embed, plan_only
+    from bge_ray.pipeline.index.job import build_index
+    from bge_ray.pipeline.search.job import search
 
     if dry_run:
         return "\n".join(plan_only(settings).lines())

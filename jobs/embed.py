@@ -3,13 +3,13 @@
 import sys
 
 from bge_ray.command import run_job
-from bge_ray.pipeline.stopping import StopRequest
-from bge_ray.settings import Settings
+from bge_ray.pipeline.engine.stopping import StopRequest
+from bge_ray.settings.sections import Settings
 
 
 def job(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
     """Embed, and index on request, or say what would be done; returns the last lines to print."""
-    from bge_ray.pipeline.embed import embed, plan_only
+    from bge_ray.pipeline.embed.job import embed, plan_only
 
     if dry_run:
         return "\n".join(plan_only(settings).lines())
@@ -17,7 +17,7 @@ def job(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
     outcome = f"{result.report['outcome']}; report at {settings.output.uri}/report.html"
     if not settings.index.build:
         return outcome
-    from bge_ray.pipeline.index import build_index, index_outcome
+    from bge_ray.pipeline.index.job import build_index, index_outcome
 
     return f"{outcome}\n{index_outcome(settings, build_index(settings, stop))}"
 

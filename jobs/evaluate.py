@@ -3,13 +3,13 @@
 import sys
 
 from bge_ray.command import run_job
-from bge_ray.pipeline.stopping import StopRequest
-from bge_ray.settings import Settings
+from bge_ray.pipeline.engine.stopping import StopRequest
+from bge_ray.settings.sections import Settings
 
 
 def job(settings: Settings, dry_run: bool, _: StopRequest) -> str:
     """Measure, or say what would be measured; returns the table to print."""
-    from bge_ray.pipeline.evaluate import evaluate, to_markdown
+    from bge_ray.evaluate import evaluate, to_markdown
 
     if dry_run:
         settings.require("evaluate.run", "evaluate.qrels")

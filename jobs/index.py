@@ -3,13 +3,13 @@
 import sys
 
 from bge_ray.command import run_job
-from bge_ray.pipeline.stopping import StopRequest
-from bge_ray.settings import Settings
+from bge_ray.pipeline.engine.stopping import StopRequest
+from bge_ray.settings.sections import Settings
 
 
 def job(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
     """Build, or say what would be built; returns the last line to print."""
-    from bge_ray.pipeline.index import build_index, index_outcome, plan_index
+    from bge_ray.pipeline.index.job import build_index, index_outcome, plan_index
 
     if dry_run:
         return plan_index(settings)

@@ -3,13 +3,13 @@
 import sys
 
 from bge_ray.command import run_job
-from bge_ray.pipeline.stopping import StopRequest
-from bge_ray.settings import Settings
+from bge_ray.pipeline.engine.stopping import StopRequest
+from bge_ray.settings.sections import Settings
 
 
 def job(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
     """Rerank, or say what would be done; returns the last line to print."""
-    from bge_ray.pipeline.rerank import plan_rerank, rerank
+    from bge_ray.pipeline.rerank.job import plan_rerank, rerank
 
     if dry_run:
         return plan_rerank(settings)

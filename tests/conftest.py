@@ -1,14 +1,17 @@
-"""Fixtures shared by all tests: a real S3 server, small models, one Ray cluster a session."""
+"""Fixtures shared by all tests: a real S3 server and both kinds of store, small models, one Ray a session."""
 
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
 import hypothesis
 import pytest
 
+from bge_ray.storage.objects import Storage
+from tests.support.proxy import Fault, FaultyProxy
 from tests.support.s3 import S3Server
 
 # Ray reads these at import; this machine's loopback interface is all the tests may use.
@@ -66,3 +69,30 @@ def ray_cluster(s3_server: S3Server) -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def storage() -> Storage:
+    return Storage(timeout_s=20.0)
+
+
+@pytest.fixture(params=["file", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A fresh folder on this machine, then one in a bucket."""
+    return str(tmp_path / "out") if request.param == "file" else request.getfixturevalue("bucket")
+
+
+@pytest.fixture
+def faulty(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Fault], FaultyProxy]]:
+    """Puts a proxy between this process and the S3 server."""
+    proxies = []
+
+    def start(fault: Fault = lambda *_: "") -> FaultyProxy:
+        proxy = FaultyProxy(s3_server.endpoint, fault)
+        proxies.append(proxy.__enter__())
+        monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": proxy.url})
+        return proxy
+
+    yield start
+    for proxy in proxies:
+        proxy.__exit__()

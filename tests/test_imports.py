@@ -3,12 +3,26 @@
 import subprocess
 import sys
 
-DRIVERS = ("embed", "index", "search", "rerank", "evaluate")
-TASKS = ("read", "write", "search_stages", "search_parts", "rerank_stages", "rerank_texts", "index_tasks")
+DRIVERS = (
+    "pipeline.embed.job",
+    "pipeline.index.job",
+    "pipeline.search.job",
+    "pipeline.rerank.job",
+    "evaluate",
+)
+TASKS = (
+    "embed.read",
+    "embed.write",
+    "search.stages",
+    "runs.parts",
+    "rerank.stages",
+    "rerank.texts",
+    "index.tasks",
+)
 
 
 def test_only_processes_that_hold_a_model_load_torch() -> None:
-    modules = [f"bge_ray.pipeline.{name}" for name in (*TASKS, *DRIVERS)]
+    modules = [*(f"bge_ray.pipeline.{name}" for name in TASKS), *(f"bge_ray.{name}" for name in DRIVERS)]
     script = (
         "import importlib, sys\n"
         f"for name in {modules}:\n"

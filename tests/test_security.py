@@ -24,20 +24,20 @@ import pytest
 import ray.cloudpickle
 import zstandard
 
+from bge_ray.dataset.commit import ShardWriter
 from bge_ray.errors import BgeRayError, ModelError, SettingsError
 from bge_ray.index.factory import Metric, check_factory
-from bge_ray.io.lease import Lease
-from bge_ray.io.shards import ShardWriter
-from bge_ray.io.storage import Storage
-from bge_ray.manifest import Columns, DatasetSpec, Manifest
-from bge_ray.model.load import load_model
+from bge_ray.model.run.load import load_model
 from bge_ray.model.source import FILE_PATTERNS, fetch_model, resolve_model
-from bge_ray.pipeline.encode import EncodeStage
-from bge_ray.pipeline.index_steps import Build
-from bge_ray.pipeline.job import EmbedJob
-from bge_ray.pipeline.rerank_stages import ScoreStage
-from bge_ray.pipeline.search_job import Device, EncodeJob, Workplace
-from bge_ray.settings import ModelSettings, Settings, parse_settings
+from bge_ray.pipeline.embed.encode import EncodeStage
+from bge_ray.pipeline.embed.tasks import EmbedJob
+from bge_ray.pipeline.index.steps import Build
+from bge_ray.pipeline.rerank.stages import ScoreStage
+from bge_ray.pipeline.runs.parcels import Device, EncodeJob, Workplace
+from bge_ray.records.dataset import Columns, DatasetSpec, Manifest
+from bge_ray.settings.sections import ModelSettings, Settings, parse_settings
+from bge_ray.storage.lease import Lease
+from bge_ray.storage.objects import Storage
 from tests.support.corpora import docstrings, jsonl_bytes, parquet_bytes
 from tests.support.proxy import FaultyProxy
 from tests.support.runs import REPOSITORY, JobProcess

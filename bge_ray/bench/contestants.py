@@ -99,9 +99,9 @@ def _worker(
 
 def _encode_units(task: Task, texts: list[str]) -> Callable[[], None]:
     from bge_ray.model.encoder import Encoder
+    from bge_ray.model.feed.tokenizer import Tokenizer
     from bge_ray.model.source import fetch_model, resolve_model
-    from bge_ray.model.tokenizer import Tokenizer
-    from bge_ray.settings import ModelSettings
+    from bge_ray.settings.sections import ModelSettings
 
     settings = ModelSettings(name=task.model, dtype=task.dtype, max_length=task.max_length)
     spec = resolve_model(settings, on_gpu=task.device == "cuda")
@@ -120,11 +120,11 @@ def _encode_units(task: Task, texts: list[str]) -> Callable[[], None]:
 
 def embed_job(task: Task) -> Result:
     """The whole job: reading, tokenising, encoding, committing; from the first unit encoded to the last."""
-    from bge_ray.pipeline.cluster import disconnect, prepare_environment
+    from bge_ray.pipeline.engine.cluster import disconnect, prepare_environment
 
     prepare_environment()
-    from bge_ray.pipeline.embed import embed
-    from bge_ray.settings import parse_settings
+    from bge_ray.pipeline.embed.job import embed
+    from bge_ray.settings.sections import parse_settings
 
     with tempfile.TemporaryDirectory(prefix="bge-ray-bench-") as folder:
         keys = {
@@ -178,7 +178,7 @@ def flag_embedding(task: Task) -> Result:
     from FlagEmbedding import FlagModel
 
     from bge_ray.model.source import resolve_model
-    from bge_ray.settings import ModelSettings
+    from bge_ray.settings.sections import ModelSettings
 
     spec = resolve_model(ModelSettings(name=task.model), on_gpu=False)
     half = task.dtype == "float16"
@@ -188,8 +188,8 @@ def flag_embedding(task: Task) -> Result:
 
 def ray_map_batches(task: Task) -> Result:
     """What the Ray Data documentation shows: `map_batches` with a class that holds a SentenceTransformer."""
-    from bge_ray.pipeline.cluster import connect, disconnect, prepare_environment
-    from bge_ray.settings import ResourcesSettings
+    from bge_ray.pipeline.engine.cluster import connect, disconnect, prepare_environment
+    from bge_ray.settings.sections import ResourcesSettings
 
     prepare_environment()
     import ray.data
@@ -241,7 +241,7 @@ def reranker(task: Task) -> Result:
 
 
 def _score_pairs(task: Task, pairs: list[tuple[str, str]]) -> Callable[[], None]:
-    from bge_ray.model.pairs import PairTokenizer
+    from bge_ray.model.feed.pairs import PairTokenizer
     from bge_ray.model.reranker import Reranker
     from bge_ray.model.reranker_spec import resolve_reranker
     from bge_ray.model.source import fetch_model

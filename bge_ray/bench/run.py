@@ -25,10 +25,10 @@ from bge_ray.bench.contestants import (
 from bge_ray.bench.machine import copy_rate, count_flop, describe_machine, matrix_rate
 from bge_ray.bench.models import make_encoder, make_reranker
 from bge_ray.errors import SettingsError
-from bge_ray.model.batching import settle_budget
+from bge_ray.model.feed.tokenizer import Tokenizer
+from bge_ray.model.run.batching import settle_budget
 from bge_ray.model.source import resolve_model
-from bge_ray.model.tokenizer import Tokenizer
-from bge_ray.settings import BenchSettings, ModelSettings, Settings
+from bge_ray.settings.sections import BenchSettings, ModelSettings, Settings
 
 logger = logging.getLogger(__name__)
 

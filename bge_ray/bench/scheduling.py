@@ -15,12 +15,12 @@ import psutil
 
 from bge_ray.bench import simulated
 from bge_ray.bench.simulated import SimulatedJob
-from bge_ray.manifest import CorpusObject, Span, unit_fingerprint
-from bge_ray.pipeline.cluster import Sizes, connect, disconnect, prepare_environment
-from bge_ray.pipeline.embed import Stages, embedding_receipts
-from bge_ray.pipeline.job import SpanTask
-from bge_ray.pipeline.payload import UnitTask
-from bge_ray.settings import ResourcesSettings
+from bge_ray.pipeline.embed.job import Stages, embedding_receipts
+from bge_ray.pipeline.embed.tasks import SpanTask
+from bge_ray.pipeline.engine.cluster import Sizes, connect, disconnect, prepare_environment
+from bge_ray.pipeline.engine.payload import UnitTask
+from bge_ray.records.dataset import CorpusObject, Span, unit_fingerprint
+from bge_ray.settings.sections import ResourcesSettings
 
 UNIT_ROWS = 50_000
 UNITS_A_SPAN = 8

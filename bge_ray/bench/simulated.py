@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from bge_ray.io.rows import rejected_table
-from bge_ray.manifest import FileFact, Marker, from_json
-from bge_ray.pipeline.job import SpanTask
-from bge_ray.pipeline.payload import UnitRow
+from bge_ray.formats.rows import rejected_table
+from bge_ray.pipeline.embed.tasks import SpanTask
+from bge_ray.pipeline.engine.payload import UnitRow
+from bge_ray.records.dataset import FileFact, Marker, from_json
 
 
 @dataclass(frozen=True)

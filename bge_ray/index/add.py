@@ -12,7 +12,7 @@ from bge_ray.index.package import Index, faiss
 from bge_ray.index.part import write_part
 from bge_ray.index.train import TrainedIndex, rotate
 from bge_ray.index.vectors import check_unique, check_vectors
-from bge_ray.schema import FloatArray, IdArray
+from bge_ray.records.ids import FloatArray, IdArray
 
 # A constant, and batches never cross embedding shards: the last bit of a code can depend on the
 # rows that share a matrix product, and must not depend on how shards are dealt to tasks.

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bge_ray.errors import IndexBuildError
-from bge_ray.schema import IdArray
+from bge_ray.records.ids import IdArray
 
 
 def imbalance(sizes: IdArray) -> float:

@@ -12,7 +12,7 @@ from bge_ray.index.merge import CHUNK_BYTES, ListRange, check_parts, merge_range
 from bge_ray.index.package import faiss
 from bge_ray.index.part import Part, list_crc, read_lists
 from bge_ray.index.train import TrainedIndex
-from bge_ray.schema import IdArray
+from bge_ray.records.ids import IdArray
 
 RANGE_BYTES = 256 << 20
 

@@ -14,7 +14,7 @@ from bge_ray.errors import IndexBuildError
 from bge_ray.index.factory import Kind
 from bge_ray.index.package import faiss
 from bge_ray.index.train import TrainedIndex
-from bge_ray.schema import IdArray
+from bge_ray.records.ids import IdArray
 
 _U64 = struct.Struct("<Q")
 

@@ -15,7 +15,7 @@ from bge_ray.errors import IndexBuildError
 from bge_ray.index.factory import ID_BYTES
 from bge_ray.index.part import Part, part_sizes, read_blocks, read_table
 from bge_ray.index.train import TrainedIndex
-from bge_ray.schema import IdArray
+from bge_ray.records.ids import IdArray
 
 CHUNK_BYTES = 8 << 20
 # Object storage answers after tens of milliseconds; a range reads every part.

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from bge_ray.errors import IndexBuildError
 from bge_ray.index.factory import ID_BYTES
-from bge_ray.schema import IdArray
+from bge_ray.records.ids import IdArray
 
 MAGIC = b"BGEPART1"
 HEAD_BYTES = 4096

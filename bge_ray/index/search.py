@@ -10,7 +10,7 @@ from bge_ray.errors import IndexBuildError
 from bge_ray.index.package import Index, faiss
 from bge_ray.index.topk import Results, best
 from bge_ray.index.vectors import check_rows, normalise
-from bge_ray.schema import FloatArray, IdArray
+from bge_ray.records.ids import FloatArray, IdArray
 
 # Results asked for beyond k: if place k ties with all of them, more are fetched, up to the second.
 _TIE_MARGIN = 8

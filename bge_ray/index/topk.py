@@ -13,7 +13,7 @@ import numpy.typing as npt
 from bge_ray.errors import IndexBuildError
 from bge_ray.index.package import faiss
 from bge_ray.index.vectors import check_rows, check_vectors, normalise
-from bge_ray.schema import FloatArray, IdArray
+from bge_ray.records.ids import FloatArray, IdArray
 
 NO_RESULT = -1
 # Candidates beyond k that are scored exactly, so that rounding decides nothing at place k.

@@ -15,7 +15,7 @@ from bge_ray.errors import IndexBuildError
 from bge_ray.index.factory import IndexSpec, Kind, Metric, check_factory
 from bge_ray.index.package import Index, faiss
 from bge_ray.index.vectors import check_rows
-from bge_ray.schema import FloatArray
+from bge_ray.records.ids import FloatArray
 
 # 25 iterations found no better centroids than 10.
 KMEANS_ITERATIONS = 10

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from bge_ray.errors import IndexBuildError
 from bge_ray.index.topk import NO_RESULT
-from bge_ray.schema import IdArray
+from bge_ray.records.ids import IdArray
 
 RECALL_DEPTHS = (1, 10, 100)
 _Z_95 = 1.959964

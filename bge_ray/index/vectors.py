@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bge_ray.errors import IndexBuildError
-from bge_ray.schema import FloatArray, IdArray
+from bge_ray.records.ids import FloatArray, IdArray
 
 # Embeddings stored as float16 have norms of 0.9998 to 1.0002; a vector that was never normalised is far off.
 NORM_TOLERANCE = 1e-2

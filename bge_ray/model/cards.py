@@ -7,7 +7,7 @@ win over its card.
 
 from dataclasses import dataclass
 
-from bge_ray.settings import Pooling
+from bge_ray.settings.sections import Pooling
 
 ENGLISH_INSTRUCTION = "Represent this sentence for searching relevant passages: "
 CHINESE_INSTRUCTION = "为这个句子生成表示以用于检索相关文章："  # noqa: RUF001 - the full-width colon is meant

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name the field uses
 
 from bge_ray.errors import ModelError
-from bge_ray.manifest import ModelSpec
-from bge_ray.model.batching import longest_rows, token_budget_batches
-from bge_ray.model.execution import Computed
-from bge_ray.model.inputs import Inputs, pool
-from bge_ray.model.load import Kind
-from bge_ray.model.prepare import prepare_executor
-from bge_ray.model.rows import Rows
-from bge_ray.schema import FloatArray, IdArray, PackedTokens
+from bge_ray.model.feed.rows import Rows
+from bge_ray.model.run.batching import longest_rows, token_budget_batches
+from bge_ray.model.run.executor import Computed
+from bge_ray.model.run.inputs import Inputs, pool
+from bge_ray.model.run.load import Kind
+from bge_ray.model.run.prepare import prepare_executor
+from bge_ray.records.dataset import ModelSpec
+from bge_ray.records.ids import FloatArray, IdArray, PackedTokens
 
 KIND: Kind = "encoder"
 

@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from bge_ray.model.batching import longest_rows, token_budget_batches
-from bge_ray.model.execution import Computed
-from bge_ray.model.inputs import Inputs, pool
-from bge_ray.model.load import Kind
-from bge_ray.model.prepare import prepare_executor
+from bge_ray.model.feed.rows import Rows
 from bge_ray.model.reranker_spec import RerankerSpec
-from bge_ray.model.rows import Rows
-from bge_ray.schema import FloatArray, IdArray
+from bge_ray.model.run.batching import longest_rows, token_budget_batches
+from bge_ray.model.run.executor import Computed
+from bge_ray.model.run.inputs import Inputs, pool
+from bge_ray.model.run.load import Kind
+from bge_ray.model.run.prepare import prepare_executor
+from bge_ray.records.ids import FloatArray, IdArray
 
 KIND: Kind = "cross_encoder"
 # The head of a cross-encoder looks at the first token alone.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from bge_ray.errors import ModelError
 from bge_ray.model.source import fetch_model, hash_model, position_limit, read_config
-from bge_ray.settings import Auto, ComputeDtype
+from bge_ray.settings.sections import Auto, ComputeDtype
 
 # FlagReranker's own; the positions of bge-reranker-v2-m3 go further, and its authors use 1024.
 DEFAULT_MAX_LENGTH = 512

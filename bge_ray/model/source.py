@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from bge_ray.errors import ModelError
-from bge_ray.manifest import ModelSpec
 from bge_ray.model.cards import ModelCard, find_card
-from bge_ray.settings import ModelSettings, Pooling
+from bge_ray.records.dataset import ModelSpec
+from bge_ray.settings.sections import ModelSettings, Pooling
 
 logger = logging.getLogger(__name__)
 

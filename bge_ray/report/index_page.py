@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from bge_ray.records.ids import IdArray
 from bge_ray.report.page import (
     ACCENT,
     ALERT,
@@ -19,7 +20,6 @@ from bge_ray.report.page import (
     tiles,
 )
 from bge_ray.report.words import size
-from bge_ray.schema import IdArray
 
 # A search scans this many times what it would over equal lists; k-means on embeddings gives 1.1 to 2.
 HIGH_IMBALANCE = 2.5

@@ -9,11 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel
 
 from bge_ray.bench.machine import count_flop, matrix_rate
-from bge_ray.model.inputs import packed_inputs
-from bge_ray.model.last_layer import keep_one_token
-from bge_ray.model.packed import ATTENTION, register
-from bge_ray.model.rows import Rows
-from bge_ray.schema import PackedTokens
+from bge_ray.model.feed.rows import Rows
+from bge_ray.model.run.inputs import packed_inputs
+from bge_ray.model.run.last_layer import keep_one_token
+from bge_ray.model.run.packed import ATTENTION, register
+from bge_ray.records.ids import PackedTokens
 
 LENGTHS = [3, 17, 64]
 

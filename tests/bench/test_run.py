@@ -7,7 +7,7 @@ import pytest
 
 from bge_ray.bench.run import run_bench, to_markdown
 from bge_ray.errors import SettingsError
-from bge_ray.settings import parse_settings
+from bge_ray.settings.sections import parse_settings
 from tests.support.corpora import docstrings
 
 OTHERS = ["FlagEmbedding", "Ray Data map_batches + sentence-transformers", "FlagReranker", "CrossEncoder"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from bge_ray.pipeline.cluster import LOCAL_RAY
+from bge_ray.pipeline.engine.cluster import LOCAL_RAY
 from tests.campaign.cluster import RayCluster
 from tests.campaign.corpus import corpus
 from tests.support.proxy import FaultyProxy

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from bge_ray.io.storage import Storage, join
+from bge_ray.storage.objects import Storage, join
 from tests.infra.head import RayHead
 from tests.support.corpora import docstrings, mixed_objects
 from tests.support.models import make_cross_encoder

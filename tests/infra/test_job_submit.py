@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ray._private.runtime_env.packaging import create_package
 
-from bge_ray.io.storage import Storage, join
+from bge_ray.storage.objects import Storage, join
 from tests.infra.head import RayHead
 from tests.support.corpora import docstrings, jsonl_bytes, mixed_objects
 from tests.support.datasets import check_nothing_left_over, vectors_by_id

@@ -13,9 +13,9 @@ from tests.support.runs import REPOSITORY
 DEFECT = """
 import sys
 from bge_ray.command import run_job
-from bge_ray.io.reports import write_report
+from bge_ray.storage.reports import write_report
 from bge_ray.errors import SettingsError
-from bge_ray.io.storage import Storage
+from bge_ray.storage.objects import Storage
 def job(settings, dry_run, stop):
     if "reported" in sys.argv[0]:
         write_report(Storage(), settings.output.uri, b"<html></html>", b"{}")
@@ -62,8 +62,8 @@ def test_an_unforeseen_error_keeps_the_log_whole(tmp_path: Path) -> None:
 SIGNALLED = """
 import os, signal, subprocess, threading
 from bge_ray.command import run_job
-from bge_ray.pipeline.cluster import connect
-from bge_ray.settings import ResourcesSettings
+from bge_ray.pipeline.engine.cluster import connect
+from bge_ray.settings.sections import ResourcesSettings
 def job(settings, dry_run, stop):
     if "midway" in __file__:
         try:

@@ -19,7 +19,7 @@ from packaging.version import Version
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from bge_ray.settings import parse_settings
+from bge_ray.settings.sections import parse_settings
 from tests.support.runs import REPOSITORY
 
 INFRA = REPOSITORY / "infra"

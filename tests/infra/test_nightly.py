@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bge_ray.io.storage import Storage, join
-from bge_ray.pipeline.index import read_index
+from bge_ray.pipeline.index.job import read_index
+from bge_ray.storage.objects import Storage, join
 from tests.support.corpora import docstrings, parquet_bytes
 from tests.support.datasets import check_nothing_left_over, read_manifest, vectors_by_id
 from tests.support.runs import REPOSITORY, wait_until

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bge_ray.io.storage import Storage, join
+from bge_ray.storage.objects import Storage, join
 from tests.infra.head import RayHead
 from tests.support.corpora import docstrings, mixed_objects
 from tests.support.datasets import vectors_by_id

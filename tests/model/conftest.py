@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from bge_ray.manifest import ModelSpec
 from bge_ray.model.encoder import Encoded, Encoder
+from bge_ray.model.feed.tokenizer import Tokenizer
 from bge_ray.model.source import resolve_model
-from bge_ray.model.tokenizer import Tokenizer
-from bge_ray.settings import ModelSettings
+from bge_ray.records.dataset import ModelSpec
+from bge_ray.settings.sections import ModelSettings
 from tests.support.models import SENTENCES, make_cross_encoder, make_encoder
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")

@@ -13,8 +13,8 @@ import torch
 from bge_ray.errors import ModelError
 from bge_ray.model.cards import CHINESE_INSTRUCTION, ENGLISH_INSTRUCTION
 from bge_ray.model.encoder import Encoder
+from bge_ray.model.feed.tokenizer import Tokenizer
 from bge_ray.model.source import fetch_model, hash_model
-from bge_ray.model.tokenizer import Tokenizer
 from tests.model.conftest import MakeModel, resolve
 from tests.support.models import write_pooling
 

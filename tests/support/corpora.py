@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from bge_ray.io.docstrings import find_docstrings
+from bge_ray.formats.docstrings import find_docstrings
 
 
 @lru_cache(maxsize=1)

@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bge_ray.io.storage import Storage, join
-from bge_ray.manifest import Manifest, from_json
+from bge_ray.records.dataset import Manifest, from_json
+from bge_ray.storage.objects import Storage, join
 
 
 def read_manifest(root: str) -> Manifest:

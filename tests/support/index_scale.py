@@ -83,8 +83,8 @@ class Watch:
 
 def write_data(root: str, shard: int, rows: int, dim: int, dtype: str):
     """Write one shard; a process of its own, so that NumPy's memory goes back."""
-    from bge_ray.io.dataset import Dataset
-    from bge_ray.io.storage import Storage
+    from bge_ray.dataset.folder import Dataset
+    from bge_ray.storage.objects import Storage
     from tests.support.vectors import clustered, write_shard
 
     dataset = Dataset(Storage(60), root)
@@ -99,9 +99,9 @@ def one_process(root: str, factory: str, queue: multiprocessing.Queue) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from bge_ray.dataset.folder import Dataset
     from bge_ray.index.factory import Metric, check_factory
-    from bge_ray.io.dataset import Dataset
-    from bge_ray.io.storage import Storage, join
+    from bge_ray.storage.objects import Storage, join
 
     storage = Storage(60)
     manifest = Dataset(storage, root).read_manifest()
@@ -192,7 +192,7 @@ def measure(
                 code = run.wait(7200)
             took = time.monotonic() - began
             used = resource.getrusage(resource.RUSAGE_CHILDREN)
-            from bge_ray.io.storage import Storage
+            from bge_ray.storage.objects import Storage
 
             index = json.loads(Storage(30).read(f"{root}/index/index.json"))
             queue = context.Queue()

@@ -12,7 +12,7 @@ def main() -> None:
     from ray.cluster_utils import Cluster
 
     from bge_ray.errors import IncompleteRunError
-    from bge_ray.pipeline.nodes import await_nodes
+    from bge_ray.pipeline.engine.nodes import await_nodes
 
     asks = []
     place = {"node_ip_address": "127.0.0.1", "object_store_memory": 100 << 20}

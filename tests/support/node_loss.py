@@ -14,9 +14,9 @@ def main() -> None:
     import ray
     from ray.cluster_utils import Cluster
 
-    from bge_ray.io.storage import Storage
-    from bge_ray.pipeline.embed import embed
-    from bge_ray.settings import parse_settings
+    from bge_ray.pipeline.embed.job import embed
+    from bge_ray.settings.sections import parse_settings
+    from bge_ray.storage.objects import Storage
 
     keys = json.loads(sys.argv[1])
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "node_ip_address": "127.0.0.1"})

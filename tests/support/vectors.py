@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pyarrow as pa
 
-from bge_ray.io.dataset import Dataset
-from bge_ray.io.shards import ShardWriter
-from bge_ray.io.storage import Storage
-from bge_ray.manifest import (
+from bge_ray.dataset.commit import ShardWriter
+from bge_ray.dataset.folder import Dataset
+from bge_ray.records.dataset import (
     Columns,
     DatasetSpec,
     Manifest,
@@ -18,7 +17,8 @@ from bge_ray.manifest import (
     Unit,
     make_manifest,
 )
-from bge_ray.schema import REJECTED_SCHEMA, embedding_schema, vector_ids
+from bge_ray.records.ids import REJECTED_SCHEMA, embedding_schema, vector_ids
+from bge_ray.storage.objects import Storage
 
 MODEL = ModelSpec("synthetic", None, "0" * 64, 32, "cls", 512, True, "float32", "", "")
 

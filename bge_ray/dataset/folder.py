@@ -1,0 +1,182 @@
+"""The output folder as a data set: its spec, plans, markers, manifest, and what may be swept."""
+
+import json
+import logging
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TypeVar
+
+from bge_ray.errors import DatasetMismatchError, StorageError
+from bge_ray.records.dataset import DatasetSpec, FileFact, Manifest, Marker, Plan, from_json, to_json
+from bge_ray.records.ids import FORMAT_VERSION
+from bge_ray.storage.objects import ObjectInfo, Storage, join
+
+logger = logging.getLogger(__name__)
+
+KEPT_PLANS = 10
+PARALLEL_REQUESTS = 16
+
+R = TypeVar("R")
+
+_PLAN_NAME = re.compile(r"plan/(\d+)\.json")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Reads and writes the small files below ``root``; `io.shards` writes the large ones."""
+
+    storage: Storage
+    root: str
+
+    def read_spec(self) -> DatasetSpec | None:
+        """Return what the data set is, or None where there is none yet.
+
+        Raises:
+            DatasetMismatchError: dataset.json was written by an incompatible version.
+        """
+        uri = join(self.root, "dataset.json")
+        data = self.storage.read_optional(uri)
+        if data is None:
+            return None
+        # The version comes first: a format of another version need not look like ours at all.
+        version = _format_version(data)
+        if version not in (None, FORMAT_VERSION):
+            raise DatasetMismatchError(
+                f"{uri}: format {version}, this version writes {FORMAT_VERSION}; choose another output.uri"
+            )
+        try:
+            return from_json(DatasetSpec, data)
+        except ValueError as error:
+            raise DatasetMismatchError(f"{uri}: not a data set of ours: {error}") from error
+
+    def create_spec(self, spec: DatasetSpec) -> None:
+        """Write dataset.json, or make sure that the one there says the same.
+
+        Raises:
+            DatasetMismatchError: another data set is there.
+        """
+        while not self.storage.create(join(self.root, "dataset.json"), to_json(spec)):
+            there = self.read_spec()
+            if there is not None:
+                spec.check_same(there, self.root)
+                return
+
+    def latest_plan(self) -> tuple[int, Plan | None]:
+        """Return the number of the newest plan and the plan; (0, None) where there is none."""
+        numbers = self._plan_numbers()
+        if not numbers:
+            return 0, None
+        uri = self._plan_uri(numbers[-1])
+        return numbers[-1], _parse(
+            Plan, self.storage.read(uri), uri, "restore it; without it objects would get new numbers"
+        )
+
+    def create_plan(self, number: int, plan: Plan) -> bool:
+        """Write a plan under a number that was free; False if another run took it."""
+        return self.storage.create(self._plan_uri(number), to_json(plan))
+
+    def read_manifest(self) -> Manifest | None:
+        """Return the manifest of the last complete run, or None."""
+        uri = join(self.root, "manifest.json")
+        data = self.storage.read_optional(uri)
+        if data is None:
+            return None
+        return _parse(Manifest, data, uri, "restore it, or remove it to embed the whole corpus again")
+
+    def finished(self) -> dict[str, Marker]:
+        """Return the markers whose files are there in full, by unit name; changes nothing.
+
+        They come from ``done/`` and from the manifest. A marker whose file is missing or has
+        another size (removed by hand, an over-eager lifecycle rule) does not count.
+        """
+        manifest = self.read_manifest()
+        folded = list(manifest.shards) if manifest else []
+        there = {**self._listing("embeddings"), **self._listing("rejected")}
+        finished: dict[str, Marker] = {}
+        damaged: dict[str, str] = {}
+        for marker in [*self._read_markers(self._listing("done")), *folded]:
+            if marker.unit.name in finished:
+                continue
+            bad = [
+                f.path for f in marker_files(marker) if f.path not in there or there[f.path].size != f.bytes
+            ]
+            if bad:
+                damaged[marker.unit.name] = bad[0]
+            else:
+                finished[marker.unit.name] = marker
+        for name, path in damaged.items():
+            if name not in finished:
+                text = "%s: missing or damaged; the unit is done again"
+                logger.warning(text, join(self.root, path), extra={"unit": name})
+        return finished
+
+    def publish(self, manifest: Manifest) -> None:
+        """Make a manifest the current one; only after this may anything be swept."""
+        self.storage.write(join(self.root, "manifest.json"), to_json(manifest))
+
+    def sweep(self, manifest: Manifest) -> int:
+        """Remove what the published manifest does not need.
+
+        That is folded markers, dead shards, all but the last plans, and temporary files of killed writers.
+
+        Returns:
+            How many shard files were removed.
+        """
+        live = {fact.path for marker in manifest.shards for fact in marker_files(marker)}
+        dead = [
+            path
+            for folder in ("embeddings", "rejected")
+            for path in self._listing(folder)
+            if path not in live
+        ]
+        plans = [self._plan_uri(number) for number in self._plan_numbers()[:-KEPT_PLANS]]
+        doomed = [*plans, *(join(self.root, path) for path in (*self._listing("done"), *dead))]
+        with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+            list(pool.map(lambda uri: self.storage.delete([uri]), doomed))
+        self.storage.remove_temporaries(self.root)
+        return len(dead)
+
+    def _plan_uri(self, number: int) -> str:
+        return join(self.root, "plan", f"{number:06d}.json")
+
+    def _plan_numbers(self) -> list[int]:
+        found = (_PLAN_NAME.fullmatch(path) for path in self._listing("plan"))
+        return sorted(int(match.group(1)) for match in found if match is not None)
+
+    def _listing(self, folder: str) -> dict[str, ObjectInfo]:
+        """Return the files of one folder of the data set by path below the root."""
+        found = self.storage.list_files(join(self.root, folder))
+        return {f"{folder}/{PurePosixPath(info.uri).name}": info for info in found}
+
+    def _read_markers(self, paths: Iterable[str]) -> list[Marker]:
+        with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+            return [m for m in pool.map(self._read_marker, paths) if m is not None]
+
+    def _read_marker(self, path: str) -> Marker | None:
+        uri = join(self.root, path)
+        data = self.storage.read_optional(uri)
+        return None if data is None else _parse(Marker, data, uri, "remove it to do its unit again")
+
+
+def marker_files(marker: Marker) -> list[FileFact]:
+    """Return the files that a marker vouches for."""
+    return [fact for fact in (marker.embeddings, marker.rejected) if fact is not None]
+
+
+def _parse(kind: type[R], data: bytes, uri: str, advice: str) -> R:
+    try:
+        return from_json(kind, data)
+    except ValueError as error:
+        first = str(error).replace("\n", " ")[:300]
+        raise StorageError(f"{uri}: not a {kind.__name__.lower()} of ours, {advice} ({first})") from error
+
+
+def _format_version(data: bytes) -> object:
+    try:
+        spec = json.loads(data)
+    except ValueError:
+        return None
+    return spec.get("format_version") if isinstance(spec, dict) else None

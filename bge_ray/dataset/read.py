@@ -1,0 +1,85 @@
+"""Embedding shards read back as arrays: whole and verified, or some rows of some row groups."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bge_ray.errors import StorageError
+from bge_ray.records.dataset import FileFact
+from bge_ray.records.ids import IdArray
+from bge_ray.storage.objects import Storage, join
+
+COLUMNS = ["vector_id", "embedding"]
+
+# (n, dim) float16 or float32 as stored, read-only, and (n,) int64 vector ids.
+Vectors: TypeAlias = tuple[npt.NDArray[np.floating], IdArray]
+
+
+def read_vectors(storage: Storage, root: str, fact: FileFact) -> Iterator[Vectors]:
+    """Read one embedding shard, row group by row group.
+
+    Memory: the bytes of the file, and one row group.
+
+    Args:
+        storage: where to read.
+        root: folder of the data set.
+        fact: path, size and sha256 of the shard, from the manifest.
+
+    Raises:
+        StorageError: it is missing, or its bytes are not those that the manifest vouches for. Raised
+            before the first row group.
+    """
+    uri = join(root, fact.path)
+    data = storage.read(uri)
+    if len(data) != fact.bytes or hashlib.sha256(data).hexdigest() != fact.sha256:
+        raise StorageError(
+            f"{uri}: {len(data)} bytes that are not the {fact.bytes} the manifest vouches for; "
+            "remove it and run embed.py again to make it anew"
+        )
+    with pq.ParquetFile(pa.BufferReader(data)) as file:
+        for group in range(file.num_row_groups):
+            # The task that reads has one CPU; Arrow would take all there are.
+            yield _arrays(file.read_row_group(group, columns=COLUMNS, use_threads=False))
+
+
+def sample_vectors(storage: Storage, root: str, fact: FileFact, groups: dict[int, list[int]]) -> Vectors:
+    """Read some rows of some row groups of a shard, without reading the rest.
+
+    Args:
+        storage: where to read.
+        root: folder of the data set.
+        fact: path and size of the shard.
+        groups: row numbers within each row group, by its number.
+
+    Returns:
+        (n, dim) vectors and (n,) int64 ids, in the order of groups and rows.
+
+    Raises:
+        StorageError: it is missing or damaged.
+    """
+    uri = join(root, fact.path)
+    parts = []
+    try:
+        with pq.ParquetFile(pa.PythonFile(storage.open(uri, fact.bytes), mode="r"), pre_buffer=True) as file:
+            for group, rows in sorted(groups.items()):
+                vectors, ids = _arrays(file.read_row_group(group, columns=COLUMNS, use_threads=False))
+                parts.append((vectors[rows], ids[rows]))
+    except (OSError, IndexError, pa.ArrowException) as error:
+        raise StorageError(
+            f"{uri}: is not the embedding shard that the manifest vouches for ({error}); "
+            "remove it and run embed.py again to make it anew"
+        ) from error
+    return np.concatenate([v for v, _ in parts]), np.concatenate([i for _, i in parts])
+
+
+def _arrays(table: pa.Table) -> Vectors:
+    column = table["embedding"].combine_chunks()
+    # Since pyarrow 20 the chunks of a column without rows combine to a chunked array again.
+    array = column if isinstance(column, pa.Array) else pa.concat_arrays(column.chunks)
+    vectors = array.flatten().to_numpy(zero_copy_only=True).reshape(len(array), array.type.list_size)
+    return vectors, table["vector_id"].to_numpy()

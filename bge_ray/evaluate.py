@@ -1,0 +1,210 @@
+"""The evaluate job: runs and judgements to metrics, side by side; runs on one machine, without Ray."""
+
+import io
+import json
+import logging
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bge_ray.errors import CorpusError, SettingsError
+from bge_ray.formats.candidates import read_candidate_lists
+from bge_ray.formats.runs import read_qrels
+from bge_ray.metrics import Comparison, PerQuery, Qrels, compare, mean, measure, metric_names
+from bge_ray.settings.sections import Settings
+from bge_ray.storage.objects import Storage, join
+
+logger = logging.getLogger(__name__)
+
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class EvaluatedRun:
+    """One run: its metrics by query, how it compares with the first, and what of it was of no use."""
+
+    name: str
+    uri: str
+    per_query: PerQuery
+    comparisons: dict[str, Comparison]
+    queries: int
+    unanswered: int
+    unjudged: int
+    left_out: dict[str, int]
+
+
+def evaluate(settings: Settings) -> dict[str, Any]:
+    """Measure runs against judgements, and write metrics.json, metrics.md and metrics.svg.
+
+    Args:
+        settings: needs evaluate.run and evaluate.qrels; without evaluate.output nothing is written.
+
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        SettingsError: a run is named twice.
+        CorpusError: a run or the judgements cannot be read, or have no query in common.
+    """
+    settings.require("evaluate.run", "evaluate.qrels")
+    storage = Storage(settings.output.storage_timeout_s)
+    asked = settings.evaluate
+    uris = (asked.run,) if isinstance(asked.run, str) else asked.run or ()
+    if not uris or len(set(uris)) != len(uris):
+        raise SettingsError("evaluate.run: expected one run or more, each named once")
+    qrels = read_qrels(storage, str(asked.qrels))
+    runs: list[EvaluatedRun] = []
+    for uri, name in zip(uris, short_names(uris), strict=True):
+        runs.append(_evaluate_run(storage, uri, name, qrels, asked.k, runs[0] if runs else None))
+    metrics = _as_json(runs, qrels, settings)
+    if asked.output is not None:
+        text = json.dumps(metrics, indent=1, ensure_ascii=False) + "\n"
+        storage.write(join(asked.output, "metrics.json"), text.encode())
+        storage.write(join(asked.output, "metrics.md"), to_markdown(metrics).encode())
+        storage.write(join(asked.output, "metrics.svg"), to_svg(metrics))
+    return metrics
+
+
+def _evaluate_run(
+    storage: Storage,
+    uri: str,
+    name: str,
+    qrels: Qrels,
+    cuts: tuple[int, ...],
+    first: EvaluatedRun | None,
+) -> EvaluatedRun:
+    left_out: Counter[str] = Counter()
+
+    def reject(query_id: str | None, passage_id: str | None, reason: str, detail: str) -> None:
+        left_out[reason] += 1
+        if left_out[reason] <= 3:
+            logger.warning("%s: query %s passage %s left out: %s", uri, query_id, passage_id, detail)
+
+    scores: dict[str, dict[str, float]] = {}
+    queries = unjudged = 0
+    for found in read_candidate_lists(storage, uri, reject):
+        queries += 1
+        if found.query_id not in qrels:
+            unjudged += 1
+        elif found.scores is None and found.passage_ids:
+            raise CorpusError(f"{uri}: query {found.query_id!r} has candidates without scores: it is no run")
+        else:
+            scores[found.query_id] = dict(zip(found.passage_ids, found.scores or [], strict=True))
+    if not scores:
+        raise CorpusError(f"{uri}: none of its {queries} queries is judged in the qrels")
+    per_query = measure(scores, qrels, cuts)
+    against = {} if first is None else {m: compare(per_query[m], first.per_query[m]) for m in per_query}
+    unanswered = sum(not scores.get(query_id) for query_id in qrels)
+    return EvaluatedRun(name, uri, per_query, against, queries, unanswered, unjudged, dict(left_out))
+
+
+def short_names(uris: tuple[str, ...]) -> list[str]:
+    """Return what tells the runs apart in a table: the parts of their paths that differ."""
+    parts = [[p for p in uri.split("/") if p and p not in ("run.parquet", "run.trec")] for uri in uris]
+    parts = [found or [uri] for found, uri in zip(parts, uris, strict=True)]
+    depth = 1
+    while depth < max(map(len, parts)) and len({tuple(found[-depth:]) for found in parts}) < len(parts):
+        depth += 1
+    names = ["/".join(found[-depth:]) for found in parts]
+    return names if len(set(names)) == len(names) else list(uris)
+
+
+def _as_json(runs: list[EvaluatedRun], qrels: Qrels, settings: Settings) -> dict[str, Any]:
+    relevant = [sum(value > 0 for value in judged.values()) for judged in qrels.values()]
+    return {
+        "qrels": settings.evaluate.qrels,
+        "queries": len(qrels),
+        "queries_without_relevant": sum(count == 0 for count in relevant),
+        "relevant": sum(relevant),
+        "metrics": metric_names(settings.evaluate.k),
+        "baseline": runs[0].name,
+        "test": "paired randomisation test, two-sided, 10,000 permutations",
+        "runs": [
+            {
+                "name": run.name,
+                "uri": run.uri,
+                "queries": run.queries,
+                "unanswered": run.unanswered,
+                "unjudged": run.unjudged,
+                "left_out": run.left_out,
+                "mean": {metric: mean(values) for metric, values in run.per_query.items()},
+                "against_baseline": {m: asdict(comparison) for m, comparison in run.comparisons.items()},
+                "per_query": run.per_query,
+            }
+            for run in runs
+        ],
+    }
+
+
+def to_markdown(metrics: dict[str, Any]) -> str:
+    """Return the means as a table, a column a run; a star marks a significant difference from the first."""
+    runs = metrics["runs"]
+    lines = [
+        f"# Retrieval metrics over {metrics['queries']:,} judged queries",
+        "",
+        "| metric | " + " | ".join(run["name"].replace("|", "\\|") for run in runs) + " |",
+        "|---|" + "---:|" * len(runs),
+    ]
+    for metric in metrics["metrics"]:
+        cells = [_cell(run, metric) for run in runs]
+        lines.append(f"| {metric} | " + " | ".join(cells) + " |")
+    lines.append("")
+    if len(runs) > 1:
+        lines += [
+            f"`*` differs from {metrics['baseline']} with p < {SIGNIFICANT} ({metrics['test']}; each metric "
+            "on its own, so of twenty such stars one is expected by chance).",
+            "",
+        ]
+    for run in runs:
+        notes = [f"{run['queries']:,} queries"]
+        notes += [f"{run['unanswered']:,} judged queries without an answer (counted as 0)"] * bool(
+            run["unanswered"]
+        )
+        notes += [f"{run['unjudged']:,} queries that nobody judged"] * bool(run["unjudged"])
+        notes += [f"{count:,} lines left out: {reason}" for reason, count in run["left_out"].items()]
+        lines.append(f"- {run['name']}: " + "; ".join(notes))
+    return "\n".join(lines) + "\n"
+
+
+def _cell(run: dict[str, Any], metric: str) -> str:
+    text = f"{run['mean'][metric]:.4f}"
+    against = run["against_baseline"].get(metric)
+    if against is None:
+        return text
+    star = "\\*" if against["p_value"] < SIGNIFICANT else ""
+    return f"{text} ({against['difference']:+.4f}, p {against['p_value']:.4f}){star}"
+
+
+def to_svg(metrics: dict[str, Any]) -> bytes:
+    """Return the means as a picture: a group of bars a metric, a colour a run."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    names, runs = metrics["metrics"], metrics["runs"]
+    figure, axes = plt.subplots(
+        figsize=(max(7, 0.55 * len(names) * max(1, len(runs) / 2)), 3.8), layout="constrained"
+    )
+    width = 0.8 / len(runs)
+    places = np.arange(len(names))
+    for number, run in enumerate(runs):
+        values = [run["mean"][name] for name in names]
+        bars = axes.bar(places + (number - (len(runs) - 1) / 2) * width, values, width, label=run["name"])
+        stars = ["*" if _is_significant(run, name) else "" for name in names]
+        axes.bar_label(bars, stars, fontsize=9)
+    axes.set_xticks(places, names, rotation=45, ha="right")
+    axes.set(ylim=(0, 1.05), ylabel="mean over queries", title=f"{metrics['queries']:,} judged queries")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    sink = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "bge-ray"}):
+        figure.savefig(sink, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return sink.getvalue().encode()
+
+
+def _is_significant(run: dict[str, Any], metric: str) -> bool:
+    against = run["against_baseline"].get(metric)
+    return against is not None and against["p_value"] < SIGNIFICANT

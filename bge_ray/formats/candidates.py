@@ -1,0 +1,270 @@
+"""Candidate lists of any origin, one query after the other; what cannot be used is named and left out.
+
+A run (TREC or Parquet), a table of (query, passage) rows, or records with their texts inline. Unlike
+`io.runs.read_run`, which vouches for a whole run, one bad list does not spoil the rest here.
+"""
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from bge_ray.errors import CorpusError
+from bge_ray.formats.lines import iter_lines, open_lines
+from bge_ray.formats.parquet import open_parquet
+from bge_ray.formats.runs import Candidates, sort_candidates
+from bge_ray.storage.objects import ObjectInfo, Storage
+
+# Told of (query id, passage id, reason, detail) of what is left out.
+Reject: TypeAlias = Callable[[str | None, str | None, str, str], None]
+
+_PARQUET = re.compile(r"\.(parquet|pq)$", re.IGNORECASE)
+_JSONL = re.compile(r"\.(jsonl|ndjson|json)(\.gz|\.zst|\.zstd)?$", re.IGNORECASE)
+_QUERY_ID_NAMES = ("query_id", "qid", "_id", "id")
+_PASSAGE_ID_NAMES = ("passage_id", "docid", "pid")
+_COMPRESSIONS = {"gz": "gzip", "zst": "zstd", "zstd": "zstd"}
+READ_ROWS = 8192
+
+
+class _MalformedError(Exception):
+    """One record or line cannot be used."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One candidate as it was read; ``passage_id`` is None where the query has an empty list."""
+
+    query_id: str
+    query: str | None
+    passage_id: str | None
+    text: str | None
+    score: float | None
+    place: str
+
+
+def find_candidates(storage: Storage, uri: str) -> ObjectInfo:
+    """Return the file itself, or of a folder its run.parquet or run.trec.
+
+    Raises:
+        CorpusError: there is neither.
+    """
+    names = ("", "/run.parquet", "/run.trec")
+    for name in names:
+        info = storage.info(f"{uri.rstrip('/')}{name}")
+        # An object store may tell of a folder as of an empty object.
+        if info is not None and any(found.uri == info.uri for found in storage.list_files(info.uri)):
+            return info
+    raise CorpusError(f"{uri}: no such file, and no folder with a run.parquet or run.trec")
+
+
+def read_candidate_lists(storage: Storage, uri: str, reject: Reject) -> Iterator[Candidates]:
+    """Yield the candidates of each query, each passage once, sorted where there are scores.
+
+    JSONL and Parquet hold either one record a query (``query`` with ``pos`` and ``neg``, as FlagEmbedding
+    has them, or with ``passages``, a list of ``passage_id`` and ``text``), or one candidate a row
+    (``query_id``, ``passage_id``, and ``score``, ``query``, ``text`` if there are any). The id of a
+    query without one is the number of its line or row. Anything else is read as a TREC run.
+
+    Args:
+        storage: where to read.
+        uri: a file; of a folder its run.parquet, or else run.trec, is taken.
+        reject: told of every query and candidate that is left out.
+
+    Raises:
+        CorpusError: there is no such file, it is unreadable, or nothing in it looks like candidates.
+    """
+    info = find_candidates(storage, uri)
+    read = 0
+    seen: set[str] = set()
+    for query_id, group in itertools.groupby(_read_rows(storage, info, reject), key=lambda row: row.query_id):
+        rows = list(group)
+        read += 1
+        if query_id in seen:
+            detail = f"{rows[0].place}: the query began earlier; its {len(rows)} candidates here are left out"
+            reject(query_id, None, "duplicate_query", detail)
+            continue
+        seen.add(query_id)
+        yield _candidates(query_id, rows, reject)
+    if not read:
+        raise CorpusError(f"{info.uri}: holds no candidates")
+
+
+def _candidates(query_id: str, rows: list[_Row], reject: Reject) -> Candidates:
+    kept: dict[str, _Row] = {}
+    for row in rows:
+        if row.passage_id is None:
+            continue
+        there = kept.get(row.passage_id)
+        if there is None:
+            kept[row.passage_id] = row
+            continue
+        reject(query_id, row.passage_id, "duplicate_passage", f"{row.place}: stands twice in the list")
+        if row.score is not None and there.score is not None and row.score > there.score:
+            kept[row.passage_id] = row
+    found = list(kept.values())
+    ids = list(kept)
+    scores = [row.score for row in found if row.score is not None]
+    texts = [row.text for row in found if row.text is not None]
+    query = next((row.query for row in rows if row.query is not None), None)
+    if found and len(scores) == len(found):
+        order = sort_candidates(ids, scores)
+        ids, scores = [ids[i] for i in order], [scores[i] for i in order]
+        texts = [texts[i] for i in order] if len(texts) == len(found) else texts
+    return Candidates(
+        query_id,
+        ids,
+        scores if found and len(scores) == len(found) else None,
+        query,
+        texts if found and len(texts) == len(found) else None,
+    )
+
+
+def _read_rows(storage: Storage, info: ObjectInfo, reject: Reject) -> Iterator[_Row]:
+    if _PARQUET.search(info.uri):
+        records = _parquet_records(storage, info)
+    elif _JSONL.search(info.uri):
+        records = _json_records(storage, info, reject)
+    else:
+        return _trec_rows(storage, info, reject)
+    return itertools.chain.from_iterable(_rows_of(record, place, reject) for place, record in records)
+
+
+def _rows_of(record: dict[str, Any], place: str, reject: Reject) -> list[_Row]:
+    """Return the candidates of one record; of one that cannot be used none, and it is rejected."""
+    query_id = next((str(record[n]) for n in _QUERY_ID_NAMES if record.get(n) is not None), None)
+    name = query_id if query_id is not None else place.rpartition(" ")[2]
+    try:
+        return _expand(record, name, place)
+    except _MalformedError as error:
+        reject(query_id, None, "malformed", f"{place}: {error}")
+        return []
+
+
+def _expand(record: dict[str, Any], query_id: str, place: str) -> list[_Row]:
+    query = record.get("query")
+    if query is not None and not isinstance(query, str):
+        raise _MalformedError(f"the query is a {type(query).__name__}, expected text")
+    if any(record.get(name) is not None for name in _PASSAGE_ID_NAMES):
+        return [_single(record, query_id, query, place)]
+    if record.get("passages") is not None:
+        found = [_passage(entry) for entry in _list(record, "passages")]
+    elif "pos" in record or "neg" in record:
+        found = _labelled(record, "pos") + _labelled(record, "neg")
+    else:
+        raise _MalformedError(f"expected passages, pos and neg, or passage_id; it has {sorted(record)}")
+    if not found:
+        return [_Row(query_id, query, None, None, None, place)]
+    return [_Row(query_id, query, passage_id, text, score, place) for passage_id, text, score in found]
+
+
+def _single(record: dict[str, Any], query_id: str, query: str | None, place: str) -> _Row:
+    passage_id = next(record[n] for n in _PASSAGE_ID_NAMES if record.get(n) is not None)
+    text = record.get("text")
+    if text is not None and not isinstance(text, str):
+        raise _MalformedError(f"the text is a {type(text).__name__}")
+    return _Row(query_id, query, str(passage_id), text, _score(record.get("score")), place)
+
+
+def _passage(entry: Any) -> tuple[str, str | None, float | None]:
+    if isinstance(entry, str):
+        return entry, None, None
+    if not isinstance(entry, dict) or not isinstance(entry.get("text"), str | None):
+        raise _MalformedError("expected passages to be ids, or objects with passage_id and text")
+    names = (*_PASSAGE_ID_NAMES, "_id", "id")
+    passage_id = next((entry[name] for name in names if entry.get(name) is not None), None)
+    if passage_id is None:
+        raise _MalformedError("a passage without an id")
+    return str(passage_id), entry.get("text"), _score(entry.get("score"))
+
+
+def _labelled(record: dict[str, Any], side: str) -> list[tuple[str, str | None, float | None]]:
+    texts = [record[side]] if isinstance(record.get(side), str) else _list(record, side)
+    ids = _list(record, f"{side}_id") or [f"{side}-{i}" for i in range(len(texts))]
+    if len(ids) != len(texts) or not all(isinstance(text, str) for text in texts):
+        raise _MalformedError(f"expected {side} to be a list of texts, and {side}_id to have one id for each")
+    return [(str(passage_id), text, None) for passage_id, text in zip(ids, texts, strict=True)]
+
+
+def _list(record: dict[str, Any], name: str) -> list[Any]:
+    found = record.get(name)
+    if found is None:
+        return []
+    if not isinstance(found, list):
+        raise _MalformedError(f"{name} is a {type(found).__name__}, expected a list")
+    return found
+
+
+def _score(value: Any) -> float | None:
+    if value is None:
+        return None
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        score = math.nan
+    if math.isnan(score):
+        raise _MalformedError(f"score {value!r} is not a number")
+    return score
+
+
+def _parquet_records(storage: Storage, info: ObjectInfo) -> Iterator[tuple[str, dict[str, Any]]]:
+    row = 0
+    with open_parquet(storage, info.uri, info.size, stream=True) as file:
+        wanted = ("query", "pos", "neg", "pos_id", "neg_id", "passages", "text", "score")
+        names = [n for n in (*_QUERY_ID_NAMES, *_PASSAGE_ID_NAMES, *wanted) if n in file.schema_arrow.names]
+        if not {"pos", "neg", "passages", *_PASSAGE_ID_NAMES} & set(names):
+            raise CorpusError(
+                f"{info.uri}: no candidates among its columns {file.schema_arrow.names}; expected "
+                "passage_id, passages, or pos and neg"
+            )
+        for batch in file.iter_batches(READ_ROWS, columns=names):
+            for record in batch.to_pylist():
+                yield f"row {row}", record
+                row += 1
+
+
+def _json_records(storage: Storage, info: ObjectInfo, reject: Reject) -> Iterator[tuple[str, dict[str, Any]]]:
+    for place, line in _lines(storage, info, reject):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reject(None, None, "malformed", f"{place}: not JSON: {error}")
+            continue
+        if isinstance(record, dict):
+            yield place, record
+        else:
+            reject(None, None, "malformed", f"{place}: expected a JSON object")
+
+
+def _trec_rows(storage: Storage, info: ObjectInfo, reject: Reject) -> Iterator[_Row]:
+    for place, line in _lines(storage, info, reject):
+        try:
+            row = _trec_row(line, place)
+        except _MalformedError as error:
+            reject(line.split()[0], None, "malformed", f"{place}: {error}")
+            continue
+        yield row
+
+
+def _trec_row(line: str, place: str) -> _Row:
+    fields = line.split()
+    if len(fields) not in (5, 6):
+        raise _MalformedError(f"expected `query_id Q0 passage_id rank score tag`, got {line[:100]!r}")
+    return _Row(fields[0], None, fields[2], None, _score(fields[4]), place)
+
+
+def _lines(storage: Storage, info: ObjectInfo, reject: Reject) -> Iterator[tuple[str, str]]:
+    compression = _COMPRESSIONS.get(info.uri.lower().rpartition(".")[2], "")
+    with open_lines(storage, info.uri, info.size, compression) as file:
+        for number, (_, _, line) in enumerate(iter_lines(file), 1):
+            try:
+                text = line.decode().strip() if line is not None else None
+            except UnicodeDecodeError as error:
+                reject(None, None, "malformed", f"line {number}: not UTF-8: {error.reason}")
+                continue
+            if text is None:
+                reject(None, None, "malformed", f"line {number}: too long")
+            elif text:
+                yield f"line {number}", text

@@ -1,0 +1,122 @@
+"""Texts to packed token ids, on the CPU, exactly as the model's own tokenizer cuts them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bge_ray.errors import ModelError
+from bge_ray.records.ids import PackedTokens
+
+# A text beyond this many characters a token is tokenised by a prefix first. English has about 4.5.
+PREFIX_CHARS_PER_TOKEN = 6
+PREFIX_GROWTH = 4
+# A prefix is as good as the text if the last token kept lies this far from its end. Words are split
+# independently of each other, so a few of them are enough (the end itself may join with what follows);
+# inside one word (Chinese has no spaces), so many tokens that no segmentation looks ahead that far.
+# WordPiece calls a word of more than 100 characters unknown, so it never has this many tokens.
+MARGIN_WORDS = 3
+MARGIN_TOKENS = 256
+ENCODE_TEXTS = 1024
+VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+
+
+class Tokenizer:
+    """A fast tokenizer with a fixed truncation; not thread-safe."""
+
+    def __init__(self, folder: Path, max_length: int, *, trust_remote_code: bool = False) -> None:
+        """Load the tokenizer of a model folder.
+
+        Raises:
+            ModelError: there is none, it is not a fast one, or max_length has no room for a token of text.
+        """
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        if max_length <= tokenizer.num_special_tokens_to_add():
+            raise ModelError(f"model.max_length {max_length} leaves no room beside the special tokens")
+        self._cutter = Cutter(tokenizer)
+        self._max_length = max_length
+
+    def tokenise(self, texts: Sequence[str], *, instruction: str = "") -> PackedTokens:
+        """Tokenise texts, special tokens included, each cut to max_length tokens.
+
+        Args:
+            texts: n texts.
+            instruction: put before each text.
+        """
+        if instruction:
+            texts = [instruction + text for text in texts]
+        return self._cutter.cut(texts, self._max_length, special_tokens=True)
+
+
+class Cutter:
+    """Tokenises and truncates with one backend, in bounded time and memory for texts of any length."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_padding()
+        self._side = tokenizer.truncation_side
+
+    def cut(self, texts: Sequence[str], max_length: int, *, special_tokens: bool) -> PackedTokens:
+        """Tokenise texts, each cut to max_length tokens; ``truncated`` says which had more."""
+        self._backend.enable_truncation(max_length, direction=self._side)
+        # What is cut off on the left depends on the whole text.
+        prefix = PREFIX_CHARS_PER_TOKEN * max_length if self._side == "right" else None
+        ids: list[list[int]] = []
+        truncated = np.zeros(len(texts), dtype=np.bool_)
+        for start in range(0, len(texts), ENCODE_TEXTS):
+            part = texts[start : start + ENCODE_TEXTS]
+            whole = [text if prefix is None or len(text) <= prefix else "" for text in part]
+            encodings = self._backend.encode_batch_fast(whole, add_special_tokens=special_tokens)
+            for row, (text, encoding) in enumerate(zip(part, encodings, strict=True)):
+                if prefix is not None and len(text) > prefix:
+                    encoding = self._cut_long(text, prefix, special_tokens)
+                kept = encoding.ids
+                ids.append(kept)
+                # Asking for the overflow copies it, and a short row has none.
+                truncated[start + row] = len(kept) >= max_length and bool(encoding.overflowing)
+        offsets = np.zeros(len(texts) + 1, dtype=np.int32)
+        np.cumsum([len(row) for row in ids], out=offsets[1:])
+        flat = np.concatenate([np.asarray(row, dtype=np.int32) for row in ids] or [np.zeros(0, np.int32)])
+        return PackedTokens(flat, offsets, truncated)
+
+    def _cut_long(self, text: str, chars: int, special_tokens: bool) -> Any:
+        """Tokenise a text by prefixes, longer and longer until the rest cannot matter."""
+        while chars < len(text):
+            # Not the fast variant, which does not say which word a token is of.
+            encoding = self._backend.encode(text[:chars], add_special_tokens=special_tokens)
+            if _rest_is_irrelevant(encoding):
+                return encoding
+            chars *= PREFIX_GROWTH
+        return self._backend.encode_batch_fast([text], add_special_tokens=special_tokens)[0]
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
+    """Load the fast tokenizer of a model folder.
+
+    Raises:
+        ModelError: there is none, or it is not a fast one.
+    """
+    # Without these, transformers 5 makes a tokenizer that knows its special tokens and no word.
+    if not any(path.is_file() for pattern in VOCABULARY_FILES for path in folder.glob(pattern)):
+        raise ModelError(f"{folder}: has no tokenizer files ({', '.join(VOCABULARY_FILES)})")
+    from transformers import AutoTokenizer  # takes seconds, and whoever only names a stage needs none
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"{folder}: has no fast tokenizer (tokenizer.json)")
+    return tokenizer
+
+
+def _rest_is_irrelevant(encoding: Any) -> bool:
+    """Tell whether the tokens kept would be the same, and truncated, if the text went on."""
+    words = [word for word in encoding.word_ids if word is not None]
+    over = [word for window in encoding.overflowing for word in window.word_ids if word is not None]
+    if not words or not over:
+        return False
+    return over[-1] - words[-1] >= MARGIN_WORDS or len(over) >= MARGIN_TOKENS

@@ -1,0 +1,69 @@
+"""Has an autoscaling cluster start the nodes that a job needs, before the job sizes itself by them."""
+
+import logging
+import time
+from collections.abc import Callable
+
+import ray
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+
+from bge_ray.errors import IncompleteRunError
+from bge_ray.pipeline.engine.stopping import POLL_S
+
+logger = logging.getLogger(__name__)
+
+WAIT_S = 1800.0
+TOLD_EVERY_S = 30.0
+
+
+def await_nodes(
+    key: str,
+    count: int | None,
+    gpus_each: float | None,
+    watch: Callable[[], None],
+    wait_s: float = WAIT_S,
+) -> None:
+    """Wait until the cluster has room for as many actors as the user fixed; does nothing where it has.
+
+    A cluster whose workers scale from zero has no GPU to count when the job starts. The room is asked for by
+    placement groups, because these, unlike a request to the autoscaler, end with this process.
+
+    Args:
+        key: setting that fixed ``count``, for messages.
+        count: actors; None if the cluster is to be taken as it is.
+        gpus_each: GPUs of one of them; None or 0 for CPU actors, which share what CPUs there are.
+        watch: called while waiting; raises to stop.
+        wait_s: how long nodes may take to come.
+
+    Raises:
+        IncompleteRunError: they did not come in time.
+    """
+    if count is None:
+        return
+    have = ray.cluster_resources()
+    gpus = gpus_each or 0.0
+    if have.get("GPU", 0.0) >= gpus * count and have.get("CPU", 0.0) >= 1:
+        return
+    bundle = {"CPU": 1.0, "GPU": gpus} if gpus else {"CPU": 1.0}
+    logger.info("waiting for nodes for %d actors of %s", count, bundle)
+    groups = [placement_group([bundle]) for _ in range(count)]
+    started = told = time.monotonic()
+    try:
+        missing = groups
+        while missing:
+            watch()
+            now = time.monotonic()
+            if now - started > wait_s:
+                raise IncompleteRunError(
+                    f"{key} {count}: after {wait_s:.0f} s the cluster still lacks nodes for {len(missing)} "
+                    f"of them, each with {bundle}; lower it, let the cluster grow, or run again later"
+                )
+            # Not the group's own wait(): it takes whole seconds, and this would become a busy loop.
+            time.sleep(POLL_S)
+            missing = [group for group in missing if placement_group_table(group)["state"] != "CREATED"]
+            if missing and now - told > TOLD_EVERY_S:
+                told = now
+                logger.info("still waiting for nodes for %d of %d actors", len(missing), count)
+    finally:
+        for group in groups:
+            remove_placement_group(group)

@@ -1,0 +1,106 @@
+"""Draws the receipts of a data path, and ends the path where the run ends before it."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from bge_ray.pipeline.engine.stopping import POLL_S
+
+T = TypeVar("T")
+
+# Of the threads that draw; `wait_for_paths` knows them by it.
+THREAD_NAME = "receipts"
+_LAST = object()
+
+
+class PathEnd:
+    """Ends an execution of Ray Data from inside its own loop, once ``set``.
+
+    Ray Data has no call for that, and an execution that is left alone goes on. It is an execution
+    callback, and the factory of itself, in the context that a data path is made under.
+    """
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def set(self) -> None:
+        """Let the execution end at its next step, which is a fraction of a second away."""
+        self._event.set()
+
+    def __call__(self) -> "PathEnd":
+        """Return the callback of an execution: itself."""
+        return self
+
+    def __deepcopy__(self, _: dict[int, Any]) -> "PathEnd":
+        return self  # a data path works with a copy of the context
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return PathEnd, ()  # the context travels to workers, which execute nothing
+
+    def before_execution_starts(self, _: object) -> None:
+        """Do nothing."""
+
+    def on_execution_step(self, _: object) -> None:
+        """Tell the reader of the output that there is no more, if the end was set."""
+        if self._event.is_set():
+            raise StopIteration
+
+    def after_execution_succeeds(self, _: object) -> None:
+        """Do nothing."""
+
+    def after_execution_fails(self, _: object, error: Exception) -> None:
+        """Do nothing."""
+
+
+def draw_receipts(start: Callable[[], Iterable[T]], watch: Callable[[], None]) -> Iterator[T]:
+    """Yield what a data path gives as it comes, calling ``watch`` at least every POLL_S; it raises to stop.
+
+    The items are drawn in a thread, because waiting for the next one may take minutes. If the caller
+    goes no further, the path is ended, and its actors and tasks with it.
+
+    Args:
+        start: makes the data path and returns its output.
+        watch: called while waiting.
+    """
+    from ray.data import DataContext
+
+    end = PathEnd()
+    callbacks: list[Any] = DataContext.get_current().custom_execution_callback_classes
+    callbacks.append(end)
+    try:
+        items = start()
+    finally:
+        callbacks.remove(end)
+    ready: queue.SimpleQueue[object] = queue.SimpleQueue()
+
+    def draw() -> None:
+        try:
+            for item in items:
+                ready.put(item)
+            ready.put(_LAST)
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            ready.put(error)
+
+    threading.Thread(target=draw, name=THREAD_NAME, daemon=True).start()
+    try:
+        while True:
+            watch()
+            try:
+                item = ready.get(timeout=POLL_S)
+            except queue.Empty:
+                continue
+            if item is _LAST:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item  # type: ignore[misc]  # what `items` yields
+    finally:
+        end.set()
+
+
+def wait_for_paths(timeout_s: float) -> None:
+    """Wait until the data paths that were ended have given back what they hold."""
+    for thread in threading.enumerate():
+        if thread.name == THREAD_NAME:
+            thread.join(timeout_s)

@@ -1,0 +1,65 @@
+"""Stopping on request: a signal, or a watch that raises, ends a run between two receipts."""
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from bge_ray.storage.lease import Lease
+
+POLL_S = 0.2
+
+
+class Stopped(BaseException):
+    """A signal asked the job to stop; not an Exception, so that nothing takes it for an error."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+class StopRequest:
+    """A signal handler that raises at once, or, while `deferred`, only when `check` is called.
+
+    An exception raised by a handler is lost if it happens to strike inside a destructor, and Ray
+    runs many of those; so while a run holds the output, the request is noted and polled for.
+    """
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+        self._deferred = False
+
+    def __call__(self, number: int, _: FrameType | None = None) -> None:
+        """Take note of a signal."""
+        self._number = number
+        if not self._deferred:
+            raise Stopped(number)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let signals wait for `check`."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def check(self) -> None:
+        """Raise Stopped if a signal came."""
+        if (stopped := self.pending()) is not None:
+            raise stopped
+
+    def pending(self) -> Stopped | None:
+        """Return what `check` raises, or None if no signal came."""
+        return None if self._number is None else Stopped(self._number)
+
+
+def make_watch(lease: Lease, stop: StopRequest) -> Callable[[], None]:
+    """Return what is asked between receipts: is the output still ours, and may we go on?"""
+
+    def watch() -> None:
+        stop.check()
+        if lease.lost.is_set():
+            lease.check()
+
+    return watch

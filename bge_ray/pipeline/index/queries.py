@@ -1,0 +1,93 @@
+"""The user's own queries for measuring recall: texts from a file, encoded like the passages."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bge_ray.errors import CorpusError, ModelError
+from bge_ray.formats.runs import read_queries
+from bge_ray.model.run.batching import CPU_TOKEN_BUDGET
+from bge_ray.pipeline.engine.tasks import run_tasks
+from bge_ray.records.dataset import ModelSpec
+from bge_ray.records.ids import FloatArray
+from bge_ray.settings.sections import IndexSettings, ModelSettings
+from bge_ray.storage.objects import Storage
+
+# What one encoder on a CPU takes, large models included.
+ENCODER_BYTES = 4_000_000_000
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Texts of a query file, and a hash of them."""
+
+    uri: str
+    sha256: str
+    texts: tuple[str, ...]
+
+
+def given_queries(storage: Storage, settings: IndexSettings) -> Queries | None:
+    """Read the user's own queries, index.num_queries at most; None where no index.queries are named.
+
+    Raises:
+        CorpusError: the file cannot be read, or holds no query.
+    """
+    uri = settings.queries
+    if uri is None:
+        return None
+    batches = read_queries(storage, uri)
+    every = (text for batch in batches for text in batch.texts)
+    texts = tuple(itertools.islice(every, settings.num_queries))
+    if not texts:
+        raise CorpusError(f"index.queries {uri}: holds no query")
+    return Queries(uri, hashlib.sha256(json.dumps(texts).encode()).hexdigest(), texts)
+
+
+def encode_given(
+    queries: Queries, spec: ModelSpec, settings: ModelSettings, watch: Callable[[], None]
+) -> FloatArray:
+    """Encode queries with the instruction and the model of the data set, in a Ray task.
+
+    Args:
+        queries: n texts.
+        spec: of the data set, with the instruction that its run settled on.
+        settings: says whether remote code may be run, and another instruction if one is wanted.
+        watch: called while waiting.
+
+    Returns:
+        (n, dim) float32 of unit norm.
+
+    Raises:
+        ModelError: the model is not to be had, is another than that of the data set, or a query has no
+            vector.
+    """
+    [(_, vectors)] = run_tasks(
+        encode_task, [(queries.texts, spec, settings)], at_once=1, watch=watch, memory_bytes=ENCODER_BYTES
+    )
+    found: FloatArray = vectors
+    return found
+
+
+def encode_task(texts: tuple[str, ...], spec: ModelSpec, settings: ModelSettings) -> FloatArray:
+    """Encode query texts on a CPU; see `encode_given`."""
+    from bge_ray.model.encoder import Encoder  # torch, only where there is a model
+    from bge_ray.model.feed.queries import encode_queries
+    from bge_ray.model.feed.tokenizer import Tokenizer
+    from bge_ray.model.source import fetch_model
+
+    if settings.query_instruction is not None:
+        spec = dataclasses.replace(spec, query_instruction=settings.query_instruction)
+    # Half precision is for GPUs; on a CPU the same weights give the same directions in float32.
+    spec = dataclasses.replace(spec, dtype="float32")
+    trust = settings.trust_remote_code
+    folder, _ = fetch_model(spec.name, spec.revision)
+    tokenizer = Tokenizer(folder, spec.max_length, trust_remote_code=trust)
+    encoder = Encoder(spec, device="cpu", trust_remote_code=trust)
+    result = encode_queries(texts, tokenizer, encoder, token_budget=CPU_TOKEN_BUDGET)
+    if result.faults:
+        number, (reason, detail) = next(iter(sorted(result.faults.items())))
+        raise ModelError(f"index.queries: query {number} has no vector: {reason} {detail}")
+    return result.embeddings

@@ -1,0 +1,123 @@
+"""Actors that hold the files of an index side by side, and answer as one."""
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+import ray
+from ray.actor import ActorHandle
+
+from bge_ray.errors import IndexBuildError
+from bge_ray.index.header import ivf_header
+from bge_ray.index.merge import ListRange
+from bge_ray.index.package import Index, use_threads
+from bge_ray.index.search import load_index, search
+from bge_ray.index.topk import Results, merge_topk
+from bge_ray.pipeline.engine.tasks import largest_node, wait_for
+from bge_ray.pipeline.index.tasks import TrainedFile, WrittenFile, read_sizes, sizes_inside
+from bge_ray.records.ids import FloatArray
+from bge_ray.storage.objects import Storage
+
+DOWNLOAD_BYTES = 32 << 20
+MAX_RESTARTS = 5
+
+
+@dataclass(frozen=True)
+class RangePiece:
+    """A merged range of lists without a header, which the searcher puts in front.
+
+    ``sizes_uri`` holds the (nlist,) list sizes of the whole index, which headers are made from.
+    """
+
+    trained: TrainedFile
+    uri: str
+    lists: ListRange
+    sizes_uri: str
+
+
+IndexSource: TypeAlias = WrittenFile | RangePiece
+
+
+class Searcher:
+    """Holds index files on its machine's disk, mapped into memory; lists are read as they are probed."""
+
+    def __init__(self, storage: Storage, sources: Sequence[IndexSource], threads: int) -> None:
+        """Note what to hold, and how many threads a search may use; files are fetched at the first one."""
+        self._storage, self._sources = storage, sources
+        self._indexes: list[Index] = []
+        use_threads(threads)
+
+    def search(self, queries: FloatArray, k: int, effort: int | None) -> Results:
+        """Return the best k over all files of this actor; see `index.search.search`.
+
+        Raises:
+            IndexBuildError: a file is not the one that was written, or a query is bad.
+        """
+        while len(self._indexes) < len(self._sources):
+            # The name goes as soon as the file is mapped: an actor ends by being killed, and would leave it.
+            with tempfile.TemporaryDirectory(prefix="bge-ray-index-") as folder:
+                path = Path(folder) / "index.faiss"
+                self._fetch(self._sources[len(self._indexes)], path)
+                self._indexes.append(load_index(path))
+        return merge_topk([search(index, queries, k, effort=effort) for index in self._indexes], k)
+
+    def _fetch(self, source: IndexSource, path: Path) -> None:
+        with path.open("wb") as target:
+            if isinstance(source, WrittenFile):
+                found = _download(self._storage, source.path, source.bytes, target)
+                if found != source.sha256:
+                    raise IndexBuildError(
+                        f"{source.path}: is damaged, its sha256 is {found}, not {source.sha256}"
+                    )
+                return
+            inside = sizes_inside(read_sizes(self._storage, source.sizes_uri), source.lists)
+            target.write(ivf_header(source.trained.load(self._storage), inside))
+            _download(self._storage, source.uri, source.lists.n_bytes, target)
+
+
+def start_searchers(storage: Storage, sources: Sequence[IndexSource], at_once: int) -> list[ActorHandle]:
+    """Start actors that share the sources evenly; together they are the index.
+
+    Args:
+        storage: where the sources are.
+        sources: whole files, or pieces.
+        at_once: CPUs that the actors may reserve together.
+    """
+    count = max(1, min(at_once, len(sources)))
+    threads = max(1, min(at_once // count, int(largest_node("CPU"))))
+    # Spread, because each of them holds its share of the index on its machine's disk.
+    actor = ray.remote(
+        num_cpus=threads,
+        max_restarts=MAX_RESTARTS,
+        max_task_retries=MAX_RESTARTS,
+        scheduling_strategy="SPREAD",
+    )(Searcher)
+    return [actor.remote(storage, sources[i::count], threads) for i in range(count)]
+
+
+def search_all(
+    searchers: Sequence[ActorHandle],
+    queries: FloatArray,
+    k: int,
+    effort: int | None,
+    watch: Callable[[], None],
+) -> Results:
+    """Search all actors and merge what they find; ``watch`` is called while they work."""
+    shared = ray.put(queries)
+    return merge_topk(wait_for([s.search.remote(shared, k, effort) for s in searchers], watch), k)
+
+
+def _download(storage: Storage, uri: str, size: int, target: BinaryIO) -> str:
+    """Append an object to an open file in bounded memory; returns its sha256 in hex."""
+    digest = hashlib.sha256()
+    for start in range(0, size, DOWNLOAD_BYTES):
+        stop = min(size, start + DOWNLOAD_BYTES)
+        block = storage.read_range(uri, start, stop)
+        if len(block) != stop - start:
+            raise IndexBuildError(f"{uri}: ends at byte {start + len(block)} of {size}")
+        digest.update(block)
+        target.write(block)
+    return digest.hexdigest()

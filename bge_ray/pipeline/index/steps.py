@@ -1,0 +1,412 @@
+"""The steps of an index build on the driver: train, add, merge, finish. Each skips what is there already.
+
+Parts and pieces are named by what went into them, so "is it there" is the whole question.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+
+from bge_ray.dataset.commit import ROW_GROUP_ROWS
+from bge_ray.errors import IncompleteRunError, IndexBuildError
+from bge_ray.index.drift import drift
+from bge_ray.index.factory import IndexSpec, Kind, index_bytes
+from bge_ray.index.header import HeaderFormatError, ivf_header
+from bge_ray.index.merge import ListRange, plan_ranges, total_sizes
+from bge_ray.pipeline.engine.tasks import largest_node, run_tasks
+from bge_ray.pipeline.index.searchers import RangePiece
+from bge_ray.pipeline.index.tasks import (
+    StoredPart,
+    TrainedFile,
+    WrittenFile,
+    add_task,
+    facts_task,
+    finish_task,
+    flat_task,
+    open_stored,
+    piece_task,
+    read_sizes,
+    rebuild_task,
+    sample_task,
+    set_effort_task,
+    shard_index_task,
+    train_task,
+    write_sizes,
+)
+from bge_ray.records.dataset import FileFact, Manifest
+from bge_ray.records.ids import IdArray
+from bge_ray.settings.sections import IndexSettings
+from bge_ray.storage.concatenate import Piece
+from bge_ray.storage.objects import Storage, join
+
+logger = logging.getLogger(__name__)
+
+# What a task takes beside its data: Python, NumPy, Arrow, FAISS, one embedding shard.
+TASK_BYTES = 500_000_000
+# A sample takes at most this share of a row group, so that it touches four times as many places.
+SAMPLED_SHARE = 0.25
+SEED = 20260101
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a build works on: inputs, the checked factory, and where its files go."""
+
+    storage: Storage
+    root: str
+    manifest: Manifest
+    spec: IndexSpec
+    settings: IndexSettings
+    at_once: int
+    watch: Callable[[], None]
+
+    @property
+    def facts(self) -> list[FileFact]:
+        """The embedding shards, in order of place."""
+        return [marker.embeddings for marker in self.manifest.shards if marker.embeddings is not None]
+
+    def uri(self, *parts: str) -> str:
+        """Return the URI of a file of the index."""
+        return join(self.root, "index", *parts)
+
+    def there(self, *parts: str) -> dict[str, int]:
+        """Return the sizes of the files of a folder by name; each is written whole or not at all."""
+        return {i.uri.rpartition("/")[2]: i.size for i in self.storage.list_files(self.uri(*parts))}
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        *,
+        num_cpus: float = 1.0,
+        num_gpus: float = 0.0,
+        memory_bytes: int = 0,
+        fetch: bool = True,
+    ) -> list[Any]:
+        """Run tasks and return their results in the order of the arguments; see `run_tasks`."""
+        results: list[Any] = [None] * len(arguments)
+        for number, result in run_tasks(
+            function,
+            arguments,
+            at_once=self.at_once,
+            watch=self.watch,
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            memory_bytes=memory_bytes,
+            fetch=fetch,
+        ):
+            results[number] = result
+        return results
+
+
+def key_of(*parts: object) -> str:
+    """Return a short name for anything JSON can hold; different things get different names."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def get_trained(build: Build, *, reuse: bool) -> TrainedFile:
+    """Return the stored trained index if it is of this factory, else train one on a sample of all shards.
+
+    Raises:
+        IndexBuildError: training.json is damaged.
+    """
+    spec = build.spec
+    wanted = {
+        "dataset_fingerprint": build.manifest.dataset_fingerprint,
+        "factory": spec.factory,
+        "metric": spec.metric.value,
+        "dim": spec.dim,
+    }
+    record = _read_training(build) if reuse else None
+    if record is not None and {key: record.get(key) for key in wanted} == wanted:
+        uri = build.uri(record["path"])
+        if build.storage.info(uri) is not None:
+            return TrainedFile(uri, record["sha256"], spec.factory, spec.metric.value, spec.dim)
+        logger.warning("%s is gone: training anew", uri)
+    if spec.training_rows:
+        rows = min(spec.training_rows, build.manifest.rows_out)
+        logger.info("training %s on %s rows", spec.factory, f"{rows:,}")
+    else:
+        logger.info("%s needs no training", spec.factory)
+    path = f"trained/{key_of(spec.factory, spec.metric.value, [f.sha256 for f in build.facts])}.faiss"
+    cpus = max(1, int(largest_node("CPU")))
+    sample = _draw_sample(build, spec.training_rows)
+    gpus = build.settings.gpus_per_task if spec.kind is Kind.IVF else 0.0
+    arguments = (build.storage, build.uri(path), spec, cpus, "cuda" if gpus else None, *sample)
+    memory = TASK_BYTES + 16 * spec.training_rows * spec.dim
+    [sha256] = build.run(train_task, [arguments], num_cpus=cpus, num_gpus=gpus, memory_bytes=memory)
+    record = wanted | {"path": path, "sha256": sha256}
+    build.storage.write(build.uri("training.json"), json.dumps(record, indent=1).encode())
+    return TrainedFile(build.uri(path), sha256, spec.factory, spec.metric.value, spec.dim)
+
+
+def add_parts(build: Build, trained: TrainedFile) -> list[StoredPart]:
+    """Encode all shards into parts, in order of place."""
+    groups = group_shards(build.facts, build.settings.part_bytes // (build.spec.code_size + 8))
+    names = [f"{key_of(trained.sha256, [f.sha256 for f in group])}.part" for group in groups]
+    there = build.there("parts")
+    # An HNSW quantizer answers nearly right, and a search asks the same one: it must not differ.
+    on_gpu = build.spec.kind is Kind.IVF and "HNSW" not in build.spec.factory
+    gpus = build.settings.gpus_per_task if on_gpu else 0.0
+    todo = [
+        (build.storage, build.root, trained, group, build.uri("parts", name), "cuda" if gpus else None)
+        for group, name in zip(groups, names, strict=True)
+        if name not in there
+    ]
+    logger.info("adding: %d of %d parts are to do", len(todo), len(names))
+    memory = TASK_BYTES + 2 * build.settings.part_bytes + 2 * index_bytes(build.spec, 0)
+    build.run(add_task, todo, num_gpus=gpus, memory_bytes=memory)
+    return open_stored(build.storage, [build.uri("parts", name) for name in names])
+
+
+def list_sizes(build: Build, trained: TrainedFile, parts: Sequence[StoredPart]) -> IdArray:
+    """Add up the (nlist,) list sizes of all parts.
+
+    Raises:
+        IndexBuildError: the parts do not belong together.
+        IncompleteRunError: they do not hold each vector of the data set once.
+    """
+    sizes = total_sizes(trained.load(build.storage), [part.open(build.storage) for part in parts])
+    check_count(build, int(sizes.sum()))
+    return sizes
+
+
+def check_count(build: Build, ntotal: int) -> None:
+    """Make sure that an index of ``ntotal`` vectors holds every vector of the data set.
+
+    Raises:
+        IncompleteRunError: it does not.
+    """
+    if ntotal != build.manifest.rows_out:
+        raise IncompleteRunError(
+            f"the index would hold {ntotal:,} vectors, the data set has {build.manifest.rows_out:,}; "
+            f"remove {build.uri('parts')} and run again"
+        )
+
+
+def measure_drift(build: Build, trained: TrainedFile, sizes: IdArray) -> float:
+    """Return the share of vectors that lie elsewhere than when the index was trained; see `index.drift`.
+
+    The list sizes of the first build with a training are stored beside it; this writes them.
+    """
+    uri = sizes_uri(trained)
+    if build.storage.info(uri) is None:
+        write_sizes(build.storage, uri, sizes)
+        return 0.0
+    return drift(read_sizes(build.storage, uri), sizes)
+
+
+def sizes_uri(trained: TrainedFile) -> str:
+    """Return where the list sizes at the time of the training are kept."""
+    return trained.uri.removesuffix(".faiss") + ".sizes"
+
+
+def merge_parts(
+    build: Build, trained: TrainedFile, parts: Sequence[StoredPart], sizes: IdArray, folder: str
+) -> list[RangePiece]:
+    """Merge the parts of an IVF index by ranges of lists balanced by bytes; headers come later."""
+    ranges = plan_ranges(trained.load(build.storage), sizes, build.settings.range_bytes)
+    names = [f"piece-{lists.start:07d}-{lists.stop:07d}" for lists in ranges]
+    there = build.there(folder)
+    sizes_at = build.uri(folder, "sizes")
+    write_sizes(build.storage, sizes_at, sizes)
+    shared = ray.put(list(parts))
+    todo = [
+        (build.storage, shared, lists, build.uri(folder, name))
+        for lists, name in zip(ranges, names, strict=True)
+        if there.get(name) != lists.n_bytes
+    ]
+    logger.info("merging: %d of %d ranges are to do", len(todo), len(ranges))
+    longest = max(lists.n_bytes for lists in ranges)
+    build.run(piece_task, todo, memory_bytes=TASK_BYTES + longest)
+    return [
+        RangePiece(trained, build.uri(folder, name), lists, sizes_at)
+        for lists, name in zip(ranges, names, strict=True)
+    ]
+
+
+def knows_header(build: Build, trained: TrainedFile) -> bool:
+    """Tell whether FAISS writes the file layout known here; if not, FAISS itself must merge."""
+    try:
+        ivf_header(trained.load(build.storage), np.zeros(build.spec.nlist, np.int64))
+    except HeaderFormatError as error:
+        logger.warning("%s: merging by FAISS itself, which takes three times the memory", error)
+        return False
+    return True
+
+
+def finish_ivf(
+    build: Build, trained: TrainedFile, pieces: Sequence[RangePiece], nprobe: int, folder: str
+) -> list[WrittenFile]:
+    """Put headers with the tuned nprobe in front, and make the file or files to be published."""
+    groups = [[piece] for piece in pieces] if build.settings.layout == "ranges" else [list(pieces)]
+    names = file_names(build, len(groups))
+    return build.run(
+        finish_task,
+        [
+            (
+                build.storage,
+                trained,
+                pieces[0].sizes_uri,
+                ListRange(group[0].lists.start, group[-1].lists.stop, 0),
+                [Piece(piece.uri, piece.lists.n_bytes) for piece in group],
+                nprobe,
+                build.uri(folder, name),
+            )
+            for group, name in zip(groups, names, strict=True)
+        ],
+        memory_bytes=TASK_BYTES + 4 * index_bytes(build.spec, 0),
+    )
+
+
+def finish_flat(
+    build: Build, trained: TrainedFile, parts: Sequence[StoredPart], folder: str
+) -> list[WrittenFile]:
+    """Merge an index without lists into one file, or into files of at most about range_bytes."""
+    groups = [list(parts)]
+    if build.settings.layout == "ranges":
+        groups, held = [], 0
+        for part in parts:
+            size = part.head.rows * part.head.entry_bytes
+            if not groups or held + size > build.settings.range_bytes:
+                groups.append([])
+                held = 0
+            groups[-1].append(part)
+            held += size
+    return build.run(
+        flat_task,
+        [
+            (build.storage, trained, group, build.settings.range_bytes, build.uri(folder, name))
+            for group, name in zip(groups, file_names(build, len(groups)), strict=True)
+        ],
+        memory_bytes=TASK_BYTES + 3 * build.settings.range_bytes,
+    )
+
+
+def rebuild_files(
+    build: Build, trained: TrainedFile, parts: Sequence[StoredPart], sizes: IdArray, folder: str
+) -> list[WrittenFile]:
+    """Merge the parts of an IVF index by FAISS itself, where its file layout is not known here."""
+    most = build.settings.range_bytes if build.settings.layout == "ranges" else 1 << 62
+    ranges = plan_ranges(trained.load(build.storage), sizes, most)
+    longest = max(lists.n_bytes for lists in ranges)
+    return build.run(
+        rebuild_task,
+        [
+            (build.storage, trained, list(parts), lists, build.uri(folder, f"untuned-{number:05d}"))
+            for number, lists in enumerate(ranges)
+        ],
+        memory_bytes=TASK_BYTES + 3 * longest,
+    )
+
+
+def build_shards(build: Build, trained: TrainedFile) -> list[WrittenFile]:
+    """Build HNSW indexes side by side, to be searched together; those that are there are kept."""
+    groups = group_shards(build.facts, max(1, build.settings.range_bytes // build.spec.code_size))
+    names = [f"{key_of(trained.sha256, [f.sha256 for f in group])}.shard" for group in groups]
+    there = build.there("parts")
+    todo = [
+        (build.storage, build.root, trained, group, build.uri("parts", name))
+        for group, name in zip(groups, names, strict=True)
+        if name not in there
+    ]
+    logger.info("building: %d of %d index shards are to do", len(todo), len(names))
+    build.run(shard_index_task, todo, memory_bytes=TASK_BYTES + 3 * build.settings.range_bytes)
+    return build.run(
+        facts_task,
+        [
+            (build.storage, build.uri("parts", name), sum(fact.rows for fact in group))
+            for group, name in zip(groups, names, strict=True)
+        ],
+    )
+
+
+def set_effort(
+    build: Build, files: Sequence[WrittenFile], effort: int, folder: str, *, name: str
+) -> list[WrittenFile]:
+    """Copy files with the tuned nprobe or efSearch in them, which plain FAISS then uses."""
+    names = [f"{name}-{number:05d}.faiss" for number in range(len(files))]
+    if name == "index":
+        names = file_names(build, len(files))
+    return build.run(
+        set_effort_task,
+        [
+            (build.storage, file, effort, build.uri(folder, target))
+            for file, target in zip(files, names, strict=True)
+        ],
+        memory_bytes=TASK_BYTES + 3 * max(file.bytes for file in files),
+    )
+
+
+def file_names(build: Build, count: int) -> list[str]:
+    """Return the names of the files to publish."""
+    if build.settings.layout == "single":
+        return ["index.faiss"]
+    return [f"range-{number:05d}.faiss" for number in range(count)]
+
+
+def group_shards(facts: Sequence[FileFact], max_rows: int) -> list[tuple[FileFact, ...]]:
+    """Group neighbouring shards, of at most so many rows together, so that a change stays local.
+
+    A group ends behind a shard whose hash says so, which is half a group's rows on average; so the
+    groups after a shard that came, changed or went are mostly the same as before, and so are their parts.
+    """
+    groups: list[list[FileFact]] = []
+    rows, ended = 0, True
+    for fact in facts:
+        if ended or rows + fact.rows > max_rows:
+            groups.append([])
+            rows = 0
+        groups[-1].append(fact)
+        rows += fact.rows
+        ended = int(fact.sha256[:8], 16) / 2**32 < 2 * fact.rows / max_rows
+    return [tuple(group) for group in groups]
+
+
+def _read_training(build: Build) -> dict[str, Any] | None:
+    uri = build.uri("training.json")
+    stored = build.storage.read_optional(uri)
+    if stored is None:
+        return None
+    try:
+        record = dict(json.loads(stored))
+        complete = all(isinstance(record[key], str) for key in ("path", "sha256"))
+    except (ValueError, KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise IndexBuildError(f"{uri}: is damaged; remove it to train anew")
+    return record
+
+
+def _draw_sample(build: Build, wanted: int) -> list[Any]:
+    """Draw rows uniformly over all shards, by row groups; returns references, since a sample may be large."""
+    if not wanted:
+        return []
+    rng = np.random.default_rng(SEED)
+    facts = build.facts
+    groups = [(s, g) for s, fact in enumerate(facts) for g in range(-(-fact.rows // ROW_GROUP_ROWS))]
+    rows_of = [min(ROW_GROUP_ROWS, facts[s].rows - g * ROW_GROUP_ROWS) for s, g in groups]
+    share = max(SAMPLED_SHARE, min(1.0, wanted / sum(rows_of)))
+    chosen: dict[int, dict[int, list[int]]] = {}
+    left = wanted
+    for number in rng.permutation(len(groups)).tolist():
+        if left <= 0:
+            break
+        take = min(left, max(1, round(share * rows_of[number])))
+        shard, group = groups[number]
+        chosen.setdefault(shard, {})[group] = sorted(
+            rng.choice(rows_of[number], take, replace=False).tolist()
+        )
+        left -= take
+    return build.run(
+        sample_task,
+        [(build.storage, build.root, facts[shard], where) for shard, where in sorted(chosen.items())],
+        memory_bytes=TASK_BYTES,
+        fetch=False,
+    )

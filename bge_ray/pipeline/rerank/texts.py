@@ -1,0 +1,195 @@
+"""Texts of candidates: a join of passage ids with a corpus that is never held.
+
+Two passes, both in Ray tasks: over the id columns of the embedding shards, to learn where a bare passage
+id lies; then over those spans of the corpus (or those shards, where the text columns were kept) that
+hold a candidate. What comes back is as large as the candidates of one group.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bge_ray.dataset.lookup import ShardMap, find_passages, read_shard
+from bge_ray.formats.corpus import read_units
+from bge_ray.formats.rows import Rows, check_rows
+from bge_ray.pipeline.engine.tasks import run_tasks
+from bge_ray.pipeline.runs.parcels import whole
+from bge_ray.records.dataset import Columns, CorpusObject, FileFact, Span, span_units
+from bge_ray.records.ids import IdArray, vector_ids
+from bge_ray.storage.objects import Storage
+
+TEXT_SCHEMA = pa.schema(
+    [
+        pa.field("vector_id", pa.int64(), nullable=False),
+        pa.field("passage_id", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Where the texts of a data set are: in the corpus objects, or (``kept``) in its own shards.
+
+    ``at_once`` tasks of ``task_cpus`` each read side by side.
+    """
+
+    storage: Storage
+    root: str
+    columns: Columns
+    shards: ShardMap
+    objects: tuple[CorpusObject, ...]
+    kept: bool
+    at_once: int
+    task_cpus: float
+
+    def places_of(self, passage_ids: Sequence[str]) -> dict[str, int]:
+        """Return the vector ids of those passage ids that are there; the lowest of one embedded twice."""
+        wanted = pa.array(passage_ids, pa.string())
+        arguments = ((self.storage, self.root, fact, wanted) for fact in self.shards.facts)
+        found: dict[str, int] = {}
+        for positions, ids in self._run(find_passages, arguments):
+            for position, vector_id in zip(positions.tolist(), ids.tolist(), strict=True):
+                name = passage_ids[position]
+                found[name] = min(vector_id, found.get(name, vector_id))
+        return found
+
+    def texts_of(self, ids: IdArray) -> pa.Table:
+        """Return TEXT_SCHEMA rows in order of the (n,) ascending ids, without those that are nowhere."""
+        if self.kept:
+            arguments: Iterator[tuple[Any, ...]] = (
+                (self.storage, self.root, fact, some, self.columns) for fact, some in self.shards.split(ids)
+            )
+            tables = self._run(kept_texts, arguments)
+        else:
+            arguments = (
+                (self.storage, corpus_object, span, some, self.columns)
+                for corpus_object, span, some in _spans_of(self.objects, ids)
+            )
+            tables = self._run(corpus_texts, arguments)
+        return pa.concat_tables([TEXT_SCHEMA.empty_table(), *tables]).sort_by("vector_id")
+
+    def _run(self, function: Any, arguments: Iterator[tuple[Any, ...]]) -> Iterator[Any]:
+        tasks = run_tasks(
+            function, arguments, at_once=self.at_once, watch=lambda: None, num_cpus=self.task_cpus
+        )
+        return (result for _, result in tasks)
+
+
+def has_kept_texts(columns: Columns) -> bool:
+    """Tell whether the embedding shards hold what a passage text is made of."""
+    return columns.text in columns.kept and (columns.title is None or columns.title in columns.kept)
+
+
+def kept_texts(storage: Storage, root: str, fact: FileFact, ids: IdArray, columns: Columns) -> pa.Table:
+    """Read texts from the kept columns of one shard, put together as they were embedded."""
+    names = [columns.text] if columns.title is None else [columns.text, columns.title]
+    table = read_shard(storage, root, fact, ids, ["passage_id", *names])
+    titles = None if columns.title is None else table[columns.title].to_pylist()
+    rows = Rows(table["passage_id"].to_pylist(), table[columns.text].to_pylist(), titles, {}, {})
+    passages, _ = check_rows(rows)
+    there = table["vector_id"].to_numpy()[passages.rows]
+    return pa.table([there, passages.passage_ids, passages.texts], schema=TEXT_SCHEMA)
+
+
+def corpus_texts(
+    storage: Storage, corpus_object: CorpusObject, span: Span, ids: IdArray, columns: Columns
+) -> pa.Table:
+    """Read texts of one span of a corpus object, checked and put together as they were embedded.
+
+    Raises:
+        CorpusError: the object is not what was embedded any more.
+        StorageError: it cannot be fetched.
+    """
+    bare = replace(columns, kept={})
+    units = span_units(corpus_object.object_no, span)
+    starts = vector_ids(corpus_object.object_no, np.array([unit.first_row for unit in units]))
+    todo = {units[place].first_row for place in np.searchsorted(starts, ids, side="right") - 1}
+    tables = [TEXT_SCHEMA.empty_table()]
+    for unit, rows in read_units(storage, corpus_object, span, bare, todo):
+        passages, _ = check_rows(rows)
+        there = vector_ids(unit.object_no, unit.first_row + passages.rows)
+        take = np.flatnonzero(np.isin(there, ids))
+        names = [passages.passage_ids[i] for i in take]
+        tables.append(pa.table([there[take], names, [passages.texts[i] for i in take]], schema=TEXT_SCHEMA))
+    return pa.concat_tables(tables)
+
+
+def add_texts(table: pa.Table, source: TextSource, depth: int) -> pa.Table:
+    """Fill in the texts of candidates that have none, and name those whose text is nowhere.
+
+    Args:
+        table: rows of CANDIDATE_SCHEMA, the best first within each row_no or query.
+        source: of the data set that they come from.
+        depth: candidates of each query that need a text.
+
+    Raises:
+        CorpusError, StorageError: a part of the corpus cannot be read.
+    """
+    needed = _to_score(table, depth) & pc.is_null(table["text"]).to_numpy()
+    if not needed.any():
+        return table
+    passage_ids = table["passage_id"].to_pylist()
+    given = table["vector_id"].to_pylist()
+    bare = sorted({passage_ids[i] for i in np.flatnonzero(needed) if given[i] is None})
+    places = source.places_of(bare) if bare else {}
+    ids = [
+        (given[i] if given[i] is not None else places.get(passage_ids[i])) if needed[i] else given[i]
+        for i in range(len(table))
+    ]
+    wanted = np.unique(np.array([ids[i] for i in np.flatnonzero(needed) if ids[i] is not None], np.int64))
+    found = source.texts_of(wanted)
+    names, texts = found["passage_id"].to_pylist(), found["text"].to_pylist()
+    by_id = dict(zip(found["vector_id"].to_pylist(), zip(names, texts, strict=True), strict=True))
+    columns = {name: table[name].to_pylist() for name in ("text", "reason", "detail")}
+    for i in np.flatnonzero(needed):
+        name, text = by_id.get(ids[i], (None, None))
+        if text is not None and name == passage_ids[i]:
+            columns["text"][i] = text
+        else:
+            columns["reason"][i] = "unknown_passage"
+            columns["detail"][i] = "the data set has no passage of this id"
+    columns["vector_id"] = ids
+    for name, values in columns.items():
+        place = table.schema.get_field_index(name)
+        table = table.set_column(
+            place, table.schema.field(name), pa.array(values, table.schema.field(name).type)
+        )
+    return table
+
+
+def _to_score(table: pa.Table, depth: int) -> npt.NDArray[np.bool_]:
+    """(n,) bool: candidates without a fault among the first ``depth`` of their query."""
+    able: npt.NDArray[np.bool_] = pc.is_null(table["reason"]).to_numpy()
+    query_ids = whole(table["query_id"]).dictionary_encode().indices.to_numpy()
+    # The rows of a query are neighbours, so the rank is the distance from the first of them.
+    begins = np.flatnonzero(np.diff(query_ids, prepend=-1))
+    rank = np.arange(len(table)) - np.repeat(begins, np.diff(begins, append=len(table)))
+    return able & (rank < depth)
+
+
+def _spans_of(objects: Sequence[CorpusObject], ids: IdArray) -> Iterator[tuple[CorpusObject, Span, IdArray]]:
+    """Yield each span that holds some of the ascending ids, under its object without the other spans."""
+    starts, stops, spans = _span_map(tuple(objects))
+    places = np.searchsorted(starts, ids, side="right") - 1
+    inside = (places >= 0) & (ids < stops[np.maximum(places, 0)])
+    for place, group in itertools.groupby(np.flatnonzero(inside), key=lambda i: int(places[i])):
+        corpus_object, span = spans[place]
+        yield replace(corpus_object, spans=()), span, ids[list(group)]
+
+
+@functools.lru_cache(maxsize=2)
+def _span_map(
+    objects: tuple[CorpusObject, ...],
+) -> tuple[IdArray, IdArray, list[tuple[CorpusObject, Span]]]:
+    spans = [(o, s) for o in sorted(objects, key=lambda o: o.object_no) for s in o.spans]
+    starts = [int(vector_ids(o.object_no, np.array([s.first_row]))[0]) for o, s in spans]
+    stops = [start + sum(s.unit_rows) for start, (_, s) in zip(starts, spans, strict=True)]
+    return np.array(starts, np.int64), np.array(stops, np.int64), spans

@@ -1,0 +1,157 @@
+"""Input rows of any format to groups and units: read once, as a stream, and stored in one form.
+
+Groups are named by their content, so that a rerun finds what it left, and an input that grew keeps all
+of its groups but the last.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bge_ray.pipeline.runs.parcels import GroupTask, UnitTask, digest, ipc_bytes
+from bge_ray.storage.objects import Storage, join
+
+# Texts of a group that came inline, in characters; more are cut into several groups.
+GROUP_CHARS = 64 << 20
+
+# Rows that must stay together (the candidates of one query), as columns.
+Block: TypeAlias = dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a unit and a group are full, in rows; a block that is larger makes a unit of its own."""
+
+    unit_rows: int
+    group_rows: int
+
+
+@dataclass
+class Rejections:
+    """Input that was left out, each with its reason, in four lists of equal length."""
+
+    query_ids: list[str | None] = field(default_factory=list)
+    passage_ids: list[str | None] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
+
+    def add(self, query_id: str | None, passage_id: str | None, reason: str, detail: str) -> None:
+        """Note one query, or one passage of a query, that is left out."""
+        self.query_ids.append(query_id)
+        self.passage_ids.append(passage_id)
+        self.reasons.append(reason)
+        self.details.append(detail[:300])
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+
+@dataclass(frozen=True)
+class Intake:
+    """All units of a run in order, and the groups with something to do."""
+
+    units: tuple[UnitTask, ...]
+    groups: tuple[GroupTask, ...]
+
+    @property
+    def rows(self) -> int:
+        """Input rows of all units."""
+        return sum(unit.n_rows for unit in self.units)
+
+
+def take_in(
+    storage: Storage,
+    folder: str,
+    blocks: Iterable[Block],
+    schema: pa.Schema,
+    limits: Limits,
+    key: str,
+) -> Intake:
+    """Cut input into units and groups, and store the groups that are not done.
+
+    Memory: one group.
+
+    Args:
+        storage: where to write.
+        folder: work folder of the run.
+        blocks: columns of ``schema`` but ``row_no``.
+        schema: of the stored rows.
+        limits: when a unit and a group are full.
+        key: of all that decides the outcome of a row beside the row itself.
+    """
+    finished = finished_parts(storage, folder)
+    units: list[UnitTask] = []
+    groups: list[GroupTask] = []
+    for number, (table, edges) in enumerate(_cut(blocks, schema, limits)):
+        found = [
+            UnitTask(start, stop - start, digest(key, ipc_bytes(_renumbered(table, start, stop))))
+            for start, stop in itertools.pairwise(edges)
+        ]
+        units += found
+        todo = tuple(unit for unit in found if unit.fingerprint not in finished)
+        if todo:
+            name = digest(key, [unit.fingerprint for unit in found])
+            uri = join(folder, "groups", f"{number:08d}-{name[:32]}.parquet")
+            sink = pa.BufferOutputStream()
+            pq.write_table(table, sink, compression="zstd")
+            storage.write(uri, bytes(sink.getvalue()))
+            groups.append(GroupTask(number, uri, todo))
+    return Intake(tuple(units), tuple(groups))
+
+
+def finished_parts(storage: Storage, folder: str) -> set[str]:
+    """Return the fingerprints of the units whose parts are there."""
+    listed = storage.list_files(join(folder, "parts"))
+    return {info.uri.rpartition("/")[2].removesuffix(".parquet") for info in listed}
+
+
+def read_group(storage: Storage, task: GroupTask) -> pa.Table:
+    """Return the rows of the units to do; ``row_no`` tells which rows those are."""
+    table = pq.read_table(pa.BufferReader(storage.read(task.uri)), use_threads=False)
+    parts = [table.slice(unit.first_row, unit.n_rows) for unit in task.todo]
+    return pa.concat_tables(parts)
+
+
+def remove_all(storage: Storage, uris: list[str]) -> None:
+    """Remove objects, many at once."""
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda uri: storage.delete([uri]), uris))
+
+
+def _cut(blocks: Iterable[Block], schema: pa.Schema, limits: Limits) -> Iterator[tuple[pa.Table, list[int]]]:
+    """Yield the rows of each group, and the borders of its units, from 0 to its number of rows."""
+    names = [name for name in schema.names if name != "row_no"]
+    held: dict[str, list[Any]] = {name: [] for name in names}
+    edges = [0]
+    size = chars = 0
+
+    def close() -> tuple[pa.Table, list[int]]:
+        columns = {"row_no": list(range(size)), **held}
+        return pa.table([columns[name] for name in schema.names], schema=schema), [*edges, size]
+
+    for block in blocks:
+        n_rows = len(block[names[0]])
+        if size > edges[-1] and size - edges[-1] + n_rows > limits.unit_rows:
+            if size + n_rows > limits.group_rows or chars > GROUP_CHARS:
+                yield close()
+                held, edges, size, chars = {name: [] for name in names}, [0], 0, 0
+            else:
+                edges.append(size)
+        for name in names:
+            held[name].extend(block[name])
+        size += n_rows
+        chars += sum(len(text) for text in block.get("text", ()) if text)
+    if size:
+        yield close()
+
+
+def _renumbered(table: pa.Table, start: int, stop: int) -> pa.Table:
+    """Return rows of a table without what depends on their place in it."""
+    rows = table.slice(start, stop - start).drop_columns(["row_no"])
+    # Built anew, because a slice may carry bits of its neighbours.
+    return pa.table({name: rows[name].to_pylist() for name in rows.column_names}, schema=rows.schema)

@@ -1,0 +1,298 @@
+"""The end of a unit and of a run: its part, created whole; then all parts, in order, as run files.
+
+A part is its own marker: one object, named by the fingerprint of its unit, there in full or not at all.
+What a twin of the task writes later changes nothing.
+"""
+
+import contextlib
+import io
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from bge_ray.errors import CorpusError, IncompleteRunError, StorageError
+from bge_ray.formats.runs import RUN_SCHEMA, encode_trec
+from bge_ray.pipeline.runs.intake import Rejections
+from bge_ray.pipeline.runs.parcels import CANDIDATE_SCHEMA, Parcel, UnitTask, Workplace, part_uri, whole
+from bge_ray.storage.concatenate import Piece, concatenate
+from bge_ray.storage.objects import Storage, join
+
+PART_SCHEMA = pa.schema([f for f in CANDIDATE_SCHEMA if f.name not in ("query", "text")])
+FACTS_KEY = b"bge_ray.facts"
+# A piece of a run file, and the rows of a Parquet row group: what the driver holds of a run.
+PIECE_BYTES = 16 << 20
+GROUP_ROWS = 200_000
+READ_AHEAD = 8
+REJECTED_SCHEMA = pa.schema([(name, pa.string()) for name in ("query_id", "passage_id", "reason", "detail")])
+
+
+def write_stage(batch: pa.Table, place: Workplace) -> pa.Table:
+    """Write the part of a unit; what goes on to the driver is a receipt without a table."""
+    parcel = Parcel.from_batch(batch)
+    if parcel.table is None:
+        return batch
+    (unit,) = parcel.task.todo
+    # Every input row is there, with a candidate, a score or a reason.
+    counted = pc.count_distinct(parcel.table["row_no"]).as_py()
+    if counted != unit.n_rows:
+        return parcel.failed(f"{counted} input rows came out, {unit.n_rows} went in").to_batch()
+    facts = parcel.facts | {"written": time.time()}
+    table = parcel.table.select(PART_SCHEMA.names)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({FACTS_KEY: json.dumps(facts)}), sink, compression="zstd")
+    try:
+        place.storage.create(place.part_uri(unit.fingerprint), bytes(sink.getvalue()))
+    except StorageError as error:
+        return parcel.failed(str(error)).to_batch()
+    counts = {"queries": pc.count_distinct(table["query_id"]).as_py(), "rows": len(table)}
+    return Parcel(parcel.task, None, facts | counts).to_batch()
+
+
+@dataclass(frozen=True)
+class RunOutput:
+    """One run to publish: where, under which name, and which column of the parts orders it."""
+
+    folder: str
+    tag: str
+    column: str  # score or logit
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of run.parquet: those of any run, the vector id, and a reranker's probability."""
+        schema = RUN_SCHEMA.append(pa.field("vector_id", pa.int64()))
+        return schema.append(pa.field("probability", pa.float32())) if self.column == "logit" else schema
+
+
+@dataclass
+class Totals:
+    """What the parts of a run add up to."""
+
+    queries: int = 0
+    rows: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    facts: Counter[str] = field(default_factory=Counter)
+    results: dict[str, int] = field(default_factory=dict)
+    answered: dict[str, int] = field(default_factory=dict)
+    without_trec: list[str] = field(default_factory=list)
+
+
+def publish(
+    storage: Storage,
+    work: str,
+    units: Sequence[UnitTask],
+    outputs: Sequence[RunOutput],
+    rejections: Rejections,
+) -> Totals:
+    """Put the parts together as run.parquet and run.trec, and what was left out as rejected.parquet.
+
+    Memory: a row group, whatever the size of the run.
+
+    Raises:
+        IncompleteRunError: a part is not what its name promises.
+        StorageError: reading or writing failed for good.
+    """
+    totals = Totals()
+    totals.reasons.update(rejections.reasons)
+    with contextlib.ExitStack() as stack:
+        writers = [_RunWriter(storage, work, output, stack) for output in outputs]
+        rejected = _RejectedWriter(storage, work, stack)
+        rejected.write_rejections(rejections)
+        for unit, table in zip(units, _read_parts(storage, work, units), strict=True):
+            _count(unit, table, totals)
+            rejected.write(table.filter(pc.is_valid(table["reason"])).select(REJECTED_SCHEMA.names))
+            for writer in writers:
+                writer.write(table)
+        for writer in writers:
+            writer.publish(totals)
+        rejected.publish(join(outputs[0].folder, "rejected.parquet"))
+    return totals
+
+
+def rank_rows(table: pa.Table, column: str) -> pa.Table:
+    """Return the rows with a value in ``column``, sorted by query, falling value, passage id; and their rank.
+
+    Args:
+        table: rows of PART_SCHEMA of whole queries.
+        column: score or logit.
+    """
+    table = table.filter(pc.is_valid(table[column]))
+    # The numbers of queries in order of appearance: a rerank unit has a row number a pair.
+    numbers = whole(table["query_id"]).dictionary_encode().indices.cast(pa.int64())
+    table = table.append_column("query_no", numbers)
+    table = table.sort_by([("query_no", "ascending"), (column, "descending"), ("passage_id", "ascending")])
+    places = table["query_no"].to_numpy()
+    rank = np.arange(1, len(table) + 1) - np.searchsorted(places, places)
+    return table.append_column("rank", pa.array(rank.astype(np.int32)))
+
+
+def _run_rows(table: pa.Table, output: RunOutput) -> pa.Table:
+    table = rank_rows(table, output.column)
+    values = table[output.column].to_numpy().astype(np.float64)
+    columns = {
+        "query_id": table["query_id"],
+        "passage_id": table["passage_id"],
+        "rank": table["rank"],
+        "score": values,
+        "tag": [output.tag] * len(table),
+        "vector_id": table["vector_id"],
+        "probability": sigmoid(values),
+    }
+    return pa.table([columns[name] for name in output.schema.names], schema=output.schema)
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Return (n,) float32 probabilities of logits, without overflow."""
+    return (0.5 * (1 + np.tanh(0.5 * logits.astype(np.float64)))).astype(np.float32)
+
+
+def _count(unit: UnitTask, table: pa.Table, totals: Totals) -> None:
+    counted = pc.count_distinct(table["row_no"]).as_py()
+    if counted != unit.n_rows:
+        raise IncompleteRunError(f"part {unit.fingerprint[:12]}: {counted} rows, {unit.n_rows} were planned")
+    totals.queries += pc.count_distinct(table["query_id"]).as_py()
+    totals.rows += len(table)
+    totals.reasons.update(pc.drop_null(table["reason"]).to_pylist())
+    facts = json.loads(table.schema.metadata[FACTS_KEY])
+    times = ("score_started", "score_ended", "written")
+    totals.facts.update({key: value for key, value in facts.items() if key not in times})
+
+
+def _read_parts(storage: Storage, work: str, units: Sequence[UnitTask]) -> Iterator[pa.Table]:
+    """Yield the parts in order, some of them fetched ahead."""
+
+    def read(unit: UnitTask) -> pa.Table:
+        data = storage.read(part_uri(work, unit.fingerprint))
+        return pq.read_table(pa.BufferReader(data), use_threads=False)
+
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        waiting = [pool.submit(read, unit) for unit in units[:READ_AHEAD]]
+        for following in range(READ_AHEAD, len(units) + READ_AHEAD):
+            if not waiting:
+                return
+            table = waiting.pop(0).result()
+            if following < len(units):
+                waiting.append(pool.submit(read, units[following]))
+            yield table
+
+
+class _PieceFile(io.RawIOBase):
+    """A file to append to whose bytes become objects of bounded size, and one object at the end."""
+
+    def __init__(self, storage: Storage, stem: str) -> None:
+        super().__init__()
+        self._storage, self._stem = storage, stem
+        self._held = bytearray()
+        self._pieces: list[Piece] = []
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        self._held += view
+        if len(self._held) >= PIECE_BYTES:
+            self._flush_piece()
+        return view.nbytes
+
+    def publish(self, uri: str) -> None:
+        """Make the object ``uri`` of all that was written."""
+        if not self._pieces:
+            self._storage.write(uri, bytes(self._held))
+            return
+        if self._held:
+            self._flush_piece()
+        concatenate(self._storage, self._pieces, uri)
+
+    def _flush_piece(self) -> None:
+        uri = f"{self._stem}-{len(self._pieces):06d}"
+        self._storage.write(uri, bytes(self._held))
+        self._pieces.append(Piece(uri, len(self._held)))
+        self._held = bytearray()
+
+
+class _ParquetFile:
+    """A Parquet file written row group by row group."""
+
+    def __init__(self, storage: Storage, stem: str, schema: pa.Schema, stack: contextlib.ExitStack) -> None:
+        self._file = _PieceFile(storage, stem)
+        sink = stack.enter_context(pa.PythonFile(self._file, mode="w"))
+        self._writer = stack.enter_context(pq.ParquetWriter(sink, schema, compression="zstd"))
+        self._held: list[pa.Table] = []
+        self._rows = 0
+
+    def write(self, table: pa.Table) -> None:
+        self._held.append(table)
+        self._rows += len(table)
+        if self._rows >= GROUP_ROWS:
+            self._flush()
+
+    def publish(self, uri: str) -> None:
+        self._flush()
+        self._writer.close()
+        self._file.publish(uri)
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_table(pa.concat_tables(self._held).combine_chunks())
+        self._held, self._rows = [], 0
+
+
+class _RunWriter:
+    """Writes one run in both forms; the TREC form is given up at the first id that it cannot hold."""
+
+    def __init__(self, storage: Storage, work: str, output: RunOutput, stack: contextlib.ExitStack) -> None:
+        self._storage, self._output = storage, output
+        stem = join(work, "pieces", output.column)
+        self._parquet = _ParquetFile(storage, f"{stem}-parquet", output.schema, stack)
+        self._trec: _PieceFile | None = _PieceFile(storage, f"{stem}-trec")
+        self._why_not = ""
+        self._results = self._answered = 0
+
+    def write(self, part: pa.Table) -> None:
+        rows = _run_rows(part, self._output)
+        self._results += len(rows)
+        self._answered += pc.count_distinct(rows["query_id"]).as_py()
+        self._parquet.write(rows)
+        if self._trec is not None:
+            try:
+                self._trec.write(encode_trec(rows.select(RUN_SCHEMA.names)))
+            except CorpusError as error:
+                self._trec, self._why_not = None, str(error)
+
+    def publish(self, totals: Totals) -> None:
+        folder, column = self._output.folder, self._output.column
+        self._parquet.publish(join(folder, "run.parquet"))
+        trec = join(folder, "run.trec")
+        if self._trec is not None:
+            self._trec.publish(trec)
+        else:
+            # An old run.trec beside a new run.parquet would be taken for its twin.
+            self._storage.delete([trec])
+            totals.without_trec.append(self._why_not)
+        totals.results[column], totals.answered[column] = self._results, self._answered
+
+
+class _RejectedWriter:
+    """Writes what was left out, with its reason."""
+
+    def __init__(self, storage: Storage, work: str, stack: contextlib.ExitStack) -> None:
+        self._file = _ParquetFile(storage, join(work, "pieces", "rejected"), REJECTED_SCHEMA, stack)
+
+    def write_rejections(self, found: Rejections) -> None:
+        columns = [found.query_ids, found.passage_ids, found.reasons, found.details]
+        self.write(pa.table(columns, schema=REJECTED_SCHEMA))
+
+    def write(self, table: pa.Table) -> None:
+        self._file.write(table.cast(REJECTED_SCHEMA).replace_schema_metadata(None))
+
+    def publish(self, uri: str) -> None:
+        self._file.publish(uri)

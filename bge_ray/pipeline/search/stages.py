@@ -1,0 +1,260 @@
+"""The stages of a search: stored queries, their vectors, and the candidates of each.
+
+A query that cannot be answered ends as one row with its reason; a group that cannot be done is given
+up with an error; only defects raise.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from ray.actor import ActorHandle
+
+from bge_ray.dataset.lookup import ShardMap, read_places
+from bge_ray.dataset.read import Vectors, read_vectors
+from bge_ray.errors import BgeRayError, StorageError
+from bge_ray.index.topk import NO_RESULT, Results, exact_topk, rescore
+from bge_ray.model.feed.tokenizer import Tokenizer
+from bge_ray.model.source import fetch_model
+from bge_ray.pipeline.engine.device import device_or_exit
+from bge_ray.pipeline.engine.isolation import Attempt, run_isolated
+from bge_ray.pipeline.index.searchers import search_all
+from bge_ray.pipeline.runs.intake import read_group
+from bge_ray.pipeline.runs.parcels import CANDIDATE_SCHEMA, EncodeJob, Parcel, Workplace, whole
+from bge_ray.records.dataset import FileFact
+from bge_ray.records.ids import FloatArray, IdArray
+from bge_ray.storage.objects import Storage
+
+# Vectors that an exact searcher keeps from one group of queries to the next.
+KEPT_VECTOR_BYTES = 256 << 20
+# Candidates whose vectors are in memory at once to be scored again.
+RESCORED_AT_ONCE = 50_000
+
+
+@dataclass(frozen=True)
+class SearchJob:
+    """What a search task must know; ``fetched`` results a query are asked for, ``k`` are kept."""
+
+    place: Workplace
+    root: str
+    shards: ShardMap
+    searchers: tuple[ActorHandle, ...]
+    k: int
+    fetched: int
+    effort: int | None
+    rescores: bool
+
+
+def read_stage(batch: pa.Table, place: Workplace) -> pa.Table:
+    """Read the rows of a group that are to do."""
+    parcel = Parcel.from_batch(batch)
+    try:
+        return parcel.filled(read_group(place.storage, parcel.task)).to_batch()
+    except StorageError as error:
+        return parcel.failed(str(error)).to_batch()
+
+
+class QueryEncodeStage:
+    """An actor that holds one encoder: queries in, their vectors in a column beside them out."""
+
+    def __init__(self, job: EncodeJob) -> None:
+        """Load the model and its tokenizer."""
+        from bge_ray.model.encoder import Encoder  # torch, only where there is a model
+
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        self._job = job
+        device = job.device
+        folder, _ = fetch_model(job.spec.name, job.spec.revision)
+        trust = device.trust_remote_code
+        self._tokenizer = Tokenizer(folder, job.spec.max_length, trust_remote_code=trust)
+        self._encoder = Encoder(job.spec, device=device.name, threads=device.threads, trust_remote_code=trust)
+        if device.name != "cpu":
+            self._encoder.warm_up(device.token_budget)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Encode the queries of one group."""
+        parcel = Parcel.from_batch(batch)
+        if parcel.table is None:
+            return batch
+        with Attempt(self._job.place.ledger, f"encode {parcel.task.name}") as attempt:
+            if attempt.total_deaths >= self._job.place.max_attempts:
+                return parcel.failed(f"its encoder died {attempt.total_deaths} times").to_batch()
+            return self._encode(parcel, parcel.table, attempt).to_batch()
+
+    def _encode(self, parcel: Parcel, table: pa.Table, attempt: Attempt) -> Parcel:
+        started = time.time()
+        tokens = self._tokenizer.tokenise(
+            table["query"].to_pylist(), instruction=self._job.spec.query_instruction
+        )
+        result = self._encoder.empty_result(len(tokens))
+
+        def run(batches: Sequence[IdArray]) -> None:
+            with device_or_exit(f"queries {parcel.task.name}"):
+                self._encoder.encode(tokens, batches, result)
+
+        def reject(i: int, detail: str) -> None:
+            result.faults[i] = ("killed_worker", detail)
+
+        batches = self._encoder.cut(tokens.lengths, self._job.device.token_budget)
+        run_isolated(attempt, "encoding", batches, run, reject)
+        flat = pa.array(result.embeddings.reshape(-1))
+        encoded = table.append_column("vector", pa.FixedSizeListArray.from_arrays(flat, self._job.spec.dim))
+        faults = [result.faults.get(i) for i in range(len(table))]
+        encoded = encoded.append_column("reason", pa.array([f and f[0] for f in faults], pa.string()))
+        encoded = encoded.append_column("detail", pa.array([f and f[1] for f in faults], pa.string()))
+        facts = {"query_tokens": int(tokens.offsets[-1]), "truncated_queries": int(tokens.truncated.sum())}
+        return parcel.filled(encoded, encode_s=time.time() - started, **facts)
+
+
+class ShardSearcher:
+    """Searches embedding shards exactly, side by side with others of its kind; stands in for a Searcher."""
+
+    def __init__(self, storage: Storage, root: str, facts: Sequence[FileFact], threads: int) -> None:
+        """Note which shards to search; they are read at the first search."""
+        from bge_ray.index.package import use_threads
+
+        self._storage, self._root, self._facts = storage, root, facts
+        self._kept: dict[str, list[Vectors]] = {}
+        self._kept_bytes = 0
+        use_threads(threads)
+
+    def search(self, queries: FloatArray, k: int, effort: int | None) -> Results:  # noqa: ARG002
+        """Return the best k over all shards of this actor.
+
+        Raises:
+            StorageError: a shard is missing or damaged.
+            IndexBuildError: a query is bad.
+        """
+        return exact_topk(queries, (block for fact in self._facts for block in self._blocks(fact)), k)
+
+    def _blocks(self, fact: FileFact) -> list[Vectors]:
+        if fact.path in self._kept:
+            return self._kept[fact.path]
+        blocks = list(read_vectors(self._storage, self._root, fact))
+        size = sum(vectors.nbytes + ids.nbytes for vectors, ids in blocks)
+        if self._kept_bytes + size <= KEPT_VECTOR_BYTES:
+            self._kept[fact.path] = blocks
+            self._kept_bytes += size
+        return blocks
+
+
+def retrieve_stage(batch: pa.Table, job: SearchJob) -> pa.Table:
+    """Find the candidates of each query of a group: rows of CANDIDATE_SCHEMA, best first."""
+    parcel = Parcel.from_batch(batch)
+    if parcel.table is None:
+        return batch
+    started = time.time()
+    try:
+        return _retrieve(parcel, parcel.table, job, started).to_batch()
+    except BgeRayError as error:
+        return parcel.failed(str(error)).to_batch()
+
+
+def _retrieve(parcel: Parcel, table: pa.Table, job: SearchJob, started: float) -> Parcel:
+    able = table.filter(pc.is_null(table["reason"]))
+    unable = table.filter(pc.is_valid(table["reason"]))
+    queries = _matrix(able["vector"])
+    scores, ids = np.empty((0, job.k), np.float32), np.empty((0, job.k), np.int64)
+    if len(able):
+        scores, ids = search_all(job.searchers, queries, job.fetched, job.effort, watch=lambda: None)
+    searched = time.time()
+    places = read_places(job.place.storage, job.root, job.shards, _distinct(ids), ["passage_id"])
+    known = np.isin(ids, places["vector_id"].to_numpy())
+    facts = {
+        "unknown_ids": int(((ids != NO_RESULT) & ~known).sum()),
+        "missing_results": int((ids == NO_RESULT).sum()),
+    }
+    if job.rescores and len(able):
+        scores, ids = _rescore(job, queries, np.where(known, ids, NO_RESULT))
+        known = ids != NO_RESULT
+    found, doubled = _rows(able, scores, ids, known, places, job.k)
+    answered = np.isin(able["row_no"].to_numpy(), found["row_no"].to_numpy())
+    silent = able.filter(pa.array(~answered))
+    facts["doubled_passages"] = doubled
+    rows = pa.concat_tables([found, _as_candidates(unable), _without_result(silent)])
+    return parcel.filled(rows, search_s=searched - started, resolve_s=time.time() - searched, **facts)
+
+
+def _rescore(job: SearchJob, queries: FloatArray, ids: IdArray) -> Results:
+    """Score candidates again from their stored vectors, some queries at a time."""
+
+    def fetch(wanted: IdArray) -> npt.NDArray[np.floating]:
+        return _matrix(
+            read_places(job.place.storage, job.root, job.shards, wanted, ["embedding"])["embedding"]
+        )
+
+    step = max(1, RESCORED_AT_ONCE // ids.shape[1])
+    parts = [
+        rescore(queries[start : start + step], ids[start : start + step], fetch, job.k)
+        for start in range(0, len(ids), step)
+    ]
+    return np.concatenate([s for s, _ in parts]), np.concatenate([i for _, i in parts])
+
+
+def _rows(
+    queries: pa.Table,
+    scores: FloatArray,
+    ids: IdArray,
+    known: npt.NDArray[np.bool_],
+    places: pa.Table,
+    k: int,
+) -> tuple[pa.Table, int]:
+    """Return at most k candidates a query, ties by passage id, and how many more were the same passage.
+
+    A passage id that was embedded twice (in two objects of the corpus) counts once, with its best score.
+    """
+    which, _ = np.nonzero(known)
+    positions = np.searchsorted(places["vector_id"].to_numpy(), ids[known])
+    found = queries.select(["row_no", "query_id", "query"]).take(pa.array(which))
+    found = found.append_column("passage_id", places["passage_id"].take(pa.array(positions)))
+    found = found.append_column("vector_id", pa.array(ids[known]))
+    found = found.append_column("score", pa.array(scores[known].astype(np.float64)))
+    order = [("row_no", "ascending"), ("score", "descending"), ("passage_id", "ascending")]
+    found = found.sort_by([*order, ("vector_id", "ascending")])
+    if not len(found):
+        return _as_candidates(found), 0
+    rows = found["row_no"].to_numpy()
+    numbers = whole(found["passage_id"]).dictionary_encode().indices.to_numpy()
+    _, first = np.unique(rows * len(found) + numbers, return_index=True)
+    first.sort()
+    rows = rows[first]
+    rank = np.arange(len(first)) - np.searchsorted(rows, rows)
+    return _as_candidates(found.take(pa.array(first[rank < k]))), len(found) - len(first)
+
+
+def _without_result(queries: pa.Table) -> pa.Table:
+    rows = _as_candidates(queries.drop_columns(["reason", "detail"]))
+    reason = pa.array(["no_result"] * len(rows), pa.string())
+    detail = pa.array(["the index has nothing for it"] * len(rows), pa.string())
+    return rows.set_column(
+        rows.schema.get_field_index("reason"), CANDIDATE_SCHEMA.field("reason"), reason
+    ).set_column(rows.schema.get_field_index("detail"), CANDIDATE_SCHEMA.field("detail"), detail)
+
+
+def _as_candidates(table: pa.Table) -> pa.Table:
+    """Return a table with the columns of CANDIDATE_SCHEMA, null where it has none."""
+    columns = [
+        table[field.name].cast(field.type)
+        if field.name in table.column_names
+        else pa.nulls(len(table), field.type)
+        for field in CANDIDATE_SCHEMA
+    ]
+    return pa.table(columns, schema=CANDIDATE_SCHEMA)
+
+
+def _distinct(ids: IdArray) -> IdArray:
+    return np.unique(ids[ids != NO_RESULT])
+
+
+def _matrix(column: pa.ChunkedArray) -> npt.NDArray[np.floating]:
+    """Return a fixed-size-list column as (n, dim)."""
+    dim = column.type.list_size
+    chunks = [
+        chunk.flatten().to_numpy(zero_copy_only=False).reshape(len(chunk), dim) for chunk in column.chunks
+    ]
+    return np.concatenate(chunks) if chunks else np.empty((0, dim), np.float32)

@@ -1,0 +1,536 @@
+"""All settings of all jobs: one frozen object, read from YAML and ``--set section.key=value``.
+
+Every job takes the same sections, so one file can describe a whole chain. A key that is unknown,
+of the wrong type or impossible is refused before anything starts. Secrets have no place here:
+storage and hub credentials come from the environment.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, TypeAlias
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bge_ray.errors import SettingsError
+from bge_ray.records.ids import MAX_ROWS_PER_OBJECT, RESERVED_COLUMNS
+
+Pooling: TypeAlias = Literal["cls", "mean", "last_token"]
+ComputeDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
+OutputDtype: TypeAlias = Literal["float32", "float16"]
+Auto: TypeAlias = Literal["auto"]
+
+# A name and a password in front of a bucket or host (digits after the colon are a port), or a signed URL.
+_CREDENTIALS = re.compile(
+    r"://[^/\s@:]+:(?!\d+/)[^@\s]*@|[?&](sig|signature|x-amz-\w*-?(signature|credential|token)|awsaccesskeyid)=",
+    re.IGNORECASE,
+)
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, and no key that is not declared."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class CorpusSettings(Section):
+    """Where the passages are and which columns hold them."""
+
+    uri: str | None = Field(
+        None, description="file, folder or glob on any fsspec URI (s3://, gs://, az://, a local path)"
+    )
+    format: Literal["auto", "parquet", "jsonl", "csv"] = Field(
+        "auto",
+        description="file format; auto goes by the name (.parquet, .jsonl, .ndjson, .csv, .tsv; .gz, .zst)",
+    )
+    id_column: str = Field(
+        "auto", description="column of the passage id; auto takes _id, id or passage_id, whichever is there"
+    )
+    text_column: str = Field("text", description="column of the passage text")
+    title_column: str | None = Field(
+        "auto",
+        description="column joined in front of the text; auto takes `title` if any object has it; null: none",
+    )
+    keep_columns: tuple[str, ...] = Field((), description="metadata columns copied into the embedding shards")
+    max_rejected_fraction: float = Field(
+        0.01, ge=0, le=1, description="share of rows that may be rejected before the run counts as failed"
+    )
+
+    @model_validator(mode="after")
+    def _kept_names_are_free(self) -> "CorpusSettings":
+        clash = sorted(set(self.keep_columns) & set(RESERVED_COLUMNS))
+        if clash:
+            raise ValueError(f"keep_columns: {clash} are names of our own columns; rename them in the corpus")
+        if len(set(self.keep_columns)) != len(self.keep_columns):
+            raise ValueError("keep_columns: a column is named twice")
+        return self
+
+
+class ModelSettings(Section):
+    """Which model makes the vectors, and how."""
+
+    name: str = Field("BAAI/bge-small-en-v1.5", description="hub id or local folder")
+    revision: str | None = Field(
+        None, description="hub commit, tag or branch; resolved to a commit and pinned in dataset.json"
+    )
+    pooling: Pooling | Auto = Field(
+        "auto", description="tokens to one vector; auto takes what the model card or folder says"
+    )
+    max_length: int | None = Field(
+        None,
+        ge=3,
+        description="tokens kept of a text, special tokens included; null takes the model's own limit",
+    )
+    dtype: ComputeDtype | Auto = Field(
+        "auto", description="compute dtype; auto is float16 on a GPU and float32 on a CPU"
+    )
+    normalize: bool = Field(True, description="scale each vector to unit L2 norm")
+    query_instruction: str | None = Field(
+        None, description="text put before a query; null takes the model card's, an empty string means none"
+    )
+    passage_instruction: str | None = Field(
+        None, description="text put before a passage; null takes the model folder's (BGE has none)"
+    )
+    trust_remote_code: bool = Field(
+        False, description="run Python code found in the model folder; off unless you trust its author"
+    )
+
+
+class BatchingSettings(Section):
+    """How rows are cut into work units and forward passes."""
+
+    token_budget: int | Auto = Field(
+        "auto",
+        description="tokens of one forward pass, padding included; auto is 32768 on a GPU and 1024 on a CPU",
+    )
+    unit_rows: int = Field(
+        50_000,
+        ge=1,
+        lt=MAX_ROWS_PER_OBJECT,
+        description="most rows of one work unit, the piece that is committed, retried and resumed",
+    )
+    unit_bytes: int = Field(
+        96_000_000, ge=1_000_000, description="most bytes of text plus vectors of one work unit, in bytes"
+    )
+
+    @model_validator(mode="after")
+    def _budget_is_positive(self) -> "BatchingSettings":
+        if isinstance(self.token_budget, int) and self.token_budget < 1:
+            raise ValueError("token_budget: must be at least 1 token")
+        return self
+
+
+class OutputSettings(Section):
+    """Where the data set is written."""
+
+    uri: str | None = Field(None, description="folder of the data set on any fsspec URI")
+    dtype: OutputDtype | Auto = Field(
+        "auto",
+        description="dtype of the stored vectors; auto is float16, or float32 when model.dtype is float32",
+    )
+    compression: Literal["zstd", "snappy", "none"] = Field(
+        "zstd", description="Parquet compression of the embedding shards"
+    )
+    storage_timeout_s: float = Field(
+        120.0, gt=0, description="how long a failing storage operation is retried, in seconds"
+    )
+
+
+class ResourcesSettings(Section):
+    """What the job may use of the cluster."""
+
+    address: str | None = Field(
+        None,
+        description="Ray address; null joins the cluster the job was submitted to, or starts a local one",
+    )
+    num_encoders: int | None = Field(
+        None,
+        ge=1,
+        description="encoder actors; null takes one a GPU, or one a CPU core where there is no GPU",
+    )
+    gpus_per_encoder: float | None = Field(
+        None, ge=0, description="GPUs of one encoder; null takes 1 if the cluster has GPUs, else 0"
+    )
+    num_readers: int | None = Field(
+        None,
+        ge=1,
+        description="reading and tokenising tasks at once; null sizes them from the CPUs that are left",
+    )
+    threads_per_encoder: int | None = Field(
+        None, ge=1, description="CPU threads of one encoder; null shares the cores of a node evenly"
+    )
+    max_unit_attempts: int = Field(
+        24, ge=3, description="times a unit may take down its worker process before it is given up"
+    )
+
+
+class ReportSettings(Section):
+    """What is told while the job runs and after it."""
+
+    log_interval_s: float = Field(
+        30.0, gt=0, description="seconds between log lines where there is no terminal"
+    )
+    price_per_hour: float | None = Field(
+        None,
+        ge=0,
+        description="price of a device-hour (a GPU, or a CPU core where there is none), in your currency",
+    )
+
+
+class IndexSettings(Section):
+    """Which FAISS index is built from the embedding shards."""
+
+    build: bool = Field(False, description="build the index at the end of the embed job, too")
+    factory: str = Field(
+        "auto", description="FAISS factory string; auto chooses by vectors, dim and memory_bytes"
+    )
+    metric: Literal["l2", "ip"] = Field(
+        "l2",
+        description="how FAISS compares; scores are inner products either way, lossy codes do better with l2",
+    )
+    memory_bytes: int = Field(
+        16_000_000_000,
+        ge=1_000_000,
+        description="what the index may take when searched, in bytes; decides auto",
+    )
+    layout: Literal["single", "ranges"] = Field(
+        "single", description="one index file, or one a range of inverted lists, to be searched side by side"
+    )
+    part_bytes: int = Field(
+        128_000_000,
+        ge=100_000,
+        description="most bytes of codes and ids that one add task makes; it holds them twice",
+    )
+    range_bytes: int = Field(
+        256_000_000, ge=5_242_880, description="most bytes of a merge task, and of a file in layout ranges"
+    )
+    gpus_per_task: float = Field(
+        0.0,
+        ge=0,
+        description="GPUs of the training and of each add task, which then find centroids and lists through "
+        "torch; 0 leaves both to FAISS on CPUs",
+    )
+    recall_target: float = Field(0.95, gt=0, le=1, description="recall@10 to reach by choosing nprobe")
+    queries: str | None = Field(
+        None,
+        description="file, folder or glob of queries to measure recall with, as search.queries; null draws "
+        "rows of the data set instead",
+    )
+    num_queries: int = Field(1000, ge=1, description="most queries that recall is measured with")
+    max_drift: float = Field(
+        0.3,
+        ge=0,
+        le=1,
+        description="share of vectors out of place since the training above which the index is trained anew",
+    )
+
+
+class SearchSettings(Section):
+    """Which queries are searched for, how, and where the run goes."""
+
+    queries: str | None = Field(
+        None,
+        description="file, folder or glob of queries: JSONL, Parquet, CSV, or a folder in the BEIR layout",
+    )
+    id_column: str = Field(
+        "auto", description="column of the query id; auto takes _id, query_id, qid or id, whichever is there"
+    )
+    text_column: str = Field(
+        "auto", description="column of the query text; auto takes text, query or question"
+    )
+    output: str | None = Field(None, description="folder of run.parquet and run.trec on any fsspec URI")
+    k: int = Field(100, ge=1, le=100_000, description="results a query")
+    exact: bool = Field(
+        False, description="search the embedding shards themselves; done anyway where there is no index"
+    )
+    nprobe: int | None = Field(
+        None, ge=1, description="inverted lists to probe (or efSearch of HNSW); null takes the tuned value"
+    )
+    rescore: int = Field(
+        0,
+        ge=0,
+        description="candidates from the index to score again from the stored vectors, at least k; 0: none",
+    )
+    rerank: bool = Field(
+        False, description="rerank the results in the same job; the section rerank says with what"
+    )
+    unit_queries: int = Field(
+        2000, ge=1, description="queries of one work unit, the piece that is searched at once"
+    )
+    num_searchers: int | None = Field(
+        None, ge=1, description="actors that share the index; null sizes them from the CPUs"
+    )
+    tag: str = Field("bge-ray", min_length=1, description="name of the system, last column of a TREC run")
+    max_rejected_fraction: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="share of queries without an answer above which the job counts as failed",
+    )
+
+    @model_validator(mode="after")
+    def _rescores_enough(self) -> "SearchSettings":
+        if 0 < self.rescore < self.k:
+            raise ValueError(f"rescore: must be 0, or at least k ({self.k})")
+        if self.tag.split() != [self.tag]:
+            raise ValueError("tag: must hold no white space, which separates the columns of a TREC run")
+        return self
+
+
+class RerankSettings(Section):
+    """Which candidates are scored again, by which cross-encoder, and where the run goes."""
+
+    model: str = Field(
+        "BAAI/bge-reranker-base", description="hub id or local folder of a cross-encoder with one output"
+    )
+    revision: str | None = Field(None, description="hub commit, tag or branch")
+    max_length: int | None = Field(
+        None, ge=16, description="tokens of a pair, special tokens included; null takes 512"
+    )
+    dtype: ComputeDtype | Auto = Field(
+        "auto", description="compute dtype; auto is float16 on a GPU and float32 on a CPU"
+    )
+    token_budget: int | Auto = Field(
+        "auto", description="tokens of one forward pass; auto is 32768 on a GPU and 1024 on a CPU"
+    )
+    candidates: str | None = Field(
+        None,
+        description="a run (TREC or Parquet), or JSONL or Parquet with texts inline, also query, pos, neg",
+    )
+    output: str | None = Field(
+        None, description="folder of the reranked run; null: reranked/ below search.output"
+    )
+    depth: int = Field(100, ge=1, description="candidates a query that are scored, the best first")
+    texts: Literal["auto", "corpus", "kept"] = Field(
+        "auto",
+        description="where texts of bare ids come from: the corpus, or columns kept in the embedding shards; "
+        "auto takes the latter if they are there",
+    )
+    unit_pairs: int = Field(
+        4096, ge=1, description="pairs of one work unit, the piece that is committed, retried and resumed"
+    )
+    join_pairs: int = Field(
+        200_000, ge=1, description="pairs whose texts are fetched together, by one pass over the corpus"
+    )
+    num_rerankers: int | None = Field(
+        None, ge=1, description="reranker actors; null takes one a GPU, or sizes them from the CPUs"
+    )
+    gpus_per_reranker: float | None = Field(
+        None, ge=0, description="GPUs of one reranker; null takes 1, 0.75 beside encoders, 0 without GPUs"
+    )
+    threads_per_reranker: int | None = Field(None, ge=1, description="CPU threads of one reranker")
+    trust_remote_code: bool = Field(
+        False, description="run Python code found in the model folder; off unless you trust its author"
+    )
+    max_rejected_fraction: float = Field(
+        0.01, ge=0, le=1, description="share of pairs without a score above which the job counts as failed"
+    )
+
+    @model_validator(mode="after")
+    def _budget_is_positive(self) -> "RerankSettings":
+        if isinstance(self.token_budget, int) and self.token_budget < 1:
+            raise ValueError("token_budget: must be at least 1 token")
+        return self
+
+
+class EvaluateSettings(Section):
+    """Which runs are measured against which judgements."""
+
+    run: str | tuple[str, ...] | None = Field(
+        None, description="a run file or folder, or a list of them; the others are compared with the first"
+    )
+    qrels: str | None = Field(None, description="judgements: TREC qrels, or BEIR's tsv with its header")
+    output: str | None = Field(
+        None, description="folder of metrics.json, metrics.md and metrics.svg; null writes none"
+    )
+    k: tuple[int, ...] = Field((1, 5, 10, 100), description="cut-offs of nDCG, MRR, recall and success")
+
+    @model_validator(mode="after")
+    def _cuts_are_positive(self) -> "EvaluateSettings":
+        if not self.k or min(self.k) < 1 or len(set(self.k)) != len(self.k):
+            raise ValueError("k: must be different numbers, each at least 1")
+        return self
+
+
+class BenchSettings(Section):
+    """What jobs/bench.py measures on this machine."""
+
+    shapes: tuple[Literal["minilm", "small", "base", "large"], ...] = Field(
+        ("minilm",),
+        description="models: minilm with its packaged weights, small to large as BGE has them, at random",
+    )
+    lengths: tuple[Literal["natural"] | int, ...] = Field(
+        ("natural",), description="text lengths: natural, or so many tokens each"
+    )
+    rows: int = Field(3000, ge=64, description="passages each contestant embeds")
+    pairs: int = Field(2000, ge=0, description="pairs each reranker scores; 0 leaves rerankers out")
+    repeats: int = Field(3, ge=1, description="runs of each contestant, in alternation; medians are shown")
+    simulated_gpus: int = Field(
+        0,
+        ge=0,
+        description="encoders that only sleep, to measure what one driver can feed; 0 leaves that out",
+    )
+    leave_out: tuple[str, ...] = Field((), description="contestants not to run, by name")
+    output: str = Field("bench-out", description="folder for bench.json and bench.md")
+
+
+class Settings(Section):
+    """Every section; each job says which keys it cannot do without."""
+
+    corpus: CorpusSettings = CorpusSettings()
+    model: ModelSettings = ModelSettings()
+    batching: BatchingSettings = BatchingSettings()
+    output: OutputSettings = OutputSettings()
+    resources: ResourcesSettings = ResourcesSettings()
+    index: IndexSettings = IndexSettings()
+    search: SearchSettings = SearchSettings()
+    rerank: RerankSettings = RerankSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    report: ReportSettings = ReportSettings()
+    bench: BenchSettings = BenchSettings()
+
+    def require(self, *keys: str) -> None:
+        """Refuse to go on without a value for each dotted key.
+
+        Raises:
+            SettingsError: a key is null; it names all of them.
+        """
+        missing = [key for key in keys if _lookup(self, key) is None]
+        if missing:
+            ways = " ".join(f"--set {key}=..." for key in missing)
+            raise SettingsError(
+                f"required setting {', '.join(missing)} is not set; give it in the config file or by {ways}"
+            )
+
+
+def _lookup(settings: Settings, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(settings, section), name)
+
+
+def known_keys() -> Iterator[tuple[str, str, str, str]]:
+    """Yield (dotted key, type, default, meaning) of every setting, in the order of the sections."""
+    for section, field in Settings.model_fields.items():
+        model = field.annotation
+        if not (isinstance(model, type) and issubclass(model, Section)):
+            raise TypeError(f"{section} is not a section")
+        for name, spec in model.model_fields.items():
+            default = (
+                "null"
+                if spec.default is None
+                else yaml.safe_dump(_plain(spec.default), default_flow_style=True)
+            )
+            yield (
+                f"{section}.{name}",
+                _type_name(spec.annotation),
+                default.split("\n")[0],
+                spec.description or "",
+            )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _type_name(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+
+
+def parse_settings(
+    document: str | None, overrides: Sequence[str] = (), origin: str = "the config"
+) -> Settings:
+    """Build the settings from YAML text and ``section.key=value`` overrides; later ones win.
+
+    Args:
+        document: YAML text, or None for defaults only.
+        overrides: each ``section.key=value``; the value is read as YAML.
+        origin: name of the document, for messages.
+
+    Raises:
+        SettingsError: not YAML, an unknown key (the nearest valid one is named), a wrong type or
+            an impossible value.
+    """
+    # Before anything else, because every other message may repeat what was given.
+    refuse_credentials(document or "", origin)
+    for override in overrides:
+        refuse_credentials(override, f"--set {override.partition('=')[0]}")
+    try:
+        tree = yaml.safe_load(document) if document else {}
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{origin} is not valid YAML: {error}") from error
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict) or not all(isinstance(v, dict | None) for v in tree.values()):
+        raise SettingsError(
+            f"{origin}: expected sections with keys below them, such as `corpus:` and `  uri: ...`"
+        )
+    tree = {section: dict(keys or {}) for section, keys in tree.items()}
+    for override in overrides:
+        key, value = _parse_override(override)
+        section, _, name = key.partition(".")
+        tree.setdefault(section, {})[name] = value
+    _refuse_unknown(tree)
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(map(str, e['loc'][:2]))}: {e['msg']} (got {e['input']!r})" for e in error.errors()
+        ]
+        raise SettingsError("impossible setting: " + "; ".join(dict.fromkeys(lines))) from error
+
+
+def refuse_credentials(text: str, place: str) -> None:
+    """Refuse a text with a URI that holds credentials; they would end up in logs, plans and reports.
+
+    Raises:
+        SettingsError: it does; the message names the place and does not repeat them.
+    """
+    if _CREDENTIALS.search(text) is not None:
+        place = "the command line" if _CREDENTIALS.search(place) else place
+        raise SettingsError(
+            f"{place}: holds a URI with credentials; take them out, and give them in the environment "
+            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ...) or by the machine's role"
+        )
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or key.count(".") != 1:
+        raise SettingsError(
+            f"--set {override}: expected section.key=value, such as --set corpus.uri=s3://bucket/corpus"
+        )
+    try:
+        return key.strip(), yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"--set {override}: the value is not valid YAML: {error}") from error
+
+
+def _refuse_unknown(tree: dict[str, dict[str, Any]]) -> None:
+    known = [key for key, *_ in known_keys()]
+    given = [f"{section}.{name}" for section, keys in tree.items() for name in keys]
+    given += [section for section, keys in tree.items() if not keys and section not in Settings.model_fields]
+    for key in given:
+        if key in known:
+            continue
+        hint = _nearest_key(key, known)
+        raise SettingsError(
+            f"unknown setting {key}" + (f"; did you mean {hint}?" if hint else "; --help lists every key")
+        )
+
+
+def _nearest_key(key: str, known: list[str]) -> str | None:
+    section, _, name = key.partition(".")
+    same_name = [k for k in known if k.partition(".")[2] == name]
+    if same_name:
+        return same_name[0]
+    in_section = {k.partition(".")[2]: k for k in known if k.startswith(f"{section}.")}
+    if near := difflib.get_close_matches(name, in_section, n=1):
+        return in_section[near[0]]
+    return next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.8)), None)
+
+
+def settings_help() -> str:
+    """Return one line a setting: dotted key, default and meaning."""
+    rows = list(known_keys())
+    width = max(len(key) for key, *_ in rows)
+    return "\n".join(f"  {key:<{width}}  {meaning} [default: {default}]" for key, _, default, meaning in rows)

@@ -1,0 +1,170 @@
+"""The data set: what was written is found again, what is damaged is named, what is needed is never swept."""
+
+import dataclasses
+import os
+
+import pytest
+
+from bge_ray.dataset.commit import marker_path
+from bge_ray.dataset.folder import KEPT_PLANS, Dataset
+from bge_ray.errors import DatasetMismatchError, StorageError
+from bge_ray.records.dataset import CorpusObject, FileFact, Marker, Plan, Span, Unit, make_manifest, to_json
+from bge_ray.storage.objects import TEMPORARY_SUFFIX, Storage, join
+from tests.support.records import make_marker, make_spec
+
+
+@pytest.fixture
+def dataset(storage: Storage, root: str) -> Dataset:
+    return Dataset(storage, root)
+
+
+def names(dataset: Dataset) -> list[str]:
+    marker = f"{dataset.root.rpartition('/')[2]}/"
+    return sorted(i.uri.rpartition(marker)[2] for i in dataset.storage.list_files(dataset.root))
+
+
+def add_unit(dataset: Dataset, number: int, *, mark: bool = True) -> Marker:
+    unit = Unit(0, number * 10, 10)
+    fact = FileFact(f"embeddings/{unit.name}.parquet", 7, "0" * 64, 10)
+    marker = make_marker(unit, fact)
+    dataset.storage.write(join(dataset.root, fact.path), b"1234567")
+    if mark:
+        dataset.storage.write(join(dataset.root, marker_path(unit)), to_json(marker))
+    return marker
+
+
+def test_a_spec_is_created_once(dataset: Dataset) -> None:
+    assert dataset.read_spec() is None
+    spec = make_spec(kept={"lang": "string"})
+    dataset.create_spec(spec)
+    dataset.create_spec(spec)
+    assert dataset.read_spec() == spec
+
+
+def test_another_spec_is_refused_and_each_difference_named(dataset: Dataset) -> None:
+    dataset.create_spec(make_spec(kept={"lang": "string"}))
+    elsewhere = make_spec(kept={"lang": "string"}, name="/local/copy", query_instruction="other")
+    dataset.create_spec(elsewhere)  # neither changes a vector
+    with pytest.raises(DatasetMismatchError) as caught:
+        dataset.create_spec(make_spec(dtype="float16", pooling="mean", max_length=8))
+    said = str(caught.value)
+    for part in (
+        "dtype: there 'float32', now 'float16'",
+        "model.pooling: there 'cls', now 'mean'",
+        "model.max_length: there 16, now 8",
+        "columns.kept.lang: there 'string', now None",
+        dataset.root,
+        "choose another output.uri",
+    ):
+        assert part in said
+    assert "model.name" not in said
+    assert "weights" not in said
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "not a data set of ours"),
+        (b"{not json", "not a data set of ours"),
+        (b"[1]", "not a data set of ours"),
+        (b'{"model": 1}', "not a data set of ours"),
+        (b'{"format_version": 99, "new": {}}', "format 99, this version writes 1"),
+    ],
+)
+def test_a_dataset_json_that_is_not_ours(dataset: Dataset, content: bytes, said: str) -> None:
+    dataset.storage.write(join(dataset.root, "dataset.json"), content)
+    with pytest.raises(DatasetMismatchError, match=rf"dataset\.json: {said}"):
+        dataset.read_spec()
+    with pytest.raises(DatasetMismatchError, match=rf"dataset\.json: {said}"):
+        dataset.create_spec(make_spec())
+
+
+def test_plans_are_numbered_and_taken_once(dataset: Dataset) -> None:
+    assert dataset.latest_plan() == (0, None)
+    first = Plan((CorpusObject(0, "s3://c/a", 5, "e", "jsonl", "", (Span(0, 5, 0, (2, 1)),)),), 1)
+    second = dataclasses.replace(first, next_object_no=2)
+    assert dataset.create_plan(1, first)
+    assert not dataset.create_plan(1, second)
+    assert dataset.latest_plan() == (1, first)
+    for number in range(2, 12):
+        assert dataset.create_plan(number, second)
+    dataset.storage.write(join(dataset.root, "plan", "notes.txt"), b"a person left this")
+    assert dataset.latest_plan() == (11, second)
+
+
+def test_a_manifest_round_trip(dataset: Dataset) -> None:
+    assert dataset.read_manifest() is None
+    manifest = make_manifest("d" * 64, [add_unit(dataset, n) for n in (2, 0, 1)])
+    dataset.publish(manifest)
+    assert dataset.read_manifest() == manifest
+    assert [m.unit.first_row for m in manifest.shards] == [0, 10, 20]
+    assert manifest.rows_in == 30
+
+
+def test_finished_counts_only_what_is_there(dataset: Dataset) -> None:
+    markers = [add_unit(dataset, n) for n in range(5)]
+    files = [join(dataset.root, m.embeddings.path) for m in markers]
+    assert dataset.finished() == {m.unit.name: m for m in markers}
+    dataset.storage.delete([files[1]])
+    dataset.storage.write(files[2], b"short")
+    dataset.storage.write(files[3], b"longer than was written")
+    before = names(dataset)
+    assert dataset.finished() == {m.unit.name: m for m in (markers[0], markers[4])}
+    assert names(dataset) == before, "looking changes nothing: a dry run looks, too"
+
+
+def test_finished_takes_the_marker_that_is_true(dataset: Dataset) -> None:
+    """A late twin may leave a marker for a file that a sweep removed; the manifest's still counts."""
+    folded = add_unit(dataset, 0, mark=False)
+    dataset.publish(make_manifest("d" * 64, [folded]))
+    assert dataset.finished() == {folded.unit.name: folded}
+    gone = FileFact("embeddings/gone.parquet", 7, "1" * 64, 10)
+    late = dataclasses.replace(folded, embeddings=gone)
+    dataset.storage.write(join(dataset.root, marker_path(folded.unit)), to_json(late))
+    assert dataset.finished() == {folded.unit.name: folded}
+    dataset.storage.write(join(dataset.root, gone.path), b"7654321")
+    assert dataset.finished() == {folded.unit.name: late}, "newer, and its file is there"
+
+
+def test_sweep_removes_only_what_the_manifest_does_not_need(dataset: Dataset) -> None:
+    live = [add_unit(dataset, n) for n in range(3)]
+    add_unit(dataset, 7)
+    dataset.storage.write(join(dataset.root, "rejected", "x.parquet"), b"dead")
+    for number in range(1, KEPT_PLANS + 4):
+        dataset.create_plan(number, Plan((), number))
+    others = ["dataset.json", "index/index.faiss", "report.json", "embeddings.txt"]
+    for name in others:
+        dataset.storage.write(join(dataset.root, name), b"keep")
+    manifest = make_manifest("d" * 64, live)
+    dataset.publish(manifest)
+    assert dataset.sweep(manifest) == 2
+    plans = [f"plan/{n:06d}.json" for n in range(4, KEPT_PLANS + 4)]
+    assert names(dataset) == sorted([*others, "manifest.json", *plans, *(m.embeddings.path for m in live)])
+    assert dataset.sweep(manifest) == 0
+    assert dataset.finished() == {m.unit.name: m for m in live}
+
+
+def test_sweep_removes_what_killed_writers_left(storage: Storage, tmp_path) -> None:
+    dataset = Dataset(storage, str(tmp_path))
+    left = tmp_path / "embeddings" / f".00.parquet.abc{TEMPORARY_SUFFIX}"
+    left.parent.mkdir()
+    left.write_bytes(b"half a shard")
+    os.utime(left, (1, 1))
+    dataset.sweep(make_manifest("d" * 64, []))
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b'"text"', b'{"unit": 5}'])
+def test_damaged_json_is_named_with_what_to_do(dataset: Dataset, content: bytes) -> None:
+    for name, read, advice in (
+        ("manifest.json", dataset.read_manifest, "restore it, or remove it"),
+        ("plan/000001.json", dataset.latest_plan, "restore it"),
+        ("done/00000000-0000000000.json", dataset.finished, "remove it"),
+    ):
+        uri = join(dataset.root, name)
+        dataset.storage.write(uri, content)
+        with pytest.raises(StorageError) as caught:
+            read()
+        assert uri in str(caught.value)
+        assert advice in str(caught.value)
+        dataset.storage.delete([uri])

@@ -1,0 +1,153 @@
+"""Candidate lists of every form, and rows of embedding shards by their ids; local files, no Ray."""
+
+import gzip
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bge_ray.dataset.lookup import ShardMap, find_passages, read_places
+from bge_ray.errors import CorpusError, StorageError
+from bge_ray.formats.candidates import read_candidate_lists
+from bge_ray.formats.runs import Candidates
+from bge_ray.records.ids import vector_ids
+from bge_ray.storage.objects import Storage
+from tests.support.vectors import clustered, make_dataset
+
+STORAGE = Storage(5)
+
+
+def read(path: Path) -> tuple[list[Candidates], list[tuple[str | None, str | None, str]]]:
+    rejected: list[tuple[str | None, str | None, str]] = []
+
+    def reject(query_id: str | None, passage_id: str | None, reason: str, _: str) -> None:
+        rejected.append((query_id, passage_id, reason))
+
+    return list(read_candidate_lists(STORAGE, str(path), reject)), rejected
+
+
+RUN = {"b": {"p1": 0.5, "p2": 0.75, "p0": 0.5}, "a": {"p2": -1.0}}
+EXPECTED = [
+    Candidates("b", ["p2", "p0", "p1"], [0.75, 0.5, 0.5]),
+    Candidates("a", ["p2"], [-1.0]),
+]
+
+
+def forms() -> dict[str, bytes]:
+    rows = [
+        {"query_id": q, "passage_id": p, "rank": 1, "score": s, "tag": "t"}
+        for q, ps in RUN.items()
+        for p, s in ps.items()
+    ]
+    trec = "".join(f"{r['query_id']} Q0 {r['passage_id']} 1 {r['score']} t\n" for r in rows).encode()
+    lists = [
+        {"qid": q, "passages": [{"passage_id": p, "score": s} for p, s in ps.items()]}
+        for q, ps in RUN.items()
+    ]
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return {
+        "run.trec": trec,
+        "run.txt.gz": gzip.compress(trec),
+        "five.run": b"".join(line.rpartition(b" ")[0] + b"\n" for line in trec.splitlines()),
+        "run.parquet": sink.getvalue(),
+        "rows.jsonl": "\n".join(map(json.dumps, rows)).encode(),
+        "lists.jsonl": "\n".join(map(json.dumps, lists)).encode(),
+    }
+
+
+@pytest.mark.parametrize("name", forms())
+def test_every_form_of_a_run_says_the_same(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(forms()[name])
+    assert read(tmp_path / name) == (EXPECTED, [])
+
+
+def test_of_a_folder_its_run_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "run.trec").write_bytes(forms()["run.trec"])
+    assert read(tmp_path)[0] == EXPECTED
+    with pytest.raises(CorpusError, match=r"no folder with a run\.parquet"):
+        read(tmp_path / "nothing")
+
+
+def test_texts_stay_with_their_ids_when_scores_sort_them(tmp_path: Path) -> None:
+    record = {
+        "query": "q",
+        "passages": [{"passage_id": n, "text": f"text of {n}", "score": n} for n in (1, 3, 2)],
+    }
+    (tmp_path / "x.jsonl").write_text("\n" + json.dumps(record))
+    (found,), _ = read(tmp_path / "x.jsonl")
+    assert (found.query_id, found.query) == ("2", "q")  # the number of its line
+    assert found.passage_ids == ["3", "2", "1"]
+    assert found.texts == ["text of 3", "text of 2", "text of 1"]
+
+
+def test_of_a_passage_that_stands_twice_the_better_score_stays(tmp_path: Path) -> None:
+    lines = "q Q0 p 1 0.5 t\nq Q0 r 2 0.6 t\nq Q0 p 3 0.7 t\nx Q0 p 1 1 t\nq Q0 z 1 9 t\n"
+    (tmp_path / "x.trec").write_text(lines)
+    found, rejected = read(tmp_path / "x.trec")
+    assert found == [Candidates("q", ["p", "r"], [0.7, 0.6]), Candidates("x", ["p"], [1.0])]
+    assert rejected == [("q", "p", "duplicate_passage"), ("q", None, "duplicate_query")]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "7",
+        '{"query": "q"}',
+        '{"query": 1, "pos": []}',
+        '{"query": "q", "pos": [1]}',
+        '{"query": "q", "pos": ["a"], "pos_id": ["x", "y"]}',
+        '{"query": "q", "passages": "p"}',
+        '{"query": "q", "passages": [{"text": "no id"}]}',
+        '{"query": "q", "passages": [{"passage_id": "p", "text": 3}]}',
+        '{"query": "q", "passages": [{"passage_id": "p", "score": "high"}]}',
+        '{"query": "q", "passages": [{"passage_id": "p", "score": NaN}]}',
+        '{"query": "q", "passages": [null]}',
+    ],
+)
+def test_a_bad_record_is_rejected_and_the_next_is_read(tmp_path: Path, line: str) -> None:
+    (tmp_path / "x.jsonl").write_text(f'{line}\n{{"query": "fine", "pos": "one", "neg": []}}\n')
+    found, rejected = read(tmp_path / "x.jsonl")
+    assert found == [Candidates("2", ["pos-0"], query="fine", texts=["one"])]
+    assert [reason for *_, reason in rejected] == ["malformed"]
+
+
+def test_files_that_hold_no_candidates_are_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": ["a"], "text": ["b"]}), tmp_path / "corpus.parquet")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")
+    (tmp_path / "empty.trec").write_bytes(b"")
+    for name in ("corpus.parquet", "bad.parquet", "empty.trec"):
+        with pytest.raises(CorpusError):
+            read(tmp_path / name)
+
+
+def test_rows_are_found_by_their_ids_wherever_they_lie(tmp_path: Path) -> None:
+    root = str(tmp_path / "data")
+    made = make_dataset(root, [40, 1, 20_000])
+    shards = ShardMap.of(made.dataset.read_manifest())
+    asked = {0: [0, 39], 1: [0], 2: [0, 16_383, 16_384, 19_999]}  # both row groups of the last
+    there = np.concatenate([vector_ids(o, np.array(rows)) for o, rows in asked.items()])
+    gone = np.array([40, (1 << 32) + 1, (2 << 32) + 20_000, 7 << 32])
+    ids = np.sort(np.concatenate([there, gone]))
+    table = read_places(STORAGE, root, shards, ids, ["passage_id", "embedding"])
+    assert table["vector_id"].to_pylist() == there.tolist()
+    assert table["passage_id"].to_pylist() == [f"{o}-{row}" for o, rows in asked.items() for row in rows]
+    last = clustered(20_000, 32, seed=2)[[0, 16_383, 16_384, 19_999]]
+    np.testing.assert_array_equal(np.stack(table["embedding"].to_pylist())[-4:].astype(np.float32), last)
+    assert len(read_places(STORAGE, root, shards, np.empty(0, np.int64), ["passage_id"])) == 0
+    wanted = pa.array(["2-19999", "nowhere", "2-5"])
+    positions, found = find_passages(STORAGE, root, shards.facts[2], wanted)
+    assert dict(zip(positions.tolist(), found.tolist(), strict=True)) == {
+        0: (2 << 32) + 19_999,
+        2: (2 << 32) + 5,
+    }
+    fact = shards.facts[0]
+    path = Path(root) / fact.path
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(StorageError, match=r"00000000-0000000000\.parquet"):
+        read_places(STORAGE, root, shards, there, ["passage_id"])

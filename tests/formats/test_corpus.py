@@ -1,0 +1,667 @@
+"""The corpus: what is found, what is read of it, and what is said about what cannot be."""
+
+import datetime
+import decimal
+import gzip
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import zstandard
+
+from bge_ray.errors import CorpusError, StorageError
+from bge_ray.formats import lines
+from bge_ray.formats.corpus import check_columns, list_corpus
+from bge_ray.formats.rows import check_rows
+from bge_ray.records.dataset import Columns, UnitLimits
+from bge_ray.settings.sections import CorpusSettings
+from bge_ray.storage.objects import Storage, join
+from tests.support.reading import (
+    LARGE,
+    compress,
+    csv_bytes,
+    jsonl_bytes,
+    parquet_bytes,
+    read,
+    read_all,
+    resolve,
+    scan,
+)
+
+ROWS = [{"id": str(i), "text": f"text {i}", "title": f"title {i}"} for i in range(20)]
+
+
+def put(folder: Path, name: str, data: bytes) -> str:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return str(path)
+
+
+def reasons(rows) -> dict[int, str]:
+    passages, rejected = check_rows(rows)
+    assert len(passages.rows) + len(rejected) == len(rows)
+    return {r.row: r.reason for r in rejected}
+
+
+# --- what is found ---------------------------------------------------------------------------------
+
+
+def listed(storage: Storage, uri: str, **settings) -> list[str]:
+    return [info.uri.rpartition("/")[2] for info in list_corpus(storage, CorpusSettings(uri=uri, **settings))]
+
+
+def test_a_folder_of_many_formats(storage: Storage, root: str, caplog: pytest.LogCaptureFixture) -> None:
+    known = ["a.parquet", "b.pq", "c.jsonl", "d.ndjson.gz", "e.json.zst", "f.csv", "g.TSV.GZ", "h.jsonl.zstd"]
+    for name in (*known, "README.md", "i.jsonl.bz2", "_SUCCESS"):
+        storage.write(join(root, name), b"x")
+    with caplog.at_level(logging.WARNING):
+        assert listed(storage, root) == known
+    assert "2 objects without a known ending are left out, such as" in caplog.text
+    assert "README.md" in caplog.text
+    assert listed(storage, join(root, "*.jsonl*")) == ["c.jsonl", "h.jsonl.zstd"]
+    assert listed(storage, join(root, "README.md"), format="jsonl") == ["README.md"]
+
+
+def test_nothing_is_said_plainly(storage: Storage, root: str) -> None:
+    with pytest.raises(CorpusError, match=r"corpus\.uri is not set"):
+        list_corpus(storage, CorpusSettings())
+    for uri in (root, join(root, "none.jsonl"), join(root, "*.jsonl")):
+        with pytest.raises(CorpusError, match="no such file or folder, or an empty one"):
+            listed(storage, uri)
+    storage.write(join(root, "notes.txt"), b"x")
+    with pytest.raises(CorpusError, match=r"none of its 1 objects .*notes\.txt.*set corpus\.format"):
+        listed(storage, root)
+
+
+def test_a_missing_bucket_is_no_empty_corpus_only(storage: Storage, s3_server) -> None:
+    with pytest.raises((CorpusError, StorageError), match="no-such-bucket"):
+        listed(storage, "s3://no-such-bucket/corpus")
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_beir_works_as_it_is(storage: Storage, root: str, ending: str) -> None:
+    beir = [{"_id": r["id"], "title": r["title"], "text": r["text"], "metadata": {}} for r in ROWS]
+    storage.write(join(root, f"scifact/corpus.jsonl{ending}"), compress(jsonl_bytes(beir), ending))
+    storage.write(join(root, f"scifact/queries.jsonl{ending}"), b"{}")
+    storage.write(join(root, "scifact/qrels/test.tsv"), b"query-id\tcorpus-id\tscore\n")
+    storage.write(join(root, "more/queries.jsonl"), b"{}")
+    assert [i.uri.rpartition(f"{root}/")[2] for i in list_corpus(storage, CorpusSettings(uri=root))] == [
+        "more/queries.jsonl",
+        f"scifact/corpus.jsonl{ending}",
+    ], "what lies beside a corpus.jsonl is known, the same name elsewhere is a corpus like any other"
+    rows = read_all(storage, join(root, f"scifact/corpus.jsonl{ending}"), keep_columns=("metadata",))
+    assert check_rows(rows)[0].texts == [f"{r['title']} {r['text']}" for r in ROWS]
+    assert rows.kept["metadata"].to_pylist() == ["{}"] * len(ROWS)
+
+
+def test_thousands_of_objects_are_listed_without_opening_one(
+    storage: Storage, bucket: str, faulty, s3_server
+) -> None:
+    fs = s3_server.filesystem()
+    fs.pipe({f"{bucket.removeprefix('s3://')}/{i:05d}.jsonl": b"{}" for i in range(1100)}, batch_size=64)
+    proxy = faulty()
+    assert len(listed(storage, bucket)) == 1100
+    assert {method for method, _ in proxy.requests} == {"GET"}
+    assert all("list-type=2" in path for _, path in proxy.requests)
+    assert len(proxy.requests) <= 4, "one a page of 1,000"
+
+
+# --- Parquet ---------------------------------------------------------------------------------------
+
+
+def test_small_row_groups_share_a_unit_and_a_giant_one_is_many(storage: Storage, tmp_path: Path) -> None:
+    small = put(tmp_path, "small.parquet", parquet_bytes(ROWS, row_group_size=3))
+    giant = put(tmp_path, "giant.parquet", parquet_bytes(ROWS, row_group_size=20))
+    limits = UnitLimits(max_rows=6, max_bytes=10_000_000, vector_bytes=0)
+    spans = scan(storage, small, limits)[1].spans
+    assert [(s.start, s.stop, s.unit_rows) for s in spans] == [
+        (0, 2, (6,)),
+        (2, 4, (6,)),
+        (4, 6, (6,)),
+        (6, 7, (2,)),
+    ]
+    (span,) = scan(storage, giant, limits)[1].spans
+    assert span.unit_rows == (5, 5, 5, 5)
+    by_bytes = UnitLimits(max_rows=100, max_bytes=1200, vector_bytes=100)
+    assert {sum(s.unit_rows) for s in scan(storage, small, by_bytes)[1].spans} <= {2, 3, 5, 6}
+    assert scan(storage, small, by_bytes)[1].n_rows == 20
+
+
+def test_the_title_counts_for_the_size_of_a_unit(storage: Storage, tmp_path: Path) -> None:
+    rows = [{"id": str(i), "text": "t", "title": os.urandom(500).hex()} for i in range(20)]
+    uri = put(tmp_path, "a.parquet", parquet_bytes(rows, row_group_size=1))
+    (first, *_) = scan(storage, uri, UnitLimits(100, 5000, 0))[1].spans
+    assert first.unit_rows[0] <= 5
+    nested = [{"id": str(i), "text": "t", "meta": {"long": [os.urandom(500).hex()]}} for i in range(20)]
+    uri = put(tmp_path, "b.parquet", parquet_bytes(nested, row_group_size=1))
+    (first, *_) = scan(storage, uri, UnitLimits(100, 5000, 0), keep_columns=("meta",))[1].spans
+    assert first.unit_rows[0] <= 5
+
+
+def test_parquet_column_types(storage: Storage, tmp_path: Path) -> None:
+    day = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
+    text = ["a", "b", None]
+    table = pa.table(
+        {
+            "id": pa.array([1, 2, 3], pa.int64()),
+            "text": pa.array(text).dictionary_encode(),
+            "title": pa.array(text, pa.large_string()),
+            "view": pa.array(text, pa.string_view()),
+            "n": pa.array([1, None, 3], pa.int32()),
+            "flag": pa.array([True, False, None]),
+            "when": pa.array([day, None, day], pa.timestamp("us", "UTC")),
+            "price": pa.array([decimal.Decimal("1.50"), None, None]),
+            "tags": pa.array([["x", "é"], [], None]),
+            "meta": pa.array([{"a": 1, "b": None}, None, {"a": 2, "b": "z"}]),
+            "raw": pa.array([b"\x00\xff", None, b""], pa.binary()),
+            "half": pa.array(np.array([1.5, 2, 3], np.float16)),
+            "nothing": pa.nulls(3),
+        }
+    )
+    uri = put(tmp_path, "a.parquet", parquet_bytes(table))
+    kept = tuple(table.column_names[3:])
+    rows = read_all(storage, uri, keep_columns=kept)
+    assert rows.ids == [1, 2, 3]
+    assert rows.texts == rows.titles == text
+    types = {name: str(column.type) for name, column in rows.kept.items()}
+    assert {k: v for k, v in types.items() if v != "string"} == {
+        "n": "int32", "flag": "bool", "raw": "binary", "half": "halffloat"
+    }  # fmt: skip
+    values = {name: column.to_pylist() for name, column in rows.kept.items()}
+    assert values["view"] == text
+    assert values["n"] == [1, None, 3]
+    assert values["when"] == ["2026-01-02 03:04:05+00:00", None, "2026-01-02 03:04:05+00:00"]
+    assert values["price"] == ["1.50", None, None]
+    assert values["tags"] == ['["x", "é"]', "[]", None]
+    assert values["meta"] == ['{"a": 1, "b": null}', None, '{"a": 2, "b": "z"}']
+    assert values["raw"] == [b"\x00\xff", None, b""]
+    assert values["nothing"] == [None] * 3
+
+
+def _invalid_text(values: list[bytes]) -> pa.Array:
+    binary = pa.array(values, pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(values), binary.buffers())
+
+
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_text_that_is_no_utf8_is_one_rejected_row(storage: Storage, tmp_path: Path, dictionary: bool) -> None:
+    bad = _invalid_text([b"fine", b"caf\xe9", b"also fine"])
+    bad = bad.dictionary_encode() if dictionary else bad
+    table = pa.table({"id": ["1", "2", "3"], "text": bad, "note": bad})
+    uri = put(tmp_path, "a.parquet", parquet_bytes(table))
+    rows = read_all(storage, uri, keep_columns=("note",))
+    assert reasons(rows) == {1: "invalid_unicode"}
+    assert rows.kept["note"].to_pylist() == ["fine", "caf\ufffd", "also fine"]
+
+
+def test_an_empty_parquet_file_has_no_rows(storage: Storage, tmp_path: Path) -> None:
+    empty = put(tmp_path, "a.parquet", parquet_bytes(pa.table({"other": pa.array([], pa.string())})))
+    full = put(tmp_path, "b.parquet", parquet_bytes(ROWS))
+    scanned = [scan(storage, uri)[0] for uri in (empty, full)]
+    assert scanned[0].spans == ()
+    assert resolve(scanned).id == "id", "an object without rows need not have the columns"
+    with pytest.raises(CorpusError, match="1 objects, and no rows in any of them"):
+        resolve(scanned[0])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "page"])
+def test_damaged_parquet_is_named(storage: Storage, tmp_path: Path, damage: str) -> None:
+    good = parquet_bytes(
+        [{"id": str(i), "text": os.urandom(99).hex()} for i in range(500)], compression="zstd"
+    )
+    bad = {
+        "truncated": good[:-20],
+        "garbage": b"not parquet at all" * 10,
+        "empty": b"",
+        "page": good[:1000] + bytes(3000) + good[4000:],
+    }[damage]
+    uri = put(tmp_path, "a.parquet", bad)
+    with pytest.raises(CorpusError, match=r"a\.parquet: unreadable Parquet"):
+        read_all(storage, uri)
+
+
+def test_few_requests_for_parquet(storage: Storage, bucket: str, faulty) -> None:
+    rows = [
+        {"id": str(i), "text": os.urandom(200).hex(), "unused": os.urandom(200).hex()} for i in range(2000)
+    ]
+    uri = join(bucket, "a.parquet")
+    storage.write(uri, parquet_bytes(rows, row_group_size=1000))
+    proxy = faulty()
+    scanned, found = scan(storage, uri)
+    assert [m for m, _ in proxy.requests] == ["HEAD", "GET"], "the footer"
+    del proxy.requests[:]
+    read(storage, found, resolve(scanned))
+    methods = [m for m, _ in proxy.requests]
+    assert methods.count("HEAD") == 2, "unchanged before and after"
+    assert methods.count("GET") == 3, "footer, and each row group's columns in one request"
+
+
+MEMORY = """
+import sys, psutil, pyarrow as pa
+from bge_ray.storage.objects import Storage
+from bge_ray.records.dataset import UnitLimits
+from tests.support.reading import scan, resolve
+from bge_ray.formats.corpus import read_units
+storage = Storage(5.0)
+scanned, found = scan(storage, sys.argv[1], UnitLimits(2000, 100_000_000, 0))
+columns = resolve(scanned)
+(span,) = found.spans
+todo, first = set(), 0
+for n in span.unit_rows:
+    todo.add(first); first += n
+base = psutil.Process().memory_info().rss
+peak = rows = 0
+for unit, part in read_units(storage, found, span, columns, todo):
+    rows += len(part)
+    peak = max(peak, psutil.Process().memory_info().rss)
+print(rows, peak - base)
+"""
+
+
+def _peak_reading_one_row_group(folder: Path, n_rows: int) -> int:
+    rng = np.random.default_rng(0)
+    table = pa.table(
+        {"id": [str(i) for i in range(n_rows)], "text": [rng.bytes(3000).hex() for _ in range(n_rows)]}
+    )
+    uri = put(folder, f"{n_rows}.parquet", parquet_bytes(table, row_group_size=n_rows))
+    done = subprocess.run([sys.executable, "-c", MEMORY, uri], capture_output=True, text=True, check=True)
+    rows, peak = map(int, done.stdout.split())
+    assert rows == n_rows
+    return peak
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_row_group(tmp_path: Path) -> None:
+    small, large = (_peak_reading_one_row_group(tmp_path, n_rows) for n_rows in (10_000, 30_000))
+    assert large - small < 70_000_000, "120 MB more are read; fetched whole they would all be held"
+
+
+# --- lines -----------------------------------------------------------------------------------------
+
+
+def test_bad_lines_are_one_row_each(storage: Storage, tmp_path: Path) -> None:
+    good = jsonl_bytes(ROWS[:1]).strip()
+    bad = {
+        b'{"id": "x", "text": ': "malformed_line",
+        b"[1, 2]": "malformed_line",
+        b'"text"': "malformed_line",
+        b"nonsense": "malformed_line",
+        b"[" * 100_000: "malformed_line",
+        b'{"id": ' + b"9" * 5000 + b', "text": "x"}': "malformed_line",
+        b'{"id": "s", "text": "half \\ud83d"}': "invalid_unicode",
+        b'{"id": "u", "text": "caf\xe9"}': "invalid_unicode",
+        b'{"id": "\\udc00", "text": "x"}': "invalid_unicode",
+        b'{"id": "n"}': "null_text",
+        b'{"id": "n", "text": null}': "null_text",
+        b'{"id": "n", "text": 5}': "non_string_text",
+        b'{"id": "n", "text": "x", "title": ["y"]}': "non_string_text",
+        b'{"id": "w", "text": " \\t\\u2003\\n"}': "empty_text",
+        b'{"text": "x"}': "null_id",
+        b'{"id": "  ", "text": "x"}': "null_id",
+        b'{"id": true, "text": "x"}': "non_string_id",
+        b'{"id": 1.5, "text": "x"}': "non_string_id",
+        b'{"id": "0", "text": "again"}': "duplicate_id",
+    }
+    uri = put(
+        tmp_path, "a.jsonl", b"\n".join([good, *bad, b'{"id": 7, "text": "NUL \\u0000 and \x00 stays"}'])
+    )
+    rows = read_all(storage, uri)
+    found = reasons(rows)
+    # A raw NUL is not allowed in JSON; an escaped one is a character like any other.
+    assert found == dict(enumerate(bad.values(), 1)) | {len(bad) + 1: "malformed_line"}
+    passages, rejected = check_rows(rows)
+    assert passages.passage_ids == ["0"]
+    assert all(0 < len(r.detail) <= 300 for r in rejected)
+
+
+def test_nul_and_integer_ids_are_kept(storage: Storage, tmp_path: Path) -> None:
+    uri = put(tmp_path, "a.jsonl", b'{"id": 7, "text": "a\\u0000b"}')
+    passages, rejected = check_rows(read_all(storage, uri))
+    assert (passages.passage_ids, passages.texts, rejected) == (["7"], ["a\0b"], [])
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_a_line_that_is_too_long(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 1000)
+    rows = [*ROWS[:2], {"id": "long", "text": "x" * 5000}, *ROWS[2:4], {"id": "last", "text": "y" * 3000}]
+    uri = put(tmp_path, f"a.jsonl{ending}", compress(jsonl_bytes(rows), ending))
+    for limits in (LARGE, UnitLimits(2, 100_000, 0), UnitLimits(100, 500, 0)):
+        found = read_all(storage, uri, limits)
+        assert reasons(found) == {2: "malformed_line", 5: "malformed_line"}
+        assert found.faults[2] == ("malformed_line", "the line exceeds 1000 bytes")
+
+
+def test_a_giant_line_is_never_held(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A JSON array in one line is a common mistake; it must not be read into memory to say so."""
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(lines, "READ_BYTES", 1 << 16)
+    uri = put(tmp_path, "a.json", b"[" + b"{}, " * 5_000_000 + b"{}]")
+    scanned, found = scan(storage, uri)
+    sizes = []
+
+    class Watched(Storage):
+        def read_range(self, uri: str, start: int, stop: int) -> bytes:
+            sizes.append(stop - start)
+            return super().read_range(uri, start, stop)
+
+    (rows,) = read(Watched(5.0), found, Columns("id", "text", None)).values()
+    assert reasons(rows) == {0: "malformed_line"}
+    assert max(sizes) <= 1 << 20
+    assert scanned.columns == {}
+
+
+def test_a_10_mb_text_is_a_row_like_any_other(storage: Storage, tmp_path: Path) -> None:
+    long = "lorem ipsum " * 900_000
+    rows = [ROWS[0], {"id": "long", "text": long, "title": ""}, ROWS[1]]
+    limits = UnitLimits(50_000, 1_000_000, 0)
+    for name, data in {
+        "a.jsonl": jsonl_bytes(rows),
+        "a.csv": csv_bytes(rows),
+        "a.tsv.gz": compress(csv_bytes(rows, "\t"), ".gz"),
+        "a.parquet": parquet_bytes(rows),
+    }.items():
+        uri = put(tmp_path, name, data)
+        assert read_all(storage, uri, limits).texts == ["text 0", long, "text 1"]
+        assert len(scan(storage, uri, limits)[1].units()) == 3
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize("damage", ["cut", "cut at the end", "garbage", "plain"])
+def test_broken_compression_is_named(
+    storage: Storage, tmp_path: Path, ending: str, kind: str, damage: str
+) -> None:
+    many = [{"id": str(i), "text": os.urandom(99).hex()} for i in range(500)]
+    plain = jsonl_bytes(many) if kind == "jsonl" else csv_bytes(many)
+    good = compress(plain, ending)
+    bad = {
+        "cut": good[: len(good) // 2],
+        "cut at the end": good[:-3],
+        "garbage": good[:2000] + bytes(500) + good[2500:],
+        "plain": plain,
+    }[damage]
+    uri = put(tmp_path, f"a.{kind}{ending}", bad)
+    with pytest.raises(
+        CorpusError, match=rf"a\.{kind}{ending}: broken {'gzip' if ending == '.gz' else 'zstd'}"
+    ):
+        read_all(storage, uri)
+
+
+def test_compression_in_many_members_and_none(storage: Storage, tmp_path: Path) -> None:
+    data = jsonl_bytes(ROWS)
+    for ending in (".gz", ".zst"):
+        for members in (2, 17):
+            uri = put(tmp_path, f"a.jsonl{ending}", compress(data, ending, members))
+            assert read_all(storage, uri).ids == [r["id"] for r in ROWS]
+        assert scan(storage, put(tmp_path, f"b.jsonl{ending}", compress(b"", ending)))[1].spans == ()
+    streamed = zstandard.ZstdCompressor().compressobj()  # no size in the frame header
+    uri = put(tmp_path, "c.jsonl.zst", streamed.compress(data) + streamed.flush())
+    assert read_all(storage, uri).ids == [r["id"] for r in ROWS]
+    padded = put(tmp_path, "d.jsonl.gz", gzip.compress(data) + bytes(512))
+    with pytest.raises(CorpusError, match="broken gzip"):  # refused, not read in part
+        read_all(storage, padded)
+    assert scan(storage, put(tmp_path, "e.jsonl", b"\n \n\n"))[1].spans == ()
+
+
+def test_csv_with_newlines_in_fields(storage: Storage, tmp_path: Path) -> None:
+    rows = [{"id": str(i), "text": f'line 1\nline "{i}"\r\n, end', "title": ""} for i in range(10)]
+    uri = put(tmp_path, "a.csv", lines.BOM + csv_bytes(rows) + b"\r\n\r\n")
+    found = read_all(storage, uri, UnitLimits(3, 10_000, 0))
+    assert found.texts == [r["text"] for r in rows]
+    assert found.ids == [r["id"] for r in rows]
+    assert reasons(found) == {}
+
+
+def test_bad_csv_rows(storage: Storage, tmp_path: Path) -> None:
+    uri = put(tmp_path, "a.csv", b"id,text\n1,a\n2,b,c\n3\n4,caf\xe9\n5,\n6,a\x00b\n")
+    rows = read_all(storage, uri)
+    assert reasons(rows) == {1: "malformed_line", 2: "malformed_line", 3: "invalid_unicode", 4: "empty_text"}
+    assert rows.faults[1][1] == "3 fields, the header has 2"
+
+
+def test_csv_that_cannot_be_cut_into_rows(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_quote = put(tmp_path, "a.csv", b'id,text\n1,a\n2,"b\n3,c\n4,d\n')
+    with pytest.raises(
+        CorpusError, match=r"a\.csv: not valid CSV in the record that begins at line 3.*quote left open"
+    ):
+        read_all(storage, open_quote)
+    stray = put(tmp_path, "b.csv", b'id,text\n1,a\n2,"b" c\n')
+    with pytest.raises(CorpusError, match=r"b\.csv: not valid CSV in the record that begins at line 3"):
+        read_all(storage, stray)
+    twice = put(tmp_path, "c.csv", b"id,text,id\n1,a,2\n")
+    with pytest.raises(CorpusError, match=r"c\.csv: a column name stands twice"):
+        read_all(storage, twice)
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 1000)
+    long = put(tmp_path, "d.csv", b"id,text\n1,a\n2," + b"x" * 2000 + b"\n")
+    with pytest.raises(
+        CorpusError, match=r"d\.csv: not valid CSV in the record that begins at line 3.*limit"
+    ):
+        read_all(storage, long)
+    for name, data in {"e.csv": b"", "f.csv": b"id,text\n"}.items():
+        assert scan(storage, put(tmp_path, name, data))[1].spans == ()
+
+
+def test_a_span_of_plain_lines_is_read_alone(storage: Storage, bucket: str, faulty) -> None:
+    rows = [{"id": str(i), "text": os.urandom(50_000).hex()} for i in range(100)]
+    uri = join(bucket, "a.jsonl")
+    storage.write(uri, jsonl_bytes(rows))
+    scanned, found = scan(storage, uri, UnitLimits(10, 100_000_000, 0))
+    assert len(found.spans) == 10
+    proxy = faulty()
+    (part,) = read(storage, found, resolve(scanned), {70}).values()
+    assert part.ids == [str(i) for i in range(70, 80)]
+    assert [m for m, _ in proxy.requests] == ["HEAD", "GET", "HEAD"]
+
+
+# --- columns ---------------------------------------------------------------------------------------
+
+
+def scanned_of(storage: Storage, folder: Path, name: str, rows) -> object:
+    data = parquet_bytes(rows) if name.endswith("parquet") else jsonl_bytes(rows)
+    if name.endswith("csv"):
+        data = csv_bytes(rows)
+    return scan(storage, put(folder, name, data))[0]
+
+
+def test_columns_are_found_by_name(storage: Storage, tmp_path: Path) -> None:
+    a = scanned_of(storage, tmp_path, "a.jsonl", [{"_id": "1", "id": "2", "text": "x", "title": "t"}])
+    columns = resolve(a)
+    assert (columns.id, columns.text, columns.title, columns.kept) == ("_id", "text", "title", {})
+    assert resolve(a, title_column=None).title is None
+    assert resolve(a, text_column="title").title is None
+    assert resolve(a, id_column="id").id == "id"
+    for name in ("id", "passage_id"):
+        assert resolve(scanned_of(storage, tmp_path, "b.csv", [{name: "1", "text": "x"}])).id == name
+
+
+def test_missing_columns_are_named_with_what_is_there(storage: Storage, tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.csv", "a.parquet"):
+        a = scanned_of(storage, tmp_path, name, [{"key": "1", "body": "x"}])
+        with pytest.raises(
+            CorpusError, match=rf"{name}: no id column among \['body', 'key'\].*set corpus\.id_column"
+        ):
+            resolve(a)
+        with pytest.raises(
+            CorpusError, match=rf"{name}: no column 'text' \(corpus\.text_column\).*\['body', 'key'\]"
+        ):
+            resolve(a, id_column="key")
+        with pytest.raises(CorpusError, match=r"no column 'lang' \(corpus\.keep_columns \(lang\)\)"):
+            resolve(a, id_column="key", text_column="body", keep_columns=("lang",))
+    with pytest.raises(CorpusError, match=r"no column 'name' \(corpus\.title_column\)"):
+        resolve(a, id_column="key", text_column="body", title_column="name")
+
+
+def test_titles_are_never_dropped_in_silence(storage: Storage, tmp_path: Path) -> None:
+    titled = scanned_of(storage, tmp_path, "a.parquet", ROWS)
+    bare = scanned_of(storage, tmp_path, "b.parquet", [{"id": "1", "text": "x"}])
+    loose = scanned_of(storage, tmp_path, "c.jsonl", [{"id": "1", "text": "x"}])
+    for some in ([titled, bare], [bare, titled]):
+        with pytest.raises(
+            CorpusError, match=r"b\.parquet: no column 'title'.*set corpus\.title_column to null"
+        ):
+            resolve(some)
+    assert resolve([bare, titled], title_column=None).title is None
+    assert resolve([loose, titled]).title == "title", "a key may be missing from lines"
+    assert resolve([bare, loose]).title is None
+
+
+def test_column_types_are_checked_before_any_row(storage: Storage, tmp_path: Path) -> None:
+    def one(**columns) -> object:
+        return scanned_of(storage, tmp_path, "a.parquet", pa.table(columns))
+
+    text = pa.array(["x"])
+    with pytest.raises(CorpusError, match=r"column 'text' is int64, expected text"):
+        resolve(one(id=text, text=pa.array([1])))
+    with pytest.raises(CorpusError, match=r"id column 'id' is double, expected text or integers"):
+        resolve(one(id=pa.array([1.0]), text=text))
+    with pytest.raises(CorpusError, match=r"column 'title' is binary"):
+        resolve(one(id=text, text=text, title=pa.array([b"x"])))
+    assert resolve(one(id=pa.array([1], pa.uint32()), text=text, title=pa.nulls(1))).title == "title"
+
+
+def test_kept_types_agree_over_objects(storage: Storage, tmp_path: Path) -> None:
+    def one(name: str, array: pa.Array) -> object:
+        return scanned_of(storage, tmp_path, name, pa.table({"id": ["1"], "text": ["x"], "n": array}))
+
+    nulls, ints = one("0.parquet", pa.nulls(1)), one("1.parquet", pa.array([1]))
+    floats, text = one("2.parquet", pa.array([1.5])), one("3.parquet", pa.array(["x"]))
+    loose = scanned_of(storage, tmp_path, "4.jsonl", [{"id": "1", "text": "x", "n": 3}])
+    keep = {"keep_columns": ("n",)}
+    assert resolve([nulls, ints], **keep).kept == {"n": "int64"}
+    assert resolve([nulls], **keep).kept == {"n": "string"}
+    assert resolve([text, ints, floats], **keep).kept == {"n": "string"}
+    assert resolve([ints, loose], **keep).kept == {"n": "string"}
+    with pytest.raises(
+        CorpusError, match=r"2\.parquet: kept column 'n' is double, elsewhere in the data set int64"
+    ):
+        resolve([ints, floats], **keep)
+    with pytest.raises(
+        CorpusError, match=r"4\.jsonl: kept column 'n' is string, elsewhere in the data set int64"
+    ):
+        check_columns(loose, resolve([ints], **keep))
+
+
+def test_twice_the_same_column_is_refused(storage: Storage, tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["1"])] * 3, names=["id", "text", "text"])
+    with pytest.raises(CorpusError, match="a column name stands twice"):
+        scan(storage, put(tmp_path, "a.parquet", parquet_bytes(table)))
+
+
+# --- between plan and read -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.csv"])
+@pytest.mark.parametrize("change", ["other", "shorter", "longer", "gone"])
+def test_a_change_after_the_plan_is_said_to_be_one(
+    storage: Storage, root: str, name: str, change: str
+) -> None:
+    def content(rows) -> bytes:
+        if name == "a.parquet":
+            return parquet_bytes(rows, row_group_size=5)
+        return compress(
+            csv_bytes(rows) if name == "a.csv" else jsonl_bytes(rows), ".gz" if name.endswith("gz") else ""
+        )
+
+    uri = join(root, name)
+    storage.write(uri, content(ROWS))
+    scanned, found = scan(storage, uri, UnitLimits(5, 10_000_000, 0))
+    columns = resolve(scanned)
+    if change == "gone":
+        storage.delete([uri])
+    else:
+        new = {
+            "other": [r | {"text": r["text"].upper()} for r in ROWS],
+            "shorter": ROWS[:7],
+            "longer": ROWS * 2,
+        }
+        storage.write(uri, content(new[change]))
+    said = "is gone; run again" if change == "gone" else "changed since the run began; run again"
+    with pytest.raises(CorpusError, match=said) as caught:
+        read(storage, found, columns)
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.csv"])
+def test_a_change_while_reading_yields_nothing_mixed(
+    storage: Storage, bucket: str, faulty, s3_server, name: str
+) -> None:
+    """The object is replaced after the check and before the rows arrive, at every request in turn."""
+
+    def content(word: str, count: int) -> bytes:
+        rows = [{"id": str(i), "text": f"{word} {i}"} for i in range(count)]
+        if name == "a.parquet":
+            return parquet_bytes(rows, row_group_size=5)
+        return compress(
+            csv_bytes(rows) if name == "a.csv" else jsonl_bytes(rows), ".gz" if name.endswith("gz") else ""
+        )
+
+    uri = join(bucket, name)
+    other = s3_server.filesystem()
+    proxy = faulty()
+    for new in (content("new", 20), content("newer and longer", 50)):
+        for turn in range(1, 6):
+            proxy.fault = lambda *_: ""
+            storage.write(uri, content("old", 20))
+            scanned, found = scan(storage, uri, UnitLimits(100, 10_000_000, 0))
+
+            def replace(number: int, *_: object, turn=turn, new=new) -> str:
+                if number == turn:
+                    other.pipe_file(uri.removeprefix("s3://"), new)
+                return ""
+
+            columns = resolve(scanned)
+            del proxy.requests[:]
+            proxy.fault = replace
+            try:
+                ((_, rows),) = read(storage, found, columns).items()
+            except CorpusError as error:
+                assert "changed since the run began" in str(error)
+            else:
+                assert turn > len(proxy.requests)
+                assert rows.texts == [f"old {i}" for i in range(20)]
+
+
+def test_an_unreachable_store_is_a_storage_error_in_every_format(
+    storage: Storage, bucket: str, faulty, s3_server
+) -> None:
+    """Not a corpus error: the corpus is fine, and the next run continues."""
+    many = [{"id": str(i), "text": os.urandom(100).hex()} for i in range(200)]
+    contents = {
+        "a.parquet": parquet_bytes(many, row_group_size=50),
+        "a.jsonl": jsonl_bytes(many),
+        "a.jsonl.gz": compress(jsonl_bytes(many), ".gz"),
+        "a.csv.zst": compress(csv_bytes(many), ".zst"),
+    }
+    denied = b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"
+    assert denied
+    for name, data in contents.items():
+        uri = join(bucket, name)
+        storage.write(uri, data)
+        scanned, found = scan(storage, uri)
+        columns = resolve(scanned)
+        proxy = faulty(lambda _, method, path: "403" if method == "GET" else "")
+        with pytest.raises(StorageError, match=name):
+            read(storage, found, columns)
+        with pytest.raises(StorageError, match=name):
+            scan(storage, uri)
+        proxy.fault = lambda *_: ""
+
+
+def test_ids_survive_as_json_would_have_them(storage: Storage, tmp_path: Path) -> None:
+    uri = put(tmp_path, "a.jsonl", json.dumps({"id": 2**63, "text": "x", "k": [1, {"é": None}]}).encode())
+    rows = read_all(storage, uri, keep_columns=("k",))
+    assert check_rows(rows)[0].passage_ids == [str(2**63)]
+    assert rows.kept["k"].to_pylist() == ['[1, {"é": null}]']

@@ -1,0 +1,83 @@
+"""Real lack of memory: a child process with a limit on its address space, no mock."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.models import make_encoder
+
+CHILD = """
+import json, os, resource, sys
+import numpy as np
+import torch
+from bge_ray.model.encoder import Encoder
+from bge_ray.model.source import resolve_model
+from bge_ray.records.ids import PackedTokens
+from bge_ray.settings.sections import ModelSettings
+
+folder, packed, spare, lengths = sys.argv[1], sys.argv[2] == "True", int(sys.argv[3]), json.loads(sys.argv[4])
+spec = resolve_model(ModelSettings(name=folder), on_gpu=False)
+encoder = Encoder(spec, device="cpu", packed=packed)
+offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+ids = (np.arange(offsets[-1]) * 7919 % 50 + 5).astype(np.int32)
+tokens = PackedTokens(ids, offsets, np.zeros(len(lengths), np.bool_))
+small = encoder.empty_result(len(lengths))
+encoder.encode(tokens, [np.array([i]) for i in range(len(lengths)) if lengths[i] < 500][:20], small)
+
+size = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+everything = [np.arange(len(lengths))]
+result = encoder.empty_result(len(lengths))
+resource.setrlimit(resource.RLIMIT_AS, (size + spare, resource.RLIM_INFINITY))
+encoder.encode(tokens, everything, result)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+good = [i for i in range(len(lengths)) if i not in result.faults]
+free = encoder.empty_result(len(lengths))
+encoder.encode(tokens, [np.array(good)], free)
+print(json.dumps({
+    "faults": result.faults, "batches": result.batches, "free_batches": free.batches,
+    "difference": float(np.abs(result.embeddings[good] - free.embeddings[good]).max()),
+}))
+"""
+
+
+def run_child(folder: Path, packed: bool, spare: int, lengths: list[int]) -> dict:
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(folder), str(packed), str(spare), json.dumps(lengths)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin", "HF_HUB_OFFLINE": "1"},
+        cwd=Path(__file__).parents[3],
+    )
+    assert done.returncode == 0, [
+        line for line in done.stderr.splitlines() if "<string>" in line or "Error" in line
+    ]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_encoder(tmp_path_factory.mktemp("oom") / "m", positions=2048, layers=2, intermediate=16_384)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_batch_that_does_not_fit_is_halved_until_it_does(folder: Path, packed: bool) -> None:
+    found = run_child(folder, packed, 32 << 20, [100, 96] * 16)
+    assert found["faults"] == {}
+    assert found["free_batches"] == 1
+    assert 4 <= found["batches"] <= 32
+    assert found["difference"] < 1e-5
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_row_that_never_fits_is_named_and_the_others_are_done(folder: Path, packed: bool) -> None:
+    found = run_child(folder, packed, 16 << 20, [40, 2000, 60, 20])
+    assert list(found["faults"]) == ["1"]
+    reason, detail = found["faults"]["1"]
+    assert reason == "out_of_memory" and "2000 tokens" in detail
+    assert found["difference"] < 1e-5

@@ -1,0 +1,315 @@
+"""The embed job on a real Ray and a real S3 server: what goes in comes out, once."""
+
+import gzip
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bge_ray.errors import (
+    BgeRayError,
+    CorpusError,
+    DatasetMismatchError,
+    IncompleteRunError,
+    ModelError,
+    RejectedRowsError,
+)
+from bge_ray.pipeline.embed.job import embed, plan_only
+from bge_ray.settings.sections import Settings, parse_settings
+from bge_ray.storage.objects import Storage, join
+from tests.support.corpora import docstrings, jsonl_bytes, mixed_objects, parquet_bytes
+from tests.support.datasets import check_nothing_left_over, read_manifest, read_shards, vectors_by_id
+from tests.support.poison import make_poisonous
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+STORAGE = Storage(20)
+
+
+def upload(root: str, objects: dict[str, bytes]) -> str:
+    for name, data in objects.items():
+        STORAGE.write(join(root, name), data)
+    return root
+
+
+def settings_for(root: str, model: Path, *overrides: str) -> Settings:
+    keys = {
+        "corpus.uri": f"{root}/corpus",
+        "output.uri": f"{root}/out",
+        "model.name": model,
+        "batching.unit_rows": 60,
+        "resources.num_encoders": 2,
+        "output.storage_timeout_s": 20,
+    }
+    return parse_settings(None, [f"{k}={v}" for k, v in keys.items()] + list(overrides))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 100 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", disk], check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.fixture(scope="module")
+def passages() -> list[dict[str, str]]:
+    return docstrings(600)
+
+
+def test_every_row_of_every_format_comes_out_once(
+    bucket: str, tiny_model: Path, passages: list[dict[str, str]]
+) -> None:
+    upload(f"{bucket}/corpus", mixed_objects(passages))
+    result = embed(settings_for(bucket, tiny_model, "corpus.keep_columns=[title]"))
+    table = read_shards(f"{bucket}/out")
+    assert table["passage_id"].to_pylist() == [p["id"] for p in passages]  # objects sort as they were cut
+    assert table["title"].to_pylist() == [p["title"] for p in passages]
+    assert result.report["rows_in"] == result.report["rows_out"] == len(passages)
+    assert result.report["rows_rejected"] == 0
+    norms = np.linalg.norm(np.stack(list(vectors_by_id(f"{bucket}/out").values())), axis=1)
+    assert np.abs(norms - 1).max() < 1e-6
+    check_nothing_left_over(f"{bucket}/out")
+
+
+def test_vectors_do_not_depend_on_format_units_or_encoders(
+    bucket: str, tiny_model: Path, passages: list[dict[str, str]]
+) -> None:
+    some = passages[:150]
+    upload(f"{bucket}/a/corpus", mixed_objects(some))
+    upload(f"{bucket}/b/corpus", {"all.parquet": parquet_bytes(some)})
+    embed(settings_for(f"{bucket}/a", tiny_model))
+    embed(settings_for(f"{bucket}/b", tiny_model, "batching.unit_rows=1000", "resources.num_encoders=1"))
+    one, other = vectors_by_id(f"{bucket}/a/out"), vectors_by_id(f"{bucket}/b/out")
+    assert one.keys() == other.keys()
+    assert max(np.abs(one[k] - other[k]).max() for k in one) < 1e-6
+
+
+def test_same_input_same_bytes_and_a_second_run_does_nothing(
+    bucket: str, tiny_model: Path, passages: list[dict[str, str]]
+) -> None:
+    upload(f"{bucket}/corpus", mixed_objects(passages[:200]))
+    first = embed(settings_for(bucket, tiny_model))
+    again = embed(settings_for(bucket, tiny_model))
+    assert again.report["outcome"] == "nothing to do"
+    assert again.manifest == first.manifest
+    fresh = embed(settings_for(bucket, tiny_model, f"output.uri={bucket}/fresh"))
+    assert fresh.manifest == first.manifest  # sha256 of every file included
+
+
+def test_new_changed_and_removed_objects_are_all_that_is_done(
+    bucket: str, tiny_model: Path, passages: list[dict[str, str]]
+) -> None:
+    objects = {f"{i}.jsonl": jsonl_bytes(passages[i * 50 : i * 50 + 50]) for i in range(4)}
+    upload(f"{bucket}/corpus", objects)
+    before = embed(settings_for(bucket, tiny_model)).manifest
+    upload(
+        f"{bucket}/corpus",
+        {"1.jsonl": jsonl_bytes(passages[300:340]), "9.jsonl": jsonl_bytes(passages[400:420])},
+    )
+    STORAGE.delete([f"{bucket}/corpus/0.jsonl"])
+    result = embed(settings_for(bucket, tiny_model))
+    assert result.report["rows_in"] == 60
+    ids = [p["id"] for p in passages]
+    assert set(vectors_by_id(f"{bucket}/out")) == set(ids[100:200]) | set(ids[300:340]) | set(ids[400:420])
+    kept = {m.unit: m for m in before.shards}
+    assert [m for m in result.manifest.shards if m.unit in kept] == [
+        m for m in before.shards if m.unit.object_no in (2, 3)
+    ]
+    assert {m.unit.object_no for m in result.manifest.shards} == {2, 3, 4, 5}  # numbers are never given twice
+    check_nothing_left_over(f"{bucket}/out")
+
+
+BAD_LINES = [
+    (b'{"id": "null text", "text": null}', "null_text"),
+    (b'{"id": "no text"}', "null_text"),
+    (b'{"id": "empty", "text": ""}', "empty_text"),
+    (b'{"id": "blank", "text": " \\n\\t\\u3000"}', "empty_text"),
+    (b'{"id": "number", "text": 7}', "non_string_text"),
+    (b'{"id": null, "text": "no id"}', "null_id"),
+    (b'{"text": "no id at all"}', "null_id"),
+    (b'{"id": 1.5, "text": "float id"}', "non_string_id"),
+    (b'{"id": "good 0", "text": "the id of another row"}', "duplicate_id"),
+    (b'{"id": "surrogate", "text": "lone \\ud800 surrogate"}', "invalid_unicode"),
+    (b'{"id": "bytes", "text": "\xff\xfe"}', "invalid_unicode"),
+    (b'{"id": "cut", "text": "no end', "malformed_line"),
+    (b'["a", "list"]', "malformed_line"),
+]
+
+
+def test_each_bad_row_is_rejected_with_its_reason_and_the_rest_is_done(bucket: str, tiny_model: Path) -> None:
+    good = [json.dumps({"id": f"good {i}", "text": f"a good passage number {i}"}).encode() for i in range(30)]
+    good += [b'{"id": "nul", "text": "a NUL \\u0000 inside"}', b'{"id": 7, "text": "an integer id"}']
+    good.append(json.dumps({"id": "huge", "text": "many words " * 1_000_000}).encode())
+    lines = good[:20] + [line for line, _ in BAD_LINES] + good[20:]
+    upload(f"{bucket}/corpus", {"x.jsonl": b"\n".join(lines)})
+    result = embed(settings_for(bucket, tiny_model, "corpus.max_rejected_fraction=0.5"))
+    assert (result.report["rows_in"], result.report["rows_out"]) == (len(lines), len(good))
+    rejected = read_shards(f"{bucket}/out", "rejected").to_pylist()
+    assert [(r["vector_id"], r["reason"]) for r in rejected] == [
+        (20 + i, reason) for i, (_, reason) in enumerate(BAD_LINES)
+    ]
+    table = read_shards(f"{bucket}/out")
+    huge = dict(zip(table["passage_id"].to_pylist(), table["truncated"].to_pylist(), strict=True))
+    assert {name for name, cut in huge.items() if cut} == {"huge"}
+
+
+def test_too_many_rejected_rows_stop_the_run_and_a_higher_limit_resumes_it(
+    bucket: str, tiny_model: Path
+) -> None:
+    lines = [json.dumps({"id": str(i), "text": "" if i % 4 == 0 else "text"}).encode() for i in range(200)]
+    upload(f"{bucket}/corpus", {"x.jsonl": b"\n".join(lines)})
+    with pytest.raises(RejectedRowsError, match="empty_text"):
+        embed(settings_for(bucket, tiny_model))
+    assert STORAGE.read_optional(f"{bucket}/out/manifest.json") is None
+    result = embed(settings_for(bucket, tiny_model, "corpus.max_rejected_fraction=0.3"))
+    assert (result.manifest.rows_out, result.manifest.rows_rejected) == (150, 50)
+
+
+def test_unreadable_objects_are_all_named_and_nothing_is_written(
+    bucket: str, tiny_model: Path, passages: list[dict[str, str]]
+) -> None:
+    whole = parquet_bytes(passages[:100])
+    packed = gzip.compress(jsonl_bytes(passages[:100]))
+    upload(
+        f"{bucket}/corpus",
+        {
+            "ok.parquet": whole,
+            "cut.parquet": whole[: len(whole) // 2],
+            "cut.jsonl.gz": packed[: len(packed) // 2],
+        },
+    )
+    with pytest.raises(CorpusError) as caught:
+        embed(settings_for(bucket, tiny_model))
+    assert "cut.parquet" in str(caught.value)
+    assert "cut.jsonl.gz" in str(caught.value)
+    assert STORAGE.list_files(f"{bucket}/out") == []
+
+
+def test_a_page_that_cannot_be_decoded_leaves_only_its_unit_undone(
+    bucket: str, tiny_model: Path, passages: list[dict[str, str]]
+) -> None:
+    data = bytearray(parquet_bytes(passages[:180], row_group_size=60))
+    data[2000:2400] = b"\xff" * 400  # inside the first row group
+    upload(f"{bucket}/corpus", {"bad.parquet": bytes(data), "good.jsonl": jsonl_bytes(passages[200:260])})
+    with pytest.raises(IncompleteRunError, match="1 of 4 units"):
+        embed(settings_for(bucket, tiny_model))
+    report = json.loads(STORAGE.read(f"{bucket}/out/report.json"))
+    assert report["units_done"] == 3
+    assert "bad.parquet rows 0 to 59" in report["failures"][0]
+    upload(f"{bucket}/corpus", {"bad.parquet": parquet_bytes(passages[:180], row_group_size=60)})
+    assert embed(settings_for(bucket, tiny_model)).manifest.rows_out == 240
+
+
+def test_other_settings_or_weights_are_refused_and_named(
+    bucket: str, tiny_model: Path, tmp_path: Path, passages: list[dict[str, str]]
+) -> None:
+    from tests.support.models import make_encoder
+
+    upload(f"{bucket}/corpus", {"x.jsonl": jsonl_bytes(passages[:40])})
+    before = embed(settings_for(bucket, tiny_model)).manifest
+    other = make_encoder(tmp_path / "other", seed=1)
+    for model, override, named in [
+        (tiny_model, "model.max_length=16", "model.max_length: there 512, now 16"),
+        (tiny_model, "model.pooling=mean", "model.pooling"),
+        (tiny_model, "output.dtype=float16", "dtype: there 'float32', now 'float16'"),
+        (tiny_model, "model.passage_instruction='passage: '", "model.passage_instruction"),
+        (other, "model.max_length=512", "model.weights_sha256"),
+    ]:
+        with pytest.raises(DatasetMismatchError, match=named):
+            embed(settings_for(bucket, model, override))
+    assert read_manifest(f"{bucket}/out") == before
+
+
+def test_dry_run_counts_and_writes_nothing(
+    bucket: str, tiny_model: Path, passages: list[dict[str, str]]
+) -> None:
+    upload(f"{bucket}/corpus", mixed_objects(passages[:300]))
+    estimate = plan_only(settings_for(bucket, tiny_model, "report.price_per_hour=2"))
+    assert (estimate.objects, estimate.rows, estimate.rows_todo) == (5, 300, 300)
+    assert STORAGE.list_files(f"{bucket}/out") == []
+    result = embed(settings_for(bucket, tiny_model))
+    assert estimate.tokens == pytest.approx(result.report["tokens"], rel=0.5)
+    assert estimate.output_bytes == pytest.approx(result.report["bytes_out"], rel=0.6)
+
+
+@pytest.mark.parametrize(
+    ("objects", "overrides", "message"),
+    [
+        ({}, [], "no such file or folder"),
+        ({"empty.jsonl": b""}, [], "no rows in any"),
+        ({"readme.txt": b"hello"}, [], "known ending"),
+        ({"x.jsonl": b'{"id": "1", "body": "text"}'}, [], r"no column 'text' \(corpus.text_column\)"),
+        ({"x.jsonl": b'{"key": "1", "text": "text"}'}, [], "no id column"),
+        ({"x.jsonl": b'{"id": "1", "text": "text"}'}, ["corpus.keep_columns=[lang]"], "no column 'lang'"),
+        ({"x.jsonl": b'{"id": "1", "text": "text"}'}, ["model.name=/no/such/folder"], "no such folder"),
+        ({"x.jsonl": b'{"id": "1", "text": "text"}'}, ["model.max_length=4096"], "max_length 4096"),
+        (
+            {"x.jsonl": b'{"id": "1", "text": "text"}'},
+            ["index.build=true", "index.factory=NSG32"],
+            "'HNSW32'",
+        ),
+        (
+            {"x.jsonl": b'{"id": "1", "text": "text"}'},
+            ["index.build=true", "index.factory=IVF16,SQ8"],
+            "'auto'",
+        ),
+        (
+            {"x.jsonl": b'{"id": "1", "text": "text"}'},
+            ["index.build=true", "model.normalize=false"],
+            "normalised",
+        ),
+        (
+            {"x.jsonl": b'{"id": "1", "text": "text"}'},
+            ["index.build=true", "index.queries=/no/such/file.jsonl"],
+            "/no/such/file.jsonl",
+        ),
+    ],
+)
+def test_input_that_cannot_be_used_is_refused_before_anything_is_written(
+    bucket: str, tiny_model: Path, objects: dict[str, bytes], overrides: list[str], message: str
+) -> None:
+    upload(f"{bucket}/corpus", objects)
+    with pytest.raises(BgeRayError, match=message) as caught:
+        embed(settings_for(bucket, tiny_model, *overrides))
+    assert caught.value.exit_code == 2
+    assert STORAGE.list_files(f"{bucket}/out") == []
+
+
+def test_a_model_that_needs_trust_is_refused_without_it_first_and_later(
+    bucket: str, tmp_path: Path, passages: list[dict[str, str]]
+) -> None:
+    model = make_poisonous(tmp_path / "model", "zzz")
+    distrusting = settings_for(bucket, model)
+    upload(f"{bucket}/corpus", {"x.jsonl": jsonl_bytes(passages[:20])})
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        embed(distrusting)
+    assert STORAGE.list_files(f"{bucket}/out") == []
+
+    embed(settings_for(bucket, model, "model.trust_remote_code=true"))
+    STORAGE.delete(
+        [f"{bucket}/out/manifest.json", *(i.uri for i in STORAGE.list_files(f"{bucket}/out/done"))]
+    )
+    left = STORAGE.list_files(f"{bucket}/out")
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        embed(distrusting)
+    assert STORAGE.list_files(f"{bucket}/out") == left
+
+
+def test_a_full_disk_ends_the_run_and_with_space_it_goes_on(
+    small_disk: Path, bucket: str, tiny_model: Path, passages: list[dict[str, str]]
+) -> None:
+    upload(f"{bucket}/corpus", mixed_objects(passages[:400]))
+    settings = settings_for(bucket, tiny_model, f"output.uri={small_disk}/out", "batching.unit_rows=20")
+    with pytest.raises(BgeRayError, match=r"(?i)no space") as caught:
+        embed(settings)
+    assert caught.value.exit_code == 1
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    assert embed(settings).manifest.rows_out == 400
+    check_nothing_left_over(f"{small_disk}/out")

@@ -1,0 +1,125 @@
+"""Real kills: of an index actor, a rerank actor and the driver, in turn; no query is lost or doubled."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bge_ray.storage.objects import join
+from tests.support.corpora import docstrings, mixed_objects
+from tests.support.models import make_cross_encoder
+from tests.support.runs import JobProcess, wait_until
+from tests.support.searches import STORAGE, by_query, jsonl, read_rejected, read_run, upload
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+
+QUERIES = 1200
+
+
+def prepare(bucket: str, model: Path, log: Path, factory: str = "IVF16,SQ8") -> list[str]:
+    """Embed and index real passages, and store queries; returns the query ids."""
+    passages = docstrings(2000)
+    upload(f"{bucket}/corpus", mixed_objects(passages))
+    keys: dict[str, object] = {"corpus.uri": f"{bucket}/corpus", "output.uri": f"{bucket}/data"}
+    assert JobProcess(log, keys | {"model.name": model}).wait() == 0, log.read_text()
+    index = {"output.uri": f"{bucket}/data", "index.factory": factory}
+    assert JobProcess(log, index, job="index").wait() == 0, log.read_text()
+    records = [{"_id": f"q{i}", "text": passages[i]["title"] + f" {i}"} for i in range(QUERIES)]
+    upload(bucket, {"queries.jsonl": jsonl(records)})
+    return [record["_id"] for record in records]
+
+
+def parts(folder: str) -> int:
+    return len(STORAGE.list_files(join(folder, "work", "parts")))
+
+
+def after_more_parts(folder: str, count: int) -> None:
+    before = parts(folder)
+    wait_until(lambda: parts(folder) >= before + count)
+
+
+def check(folder: str, queries: list[str], depth: int) -> list[dict[str, object]]:
+    rows = read_run(folder)
+    found = by_query(rows)
+    assert list(found) == queries
+    assert {len(pairs) for pairs in found.values()} == {depth}
+    assert read_rejected(folder) == []
+    return rows
+
+
+def search_keys(bucket: str, name: str) -> dict[str, object]:
+    return {
+        "output.uri": f"{bucket}/data",
+        "search.queries": f"{bucket}/queries.jsonl",
+        "search.output": f"{bucket}/{name}",
+        "search.k": 10,
+        "search.unit_queries": 20,
+    }
+
+
+def test_search_survives_the_kill_of_an_index_actor_and_of_the_driver(
+    bucket: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    queries = prepare(bucket, tiny_model, tmp_path / "log")
+    keys, folder, log = search_keys(bucket, "run"), f"{bucket}/run", tmp_path / "search"
+    run = JobProcess(log, keys, job="search")
+    after_more_parts(folder, 3)
+    kill_actor(run, "Searcher")
+    after_more_parts(folder, 3)
+    kill_actor(run, "QueryEncodeStage")
+    after_more_parts(folder, 3)
+    run.kill()
+    there = parts(folder)
+    assert there >= 9
+    assert STORAGE.info(join(folder, "run.parquet")) is None
+    run = JobProcess(log, keys, job="search")
+    assert run.wait() == 0, run.log()
+    assert f"{QUERIES - 20 * there} queries to answer" in run.log()  # what was done is not done again
+    rows = check(folder, queries, 10)
+    calm = search_keys(bucket, "calm")
+    assert JobProcess(log, calm, job="search").wait() == 0, log.read_text()
+    assert read_run(f"{bucket}/calm") == rows
+
+
+def test_rerank_survives_the_kill_of_a_reranker_and_of_the_driver(
+    bucket: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    queries = prepare(bucket, tiny_model, tmp_path / "log", "Flat")
+    log = tmp_path / "rerank"
+    assert JobProcess(log, search_keys(bucket, "first"), job="search").wait() == 0, log.read_text()
+    model = make_cross_encoder(tmp_path / "ce", positions=128)
+    folder = f"{bucket}/reranked"
+    keys: dict[str, object] = {
+        "output.uri": f"{bucket}/data",
+        "search.queries": f"{bucket}/queries.jsonl",
+        "rerank.candidates": f"{bucket}/first",
+        "rerank.output": folder,
+        "rerank.model": model,
+        "rerank.unit_pairs": 100,
+        "rerank.join_pairs": 1000,
+    }
+    run = JobProcess(log, keys, job="rerank")
+    after_more_parts(folder, 3)
+    kill_actor(run, "ScoreStage")
+    after_more_parts(folder, 3)
+    run.kill()
+    there = parts(folder)
+    assert there >= 6
+    run = JobProcess(log, keys, job="rerank")
+    assert run.wait() == 0, run.log()
+    assert f"{QUERIES * 10 - 100 * there} pairs to score" in run.log()
+    rows = check(folder, queries, 10)
+    assert JobProcess(log, keys | {"rerank.output": f"{bucket}/calm"}, job="rerank").wait() == 0
+    calm = read_run(f"{bucket}/calm")
+    assert [(r["query_id"], r["passage_id"]) for r in rows] == [
+        (r["query_id"], r["passage_id"]) for r in calm
+    ]
+    assert max(abs(a["score"] - b["score"]) for a, b in zip(rows, calm, strict=True)) < 1e-5
+
+
+def kill_actor(run: JobProcess, name: str) -> None:
+    """Kill one actor of a class; the job must still be at work."""
+    found: Callable[[], list[object]] = lambda: run.actors(name)  # noqa: E731
+    wait_until(lambda: bool(found()))
+    run.actors(name)[0].kill()
+    assert run.process.poll() is None, "the job had ended before the kill"

@@ -1,0 +1,321 @@
+"""The search job on a real Ray and a real S3 server: truth is brute force over the stored vectors."""
+
+import dataclasses
+import json
+import secrets
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bge_ray.errors import (
+    CorpusError,
+    DatasetMismatchError,
+    IncompleteRunError,
+    ModelError,
+    RejectedRowsError,
+    SettingsError,
+)
+from bge_ray.model.source import resolve_model
+from bge_ray.pipeline.embed.job import embed
+from bge_ray.pipeline.index.job import build_index, read_index
+from bge_ray.pipeline.search.job import plan_search, search
+from bge_ray.settings.sections import ModelSettings
+from bge_ray.storage.objects import join
+from tests.support.corpora import csv_bytes, docstrings, jsonl_bytes, mixed_objects, parquet_bytes
+from tests.support.datasets import vectors_by_id
+from tests.support.models import make_cross_encoder, make_encoder
+from tests.support.s3 import S3Server
+from tests.support.searches import (
+    STORAGE,
+    assert_same_ranking,
+    brute_force,
+    by_query,
+    jsonl,
+    query_vectors,
+    read_rejected,
+    read_run,
+    settings_for,
+    upload,
+)
+from tests.support.vectors import VectorDataset, clustered
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+PASSAGES = 900
+
+
+@pytest.fixture(scope="module")
+def root(s3_server: S3Server, ray_cluster: None, tiny_model: Path) -> str:
+    """A data set of real passages in all formats, with an index of 8 ranges."""
+    root = f"s3://out/search-{secrets.token_hex(4)}"
+    passages = [{"id": p["id"], "title": p["title"], "text": p["text"]} for p in docstrings(PASSAGES)]
+    upload(f"{root}/corpus", mixed_objects(passages))
+    keys = {"corpus__uri": f"{root}/corpus", "output__uri": f"{root}/data", "model__name": str(tiny_model)}
+    embed(settings_for(**keys, batching__unit_rows=100, resources__num_encoders=2))
+    records = [
+        {"_id": f"q{i}", "text": f"how to {p['title']} with {i}"} for i, p in enumerate(passages[::20])
+    ]
+    upload(root, {"queries.jsonl": jsonl(records)})
+    build_index(settings_for(output__uri=f"{root}/data", index__factory="IVF16,SQ8"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def queries(root: str) -> dict[str, str]:
+    lines = STORAGE.read(f"{root}/queries.jsonl").splitlines()
+    return {r["_id"]: r["text"] for r in map(json.loads, lines)}
+
+
+def keys_for(root: str, output: str, **more: object) -> dict[str, object]:
+    keys = {"output__uri": f"{root}/data", "search__queries": f"{root}/queries.jsonl"}
+    return keys | {"search__output": output, "search__k": 10, "search__unit_queries": 16} | more
+
+
+def test_exact_search_equals_numpy(root: str, bucket: str, tiny_model: Path, queries: dict[str, str]) -> None:
+    report = search(settings_for(**keys_for(root, bucket, search__exact=True)))
+    found = by_query(read_run(bucket))
+    truth = brute_force(
+        query_vectors(tiny_model, list(queries.values())), vectors_by_id(f"{root}/data"), k=10
+    )
+    assert list(found) == list(queries)  # in the order of the input, none lost, none doubled
+    for ours, best in zip(found.values(), truth, strict=True):
+        assert_same_ranking(ours, best)
+    assert (report["queries_in"], report["queries_out"], report["results"]) == (45, 45, 450)
+    assert report["index"] is None
+    assert read_rejected(bucket) == []
+    assert STORAGE.list_files(f"{bucket}/work") == []
+
+
+@pytest.mark.slow
+def test_four_range_shards_equal_the_single_file_and_all_lists_equal_exact_search(
+    root: str, bucket: str, tiny_model: Path
+) -> None:
+    """160,000 vectors, because the smallest file of a range has 5 MB; of a model that can be asked."""
+    model = resolve_model(ModelSettings(name=str(tiny_model)), on_gpu=False)
+    data = f"{bucket}/data"
+    made = VectorDataset(data, **{k: v for k, v in dataclasses.asdict(model).items() if k != "dim"}, dim=32)
+    for number in range(4):
+        made.put(number, clustered(40_000, 32, seed=number))
+    made.publish()
+    runs = {}
+    for layout, files in (("single", 1), ("ranges", 4)):
+        build = {"index__factory": "IVF64,Flat", "index__layout": layout, "index__num_queries": 50}
+        build_index(settings_for(output__uri=data, **build, index__range_bytes=5_500_000))
+        assert len(read_index(STORAGE, data)["files"]) >= files
+        for nprobe in (3, 64):
+            asked = keys_for(root, f"{bucket}/{layout}-{nprobe}", output__uri=data, search__nprobe=nprobe)
+            search(settings_for(**asked, search__num_searchers=3))
+            runs[layout, nprobe] = read_run(asked["search__output"])
+    assert runs["single", 3] == runs["ranges", 3]
+    assert runs["single", 64] == runs["ranges", 64]
+    assert runs["single", 3] != runs["single", 64]
+    search(settings_for(**keys_for(root, f"{bucket}/exact", output__uri=data, search__exact=True)))
+    ours, truth = by_query(runs["ranges", 64]), by_query(read_run(f"{bucket}/exact"))
+    assert list(ours) == list(truth)
+    for query_id in truth:
+        assert_same_ranking(ours[query_id], truth[query_id])
+
+
+def test_rescoring_brings_the_order_of_exact_search(
+    root: str, bucket: str, tiny_model: Path, queries: dict[str, str]
+) -> None:
+    keys = keys_for(root, bucket, search__nprobe=16, search__rescore=100)
+    search(settings_for(**keys))
+    truth = brute_force(
+        query_vectors(tiny_model, list(queries.values())), vectors_by_id(f"{root}/data"), k=10
+    )
+    for ours, best in zip(by_query(read_run(bucket)).values(), truth, strict=True):
+        assert_same_ranking(ours, best)
+
+
+@pytest.mark.slow
+def test_the_instruction_is_applied_replaced_and_switched_off(root: str, bucket: str, tmp_path: Path) -> None:
+    """A folder that names its own instruction; truth is the same text put in front by hand."""
+    model = make_encoder(tmp_path / "instructed")
+    prompts = {"prompts": {"query": "the quick fox: ", "document": ""}}
+    (model / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    upload(f"{bucket}/corpus", {"x.jsonl": jsonl_bytes(docstrings(PASSAGES)[:80])})
+    data = f"{bucket}/data"
+    embed(
+        settings_for(
+            corpus__uri=f"{bucket}/corpus",
+            output__uri=data,
+            model__name=str(model),
+            resources__num_encoders=1,
+        )
+    )
+    upload(bucket, {"q.jsonl": jsonl([{"_id": "a", "text": "a corpus"}, {"_id": "b", "text": "an index"}])})
+    vectors = vectors_by_id(data)
+    seen = []
+    for instruction, override in [
+        ("the quick fox: ", {}),
+        ("", {"model__query_instruction": ""}),
+        ("over ", {"model__query_instruction": "over "}),
+    ]:
+        output = f"{bucket}/run{len(seen)}"
+        search(
+            settings_for(
+                output__uri=data,
+                search__queries=f"{bucket}/q.jsonl",
+                search__output=output,
+                search__k=5,
+                **override,
+            )
+        )
+        found = by_query(read_run(output))
+        texts = [instruction + text for text in ("a corpus", "an index")]
+        truth = brute_force(query_vectors(model, texts, query_instruction=""), vectors, k=5)
+        for ours, best in zip(found.values(), truth, strict=True):
+            assert_same_ranking(ours, best)
+        seen.append(found)
+    assert seen[0] != seen[1] != seen[2]
+
+
+@pytest.mark.slow
+def test_the_same_answer_in_every_format_and_unit_and_a_second_run_does_nothing(
+    root: str, bucket: str, queries: dict[str, str]
+) -> None:
+    records = [{"id": name, "title": "", "text": text} for name, text in queries.items()]
+    beir = {"beir/queries.jsonl": jsonl([{"_id": r["id"], "text": r["text"]} for r in records])}
+    beir |= {"beir/corpus.jsonl": b"{}\n", "beir/qrels/test.tsv": b"query-id\tcorpus-id\tscore\n"}
+    upload(bucket, {"q.csv": csv_bytes(records), "q.parquet": parquet_bytes(records), **beir})
+    first = None
+    for name, unit in (("q.csv", 7), ("q.parquet", 1000), ("beir", 16)):
+        keys = keys_for(root, f"{bucket}/run-{unit}", search__queries=f"{bucket}/{name}")
+        keys["search__unit_queries"] = unit
+        search(settings_for(**keys))
+        found = by_query(read_run(keys["search__output"]))
+        first = first or found
+        assert list(found) == list(first) == list(queries)
+        for query_id, pairs in found.items():  # other batches, other last bits
+            assert_same_ranking(pairs, first[query_id])
+    again = search(settings_for(**keys))
+    assert again["outcome"] == "nothing to do"
+
+
+def test_queries_that_cannot_be_answered_are_named_and_the_rest_is_done(root: str, bucket: str) -> None:
+    lines = [{"_id": f"good{i}", "text": f"a good query {i}"} for i in range(20)]
+    bad = [
+        {"_id": "none"},
+        {"_id": "empty", "text": "  "},
+        {"_id": "number", "text": 7},
+        {"text": "no id"},
+        {"_id": "good3", "text": "the id of another"},
+    ]
+    data = jsonl(lines[:10]) + jsonl(bad) + b"not json\n" + jsonl(lines[10:])
+    upload(bucket, {"q.jsonl": data + json.dumps({"_id": "long", "text": "fox " * 50_000}).encode()})
+    keys = keys_for(root, f"{bucket}/run", search__queries=f"{bucket}/q.jsonl")
+    with pytest.raises(RejectedRowsError, match="the run is published, but"):
+        search(settings_for(**keys))
+    found = by_query(read_run(f"{bucket}/run"))
+    assert list(found) == [r["_id"] for r in lines] + ["long"]
+    assert {len(pairs) for pairs in found.values()} == {10}
+    reasons = sorted(reason for *_, reason in read_rejected(f"{bucket}/run"))
+    assert reasons == sorted(
+        ["null_text", "empty_text", "non_string_text", "null_id", "duplicate_id", "malformed_line"]
+    )
+    report = json.loads(STORAGE.read(f"{bucket}/run/report.json"))
+    assert (report["queries_in"], report["queries_out"], report["truncated_queries"]) == (27, 21, 1)
+
+
+@pytest.mark.slow
+def test_a_wrong_index_or_model_is_refused_and_an_old_index_is_told_of(
+    root: str, bucket: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    upload(
+        f"{bucket}/corpus",
+        {f"{i}.jsonl": jsonl_bytes(docstrings(PASSAGES)[i * 60 : i * 60 + 60]) for i in range(3)},
+    )
+    data = f"{bucket}/data"
+    embedding = {"corpus__uri": f"{bucket}/corpus", "output__uri": data, "model__name": str(tiny_model)}
+    embed(settings_for(**embedding, resources__num_encoders=1))
+    build_index(settings_for(output__uri=data, index__factory="Flat"))
+    keys = keys_for(root, f"{bucket}/run", output__uri=data)
+    other = make_encoder(tmp_path / "other", seed=3)
+    with pytest.raises(DatasetMismatchError, match="queries need the same model"):
+        search(settings_for(**keys, model__name=str(other)))
+    with pytest.raises(ModelError, match="no such folder"):
+        search(settings_for(**keys, model__name="/no/such/folder"))
+    uri = join(data, "index", "index.json")
+    description = json.loads(STORAGE.read(uri))
+    STORAGE.write(uri, json.dumps(description | {"dataset_fingerprint": "f" * 64}).encode())
+    with pytest.raises(DatasetMismatchError, match="another model"):
+        search(settings_for(**keys))
+    assert STORAGE.list_files(f"{bucket}/run") == []
+    # Another training under the same description: the file is not the one that was published.
+    STORAGE.write(uri, json.dumps(description).encode())
+    file = join(data, "index", description["files"][0]["path"])
+    whole = STORAGE.read(file)
+    STORAGE.write(file, whole[:-8] + bytes(8))
+    with pytest.raises(IncompleteRunError, match="is damaged"):
+        search(settings_for(**keys))
+    STORAGE.write(file, whole)
+    # An object is gone from the corpus since: its passages must not come up, under whatever name.
+    STORAGE.delete([f"{bucket}/corpus/1.jsonl"])
+    embed(settings_for(**embedding, resources__num_encoders=1))
+    report = search(settings_for(**keys))
+    assert report["unknown_ids"] > 0
+    there = set(vectors_by_id(data))
+    found = by_query(read_run(f"{bucket}/run"))
+    assert len(found) == 45
+    assert {passage_id for pairs in found.values() for passage_id, _ in pairs} <= there
+
+
+@pytest.mark.slow
+def test_reranking_in_the_same_job_equals_the_rerank_job(root: str, bucket: str, tmp_path: Path) -> None:
+    from bge_ray.pipeline.rerank.job import rerank
+
+    model = make_cross_encoder(tmp_path / "ce", positions=128)
+    shared = {
+        "rerank__model": str(model),
+        "rerank__depth": 5,
+        "rerank__unit_pairs": 40,
+        "rerank__join_pairs": 100,
+    }
+    keys = keys_for(root, f"{bucket}/one", **shared, search__rerank=True)
+    report = search(settings_for(**keys))
+    assert report["rerank"]["pairs_out"] == 45 * 5
+    one, two = f"{bucket}/one/reranked", f"{bucket}/two"
+    keys = {"output__uri": f"{root}/data", "search__queries": f"{root}/queries.jsonl", **shared}
+    again = rerank(settings_for(**keys, rerank__candidates=f"{bucket}/one", rerank__output=two))
+    assert again["pairs_out"] == 45 * 5
+    ours, theirs = read_run(one), read_run(two)
+    same = ("query_id", "passage_id", "rank", "vector_id")
+    assert [[r[n] for n in same] for r in ours] == [[r[n] for n in same] for r in theirs]
+    np.testing.assert_allclose([r["score"] for r in ours], [r["score"] for r in theirs], atol=1e-5)
+    first = by_query(read_run(f"{bucket}/one"))
+    for query_id, pairs in by_query(ours).items():
+        assert {p for p, _ in pairs} == {p for p, _ in first[query_id][:5]}
+
+
+@pytest.mark.slow
+def test_ids_that_a_trec_run_cannot_hold_leave_only_parquet(bucket: str, root: str, tiny_model: Path) -> None:
+    passages = [{"id": f"with space {i}", "title": "", "text": f"the fox {i}"} for i in range(30)]
+    upload(f"{bucket}/corpus", {"x.jsonl": jsonl_bytes(passages)})
+    data = f"{bucket}/data"
+    embed(
+        settings_for(
+            corpus__uri=f"{bucket}/corpus",
+            output__uri=data,
+            model__name=str(tiny_model),
+            resources__num_encoders=1,
+        )
+    )
+    report = search(settings_for(**keys_for(root, f"{bucket}/run", output__uri=data)))
+    assert "white space" in report["without_trec"][0]
+    assert STORAGE.info(f"{bucket}/run/run.trec") is None
+    assert STORAGE.info(f"{bucket}/run/run.parquet") is not None
+
+
+def test_what_is_missing_is_said_before_anything_starts(root: str, bucket: str) -> None:
+    with pytest.raises(SettingsError, match=r"search\.queries, search\.output"):
+        search(settings_for(output__uri=f"{root}/data"))
+    with pytest.raises(SettingsError, match="no complete data set"):
+        search(settings_for(**keys_for(root, bucket, output__uri=f"{bucket}/nothing")))
+    with pytest.raises(CorpusError, match="no such file"):
+        search(settings_for(**keys_for(root, bucket, search__queries=f"{bucket}/nothing.jsonl")))
+    line = plan_search(settings_for(**keys_for(root, bucket)))
+    assert "45 queries" in line
+    assert "IVF16,SQ8" in line
+    assert STORAGE.info(f"{bucket}/run.parquet") is None

@@ -1,0 +1,114 @@
+"""Plans, fingerprints and markers: pure facts."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bge_ray.errors import DatasetMismatchError
+from bge_ray.records.dataset import (
+    Columns,
+    CorpusObject,
+    DatasetSpec,
+    FileFact,
+    Manifest,
+    Marker,
+    ModelSpec,
+    Plan,
+    Span,
+    Unit,
+    from_json,
+    make_manifest,
+    to_json,
+    unit_fingerprint,
+)
+from bge_ray.records.ids import MAX_OBJECTS, MAX_ROWS_PER_OBJECT, split_vector_ids, vector_ids
+
+MODEL = ModelSpec("m", None, "w", 4, "cls", 16, True, "float32", "q: ", "")
+SPEC = DatasetSpec(MODEL, Columns("id", "text", None, {"lang": "string"}), "float32")
+OBJECT = CorpusObject(3, "s3://b/x", 10, "e", "jsonl", "", (Span(0, 9, 0, (4, 3)), Span(9, 10, 7, (2,))))
+
+
+@given(st.integers(0, MAX_OBJECTS - 1), st.lists(st.integers(0, MAX_ROWS_PER_OBJECT - 1), min_size=1))
+def test_vector_ids_lead_back_to_their_rows(object_no: int, rows: list[int]) -> None:
+    ids = vector_ids(object_no, np.array(rows, dtype=np.int64))
+    assert ids.dtype == np.int64
+    assert (ids >= 0).all()
+    objects, back = split_vector_ids(ids)
+    assert set(objects.tolist()) == {object_no}
+    assert back.tolist() == rows
+
+
+def test_units_cover_their_object_without_gap() -> None:
+    units = OBJECT.units()
+    assert units == [Unit(3, 0, 4), Unit(3, 4, 3), Unit(3, 7, 2)]
+    assert OBJECT.n_rows == 9
+    assert sorted(u.name for u in units) == [u.name for u in units]
+
+
+def test_a_fingerprint_changes_with_everything_that_decides_vectors() -> None:
+    unit = Unit(3, 0, 4)
+    base = unit_fingerprint(SPEC.fingerprint, OBJECT, unit)
+    others = [
+        unit_fingerprint(SPEC.fingerprint, dataclasses.replace(OBJECT, **{name: value}), unit)
+        for name, value in {"uri": "s3://b/y", "size": 11, "etag": "f"}.items()
+    ]
+    others += [
+        unit_fingerprint(SPEC.fingerprint, OBJECT, Unit(3, 0, 5)),
+        unit_fingerprint(SPEC.fingerprint, OBJECT, Unit(3, 1, 4)),
+    ]
+    changes = {
+        "weights_sha256": "v",
+        "pooling": "mean",
+        "max_length": 17,
+        "normalize": False,
+        "dtype": "float16",
+    }
+    changes |= {"passage_instruction": "p: ", "dim": 5}
+    for name, value in changes.items():
+        spec = dataclasses.replace(SPEC, model=dataclasses.replace(MODEL, **{name: value}))
+        others.append(unit_fingerprint(spec.fingerprint, OBJECT, unit))
+    for columns in (
+        Columns("_id", "text", None),
+        Columns("id", "body", None),
+        Columns("id", "text", "title"),
+    ):
+        others.append(unit_fingerprint(dataclasses.replace(SPEC, columns=columns).fingerprint, OBJECT, unit))
+    others.append(unit_fingerprint(dataclasses.replace(SPEC, dtype="float16").fingerprint, OBJECT, unit))
+    assert len({base, *others}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("change", [{"name": "other"}, {"revision": "abc"}, {"query_instruction": ""}])
+def test_what_decides_no_vector_changes_no_fingerprint(change: dict[str, str]) -> None:
+    spec = dataclasses.replace(SPEC, model=dataclasses.replace(MODEL, **change))
+    assert spec.fingerprint == SPEC.fingerprint
+    spec.check_same(SPEC, "s3://b")
+
+
+def test_a_mismatch_names_each_field_with_both_values() -> None:
+    spec = dataclasses.replace(SPEC, dtype="float16", model=dataclasses.replace(MODEL, pooling="mean"))
+    with pytest.raises(DatasetMismatchError) as caught:
+        spec.check_same(SPEC, "s3://b/out")
+    for part in (
+        "s3://b/out",
+        "dtype: there 'float32', now 'float16'",
+        "model.pooling: there 'cls', now 'mean'",
+    ):
+        assert part in str(caught.value)
+
+
+def test_records_survive_json() -> None:
+    marker = Marker(Unit(3, 0, 4), "f", 3, 1, 30, 1, {"empty_text": 1}, FileFact("e", 9, "s", 3), None)
+    for record in (SPEC, Plan((OBJECT,), 4), marker, make_manifest("d", [marker])):
+        assert from_json(type(record), to_json(record)) == record
+    with pytest.raises(ValueError, match="rows_in"):
+        from_json(Manifest, b"{}")
+
+
+def test_a_manifest_counts_and_sorts() -> None:
+    facts = [(Unit(1, 0, 5), 5, 0), (Unit(0, 4, 3), 1, 2), (Unit(0, 0, 4), 4, 0)]
+    manifest = make_manifest("d", [Marker(u, "f", o, r, 10, 0, {}, None, None) for u, o, r in facts])
+    assert [m.unit for m in manifest.shards] == [Unit(0, 0, 4), Unit(0, 4, 3), Unit(1, 0, 5)]
+    assert (manifest.rows_in, manifest.rows_out, manifest.rows_rejected, manifest.tokens) == (12, 10, 2, 30)

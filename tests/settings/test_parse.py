@@ -1,0 +1,108 @@
+"""Settings: what is refused, with which words, and that the documentation names every key."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bge_ray.errors import SettingsError
+from bge_ray.settings.sections import Settings, known_keys, parse_settings, settings_help
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+KEYS = [key for key, *_ in known_keys()]
+
+
+def test_defaults_need_no_document() -> None:
+    assert parse_settings(None) == Settings()
+    assert parse_settings("") == Settings()
+
+
+def test_overrides_win_over_the_document() -> None:
+    settings = parse_settings(
+        "model: {max_length: 64}\ncorpus: {uri: a}", ["model.max_length=32", "corpus.uri=b"]
+    )
+    assert (settings.model.max_length, settings.corpus.uri) == (32, "b")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.max_len=3", "did you mean model.max_length"),
+        ("corpus.token_budget=3", "did you mean batching.token_budget"),
+        ("modle.name=x", "did you mean model.name"),
+        ("batching.zzzz=1", "--help lists every key"),
+        ("model.max_length=many", "model.max_length"),
+        ("model.max_length=2", "greater than or equal to 3"),
+        ("batching.token_budget=0", "token_budget"),
+        ("corpus.max_rejected_fraction=1.5", "less than or equal to 1"),
+        ("corpus.keep_columns=[embedding]", "our own columns"),
+        ("corpus.keep_columns=[a, a]", "named twice"),
+        ("output.dtype=int8", "output.dtype"),
+        ("name=x", "expected section.key=value"),
+        ("model.name", "expected section.key=value"),
+        ("model.name={", "not valid YAML"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_the_way_out(override: str, message: str) -> None:
+    with pytest.raises(SettingsError, match="(?s)" + message):
+        parse_settings(None, [override])
+
+
+@pytest.mark.parametrize("document", ["- a list", "corpus: 7", "{", "model: {name: x}\nmodle: {}"])
+def test_a_document_of_another_shape_is_refused(document: str) -> None:
+    with pytest.raises(SettingsError):
+        parse_settings(document)
+
+
+def test_required_keys_are_all_named() -> None:
+    with pytest.raises(SettingsError, match=r"corpus\.uri, output\.uri"):
+        Settings().require("corpus.uri", "model.name", "output.uri")
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Settings().model.name = "x"  # type: ignore[misc]
+
+
+@given(st.text(st.characters(categories=["Ll"]), min_size=1, max_size=12), st.text(min_size=0, max_size=5))
+def test_any_key_is_known_or_refused(name: str, value: str) -> None:
+    if f"model.{name}" not in KEYS:
+        with pytest.raises(SettingsError):
+            parse_settings(None, [f"model.{name}={value}"])
+
+
+def test_help_lists_every_key_with_its_meaning() -> None:
+    text = settings_help()
+    for key, _, _, meaning in known_keys():
+        assert key in text
+        assert len(meaning) > 10
+
+
+# Keys without a default that would make sense, which a config shows an example of.
+EXAMPLES = {
+    "corpus.uri",
+    "output.uri",
+    "search.queries",
+    "search.output",
+    "rerank.candidates",
+    "rerank.output",
+}
+EXAMPLES |= {"evaluate.run", "evaluate.qrels", "evaluate.output", "index.queries"}
+
+
+def test_the_configs_name_every_key_and_say_the_defaults() -> None:
+    named = set()
+    defaults = Settings()
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        settings = parse_settings(path.read_text())
+        for section, keys in yaml.safe_load(path.read_text()).items():
+            for name in keys:
+                named.add(f"{section}.{name}")
+                if f"{section}.{name}" not in EXAMPLES:
+                    given = getattr(getattr(settings, section), name)
+                    assert given == getattr(getattr(defaults, section), name), (
+                        f"{path.name}: {section}.{name}"
+                    )
+    assert named == set(KEYS)

@@ -1,0 +1,193 @@
+"""The lease: one writer at a time, and a dead one does not stand in the way."""
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+
+import fsspec
+import pytest
+
+from bge_ray.errors import OutputBusyError, TakenOverError
+from bge_ray.storage.lease import PATIENCE_RENEWALS, Lease
+from bge_ray.storage.objects import Storage, join
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+RENEW_S = 0.15
+
+
+def holder(storage: Storage, root: str) -> dict:
+    return json.loads(storage.read(join(root, "lease.json")))
+
+
+def leave_behind(storage: Storage, root: str, **changes) -> None:
+    """Write the lease of a run that is no more."""
+    with Lease(storage, root, RENEW_S):
+        content = holder(storage, root) | {"run_id": "another"} | changes
+    storage.write(join(root, "lease.json"), json.dumps(content).encode())
+
+
+def test_a_lease_is_renewed_and_given_back(storage: Storage, root: str) -> None:
+    with Lease(storage, root, RENEW_S) as lease:
+        first = holder(storage, root)
+        assert first["pid"] == os.getpid()
+        lease.check()
+        time.sleep(2.5 * RENEW_S)
+        second = holder(storage, root)
+        assert second["beat"] > first["beat"]
+        assert not lease.lost.is_set()
+    assert storage.read_optional(join(root, "lease.json")) is None
+    with Lease(storage, root, RENEW_S):
+        pass
+
+
+def test_a_second_run_is_refused_while_the_first_lives(storage: Storage, root: str) -> None:
+    with Lease(storage, root, RENEW_S) as first:
+        with (
+            pytest.raises(
+                OutputBusyError, match=rf"process {os.getpid()}\) is writing this output"
+            ) as caught,
+            Lease(storage, root, RENEW_S),
+        ):
+            pass
+        assert root in str(caught.value)
+        first.check()
+    with Lease(storage, root, RENEW_S):
+        pass
+
+
+def _hold(root: str, held) -> None:
+    with Lease(Storage(20.0), root, RENEW_S):
+        held.set()
+        time.sleep(60)
+
+
+def test_a_killed_holder_on_this_machine_is_followed_at_once(storage: Storage, tmp_path) -> None:
+    root = str(tmp_path)
+    held = FORKSERVER.Event()
+    process = FORKSERVER.Process(target=_hold, args=(root, held))
+    process.start()
+    assert held.wait(30)
+    with pytest.raises(OutputBusyError, match=f"process {process.pid}"), Lease(storage, root, RENEW_S):
+        pass
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    started = time.monotonic()
+    with Lease(storage, root, renew_s=30.0) as lease:
+        lease.check()
+    assert time.monotonic() - started < 5, "patience would have been two minutes"
+
+
+def test_a_zombie_is_dead(storage: Storage, tmp_path) -> None:
+    child = os.posix_spawn("/bin/sleep", ["sleep", "60"], os.environ)
+    import psutil
+
+    leave_behind(storage, str(tmp_path), pid=child, process_started=psutil.Process(child).create_time())
+    os.kill(child, signal.SIGKILL)
+    while psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    started = time.monotonic()
+    with Lease(storage, str(tmp_path), renew_s=30.0):
+        pass
+    assert time.monotonic() - started < 5
+    os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("changes", [{"machine": "another"}, {"host": "far", "machine": "far"}])
+def test_a_silent_holder_elsewhere_is_followed_after_patience(storage: Storage, root: str, changes) -> None:
+    """Also one of the same host name in another container: its process numbers are not ours."""
+    leave_behind(storage, root, pid=999_999, **changes)
+    started = time.monotonic()
+    with Lease(storage, root, RENEW_S) as lease:
+        assert time.monotonic() - started >= PATIENCE_RENEWALS * RENEW_S
+        lease.check()
+    assert storage.read_optional(join(root, "lease.json")) is None
+
+
+def test_a_holder_elsewhere_that_gives_back_is_followed(storage: Storage, root: str) -> None:
+    leave_behind(storage, root, machine="another")
+    threading.Timer(0.2, storage.delete, ([join(root, "lease.json")],)).start()
+    started = time.monotonic()
+    with Lease(storage, root, renew_s=2.0) as lease:
+        lease.check()
+    assert time.monotonic() - started < PATIENCE_RENEWALS * 2.0
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}"])
+def test_a_lease_that_is_not_readable_is_waited_for_and_replaced(storage: Storage, tmp_path, content) -> None:
+    root = str(tmp_path)
+    storage.write(join(root, "lease.json"), content)
+    with Lease(storage, root, RENEW_S) as lease:
+        lease.check()
+
+
+def test_the_loser_stops(storage: Storage, root: str) -> None:
+    first = Lease(storage, root, RENEW_S)
+    with first:
+        theirs = holder(storage, root) | {"run_id": "newer"}
+        storage.write(join(root, "lease.json"), json.dumps(theirs).encode())
+        with pytest.raises(TakenOverError, match="a newer run took this output over"):
+            first.check()
+        assert first.lost.wait(5 * RENEW_S)
+        with pytest.raises(TakenOverError):
+            first.check()
+        time.sleep(2 * RENEW_S)
+    assert holder(storage, root)["run_id"] == "newer", "the loser neither renews nor removes it"
+
+
+def test_the_loser_finds_out_by_itself(storage: Storage, root: str) -> None:
+    with Lease(storage, root, RENEW_S) as lease:
+        storage.write(join(root, "lease.json"), b'{"run_id": "newer"}')
+        assert lease.lost.wait(8 * RENEW_S)
+
+
+def test_of_many_that_find_a_dead_holder_one_goes_on(storage: Storage, tmp_path) -> None:
+    root = str(tmp_path)
+    leave_behind(storage, root, pid=999_999, process_started=0.0)
+    won, refused = [], []
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            with Lease(storage, root, RENEW_S) as lease:
+                won.append(lease)
+                done.wait(20)
+        except OutputBusyError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 15
+    while len(refused) < 4 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert (len(won), len(refused)) == (1, 4)
+
+
+def test_a_store_that_is_away_for_a_while_costs_no_lease(storage: Storage, s3_server, bucket: str) -> None:
+    with Lease(storage, bucket, RENEW_S) as lease:
+        before = holder(storage, bucket)["beat"]
+        s3_server.kill()
+        time.sleep(3 * RENEW_S)
+        s3_server.start()
+        deadline = time.monotonic() + 30
+        while holder(storage, bucket)["beat"] <= before and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert holder(storage, bucket)["beat"] > before
+        lease.check()
+
+
+@pytest.mark.slow
+def test_an_error_of_the_run_is_not_hidden_by_the_lease(s3_server, bucket: str, monkeypatch) -> None:
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"retries": {"max_attempts": 0}}})
+    try:
+        with pytest.raises(ZeroDivisionError), Lease(Storage(0.5), bucket, RENEW_S):
+            s3_server.kill()
+            raise ZeroDivisionError
+    finally:
+        s3_server.start()

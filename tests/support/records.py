@@ -1,0 +1,59 @@
+"""A small data set: its spec, one unit of it, and the rows that unit brings."""
+
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+
+from bge_ray.dataset.commit import ShardWriter, shard_table, token_table
+from bge_ray.formats.rows import Passages, Rejected, rejected_table
+from bge_ray.records.dataset import Columns, DatasetSpec, FileFact, Marker, ModelSpec, Unit
+from bge_ray.records.ids import PackedTokens
+from bge_ray.storage.objects import Storage
+
+DIM = 8
+UNIT = Unit(object_no=3, first_row=100, n_rows=10)
+FINGERPRINT = "f" * 64
+
+
+def make_spec(dtype: str = "float32", kept: dict[str, str] | None = None, **model: object) -> DatasetSpec:
+    facts = ModelSpec(
+        name="a/model", revision="abc", weights_sha256="0" * 64, dim=DIM, pooling="cls", max_length=16,
+        normalize=True, dtype="float32", query_instruction="query: ", passage_instruction="",
+    )  # fmt: skip
+    return DatasetSpec(dataclasses.replace(facts, **model), Columns("id", "text", "title", kept or {}), dtype)
+
+
+def make_vectors(seed: int = 0) -> np.ndarray:
+    vectors = np.random.default_rng(seed).normal(size=(UNIT.n_rows, DIM)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def make_tables(
+    spec: DatasetSpec, bad: tuple[int, ...] = (), vectors: np.ndarray | None = None
+) -> tuple[pa.Table, pa.Table]:
+    """Return the shard and the rejected rows of UNIT, with the rows at ``bad`` rejected."""
+    good = np.array([i for i in range(UNIT.n_rows) if i not in bad], np.int64)
+    kept = {
+        name: pa.array([None if i % 4 == 0 else f"{name} {i}" for i in good], pa.string()).cast(kind)
+        if kind == "string"
+        else pa.array(good).cast(kind)
+        for name, kind in spec.columns.kept.items()
+    }
+    passages = Passages(good, [f"p{i}" for i in good], [f"text {i}" for i in good], kept)
+    lengths = (good % 5 + 2).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    tokens = PackedTokens(np.arange(offsets[-1], dtype=np.int32), offsets, good % 3 == 0)
+    shard = shard_table(
+        spec, token_table(UNIT, passages, tokens), (make_vectors() if vectors is None else vectors)[good]
+    )
+    rejected = [Rejected(i, f"p{i}", "empty_text" if i % 2 else "null_text", "why") for i in bad]
+    return shard, rejected_table(UNIT.object_no, UNIT.first_row, rejected)
+
+
+def make_writer(storage: Storage, root: str, spec: DatasetSpec | None = None) -> ShardWriter:
+    return ShardWriter(storage, root, spec or make_spec(), "zstd")
+
+
+def make_marker(unit: Unit, *files: FileFact) -> Marker:
+    return Marker(unit, FINGERPRINT, unit.n_rows, 0, 5, 0, {}, files[0] if files else None, None)

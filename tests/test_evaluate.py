@@ -1,0 +1,156 @@
+"""Metrics against pytrec_eval and against their definitions; the evaluate job on real files."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytrec_eval
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from bge_ray.errors import CorpusError, SettingsError
+from bge_ray.evaluate import evaluate, short_names, to_markdown
+from bge_ray.metrics import compare, mean, measure, metric_names
+from bge_ray.settings.sections import Settings, parse_settings
+
+CUTS = (1, 3, 10)
+PASSAGE = st.sampled_from([f"p{i}" for i in range(25)])
+QUERY = st.sampled_from([f"q{i}" for i in range(6)])
+SCORES = st.dictionaries(PASSAGE, st.integers(-40, 40).map(lambda n: n / 8), min_size=1, max_size=20)
+QRELS = st.dictionaries(
+    QUERY, st.dictionaries(PASSAGE, st.integers(0, 3), min_size=1, max_size=8), min_size=1
+)
+
+
+@hypothesis_settings(deadline=None, max_examples=60)
+@given(run=st.dictionaries(QUERY, SCORES, max_size=6), qrels=QRELS)
+def test_metrics_equal_pytrec_evals(run: dict, qrels: dict) -> None:
+    ours = measure(run, qrels, CUTS)
+    measures = {"ndcg_cut.1,3,10", "recall.1,3,10", "success.1,3,10", "map", "recip_rank"}
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, measures).evaluate(run)
+    names = {f"nDCG@{k}": f"ndcg_cut_{k}" for k in CUTS} | {f"recall@{k}": f"recall_{k}" for k in CUTS}
+    names |= {f"success@{k}": f"success_{k}" for k in CUTS} | {"MAP": "map"}
+    for query_id in qrels:
+        for name, their_name in names.items():
+            expected = theirs.get(query_id, {}).get(their_name, 0.0)  # unanswered counts as 0
+            assert ours[name][query_id] == expected
+        # The reciprocal rank by definition, in trec_eval's order: ties by falling passage id.
+        ranked = sorted(run.get(query_id, {}), key=lambda p: (run[query_id][p], p), reverse=True)
+        rank = next((i for i, p in enumerate(ranked, 1) if qrels[query_id].get(p, 0) > 0), math.inf)
+        for k in CUTS:
+            assert ours[f"MRR@{k}"][query_id] == pytest.approx(1 / rank if rank <= k else 0.0)
+    assert set(ours) == set(metric_names(CUTS))
+
+
+def test_the_comparison_finds_a_difference_and_none_where_there_is_none() -> None:
+    rng = np.random.default_rng(0)
+    values = {f"q{i}": float(v) for i, v in enumerate(rng.random(200))}
+    same = compare(values, values)
+    assert (same.difference, same.p_value, same.ties) == (0.0, 1.0, 200)
+    better = {q: v + 0.05 + 0.01 * float(rng.normal()) for q, v in values.items()}
+    found = compare(better, values)
+    assert found.difference == pytest.approx(0.05, abs=0.005)
+    assert found.p_value < 0.001
+    assert compare(values, better).difference == -found.difference
+    assert compare(values, better).p_value == found.p_value
+    # One query of two cannot be significant, however large its difference.
+    assert compare({"a": 1.0, "b": 0.5}, {"a": 0.0, "b": 0.5}).p_value == 1.0
+
+
+def test_p_values_are_uniform_where_the_runs_are_equally_good() -> None:
+    rng = np.random.default_rng(3)
+    values = [
+        compare(
+            {str(i): float(a) for i, a in enumerate(x)}, {str(i): float(b) for i, b in enumerate(y)}
+        ).p_value
+        for x, y in rng.random((60, 2, 40))
+    ]
+    assert 0.35 < np.mean(values) < 0.65
+    assert np.mean(np.array(values) < 0.05) <= 0.15
+
+
+def write(folder: Path, name: str, text: str) -> str:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return str(path)
+
+
+def trec(run: dict[str, dict[str, float]]) -> str:
+    return "".join(f"{q} Q0 {p} 1 {s!r} t\n" for q, ps in run.items() for p, s in ps.items())
+
+
+def settings_for(**keys: object) -> Settings:
+    return parse_settings(None, [f"evaluate.{name}={json.dumps(value)}" for name, value in keys.items()])
+
+
+def test_the_job_writes_json_markdown_and_a_picture(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    qrels = {f"q{i}": f"p{i}" for i in range(30)}
+    good = {q: {p: 2.0, "other": 1.0} for q, p in qrels.items()}
+    bad = {q: {p: float(rng.random()), "other": 0.5, "more": 0.7} for q, p in list(qrels.items())[:-2]}
+    bad["unjudged"] = {"p1": 1.0}
+    first, second = write(tmp_path, "a/run.trec", trec(good)), write(tmp_path, "b/run.trec", trec(bad))
+    beir = write(
+        tmp_path,
+        "qrels.tsv",
+        "query-id\tcorpus-id\tscore\n" + "".join(f"{q}\t{p}\t1\n" for q, p in qrels.items()),
+    )
+    classic = write(tmp_path, "qrels.txt", "".join(f"{q} 0 {p} 1\n" for q, p in qrels.items()))
+    out = tmp_path / "out"
+    metrics = evaluate(settings_for(run=[str(tmp_path / "a"), second], qrels=beir, output=str(out), k=[1, 3]))
+    assert metrics == json.loads((out / "metrics.json").read_text())
+    one, two = metrics["runs"]
+    assert (one["name"], two["name"]) == ("a", "b")
+    assert one["mean"]["MRR@3"] == 1.0
+    assert (two["unanswered"], two["unjudged"], two["queries"]) == (2, 1, 29)
+    assert two["per_query"]["MAP"]["q29"] == 0.0
+    assert two["mean"]["MAP"] == pytest.approx(mean(two["per_query"]["MAP"]))
+    against = two["against_baseline"]["MRR@3"]
+    assert against["difference"] == pytest.approx(two["mean"]["MRR@3"] - 1.0)
+    assert against["p_value"] < 0.01
+    text = (out / "metrics.md").read_text()
+    assert text == to_markdown(metrics)
+    assert "| MRR@3 | 1.0000 |" in text
+    assert "2 judged queries without an answer" in text
+    picture = (out / "metrics.svg").read_bytes()
+    assert picture.lstrip().startswith(b"<?xml")
+    assert b"<svg" in picture
+    evaluate(settings_for(run=[first, second], qrels=classic, output=str(out), k=[1, 3]))
+    assert (out / "metrics.svg").read_bytes() == picture  # the same input gives the same picture
+    alone = evaluate(settings_for(run=first, qrels=classic))
+    assert alone["runs"][0]["against_baseline"] == {}
+
+
+def test_what_is_no_run_is_refused_and_a_bad_line_is_counted(tmp_path: Path) -> None:
+    qrels = write(tmp_path, "qrels.txt", "q 0 p 1\n")
+    good = write(tmp_path, "good.trec", "q Q0 p 1 0.5 t\n")
+    with pytest.raises(SettingsError, match=r"evaluate\.run"):
+        evaluate(settings_for(qrels=qrels))
+    with pytest.raises(SettingsError, match="named once"):
+        evaluate(settings_for(run=[good, good], qrels=qrels))
+    with pytest.raises(CorpusError, match="none of its 1 queries is judged"):
+        evaluate(settings_for(run=write(tmp_path, "x.trec", "other Q0 p 1 0.5 t\n"), qrels=qrels))
+    with pytest.raises(CorpusError, match="without scores"):
+        records = json.dumps({"query_id": "q", "passages": ["p"]})
+        evaluate(settings_for(run=write(tmp_path, "x.jsonl", records), qrels=qrels))
+    bad = write(tmp_path, "bad.trec", "q Q0 p 1 0.5 t\nq Q0 p 2 0.4 t\nq Q0 r 3 many t\nfew fields\n")
+    (run,) = evaluate(settings_for(run=bad, qrels=qrels))["runs"]
+    assert run["left_out"] == {"duplicate_passage": 1, "malformed": 2}
+    assert run["mean"]["MRR@1"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("uris", "names"),
+    [
+        (("s3://b/x/run.trec",), ["x"]),
+        (("s3://b/x/run.parquet", "s3://b/y/run.parquet"), ["x", "y"]),
+        (("s3://b/x/out", "s3://b/y/out"), ["x/out", "y/out"]),
+        (("run.trec", "/a/run.trec"), ["run.trec", "a"]),
+    ],
+)
+def test_names_tell_runs_apart(uris: tuple[str, ...], names: list[str]) -> None:
+    assert short_names(uris) == names
