@@ -290,7 +290,7 @@ def test_what_goes_to_other_processes_carries_no_secret(
     spec = DatasetSpec(model, Columns("id", "text", None), "float32")
     place = Workplace(storage, bucket, 3, None)  # type: ignore[arg-type]  # the ledger is Ray's own handle
     device = Device("cpu", 1, 1024, trust_remote_code=False)
-    manifest = Manifest(spec.fingerprint, 0, 0, 0, 0, 0, ())
+    manifest = Manifest(spec.vector_fingerprint, 0, 0, 0, 0, 0, 0, ())
     index_spec = check_factory("Flat", 32, Metric.L2)
     shipped = {
         "settings": parse_settings(None, [f"corpus.uri={bucket}", f"output.uri={bucket}/out"]),

@@ -19,7 +19,7 @@ from bge_ray.pipeline.embed.job import Stages, embedding_receipts
 from bge_ray.pipeline.embed.tasks import SpanTask
 from bge_ray.pipeline.engine.cluster import Sizes, connect, disconnect, prepare_environment
 from bge_ray.pipeline.engine.payload import UnitTask
-from bge_ray.records.dataset import CorpusObject, Span, unit_fingerprint
+from bge_ray.records.plan import CorpusObject, Span, unit_fingerprint
 from bge_ray.settings.sections import ResourcesSettings
 
 UNIT_ROWS = 50_000

@@ -13,7 +13,8 @@ import pyarrow as pa
 from bge_ray.formats.rows import rejected_table
 from bge_ray.pipeline.embed.tasks import SpanTask
 from bge_ray.pipeline.engine.payload import UnitRow
-from bge_ray.records.dataset import FileFact, Marker, from_json
+from bge_ray.records.canonical import from_json
+from bge_ray.records.dataset import FileFact, Marker
 
 
 @dataclass(frozen=True)
@@ -64,5 +65,5 @@ def write_stage(batch: pa.Table, job: SimulatedJob) -> pa.Table:
     time.sleep(job.write_s)
     unit = row.task.unit
     fact = FileFact(f"embeddings/{unit.name}.parquet", job.table_bytes, "0" * 64, unit.n_rows)
-    marker = Marker(unit, row.task.fingerprint, unit.n_rows, 0, unit.n_rows, 0, {}, fact, None)
+    marker = Marker(unit, row.task.fingerprint, unit.n_rows, 0, unit.n_rows, unit.n_rows, 0, {}, fact, None)
     return UnitRow(row.task, facts=row.facts, marker=marker).to_batch()

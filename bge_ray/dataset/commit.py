@@ -19,8 +19,12 @@ import pyarrow.parquet as pq
 
 from bge_ray.errors import StorageError
 from bge_ray.formats.rows import Passages
-from bge_ray.records.dataset import DatasetSpec, FileFact, Marker, Unit, to_json
-from bge_ray.records.ids import FloatArray, PackedTokens, embedding_schema, vector_ids
+from bge_ray.records.canonical import to_json
+from bge_ray.records.columns import embedding_schema, hash_texts
+from bge_ray.records.dataset import DatasetSpec, FileFact, Marker
+from bge_ray.records.ids import FloatArray, split_vector_ids, vector_ids
+from bge_ray.records.plan import Unit
+from bge_ray.records.tokens import PackedTokens
 from bge_ray.storage.objects import Storage, join
 
 logger = logging.getLogger(__name__)
@@ -50,7 +54,8 @@ class ShardWriter:
         Raises:
             StorageError: a write failed for good; no marker was written.
         """
-        counted = len(shard) + len(rejected)
+        rows_out = len(np.unique(split_vector_ids(shard["vector_id"].to_numpy()).row_no))
+        counted = rows_out + len(rejected)
         if counted != unit.n_rows:
             raise StorageError(f"unit {unit.name}: {counted} rows to write, {unit.n_rows} were planned")
         embeddings = rejects = None
@@ -62,8 +67,9 @@ class ShardWriter:
         marker = Marker(
             unit=unit,
             fingerprint=fingerprint,
-            rows_out=len(shard),
+            rows_out=rows_out,
             rows_rejected=len(rejected),
+            vectors=len(shard),
             tokens=int(np.sum(shard["n_tokens"].to_numpy(), dtype=np.int64)),
             truncated=int(np.sum(shard["truncated"].to_numpy(), dtype=np.int64)),
             reasons={r["values"]: r["counts"] for r in sorted(reasons, key=lambda r: str(r["values"]))},
@@ -95,7 +101,7 @@ class ShardWriter:
         model = self.spec.model
         facts = {
             FINGERPRINT_KEY: fingerprint,
-            b"bge_ray.dataset_fingerprint": self.spec.fingerprint,
+            b"bge_ray.vector_fingerprint": self.spec.vector_fingerprint,
             b"bge_ray.model": model.name,
             b"bge_ray.weights_sha256": model.weights_sha256,
             b"bge_ray.pooling": model.pooling,
@@ -137,7 +143,7 @@ def _why_not_adoptable(data: bytes, table: pa.Table, fingerprint: str) -> str | 
     return None
 
 
-def token_table(unit: Unit, passages: Passages, tokens: PackedTokens) -> pa.Table:
+def token_table(unit: Unit, passages: Passages, tokens: PackedTokens, instruction: str = "") -> pa.Table:
     """Return the accepted passages of a unit with their token ids, which travels to the encoder.
 
     The flat values and the offsets of ``input_ids`` are those of ``tokens``, not copies.
@@ -145,6 +151,7 @@ def token_table(unit: Unit, passages: Passages, tokens: PackedTokens) -> pa.Tabl
     columns = {
         "vector_id": pa.array(vector_ids(unit.object_no, unit.first_row + passages.rows)),
         "passage_id": pa.array(passages.passage_ids, pa.string()),
+        "text_hash": hash_texts(instruction + text for text in passages.texts),
         "n_tokens": pa.array(tokens.lengths),
         "truncated": pa.array(tokens.truncated),
         "input_ids": pa.ListArray.from_arrays(pa.array(tokens.offsets), pa.array(tokens.input_ids)),

@@ -10,8 +10,10 @@ from pathlib import PurePosixPath
 from typing import TypeVar
 
 from bge_ray.errors import DatasetMismatchError, StorageError
-from bge_ray.records.dataset import DatasetSpec, FileFact, Manifest, Marker, Plan, from_json, to_json
+from bge_ray.records.canonical import from_json, to_json
+from bge_ray.records.dataset import DatasetSpec, FileFact, Manifest, Marker
 from bge_ray.records.ids import FORMAT_VERSION
+from bge_ray.records.plan import Plan
 from bge_ray.storage.objects import ObjectInfo, Storage, join
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from bge_ray.errors import StorageError
 from bge_ray.records.dataset import FileFact, Manifest
-from bge_ray.records.ids import IdArray, vector_ids
+from bge_ray.records.ids import IdArray, id_range
 from bge_ray.storage.objects import Storage, join
 
 PARALLEL_SHARDS = 8
@@ -38,11 +38,9 @@ class ShardMap:
         """Return the map of all shards that have vectors."""
         live = [(m.unit, m.embeddings) for m in manifest.shards if m.embeddings is not None]
         live.sort(key=lambda entry: entry[0])
-        starts = [int(vector_ids(u.object_no, np.array([u.first_row]))[0]) for u, _ in live]
-        stops = [start + u.n_rows for start, (u, _) in zip(starts, live, strict=True)]
-        return ShardMap(
-            np.array(starts, dtype=np.int64), np.array(stops, dtype=np.int64), tuple(fact for _, fact in live)
-        )
+        ranges = np.array([id_range(u.object_no, u.first_row, u.n_rows) for u, _ in live], dtype=np.int64)
+        ranges = ranges.reshape(-1, 2)
+        return ShardMap(ranges[:, 0].copy(), ranges[:, 1].copy(), tuple(fact for _, fact in live))
 
     def split(self, ids: IdArray) -> Iterator[tuple[FileFact, IdArray]]:
         """Yield each shard that may hold some of the (n,) ascending ids, with those; others are left out."""

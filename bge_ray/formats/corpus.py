@@ -13,7 +13,8 @@ from bge_ray.errors import CorpusError, StorageError
 from bge_ray.formats.lines import read_csv, read_jsonl, scan_csv, scan_jsonl
 from bge_ray.formats.parquet import read_parquet, scan_parquet
 from bge_ray.formats.rows import Rows
-from bge_ray.records.dataset import Columns, CorpusObject, Span, Unit, UnitLimits, span_units
+from bge_ray.records.dataset import Columns
+from bge_ray.records.plan import CorpusObject, Span, Unit, UnitLimits, span_units
 from bge_ray.settings.sections import CorpusSettings
 from bge_ray.storage.objects import ObjectInfo, Storage
 

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 
 from bge_ray.errors import CorpusError
 from bge_ray.formats.rows import Rows
-from bge_ray.records.dataset import Columns, Span, UnitLimits
+from bge_ray.records.dataset import Columns
+from bge_ray.records.plan import Span, UnitLimits
 from bge_ray.storage.objects import Storage
 
 READ_ROWS = 8192

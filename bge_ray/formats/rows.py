@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from bge_ray.records.ids import REJECTED_SCHEMA, IdArray, vector_ids
+from bge_ray.records.columns import REJECTED_SCHEMA
+from bge_ray.records.ids import IdArray, vector_ids
 
 MAX_DETAIL_CHARS = 300
 

@@ -21,7 +21,7 @@ from bge_ray.formats.corpus import read_units, resolve_columns, scan_object
 from bge_ray.formats.lines import iter_lines, open_lines
 from bge_ray.formats.parquet import open_parquet
 from bge_ray.formats.rows import Passages, Rejected, check_rows, take_passages
-from bge_ray.records.dataset import CorpusObject, UnitLimits, span_units
+from bge_ray.records.plan import CorpusObject, UnitLimits, span_units
 from bge_ray.settings.sections import CorpusSettings
 from bge_ray.storage.objects import ObjectInfo, Storage
 

@@ -14,7 +14,8 @@ from bge_ray.model.run.inputs import Inputs, pool
 from bge_ray.model.run.load import Kind
 from bge_ray.model.run.prepare import prepare_executor
 from bge_ray.records.dataset import ModelSpec
-from bge_ray.records.ids import FloatArray, IdArray, PackedTokens
+from bge_ray.records.ids import FloatArray, IdArray
+from bge_ray.records.tokens import PackedTokens
 
 KIND: Kind = "encoder"
 

@@ -1,108 +1,63 @@
-"""Names and layouts shared by every file of a data set: ids, columns, Arrow schemas.
+"""Vector ids: a vector is named by its place, never by when it arrived.
 
-It knows no storage, no model and no index. A vector is named by its place:
-``vector_id = object_no << 32 | row_no``, so retries and resumed runs give the same ids and an id
-leads back to its row without a lookup table.
+``vector_id = object_no << 41 | row_no << 13 | chunk_no`` (22, 28 and 13 bits), so retries and resumed runs
+give the same ids, an id leads back to its row without a lookup table, and a removed object is one range
+of ids.
 """
 
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
-ROW_BITS = 32
+CHUNK_BITS = 13
+ROW_BITS = 28
+OBJECT_BITS = 22  # 63 bits together: ids are never negative in int64, and FAISS uses -1 for "no result"
+MAX_CHUNKS_PER_ROW = 1 << CHUNK_BITS
 MAX_ROWS_PER_OBJECT = 1 << ROW_BITS
-MAX_OBJECTS = 1 << 31  # keeps vector_id >= 0 in int64; FAISS uses -1 for "no result"
-
-OUTPUT_DTYPES = {"float16": pa.float16(), "float32": pa.float32()}
-VALUE_BYTES = {"float16": 2, "float32": 4}
-
-# Columns that every embedding shard has; a kept column may not take one of these names.
-RESERVED_COLUMNS = ("vector_id", "passage_id", "n_tokens", "truncated", "embedding")
-
-REJECTED_SCHEMA = pa.schema(
-    [
-        pa.field("vector_id", pa.int64(), nullable=False),
-        pa.field("passage_id", pa.string()),
-        pa.field("reason", pa.string(), nullable=False),
-        pa.field("detail", pa.string(), nullable=False),
-    ]
-)
+MAX_OBJECTS = 1 << OBJECT_BITS
 
 IdArray: TypeAlias = npt.NDArray[np.int64]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 
 
-def vector_ids(object_no: int, rows: npt.NDArray[np.integer]) -> IdArray:
-    """Pack row numbers of one corpus object into vector ids.
+class Places(NamedTuple):
+    """Where vectors come from: (n,) int64 each."""
+
+    object_no: IdArray
+    row_no: IdArray
+    chunk_no: IdArray
+
+
+def vector_ids(
+    object_no: int, rows: npt.NDArray[np.integer], chunks: npt.NDArray[np.integer] | int = 0
+) -> IdArray:
+    """Pack places in one corpus object into vector ids.
 
     Args:
         object_no: number of the object in the plan, in [0, MAX_OBJECTS).
         rows: (n,) row numbers within the object, each in [0, MAX_ROWS_PER_OBJECT).
+        chunks: (n,) numbers within their rows, each in [0, MAX_CHUNKS_PER_ROW); 0 where rows are whole.
 
     Returns:
-        (n,) int64, all >= 0.
+        (n,) int64, all >= 0, ascending where (rows, chunks) are.
     """
-    return (np.int64(object_no) << ROW_BITS) | rows.astype(np.int64)
+    high = np.int64(object_no) << (ROW_BITS + CHUNK_BITS)
+    return high | (rows.astype(np.int64) << CHUNK_BITS) | np.asarray(chunks, dtype=np.int64)
 
 
-def split_vector_ids(ids: IdArray) -> tuple[IdArray, IdArray]:
-    """Return (object_no, row_no), each (n,) int64, of (n,) int64 vector ids."""
-    return ids >> ROW_BITS, ids & (MAX_ROWS_PER_OBJECT - 1)
-
-
-def embedding_schema(dim: int, dtype: str, kept: pa.Schema) -> pa.Schema:
-    """Schema of an embedding shard.
-
-    Args:
-        dim: length of one embedding.
-        dtype: a key of OUTPUT_DTYPES.
-        kept: the metadata columns carried along, with their types.
-    """
-    element = pa.field("element", OUTPUT_DTYPES[dtype], nullable=False)
-    return pa.schema(
-        [
-            pa.field("vector_id", pa.int64(), nullable=False),
-            pa.field("passage_id", pa.string(), nullable=False),
-            pa.field("n_tokens", pa.int32(), nullable=False),
-            pa.field("truncated", pa.bool_(), nullable=False),
-            pa.field("embedding", pa.list_(element, dim), nullable=False),
-            *kept,
-        ]
+def split_vector_ids(ids: IdArray) -> Places:
+    """Return the places of (n,) int64 vector ids."""
+    return Places(
+        ids >> (ROW_BITS + CHUNK_BITS),
+        (ids >> CHUNK_BITS) & (MAX_ROWS_PER_OBJECT - 1),
+        ids & (MAX_CHUNKS_PER_ROW - 1),
     )
 
 
-@dataclass(frozen=True)
-class PackedTokens:
-    """Token ids of n texts laid end to end, without padding.
-
-    ``input_ids`` is (total,) int32, ``offsets`` (n + 1,) int32 with text i at
-    ``input_ids[offsets[i]:offsets[i + 1]]`` (what variable-length attention calls ``cu_seqlens``),
-    ``truncated`` (n,) bool.
-    """
-
-    input_ids: npt.NDArray[np.int32]
-    offsets: npt.NDArray[np.int32]
-    truncated: npt.NDArray[np.bool_]
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int32]:
-        """(n,) int32 tokens of each text, special tokens included."""
-        return np.diff(self.offsets)
-
-    def __len__(self) -> int:
-        return len(self.truncated)
-
-    @staticmethod
-    def concatenate(parts: "list[PackedTokens]") -> "PackedTokens":
-        """Lay the texts of several parts end to end."""
-        lengths = np.concatenate([np.zeros(1, np.int32), *(part.lengths for part in parts)])
-        return PackedTokens(
-            np.concatenate([np.zeros(0, np.int32), *(part.input_ids for part in parts)]),
-            np.cumsum(lengths, dtype=np.int32),
-            np.concatenate([np.zeros(0, np.bool_), *(part.truncated for part in parts)]),
-        )
+def id_range(object_no: int, first_row: int, n_rows: int) -> tuple[int, int]:
+    """Return (start, stop) of the ids that the vectors of a range of rows may have."""
+    start = (object_no << (ROW_BITS + CHUNK_BITS)) | (first_row << CHUNK_BITS)
+    return start, start + (n_rows << CHUNK_BITS)

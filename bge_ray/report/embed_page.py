@@ -251,7 +251,7 @@ def _identity(report: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("Began", began),
         ("Run", f"{report['run_id']}, plan {report['plan']}"),
-        ("Data set fingerprint", report["dataset_fingerprint"]),
+        ("Data set fingerprint", report["vector_fingerprint"]),
     ]
 
 

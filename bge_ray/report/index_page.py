@@ -130,7 +130,7 @@ def _identity(index: dict[str, Any], sizes: IdArray | None) -> list[tuple[str, s
         ("Factory", f"{index['factory']}, {index['metric']}"),
         ("Files", f"{len(index['files']):,}"),
         ("Training", index["training"]["sha256"]),
-        ("Data set fingerprint", index["dataset_fingerprint"]),
+        ("Data set fingerprint", index["vector_fingerprint"]),
     ]
     if sizes is not None:
         longest, empty = int(sizes.max()), int((sizes == 0).sum())

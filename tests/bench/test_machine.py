@@ -13,7 +13,7 @@ from bge_ray.model.feed.rows import Rows
 from bge_ray.model.run.inputs import packed_inputs
 from bge_ray.model.run.last_layer import keep_one_token
 from bge_ray.model.run.packed import ATTENTION, register
-from bge_ray.records.ids import PackedTokens
+from bge_ray.records.tokens import PackedTokens
 
 LENGTHS = [3, 17, 64]
 

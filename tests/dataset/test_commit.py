@@ -17,8 +17,11 @@ import pytest
 from bge_ray.dataset.commit import marker_path, packed_tokens, token_table
 from bge_ray.dataset.folder import Dataset, marker_files
 from bge_ray.errors import StorageError
-from bge_ray.records.dataset import Marker, Unit, from_json, make_manifest
-from bge_ray.records.ids import PackedTokens, vector_ids
+from bge_ray.records.canonical import from_json
+from bge_ray.records.dataset import Marker, make_manifest
+from bge_ray.records.ids import vector_ids
+from bge_ray.records.plan import Unit
+from bge_ray.records.tokens import PackedTokens
 from bge_ray.storage.objects import Storage, join
 from tests.support.records import FINGERPRINT, UNIT, make_spec, make_tables, make_vectors, make_writer
 
@@ -158,7 +161,7 @@ def test_an_attempt_that_rejected_other_rows_is_not_mixed_in(
         assert set(old) <= {i.uri for i in storage.list_files(join(root, half))}, "a twin may vouch for it"
     assert writer.commit(UNIT, FINGERPRINT, *make_tables(spec, bad=now)) == marker, "again: the same files"
     dataset = Dataset(storage, root)
-    manifest = make_manifest(spec.fingerprint, [marker])
+    manifest = make_manifest(spec.vector_fingerprint, [marker])
     dataset.publish(manifest)
     dataset.sweep(manifest)
     left = {
@@ -220,7 +223,8 @@ def test_the_file_itself(written) -> None:
     dtype, path, _, _, spec = written
     file = pq.ParquetFile(path)
     schema = file.schema_arrow
-    assert schema.names == ["vector_id", "passage_id", "n_tokens", "truncated", "embedding", *KEPT]
+    ours = ["vector_id", "passage_id", "text_hash", "n_tokens", "truncated", "embedding"]
+    assert schema.names == [*ours, *KEPT]
     kind = schema.field("embedding").type
     assert pa.types.is_fixed_size_list(kind)
     assert (kind.list_size, str(kind.value_type)) == (8, {"float32": "float", "float16": "halffloat"}[dtype])
@@ -233,11 +237,11 @@ def test_the_file_itself(written) -> None:
     assert not chunks["embedding"].has_dictionary_page
     assert "DICTIONARY" not in str(chunks["embedding"].encodings)
     assert chunks["embedding"].compression == "ZSTD"
-    assert chunks["vector_id"].statistics.min == (3 << 32) + 100
+    assert chunks["vector_id"].statistics.min == (3 << 41) + (100 << 13)
     facts = {k.decode(): v.decode() for k, v in schema.metadata.items() if k.startswith(b"bge_ray.")}
     assert facts == {
         "bge_ray.unit_fingerprint": FINGERPRINT,
-        "bge_ray.dataset_fingerprint": spec.fingerprint,
+        "bge_ray.vector_fingerprint": spec.vector_fingerprint,
         "bge_ray.model": "a/model",
         "bge_ray.weights_sha256": "0" * 64,
         "bge_ray.pooling": "cls",
@@ -249,7 +253,7 @@ def test_the_file_itself(written) -> None:
 
 def check_values(ids, passage_ids, embeddings, langs, years, written) -> None:
     _, _, vectors, good, _ = written
-    assert list(ids) == [(3 << 32) + 100 + i for i in good]
+    assert list(ids) == [(3 << 41) + ((100 + i) << 13) for i in good]
     assert list(passage_ids) == [f"p{i}" for i in good]
     np.testing.assert_array_equal(np.asarray(embeddings, np.float32), vectors.astype(np.float32))
     assert list(langs) == [None if i % 4 == 0 else f"lang {i}" for i in good]
@@ -291,7 +295,7 @@ def test_token_ids_travel_without_a_copy() -> None:
     )
     passages = Passages(np.array([0, 2, 5]), ["a", "b", "c"], ["", "", ""], {"n": pa.array([1, 2, 3])})
     table = token_table(Unit(1, 10, 6), passages, tokens)
-    assert table["vector_id"].to_pylist() == [(1 << 32) + i for i in (10, 12, 15)]
+    assert table["vector_id"].to_pylist() == [(1 << 41) + (i << 13) for i in (10, 12, 15)]
     back = packed_tokens(table)
     assert back.input_ids.ctypes.data == tokens.input_ids.ctypes.data
     assert back.offsets.tolist() == tokens.offsets.tolist()

@@ -8,7 +8,9 @@ import pytest
 from bge_ray.dataset.commit import marker_path
 from bge_ray.dataset.folder import KEPT_PLANS, Dataset
 from bge_ray.errors import DatasetMismatchError, StorageError
-from bge_ray.records.dataset import CorpusObject, FileFact, Marker, Plan, Span, Unit, make_manifest, to_json
+from bge_ray.records.canonical import to_json
+from bge_ray.records.dataset import FileFact, Marker, make_manifest
+from bge_ray.records.plan import CorpusObject, Plan, Span, Unit
 from bge_ray.storage.objects import TEMPORARY_SUFFIX, Storage, join
 from tests.support.records import make_marker, make_spec
 
@@ -68,7 +70,7 @@ def test_another_spec_is_refused_and_each_difference_named(dataset: Dataset) -> 
         (b"{not json", "not a data set of ours"),
         (b"[1]", "not a data set of ours"),
         (b'{"model": 1}', "not a data set of ours"),
-        (b'{"format_version": 99, "new": {}}', "format 99, this version writes 1"),
+        (b'{"format_version": 99, "new": {}}', "format 99, this version writes 2"),
     ],
 )
 def test_a_dataset_json_that_is_not_ours(dataset: Dataset, content: bytes, said: str) -> None:

@@ -14,7 +14,7 @@ from bge_ray.dataset.lookup import ShardMap, find_passages, read_places
 from bge_ray.errors import CorpusError, StorageError
 from bge_ray.formats.candidates import read_candidate_lists
 from bge_ray.formats.runs import Candidates
-from bge_ray.records.ids import vector_ids
+from bge_ray.records.ids import id_range, vector_ids
 from bge_ray.storage.objects import Storage
 from tests.support.vectors import clustered, make_dataset
 
@@ -132,7 +132,7 @@ def test_rows_are_found_by_their_ids_wherever_they_lie(tmp_path: Path) -> None:
     shards = ShardMap.of(made.dataset.read_manifest())
     asked = {0: [0, 39], 1: [0], 2: [0, 16_383, 16_384, 19_999]}  # both row groups of the last
     there = np.concatenate([vector_ids(o, np.array(rows)) for o, rows in asked.items()])
-    gone = np.array([40, (1 << 32) + 1, (2 << 32) + 20_000, 7 << 32])
+    gone = np.array([id_range(o, row, 1)[0] for o, row in ((0, 40), (1, 1), (2, 20_000), (7, 0))])
     ids = np.sort(np.concatenate([there, gone]))
     table = read_places(STORAGE, root, shards, ids, ["passage_id", "embedding"])
     assert table["vector_id"].to_pylist() == there.tolist()
@@ -143,8 +143,8 @@ def test_rows_are_found_by_their_ids_wherever_they_lie(tmp_path: Path) -> None:
     wanted = pa.array(["2-19999", "nowhere", "2-5"])
     positions, found = find_passages(STORAGE, root, shards.facts[2], wanted)
     assert dict(zip(positions.tolist(), found.tolist(), strict=True)) == {
-        0: (2 << 32) + 19_999,
-        2: (2 << 32) + 5,
+        0: vector_ids(2, np.array([19_999]))[0],
+        2: vector_ids(2, np.array([5]))[0],
     }
     fact = shards.facts[0]
     path = Path(root) / fact.path

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bge_ray.formats.rows import MAX_DETAIL_CHARS, Rejected, Rows, check_rows, rejected_table, take_passages
-from bge_ray.records.ids import REJECTED_SCHEMA
+from bge_ray.records.columns import REJECTED_SCHEMA
+from bge_ray.records.ids import split_vector_ids
 
 ANYTHING = st.one_of(
     st.none(),
@@ -40,7 +41,9 @@ def test_every_row_ends_in_one_place(rows: list[tuple], titled: bool) -> None:
         (passage_id + text).encode()
     table = rejected_table(1, 50, rejected)
     assert table.schema == REJECTED_SCHEMA
-    assert [v - (1 << 32) - 50 for v in table["vector_id"].to_pylist()] == sorted(r.row for r in rejected)
+    assert (split_vector_ids(table["vector_id"].to_numpy()).row_no - 50).tolist() == sorted(
+        r.row for r in rejected
+    )
     assert all(len(d) <= MAX_DETAIL_CHARS for d in table["detail"].to_pylist())
 
 

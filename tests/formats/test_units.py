@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bge_ray.formats import lines
 from bge_ray.formats.rows import check_rows
-from bge_ray.records.dataset import UnitLimits
+from bge_ray.records.plan import UnitLimits
 from bge_ray.storage.objects import Storage
 from tests.support.reading import compress, csv_bytes, jsonl_bytes, parquet_bytes, read, resolve, scan
 

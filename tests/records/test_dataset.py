@@ -8,37 +8,49 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bge_ray.errors import DatasetMismatchError
-from bge_ray.records.dataset import (
-    Columns,
-    CorpusObject,
-    DatasetSpec,
-    FileFact,
-    Manifest,
-    Marker,
-    ModelSpec,
-    Plan,
-    Span,
-    Unit,
-    from_json,
-    make_manifest,
-    to_json,
-    unit_fingerprint,
+from bge_ray.records.canonical import from_json, to_json
+from bge_ray.records.dataset import Columns, DatasetSpec, FileFact, Manifest, Marker, ModelSpec, make_manifest
+from bge_ray.records.ids import (
+    MAX_CHUNKS_PER_ROW,
+    MAX_OBJECTS,
+    MAX_ROWS_PER_OBJECT,
+    id_range,
+    split_vector_ids,
+    vector_ids,
 )
-from bge_ray.records.ids import MAX_OBJECTS, MAX_ROWS_PER_OBJECT, split_vector_ids, vector_ids
+from bge_ray.records.plan import CorpusObject, Plan, Span, Unit, unit_fingerprint
 
 MODEL = ModelSpec("m", None, "w", 4, "cls", 16, True, "float32", "q: ", "")
 SPEC = DatasetSpec(MODEL, Columns("id", "text", None, {"lang": "string"}), "float32")
 OBJECT = CorpusObject(3, "s3://b/x", 10, "e", "jsonl", "", (Span(0, 9, 0, (4, 3)), Span(9, 10, 7, (2,))))
 
 
-@given(st.integers(0, MAX_OBJECTS - 1), st.lists(st.integers(0, MAX_ROWS_PER_OBJECT - 1), min_size=1))
-def test_vector_ids_lead_back_to_their_rows(object_no: int, rows: list[int]) -> None:
-    ids = vector_ids(object_no, np.array(rows, dtype=np.int64))
+ROW = st.integers(0, MAX_ROWS_PER_OBJECT - 1)
+CHUNK = st.integers(0, MAX_CHUNKS_PER_ROW - 1)
+
+
+@given(st.integers(0, MAX_OBJECTS - 1), st.lists(st.tuples(ROW, CHUNK), min_size=1))
+def test_vector_ids_lead_back_to_their_places(object_no: int, places: list[tuple[int, int]]) -> None:
+    rows, chunks = (np.array(numbers, dtype=np.int64) for numbers in zip(*places, strict=True))
+    ids = vector_ids(object_no, rows, chunks)
     assert ids.dtype == np.int64
+    assert ids.tolist() == [object_no << 41 | row << 13 | chunk for row, chunk in places]
     assert (ids >= 0).all()
-    objects, back = split_vector_ids(ids)
-    assert set(objects.tolist()) == {object_no}
-    assert back.tolist() == rows
+    back = split_vector_ids(ids)
+    assert set(back.object_no.tolist()) == {object_no}
+    assert list(zip(back.row_no.tolist(), back.chunk_no.tolist(), strict=True)) == places
+    assert np.argsort(ids, kind="stable").tolist() == sorted(range(len(places)), key=lambda i: places[i])
+
+
+@given(st.integers(0, MAX_OBJECTS - 1), ROW, st.integers(1, 1000), CHUNK)
+def test_the_ids_of_a_range_of_rows_are_a_range(object_no: int, first: int, n_rows: int, chunk: int) -> None:
+    start, stop = id_range(object_no, first, n_rows)
+    inside = vector_ids(object_no, np.array([first, min(first + n_rows, MAX_ROWS_PER_OBJECT) - 1]), chunk)
+    assert (start <= inside).all()
+    assert (inside < stop).all()
+    assert start == vector_ids(object_no, np.array([first]), 0)[0]
+    if first:
+        assert vector_ids(object_no, np.array([first - 1]), MAX_CHUNKS_PER_ROW - 1)[0] == start - 1
 
 
 def test_units_cover_their_object_without_gap() -> None:
@@ -50,14 +62,14 @@ def test_units_cover_their_object_without_gap() -> None:
 
 def test_a_fingerprint_changes_with_everything_that_decides_vectors() -> None:
     unit = Unit(3, 0, 4)
-    base = unit_fingerprint(SPEC.fingerprint, OBJECT, unit)
+    base = unit_fingerprint(SPEC.rows_fingerprint, OBJECT, unit)
     others = [
-        unit_fingerprint(SPEC.fingerprint, dataclasses.replace(OBJECT, **{name: value}), unit)
+        unit_fingerprint(SPEC.rows_fingerprint, dataclasses.replace(OBJECT, **{name: value}), unit)
         for name, value in {"uri": "s3://b/y", "size": 11, "etag": "f"}.items()
     ]
     others += [
-        unit_fingerprint(SPEC.fingerprint, OBJECT, Unit(3, 0, 5)),
-        unit_fingerprint(SPEC.fingerprint, OBJECT, Unit(3, 1, 4)),
+        unit_fingerprint(SPEC.rows_fingerprint, OBJECT, Unit(3, 0, 5)),
+        unit_fingerprint(SPEC.rows_fingerprint, OBJECT, Unit(3, 1, 4)),
     ]
     changes = {
         "weights_sha256": "v",
@@ -69,21 +81,22 @@ def test_a_fingerprint_changes_with_everything_that_decides_vectors() -> None:
     changes |= {"passage_instruction": "p: ", "dim": 5}
     for name, value in changes.items():
         spec = dataclasses.replace(SPEC, model=dataclasses.replace(MODEL, **{name: value}))
-        others.append(unit_fingerprint(spec.fingerprint, OBJECT, unit))
+        others.append(unit_fingerprint(spec.rows_fingerprint, OBJECT, unit))
     for columns in (
         Columns("_id", "text", None),
         Columns("id", "body", None),
         Columns("id", "text", "title"),
     ):
-        others.append(unit_fingerprint(dataclasses.replace(SPEC, columns=columns).fingerprint, OBJECT, unit))
-    others.append(unit_fingerprint(dataclasses.replace(SPEC, dtype="float16").fingerprint, OBJECT, unit))
+        spec = dataclasses.replace(SPEC, columns=columns)
+        others.append(unit_fingerprint(spec.rows_fingerprint, OBJECT, unit))
+    others.append(unit_fingerprint(dataclasses.replace(SPEC, dtype="float16").rows_fingerprint, OBJECT, unit))
     assert len({base, *others}) == 1 + len(others)
 
 
 @pytest.mark.parametrize("change", [{"name": "other"}, {"revision": "abc"}, {"query_instruction": ""}])
 def test_what_decides_no_vector_changes_no_fingerprint(change: dict[str, str]) -> None:
     spec = dataclasses.replace(SPEC, model=dataclasses.replace(MODEL, **change))
-    assert spec.fingerprint == SPEC.fingerprint
+    assert spec.rows_fingerprint == SPEC.rows_fingerprint
     spec.check_same(SPEC, "s3://b")
 
 
@@ -100,7 +113,7 @@ def test_a_mismatch_names_each_field_with_both_values() -> None:
 
 
 def test_records_survive_json() -> None:
-    marker = Marker(Unit(3, 0, 4), "f", 3, 1, 30, 1, {"empty_text": 1}, FileFact("e", 9, "s", 3), None)
+    marker = Marker(Unit(3, 0, 4), "f", 3, 1, 5, 30, 1, {"empty_text": 1}, FileFact("e", 9, "s", 3), None)
     for record in (SPEC, Plan((OBJECT,), 4), marker, make_manifest("d", [marker])):
         assert from_json(type(record), to_json(record)) == record
     with pytest.raises(ValueError, match="rows_in"):
@@ -109,6 +122,15 @@ def test_records_survive_json() -> None:
 
 def test_a_manifest_counts_and_sorts() -> None:
     facts = [(Unit(1, 0, 5), 5, 0), (Unit(0, 4, 3), 1, 2), (Unit(0, 0, 4), 4, 0)]
-    manifest = make_manifest("d", [Marker(u, "f", o, r, 10, 0, {}, None, None) for u, o, r in facts])
+    manifest = make_manifest("d", [Marker(u, "f", o, r, 2 * o, 10, 0, {}, None, None) for u, o, r in facts])
     assert [m.unit for m in manifest.shards] == [Unit(0, 0, 4), Unit(0, 4, 3), Unit(1, 0, 5)]
     assert (manifest.rows_in, manifest.rows_out, manifest.rows_rejected, manifest.tokens) == (12, 10, 2, 30)
+    assert manifest.vectors == 20
+
+
+def test_columns_decide_rows_and_not_vectors() -> None:
+    spec = dataclasses.replace(SPEC, columns=Columns("id", "text", "title", {"lang": "string", "n": "int64"}))
+    assert spec.vector_fingerprint == SPEC.vector_fingerprint
+    assert spec.rows_fingerprint != SPEC.rows_fingerprint
+    other = dataclasses.replace(SPEC, model=dataclasses.replace(MODEL, max_length=17))
+    assert other.vector_fingerprint != SPEC.vector_fingerprint

@@ -50,7 +50,7 @@ def run_of_two() -> RunFacts:
 def report_of(facts: RunFacts, outcome: str = "complete", **extra: object) -> dict[str, Any]:
     model = {"name": HOSTILE, "dtype": "float32", "pooling": "cls", "max_length": 16}
     given = {"model": model, "output": "s3://b/out", "corpus": "s3://b/in", "price_per_hour": 3.6, "plan": 1}
-    given |= {"dataset_fingerprint": "f", "settings": Settings().model_dump(mode="json"), **extra}
+    given |= {"vector_fingerprint": "f", "settings": Settings().model_dump(mode="json"), **extra}
     return make_report(facts, ended=140.0, outcome=outcome, extra=given)
 
 
@@ -64,7 +64,7 @@ def index_of(**changes: object) -> dict[str, Any]:
         "nlist": 8,
         "files": [{"bytes": 1000}],
         "training": {"sha256": "f"},
-        "dataset_fingerprint": "f",
+        "vector_fingerprint": "f",
         "effort": "nprobe",
         "nprobe": 2,
         "recall_target": 0.95,

@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bge_ray.records.dataset import Manifest, from_json
+from bge_ray.records.canonical import from_json
+from bge_ray.records.dataset import Manifest
 from bge_ray.storage.objects import Storage, join
 
 

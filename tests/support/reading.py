@@ -13,7 +13,8 @@ import zstandard
 
 from bge_ray.formats.corpus import ScannedObject, read_units, resolve_columns, scan_object
 from bge_ray.formats.rows import Rows
-from bge_ray.records.dataset import Columns, CorpusObject, UnitLimits, span_units
+from bge_ray.records.dataset import Columns
+from bge_ray.records.plan import CorpusObject, UnitLimits, span_units
 from bge_ray.settings.sections import CorpusSettings
 from bge_ray.storage.objects import Storage
 

@@ -7,8 +7,9 @@ import pyarrow as pa
 
 from bge_ray.dataset.commit import ShardWriter, shard_table, token_table
 from bge_ray.formats.rows import Passages, Rejected, rejected_table
-from bge_ray.records.dataset import Columns, DatasetSpec, FileFact, Marker, ModelSpec, Unit
-from bge_ray.records.ids import PackedTokens
+from bge_ray.records.dataset import Columns, DatasetSpec, FileFact, Marker, ModelSpec
+from bge_ray.records.plan import Unit
+from bge_ray.records.tokens import PackedTokens
 from bge_ray.storage.objects import Storage
 
 DIM = 8
@@ -56,4 +57,4 @@ def make_writer(storage: Storage, root: str, spec: DatasetSpec | None = None) ->
 
 
 def make_marker(unit: Unit, *files: FileFact) -> Marker:
-    return Marker(unit, FINGERPRINT, unit.n_rows, 0, 5, 0, {}, files[0] if files else None, None)
+    return Marker(unit, FINGERPRINT, unit.n_rows, 0, unit.n_rows, 5, 0, {}, files[0] if files else None, None)

@@ -8,16 +8,10 @@ import pyarrow as pa
 
 from bge_ray.dataset.commit import ShardWriter
 from bge_ray.dataset.folder import Dataset
-from bge_ray.records.dataset import (
-    Columns,
-    DatasetSpec,
-    Manifest,
-    Marker,
-    ModelSpec,
-    Unit,
-    make_manifest,
-)
-from bge_ray.records.ids import REJECTED_SCHEMA, embedding_schema, vector_ids
+from bge_ray.records.columns import REJECTED_SCHEMA, embedding_schema, hash_texts
+from bge_ray.records.dataset import Columns, DatasetSpec, Manifest, Marker, ModelSpec, make_manifest
+from bge_ray.records.ids import vector_ids
+from bge_ray.records.plan import Unit
 from bge_ray.storage.objects import Storage
 
 MODEL = ModelSpec("synthetic", None, "0" * 64, 32, "cls", 512, True, "float32", "", "")
@@ -58,7 +52,7 @@ class VectorDataset:
         del self._markers[object_no]
 
     def publish(self) -> Manifest:
-        manifest = make_manifest(self.spec.fingerprint, self._markers.values())
+        manifest = make_manifest(self.spec.vector_fingerprint, self._markers.values())
         self.dataset.publish(manifest)
         self.dataset.sweep(manifest)
         return manifest
@@ -72,6 +66,7 @@ def write_shard(dataset: Dataset, spec: DatasetSpec, object_no: int, vectors: np
         [
             pa.array(vector_ids(object_no, np.arange(rows))),
             pa.array([f"{object_no}-{row}" for row in range(rows)], pa.string()),
+            hash_texts(f"text {object_no}-{row}" for row in range(rows)),
             pa.array(np.full(rows, 5, np.int32)),
             pa.array(np.zeros(rows, bool)),
             pa.FixedSizeListArray.from_arrays(flat, type=schema.field("embedding").type),

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from bge_ray.errors import ModelError
 from bge_ray.model.feed.rows import Rows
 from bge_ray.model.feed.tokenizer import Cutter, load_tokenizer
-from bge_ray.records.ids import PackedTokens
+from bge_ray.records.tokens import PackedTokens
 
 Ids = npt.NDArray[np.int32]
 

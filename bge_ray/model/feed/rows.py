@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from bge_ray.records.ids import IdArray, PackedTokens
+from bge_ray.records.ids import IdArray
+from bge_ray.records.tokens import PackedTokens
 
 TypeStarts = npt.NDArray[np.int32]
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from bge_ray.errors import ModelError
-from bge_ray.records.ids import PackedTokens
+from bge_ray.records.tokens import PackedTokens
 
 # A text beyond this many characters a token is tokenised by a prefix first. English has about 4.5.
 PREFIX_CHARS_PER_TOKEN = 6

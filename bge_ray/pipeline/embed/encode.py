@@ -95,7 +95,7 @@ def _move_faults(
 ) -> UnitRow:
     """Move rows without a vector from the shard to the rejected rows."""
     unit = row.task.unit
-    _, row_no = split_vector_ids(shard["vector_id"].to_numpy())
+    row_no = split_vector_ids(shard["vector_id"].to_numpy()).row_no
     late = [
         Rejected(int(row_no[i]) - unit.first_row, shard["passage_id"][i].as_py(), reason, detail)
         for i, (reason, detail) in sorted(faults.items())

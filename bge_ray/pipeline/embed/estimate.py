@@ -14,8 +14,9 @@ from bge_ray.model.run.batching import settle_budget
 from bge_ray.model.source import fetch_model
 from bge_ray.pipeline.embed.tasks import SpanTask
 from bge_ray.pipeline.engine.cluster import Sizes
-from bge_ray.records.dataset import DatasetSpec, Plan
-from bge_ray.records.ids import VALUE_BYTES
+from bge_ray.records.columns import VALUE_BYTES
+from bge_ray.records.dataset import DatasetSpec
+from bge_ray.records.plan import Plan
 from bge_ray.settings.sections import Settings
 
 SAMPLE_SPANS = 3

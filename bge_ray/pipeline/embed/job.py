@@ -239,7 +239,7 @@ def _publish(
             f"{len(missing)} of {len(planned)} units are not done: {cause}; report.json names every cause; "
             "run again to continue"
         )
-    manifest = make_manifest(work.spec.fingerprint, (markers[unit.name] for unit in planned))
+    manifest = make_manifest(work.spec.vector_fingerprint, (markers[unit.name] for unit in planned))
     rows = sum(unit.n_rows for unit in planned)
     if (manifest.rows_in, manifest.rows_out + manifest.rows_rejected) != (rows, rows):
         raise IncompleteRunError(
@@ -280,7 +280,7 @@ def _report(settings: Settings, work: Work, facts: RunFacts, outcome: str) -> di
             "corpus": settings.corpus.uri,
             "plan": work.previous_number + 1,
             "model": dataclasses.asdict(work.spec.model),
-            "dataset_fingerprint": work.spec.fingerprint,
+            "vector_fingerprint": work.spec.vector_fingerprint,
             "price_per_hour": settings.report.price_per_hour,
             "settings": settings.model_dump(mode="json"),
         },

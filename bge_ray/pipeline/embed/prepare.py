@@ -14,17 +14,9 @@ from bge_ray.pipeline.embed.tasks import SpanTask
 from bge_ray.pipeline.engine.cluster import cluster_sizes, connect
 from bge_ray.pipeline.engine.payload import UnitTask
 from bge_ray.pipeline.engine.tasks import run_tasks
-from bge_ray.records.dataset import (
-    Columns,
-    DatasetSpec,
-    Marker,
-    ModelSpec,
-    Plan,
-    UnitLimits,
-    span_units,
-    unit_fingerprint,
-)
-from bge_ray.records.ids import VALUE_BYTES
+from bge_ray.records.columns import VALUE_BYTES
+from bge_ray.records.dataset import Columns, DatasetSpec, Marker, ModelSpec
+from bge_ray.records.plan import Plan, UnitLimits, span_units, unit_fingerprint
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.objects import Storage
 
@@ -105,13 +97,13 @@ def _subtract(
     """Return the spans with something to do, and the markers that the plan still wants."""
     todo: list[SpanTask] = []
     wanted: dict[str, Marker] = {}
-    dataset_fingerprint = spec.fingerprint
+    rows_fingerprint = spec.rows_fingerprint
     for corpus_object in plan.objects:
         bare = dataclasses.replace(corpus_object, spans=())
         for span in corpus_object.spans:
             tasks = []
             for unit in span_units(corpus_object.object_no, span):
-                fingerprint = unit_fingerprint(dataset_fingerprint, corpus_object, unit)
+                fingerprint = unit_fingerprint(rows_fingerprint, corpus_object, unit)
                 marker = finished.get(unit.name)
                 if marker is not None and marker.fingerprint == fingerprint:
                     wanted[unit.name] = marker

@@ -21,8 +21,11 @@ from bge_ray.model.source import fetch_model
 from bge_ray.pipeline.embed.tasks import EmbedJob, SpanTask
 from bge_ray.pipeline.engine.isolation import LETHAL_DEATHS, Attempt, run_isolated
 from bge_ray.pipeline.engine.payload import UnitRow, UnitTask
-from bge_ray.records.dataset import ModelSpec, Unit, from_json
-from bge_ray.records.ids import IdArray, PackedTokens
+from bge_ray.records.canonical import from_json
+from bge_ray.records.dataset import ModelSpec
+from bge_ray.records.ids import IdArray
+from bge_ray.records.plan import Unit
+from bge_ray.records.tokens import PackedTokens
 
 TOKENISE_ROWS = 1024
 # Upper edges, in tokens, of the length histogram: half powers of two from 4 to 16384.
@@ -61,7 +64,7 @@ def _read_span(
         read = time.time()
         passages, rejected = check_rows(rows)
         passages, tokens, killed = _tokenise(job, attempt, unit, passages)
-        table = token_table(unit, passages, tokens)
+        table = token_table(unit, passages, tokens, job.spec.model.passage_instruction)
         facts = {
             "read_started": started,
             "read_s": read - started,

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from ray.actor import ActorHandle
 
 from bge_ray.pipeline.engine.payload import UnitTask
-from bge_ray.records.dataset import CorpusObject, DatasetSpec, Span, to_json
+from bge_ray.records.canonical import to_json
+from bge_ray.records.dataset import DatasetSpec
+from bge_ray.records.plan import CorpusObject, Span
 from bge_ray.storage.objects import Storage
 
 

@@ -43,7 +43,7 @@ def _examples(row: UnitRow) -> list[dict[str, Any]]:
         return []
     examples: list[dict[str, Any]] = []
     shown: Counter[str] = Counter()
-    _, row_numbers = split_vector_ids(row.rejected["vector_id"].to_numpy())
+    row_numbers = split_vector_ids(row.rejected["vector_id"].to_numpy()).row_no
     for rejected, row_number in zip(row.rejected.to_pylist(), row_numbers.tolist(), strict=True):
         shown[rejected["reason"]] += 1
         if shown[rejected["reason"]] > EXAMPLES_PER_REASON:

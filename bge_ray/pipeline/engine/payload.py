@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from bge_ray.records.dataset import Marker, Unit, from_json, to_json
+from bge_ray.records.canonical import from_json, to_json
+from bge_ray.records.dataset import Marker
+from bge_ray.records.plan import Unit
 
 
 @dataclass(frozen=True)

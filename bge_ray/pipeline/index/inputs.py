@@ -34,18 +34,18 @@ def read_inputs(dataset: Dataset, settings: IndexSettings) -> Inputs:
     name = f"output.uri {dataset.root}"
     if there is None or manifest is None:
         raise SettingsError(f"{name}: no complete data set there; run embed.py first")
-    if manifest.dataset_fingerprint != there.fingerprint:
+    if manifest.vector_fingerprint != there.vector_fingerprint:
         raise DatasetMismatchError(
-            f"{name}: its manifest is of another data set ({manifest.dataset_fingerprint[:12]}) than its "
-            f"dataset.json ({there.fingerprint[:12]}); run embed.py again"
+            f"{name}: its manifest is of another data set ({manifest.vector_fingerprint[:12]}) than its "
+            f"dataset.json ({there.vector_fingerprint[:12]}); run embed.py again"
         )
-    if not manifest.rows_out:
+    if not manifest.vectors:
         raise SettingsError(f"{name}: the data set has no vectors")
-    spec = settle_spec(there, manifest.rows_out, settings)
+    spec = settle_spec(there, manifest.vectors, settings)
     queries = given_queries(dataset.storage, settings)
     key = key_of(
         FORMAT_VERSION,
-        manifest.dataset_fingerprint,
+        manifest.vector_fingerprint,
         spec.factory,
         spec.metric.value,
         settings.layout,

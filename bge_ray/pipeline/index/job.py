@@ -109,9 +109,9 @@ def plan_index(settings: Settings) -> str:
     manifest, spec = inputs.manifest, inputs.spec
     fresh = _current(dataset.storage, dataset.root, inputs) is not None
     return (
-        f"{spec.factory}: {manifest.rows_out:,} vectors in {len(manifest.shards):,} shards, "
-        f"{min(spec.training_rows, manifest.rows_out):,} training rows, about "
-        f"{index_bytes(spec, manifest.rows_out) / 1e6:,.0f} MB, "
+        f"{spec.factory}: {manifest.vectors:,} vectors in {len(manifest.shards):,} shards, "
+        f"{min(spec.training_rows, manifest.vectors):,} training rows, about "
+        f"{index_bytes(spec, manifest.vectors) / 1e6:,.0f} MB, "
         + ("up to date: nothing to do" if fresh else "to be built")
     )
 
@@ -260,7 +260,7 @@ def _describe(
     return {
         "format_version": FORMAT_VERSION,
         "inputs": inputs.key,
-        "dataset_fingerprint": build.manifest.dataset_fingerprint,
+        "vector_fingerprint": build.manifest.vector_fingerprint,
         "factory": spec.factory,
         "kind": spec.kind.value,
         "metric": spec.metric.value,

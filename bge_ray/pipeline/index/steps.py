@@ -3,7 +3,6 @@
 Parts and pieces are named by what went into them, so "is it there" is the whole question.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -39,6 +38,7 @@ from bge_ray.pipeline.index.tasks import (
     train_task,
     write_sizes,
 )
+from bge_ray.records.canonical import digest
 from bge_ray.records.dataset import FileFact, Manifest
 from bge_ray.records.ids import IdArray
 from bge_ray.settings.sections import IndexSettings
@@ -107,7 +107,7 @@ class Build:
 
 def key_of(*parts: object) -> str:
     """Return a short name for anything JSON can hold; different things get different names."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return digest(*parts)[:16]
 
 
 def get_trained(build: Build, *, reuse: bool) -> TrainedFile:
@@ -118,7 +118,7 @@ def get_trained(build: Build, *, reuse: bool) -> TrainedFile:
     """
     spec = build.spec
     wanted = {
-        "dataset_fingerprint": build.manifest.dataset_fingerprint,
+        "vector_fingerprint": build.manifest.vector_fingerprint,
         "factory": spec.factory,
         "metric": spec.metric.value,
         "dim": spec.dim,
@@ -130,7 +130,7 @@ def get_trained(build: Build, *, reuse: bool) -> TrainedFile:
             return TrainedFile(uri, record["sha256"], spec.factory, spec.metric.value, spec.dim)
         logger.warning("%s is gone: training anew", uri)
     if spec.training_rows:
-        rows = min(spec.training_rows, build.manifest.rows_out)
+        rows = min(spec.training_rows, build.manifest.vectors)
         logger.info("training %s on %s rows", spec.factory, f"{rows:,}")
     else:
         logger.info("%s needs no training", spec.factory)
@@ -183,9 +183,9 @@ def check_count(build: Build, ntotal: int) -> None:
     Raises:
         IncompleteRunError: it does not.
     """
-    if ntotal != build.manifest.rows_out:
+    if ntotal != build.manifest.vectors:
         raise IncompleteRunError(
-            f"the index would hold {ntotal:,} vectors, the data set has {build.manifest.rows_out:,}; "
+            f"the index would hold {ntotal:,} vectors, the data set has {build.manifest.vectors:,}; "
             f"remove {build.uri('parts')} and run again"
         )
 

@@ -45,10 +45,10 @@ from bge_ray.pipeline.runs.parcels import (
     Parcel,
     ScoreJob,
     Workplace,
-    digest,
 )
 from bge_ray.pipeline.runs.parts import RunOutput, Totals, publish, write_stage
 from bge_ray.pipeline.search.stages import read_stage
+from bge_ray.records.canonical import digest
 from bge_ray.run_id import run_id
 from bge_ray.settings.sections import RerankSettings, Settings
 from bge_ray.storage.lease import Lease
@@ -222,7 +222,7 @@ def _unit_key(settings: Settings, work: _Work) -> str:
     corpus = None
     if work.source is not None:
         shards = [m.embeddings.sha256 for m in work.source.manifest.shards if m.embeddings is not None]
-        corpus = [work.source.spec.fingerprint, shards]
+        corpus = [work.source.spec.vector_fingerprint, shards]
     spec = dataclasses.asdict(dataclasses.replace(work.spec, name="", revision=None))
     return digest("rerank", FORMAT_VERSION, spec, rerank.depth, rerank.texts, corpus)
 

@@ -18,7 +18,8 @@ from bge_ray.pipeline.engine.device import device_or_exit
 from bge_ray.pipeline.engine.isolation import Attempt, run_isolated
 from bge_ray.pipeline.rerank.texts import TextSource, add_texts
 from bge_ray.pipeline.runs.parcels import Parcel, ScoreJob, whole
-from bge_ray.records.ids import IdArray, PackedTokens
+from bge_ray.records.ids import IdArray
+from bge_ray.records.tokens import PackedTokens
 
 TOKENISE_PAIRS = 1024
 

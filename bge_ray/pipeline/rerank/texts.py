@@ -21,8 +21,9 @@ from bge_ray.formats.corpus import read_units
 from bge_ray.formats.rows import Rows, check_rows
 from bge_ray.pipeline.engine.tasks import run_tasks
 from bge_ray.pipeline.runs.parcels import whole
-from bge_ray.records.dataset import Columns, CorpusObject, FileFact, Span, span_units
-from bge_ray.records.ids import IdArray, vector_ids
+from bge_ray.records.dataset import Columns, FileFact
+from bge_ray.records.ids import IdArray, id_range, vector_ids
+from bge_ray.records.plan import CorpusObject, Span, span_units
 from bge_ray.storage.objects import Storage
 
 TEXT_SCHEMA = pa.schema(
@@ -190,6 +191,6 @@ def _span_map(
     objects: tuple[CorpusObject, ...],
 ) -> tuple[IdArray, IdArray, list[tuple[CorpusObject, Span]]]:
     spans = [(o, s) for o in sorted(objects, key=lambda o: o.object_no) for s in o.spans]
-    starts = [int(vector_ids(o.object_no, np.array([s.first_row]))[0]) for o, s in spans]
-    stops = [start + sum(s.unit_rows) for start, (_, s) in zip(starts, spans, strict=True)]
-    return np.array(starts, np.int64), np.array(stops, np.int64), spans
+    ranges = [id_range(o.object_no, s.first_row, sum(s.unit_rows)) for o, s in spans]
+    edges = np.array(ranges, np.int64).reshape(-1, 2)
+    return edges[:, 0].copy(), edges[:, 1].copy(), spans

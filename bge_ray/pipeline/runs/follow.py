@@ -91,7 +91,7 @@ def open_source(settings: Settings) -> Source:
     spec, manifest = dataset.read_spec(), dataset.read_manifest()
     if spec is None or manifest is None:
         raise SettingsError(f"output.uri {dataset.root}: no complete data set there; run embed.py first")
-    if manifest.dataset_fingerprint != spec.fingerprint:
+    if manifest.vector_fingerprint != spec.vector_fingerprint:
         raise DatasetMismatchError(
             f"output.uri {dataset.root}: its manifest is of another data set than its dataset.json; "
             "run embed.py again"

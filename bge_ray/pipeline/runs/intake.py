@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bge_ray.pipeline.runs.parcels import GroupTask, UnitTask, digest, ipc_bytes
+from bge_ray.pipeline.runs.parcels import GroupTask, UnitTask, ipc_bytes
+from bge_ray.records.canonical import digest
 from bge_ray.storage.objects import Storage, join
 
 # Texts of a group that came inline, in characters; more are cut into several groups.

@@ -6,7 +6,6 @@ own. One Ray Data row is one parcel: a group at first, one of its units later.
 """
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,8 @@ import pyarrow as pa
 from ray.actor import ActorHandle
 
 from bge_ray.model.reranker_spec import RerankerSpec
-from bge_ray.records.dataset import ModelSpec, from_json, to_json
+from bge_ray.records.canonical import from_json, to_json
+from bge_ray.records.dataset import ModelSpec
 from bge_ray.storage.objects import Storage, join
 
 # Rows on their way. ``row_no`` is the number of the input row within its group; a row with a reason has
@@ -163,12 +163,3 @@ def ipc_bytes(table: pa.Table) -> bytes:
 def whole(column: pa.ChunkedArray) -> pa.Array:
     """Return a column as one array, also one without rows, which has no chunk to begin with."""
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-
-
-def digest(*values: Any) -> str:
-    """Return the hex sha256 over values that JSON can hold, or bytes."""
-    sha = hashlib.sha256()
-    for value in values:
-        data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
-        sha.update(len(data).to_bytes(8, "little") + data)
-    return sha.hexdigest()

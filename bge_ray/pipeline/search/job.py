@@ -55,7 +55,6 @@ from bge_ray.pipeline.runs.parcels import (
     Parcel,
     ScoreJob,
     Workplace,
-    digest,
 )
 from bge_ray.pipeline.runs.parts import RunOutput, Totals, publish, write_stage
 from bge_ray.pipeline.search.stages import (
@@ -65,6 +64,7 @@ from bge_ray.pipeline.search.stages import (
     read_stage,
     retrieve_stage,
 )
+from bge_ray.records.canonical import digest
 from bge_ray.records.dataset import ModelSpec
 from bge_ray.run_id import run_id
 from bge_ray.settings.sections import Settings
@@ -156,7 +156,7 @@ def plan_search(settings: Settings) -> str:
     again = f", reranked by {work.reranker.name}" if work.reranker else ""
     return (
         f"{count:,} queries ({len(rejections):,} left out), {settings.search.k} results each from "
-        f"{work.source.manifest.rows_out:,} vectors by {where}{again}, to {work.folder}: "
+        f"{work.source.manifest.vectors:,} vectors by {where}{again}, to {work.folder}: "
         f"{'up to date' if done else 'to be done'}"
     )
 
@@ -212,17 +212,17 @@ def _prepare(settings: Settings) -> _Work:
 def _check_index(index: dict[str, Any], source: Source) -> None:
     """Refuse an index of other vectors; one that is merely older than the data set is told of."""
     where = f"output.uri {source.root}"
-    if index["dataset_fingerprint"] != source.spec.fingerprint or index["dim"] != source.spec.model.dim:
+    if index["vector_fingerprint"] != source.spec.vector_fingerprint or index["dim"] != source.spec.model.dim:
         raise DatasetMismatchError(
             f"{where}: its index was built from vectors of another model or other settings; run index.py "
             "again, or set search.exact"
         )
-    if index["ntotal"] != source.manifest.rows_out:
+    if index["ntotal"] != source.manifest.vectors:
         logger.warning(
             "%s: the index holds %d vectors, the data set %d: it is older; run index.py to renew it",
             where,
             index["ntotal"],
-            source.manifest.rows_out,
+            source.manifest.vectors,
         )
 
 
@@ -291,7 +291,9 @@ def _unit_key(settings: Settings, work: _Work) -> str:
         spec = dataclasses.asdict(dataclasses.replace(work.reranker, name="", revision=None))
         rerank = [spec, settings.rerank.depth, settings.rerank.texts]
     queries = [work.model.query_instruction, work.model.max_length, work.model.dtype]
-    return digest("search", FORMAT_VERSION, source.spec.fingerprint, shards, index, queries, asked.k, rerank)
+    return digest(
+        "search", FORMAT_VERSION, source.spec.vector_fingerprint, shards, index, queries, asked.k, rerank
+    )
 
 
 def _blocks(

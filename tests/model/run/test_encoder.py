@@ -14,7 +14,7 @@ from bge_ray.errors import ModelError
 from bge_ray.model.encoder import Encoder
 from bge_ray.model.feed.tokenizer import Tokenizer
 from bge_ray.model.run.inputs import Inputs, pool
-from bge_ray.records.ids import PackedTokens
+from bge_ray.records.tokens import PackedTokens
 from tests.model.conftest import MakeModel, cosines, encode, resolve
 
 

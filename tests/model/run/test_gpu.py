@@ -12,7 +12,7 @@ from bge_ray.model.feed.pairs import PairTokenizer
 from bge_ray.model.feed.tokenizer import Tokenizer
 from bge_ray.model.reranker import Reranker
 from bge_ray.model.reranker_spec import resolve_reranker
-from bge_ray.records.ids import PackedTokens
+from bge_ray.records.tokens import PackedTokens
 from tests.model.conftest import MakeModel, cosines, encode, resolve
 
 pytestmark = [

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from bge_ray.model.encoder import Encoder
 from bge_ray.model.source import resolve_model
-from bge_ray.records.ids import PackedTokens
+from bge_ray.records.tokens import PackedTokens
 from bge_ray.settings.sections import ModelSettings
 
 folder, packed, spare, lengths = sys.argv[1], sys.argv[2] == "True", int(sys.argv[3]), json.loads(sys.argv[4])

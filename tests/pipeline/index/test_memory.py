@@ -11,6 +11,7 @@ import pytest
 from bge_ray.index.factory import Metric
 from bge_ray.index.part import write_part
 from bge_ray.index.train import train
+from bge_ray.records.ids import vector_ids
 from bge_ray.storage.objects import Storage
 from tests.support.runs import REPOSITORY
 from tests.support.vectors import clustered
@@ -24,6 +25,7 @@ import json, re, sys
 from pathlib import Path
 import numpy as np
 from bge_ray.index.merge import ListRange
+from bge_ray.records.ids import vector_ids
 from bge_ray.storage.objects import Storage
 from bge_ray.pipeline.index.tasks import open_stored, piece_task
 
@@ -49,7 +51,7 @@ def test_the_peak_of_a_merge_is_its_range_and_a_constant(bucket: str, n_parts: i
     uris, total = [], np.zeros(NLIST, np.int64)
     for number in range(n_parts):
         lists = rng.integers(0, NLIST, rows)
-        ids = np.arange(rows) + (number << 32)
+        ids = vector_ids(number, np.arange(rows))
         data = write_part(trained.sha256, NLIST, lists, np.zeros((rows, CODE), np.uint8), ids)
         uris.append(f"{bucket}/{number}.part")
         storage.write(uris[-1], data)

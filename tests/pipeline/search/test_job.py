@@ -239,7 +239,7 @@ def test_a_wrong_index_or_model_is_refused_and_an_old_index_is_told_of(
         search(settings_for(**keys, model__name="/no/such/folder"))
     uri = join(data, "index", "index.json")
     description = json.loads(STORAGE.read(uri))
-    STORAGE.write(uri, json.dumps(description | {"dataset_fingerprint": "f" * 64}).encode())
+    STORAGE.write(uri, json.dumps(description | {"vector_fingerprint": "f" * 64}).encode())
     with pytest.raises(DatasetMismatchError, match="another model"):
         search(settings_for(**keys))
     assert STORAGE.list_files(f"{bucket}/run") == []

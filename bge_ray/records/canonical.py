@@ -1,0 +1,46 @@
+"""The one JSON and the one digest of everything that is written down: same content, same bytes."""
+
+import dataclasses
+import hashlib
+import json
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
+
+R = TypeVar("R")
+
+
+def to_json(record: Any) -> bytes:
+    """Return a record as indented UTF-8 JSON with sorted keys: same record, same bytes."""
+    return (
+        json.dumps(dataclasses.asdict(record), sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+    ).encode()
+
+
+def from_json(kind: type[R], data: bytes | str) -> R:
+    """Rebuild a record of the given kind from its JSON.
+
+    Raises:
+        ValueError: not JSON, or not this kind of record (pydantic's ValidationError is one).
+    """
+    return TypeAdapter(kind).validate_json(data)
+
+
+def digest(*values: Any) -> str:
+    """Return the hex sha256 over values that JSON can hold, or bytes; their borders count."""
+    sha = hashlib.sha256()
+    for value in values:
+        data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
+        sha.update(len(data).to_bytes(8, "little") + data)
+    return sha.hexdigest()
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as one, by dotted name."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,97 @@
+"""What there is to do: corpus objects under their numbers, in spans to read and units to commit."""
+
+from dataclasses import dataclass
+
+from bge_ray.records.canonical import digest
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """A fixed range of rows of one corpus object: what is committed, retried and resumed."""
+
+    object_no: int
+    first_row: int
+    n_rows: int
+
+    @property
+    def name(self) -> str:
+        """File stem of everything that belongs to the unit; sorts by place."""
+        return f"{self.object_no:08d}-{self.first_row:010d}"
+
+
+@dataclass(frozen=True)
+class UnitLimits:
+    """When a unit is full: by rows, or by bytes of text plus ``vector_bytes`` a row."""
+
+    max_rows: int
+    max_bytes: int
+    vector_bytes: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """The smallest piece of an object that can be read on its own, and the units in it.
+
+    ``start`` and ``stop`` are row groups for Parquet and bytes for plain lines; a format that can
+    only be streamed from its beginning has one span over the whole object.
+    """
+
+    start: int
+    stop: int
+    first_row: int
+    unit_rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CorpusObject:
+    """One input file under its number."""
+
+    object_no: int
+    uri: str
+    size: int
+    etag: str
+    format: str
+    compression: str
+    spans: tuple[Span, ...]
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the object."""
+        return sum(sum(span.unit_rows) for span in self.spans)
+
+    def units(self) -> list[Unit]:
+        """All units, in row order."""
+        return [unit for span in self.spans for unit in span_units(self.object_no, span)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The corpus of one run: every object with its number. ``next_object_no`` is never given twice."""
+
+    objects: tuple[CorpusObject, ...]
+    next_object_no: int
+
+    def units(self) -> list[Unit]:
+        """All units of all objects, in order of their names."""
+        return [unit for corpus_object in self.objects for unit in corpus_object.units()]
+
+
+def span_units(object_no: int, span: Span) -> list[Unit]:
+    """Return the units of one span, in row order."""
+    units, first = [], span.first_row
+    for n_rows in span.unit_rows:
+        units.append(Unit(object_no, first, n_rows))
+        first += n_rows
+    return units
+
+
+def unit_fingerprint(rows_fingerprint: str, corpus_object: CorpusObject, unit: Unit) -> str:
+    """Return the hex sha256 of all that decides what a unit's files hold.
+
+    Args:
+        rows_fingerprint: of the data set, see `DatasetSpec.rows_fingerprint`.
+        corpus_object: which version of which object.
+        unit: which rows of it.
+    """
+    version = [corpus_object.uri, corpus_object.size, corpus_object.etag]
+    return digest([rows_fingerprint, *version, unit.object_no, unit.first_row, unit.n_rows])
