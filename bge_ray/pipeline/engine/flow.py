@@ -1,26 +1,35 @@
-"""Stages as Ray Data operators: one parcel a row, bounded tasks, pools of a fixed size."""
+"""Stages as Ray Data operators: one parcel a row, bounded tasks, pools of a fixed size; and their receipts."""
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
+from ray.exceptions import RayError
 
-from bge_ray.pipeline.engine.pools import Pool, PoolSizes
-from bge_ray.pipeline.runs.parcels import GroupTask, Parcel
+from bge_ray.errors import IncompleteRunError
+from bge_ray.pipeline.engine.cluster import root_cause
+from bge_ray.pipeline.engine.parcel import Parcel
+from bge_ray.pipeline.engine.pools import Pool, Tasks
+from bge_ray.pipeline.engine.receipts import draw_receipts
+
+logger = logging.getLogger(__name__)
+
+# This many parcels given up in a row mean that the fault is not in them.
+MAX_FAILURES_IN_A_ROW = 10
 
 
-def parcels(groups: Sequence[GroupTask]) -> ray.data.Dataset:
-    """Return the groups as the rows that the first stage takes, smallest number first."""
-    batches = [Parcel(group).to_batch() for group in groups]
-    return ray.data.from_arrow(batches)
+def parcels(tasks: Sequence[Parcel]) -> ray.data.Dataset:
+    """Return parcels as the rows that the first stage takes, in their order."""
+    return ray.data.from_arrow([parcel.to_batch() for parcel in tasks])
 
 
 def by_tasks(
     rows: ray.data.Dataset,
     stage: Callable[..., pa.Table | Iterator[pa.Table]],
-    sizes: PoolSizes,
+    tasks: Tasks,
     **arguments: Any,
 ) -> ray.data.Dataset:
     """Run a function on each parcel, in a bounded number of tasks."""
@@ -28,8 +37,8 @@ def by_tasks(
         stage,
         batch_format="pyarrow",
         batch_size=1,
-        num_cpus=sizes.task_cpus,
-        compute=ray.data.TaskPoolStrategy(size=sizes.tasks),
+        num_cpus=tasks.cpus,
+        compute=ray.data.TaskPoolStrategy(size=tasks.count),
         fn_kwargs=arguments,
     )
 
@@ -51,3 +60,27 @@ def receipts(rows: ray.data.Dataset) -> Iterator[Parcel]:
     """Run the stages, and yield the parcels that come out, in the order they finish."""
     batches = rows.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
     return (Parcel.from_batch(batch) for batch in batches)
+
+
+def follow(
+    start: Callable[[], Iterable[Parcel]], book: Callable[[Parcel], None], watch: Callable[[], None]
+) -> None:
+    """Draw all receipts of a data path and book them.
+
+    Args:
+        start: makes the data path and returns its output.
+        book: told of each receipt; raises to stop.
+        watch: called while waiting; raises to stop.
+
+    Raises:
+        IncompleteRunError: the pipeline failed, or parcel after parcel was given up.
+    """
+    in_a_row = 0
+    try:
+        for receipt in draw_receipts(start, watch):
+            book(receipt)
+            in_a_row = in_a_row + 1 if receipt.error is not None else 0
+            if in_a_row >= MAX_FAILURES_IN_A_ROW:
+                raise IncompleteRunError(f"{in_a_row} units failed in a row, the last: {receipt.error}")
+    except RayError as error:
+        raise IncompleteRunError(f"the pipeline failed: {root_cause(error)}") from error

@@ -1,24 +1,63 @@
-"""Sizes the pools of a search or rerank run: encoders, index actors and rerankers at work at once."""
+"""One sizing for every job: how many actors and tasks are at work at once, and what each of them reserves.
 
-from collections.abc import Callable
+Sizes are settled after the nodes that were asked for are there, so that a job may start on a cluster that
+has none yet.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
 
 from bge_ray.errors import SettingsError
-from bge_ray.pipeline.engine.cluster import connect, in_words
+from bge_ray.pipeline.engine.cluster import connect
 from bge_ray.pipeline.engine.nodes import await_nodes
 from bge_ray.pipeline.engine.tasks import largest_node
 from bge_ray.settings.sections import Settings
 
-# Of the CPUs this share is left to tasks: reading, joining, tokenising, writing.
+# Of the CPUs of a machine without GPUs this share is left to tasks, at least one core: reading, joining,
+# tokenising, writing.
 TASK_SHARE = 0.25
-TASK_STAGES = 5
-# What each pool is given of the CPUs where there is no GPU; a pair costs far more than a query.
-WEIGHTS = {"encoders": 1.0, "searchers": 1.0, "rerankers": 2.0}
+LEAST_TASK_CPUS = 1.0
+# What must be left of the CPUs for tasks to run at all.
+LEAST_LEFT = 0.2
 # On a GPU that both share: a query is short and there is one of it for a hundred pairs.
-SHARED_ENCODER_GPUS = 0.25
-SHARED_RERANKER_GPUS = 0.75
+SHARED_GPUS = {"encoders": 0.25, "rerankers": 0.75}
+
+
+@dataclass(frozen=True)
+class PoolRequest:
+    """A pool of actors that a job wants; None leaves a number to the sizing.
+
+    ``key`` is the setting that fixes ``count``, ``most`` how many could have work, ``weight`` the share of
+    the CPUs that the pool gets beside others, ``gpus`` those of one actor (0 where it can use none).
+    """
+
+    name: str
+    key: str
+    most: int
+    count: int | None = None
+    gpus: float | None = None
+    threads: int | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class TaskRequest:
+    """Tasks of one stage: so many at once, of the CPUs that pools leave.
+
+    ``share`` is of what earlier requests left, ``cpus`` what one task takes at most, ``per_gpu`` and
+    ``per_core`` how many of them feed one model on a GPU or on a CPU core.
+    """
+
+    name: str
+    most: int
+    share: float
+    cpus: float = 1.0
+    count: int | None = None
+    per_gpu: float = math.inf
+    per_core: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -31,135 +70,198 @@ class Pool:
     threads: int
 
     def __str__(self) -> str:
-        return in_words(self.gpus, self.cpus, self.threads)
+        gpus = f"GPUs {self.gpus:g}, " if self.gpus else ""
+        return f"{self.count} (each: {gpus}CPUs {self.cpus:g}, threads {self.threads})"
 
     @property
     def device(self) -> str:
         """Torch device of its models."""
         return "cuda" if self.gpus else "cpu"
 
+    @property
+    def devices(self) -> float:
+        """GPUs that the pool takes, or CPU cores where it has none: what is paid for by the hour."""
+        return self.count * (self.gpus or self.threads)
+
 
 @dataclass(frozen=True)
-class PoolSizes:
-    """The pools of a run (those it has), and its tasks: of each stage ``tasks`` at once."""
+class Tasks:
+    """So many tasks of a stage at once, and the CPUs that each reserves."""
 
-    pools: dict[str, Pool]
-    task_cpus: float
-    tasks: int
+    count: int
+    cpus: float
 
-    def __getitem__(self, name: str) -> Pool:
-        return self.pools[name]
+
+@dataclass(frozen=True)
+class Sizes:
+    """The pools and the task stages of a run."""
+
+    pools: Mapping[str, Pool]
+    tasks: Mapping[str, Tasks]
 
     def __str__(self) -> str:
-        pools = [f"{name} {pool.count} ({pool})" for name, pool in self.pools.items()]
-        return ", ".join([*pools, f"tasks of each other stage {self.tasks}"])
+        pools = [f"{name} {pool}" for name, pool in self.pools.items()]
+        return ", ".join([*pools, *(f"{name} {tasks.count}" for name, tasks in self.tasks.items())])
 
 
-def cluster_pools(settings: Settings, most: dict[str, int], watch: Callable[[], None]) -> PoolSizes:
-    """Size pools for the cluster that `connect` joins or starts.
+def encoder_request(settings: Settings, most: int) -> PoolRequest:
+    """Return the request for encoders of passages or queries."""
+    asked = settings.resources
+    fixed = (asked.num_encoders, asked.gpus_per_encoder, asked.threads_per_encoder)
+    return PoolRequest("encoders", "resources.num_encoders", most, *fixed)
+
+
+def reranker_request(settings: Settings, most: int) -> PoolRequest:
+    """Return the request for rerankers; a pair costs far more than a query."""
+    asked = settings.rerank
+    fixed = (asked.num_rerankers, asked.gpus_per_reranker, asked.threads_per_reranker)
+    return PoolRequest("rerankers", "rerank.num_rerankers", most, *fixed, weight=2.0)
+
+
+def searcher_request(settings: Settings, most: int) -> PoolRequest:
+    """Return the request for actors that hold the index, or the shards of an exact search."""
+    return PoolRequest("searchers", "search.num_searchers", most, settings.search.num_searchers, gpus=0.0)
+
+
+def await_pools(settings: Settings, pools: Sequence[PoolRequest], watch: Callable[[], None]) -> None:
+    """Join or start the cluster, and wait for the nodes of what the user fixed, or for a first one.
 
     Args:
-        settings: what the user fixed.
-        most: the pools wanted (names of WEIGHTS), and how many actors of each could have work.
+        settings: for the cluster's address.
+        pools: what will be sized.
         watch: called while nodes are waited for; raises to stop.
+
+    Raises:
+        IncompleteRunError: the nodes did not come.
     """
     connect(settings.resources)
-    if "rerankers" in most:
-        asked = settings.rerank
-        await_nodes("rerank.num_rerankers", asked.num_rerankers, asked.gpus_per_reranker, watch)
+    for pool in pools:
+        await_nodes(pool.key, pool.count, pool.gpus, watch)
+
+
+def device_of(settings: Settings, pool: PoolRequest, watch: Callable[[], None]) -> str:
+    """Return the torch device of a pool's models, which decides dtypes; waits for nodes if it must."""
+    if pool.gpus is None:
+        await_pools(settings, [pool], watch)
+        return "cuda" if ray.cluster_resources().get("GPU", 0.0) >= 1 else "cpu"
+    return "cuda" if pool.gpus > 0 else "cpu"
+
+
+def cluster_sizes(
+    settings: Settings,
+    pools: Sequence[PoolRequest],
+    tasks: Sequence[TaskRequest],
+    watch: Callable[[], None],
+) -> Sizes:
+    """Size pools and tasks for the cluster, once the nodes are there; see `size_pools`."""
+    await_pools(settings, pools, watch)
     resources = ray.cluster_resources()
-    return size_pools(
-        settings, most, resources.get("CPU", 0.0), resources.get("GPU", 0.0), largest_node("CPU")
-    )
-
-
-def compute_dtype(settings: Settings, name: str, asked: str, on_gpu: str) -> str:
-    """Return the compute dtype of a pool's model: as asked for, or ``on_gpu``, or float32 on CPUs.
-
-    Where it is automatic the cluster is joined or started, to see whether it has GPUs.
-    """
-    if asked != "auto":
-        return asked
-    connect(settings.resources)
-    gpus = float(ray.cluster_resources().get("GPU", 0.0))
-    # Half precision is for GPUs; on a CPU the same weights give the same directions in float32.
-    return on_gpu if _gpu_shares(settings, {name: 1}, gpus)[name] else "float32"
+    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    return size_pools(pools, tasks, cpus, gpus, node_cpus=largest_node("CPU"))
 
 
 def size_pools(
-    settings: Settings, most: dict[str, int], cpus: float, gpus: float, node_cpus: float
-) -> PoolSizes:
-    """Size pools; see `cluster_pools`.
+    pools: Sequence[PoolRequest],
+    tasks: Sequence[TaskRequest],
+    cpus: float,
+    gpus: float,
+    *,
+    node_cpus: float | None = None,
+) -> Sizes:
+    """Size pools and tasks for a cluster.
+
+    A model on a GPU reserves its GPU and one CPU, and tasks take what is left. On CPUs there is one
+    single-threaded actor a core, which beats one actor with many threads; together they leave a quarter
+    of the cores, at least one, to tasks. Where actors reserve parts of cores, tasks reserve nothing: what is
+    left is spread over the nodes, and after the loss of a node actors may take all of it, so that a task
+    that needs a share of a core could wait for ever.
+
+    Args:
+        pools: wanted side by side.
+        tasks: of the stages between them.
+        cpus: of the cluster.
+        gpus: of the cluster.
+        node_cpus: of its largest node, more than which no actor can have; None: of its only one.
 
     Raises:
-        SettingsError: the pools do not fit beside each other.
+        SettingsError: they do not fit beside each other.
     """
-    shares = _gpu_shares(settings, most, gpus)
-    for_tasks = cpus * TASK_SHARE
-    on_gpus = {name: _on_gpus(settings, name, gpus, shares, most) for name in most if shares.get(name)}
-    cpus_of_gpu_actor = min(1.0, (cpus - for_tasks) / 2 / max(1, sum(on_gpus.values())))
-    left = cpus - for_tasks - cpus_of_gpu_actor * sum(on_gpus.values())
-    weight = sum(WEIGHTS[name] for name in most if name not in on_gpus)
-    pools = {}
-    for name in most:
-        if name in on_gpus:
-            threads = _fixed_threads(settings, name) or 1
-            pools[name] = Pool(on_gpus[name], _floor(cpus_of_gpu_actor), shares[name], threads)
-            continue
-        # Threads for all the CPUs, reservations for what the tasks leave of them: tasks come and go.
-        part = WEIGHTS[name] / weight
-        fair = max(1, round((cpus if not on_gpus else left) * part))
-        count = min(_fixed_count(settings, name) or fair, most[name])
-        threads = _fixed_threads(settings, name) or max(1, min(fair // count, int(node_cpus)))
-        pools[name] = Pool(count, _floor(min(left * part / count, node_cpus / 2)), 0.0, threads)
-    used = sum(pool.count * pool.cpus for pool in pools.values())
-    if cpus - used < for_tasks / 2 or any(pool.cpus <= 0 for pool in pools.values()):
+    node = cpus if node_cpus is None else node_cpus
+    sized = _on_gpus(pools, cpus, gpus)
+    left = cpus - sum(pool.count * pool.cpus for pool in sized.values())
+    sized |= _on_cpus([pool for pool in pools if pool.name not in sized], left, node, bool(sized))
+    used = sum(pool.count * pool.cpus for pool in sized.values())
+    # The last ten-thousandths are what rounding takes.
+    if cpus - used < LEAST_LEFT - 1e-3:
+        keys = ", ".join(pool.key for pool in pools)
         raise SettingsError(
-            f"resources: the cluster has {cpus:g} CPUs, the actors asked for would take {used:g}; ask for "
-            "fewer (resources.num_encoders, search.num_searchers, rerank.num_rerankers), or add CPUs"
+            f"{keys}: the actors would reserve {used:g} of {cpus:g} CPUs and leave none for reading and "
+            "writing; ask for fewer, or add CPUs"
         )
-    needed = sum(pool.count * pool.gpus for pool in pools.values())
+    needed = sum(pool.count * pool.gpus for pool in sized.values())
     if needed > gpus + 1e-6:
-        raise SettingsError(f"resources: the actors need {needed:g} GPUs, the cluster has {gpus:g}")
-    each = (cpus - used) / TASK_STAGES
-    task_cpus = _floor(min(1.0, each))
-    return PoolSizes(pools, task_cpus, max(1, int(each / task_cpus)))
+        keys = ", ".join(pool.key for pool in pools if sized[pool.name].gpus)
+        raise SettingsError(f"{keys}: the actors need {needed:g} GPUs, the cluster has {gpus:g}")
+    return Sizes(sized, _tasks(tasks, cpus - used, pools, sized))
 
 
-def _gpu_shares(settings: Settings, most: dict[str, int], gpus: float) -> dict[str, float]:
-    both = "encoders" in most and "rerankers" in most
-    encoder, reranker = settings.resources.gpus_per_encoder, settings.rerank.gpus_per_reranker
-    if encoder is None:
-        encoder = 0.0 if gpus < 1 else SHARED_ENCODER_GPUS if both else 1.0
-    if reranker is None:
-        reranker = 0.0 if gpus < 1 else SHARED_RERANKER_GPUS if both else 1.0
-    return {"encoders": encoder, "rerankers": reranker}
+def _gpus_each(pools: Sequence[PoolRequest], gpus: float) -> dict[str, float]:
+    """Return the GPUs of one actor of each pool that uses some."""
+    able = [pool for pool in pools if pool.gpus is None or pool.gpus > 0]
+    shared = len(able) > 1
+    each = {
+        pool.name: pool.gpus
+        if pool.gpus is not None
+        else (0.0 if gpus < 1 else SHARED_GPUS[pool.name] if shared else 1.0)
+        for pool in able
+    }
+    return {name: share for name, share in each.items() if share > 0}
 
 
-def _on_gpus(
-    settings: Settings, name: str, gpus: float, shares: dict[str, float], most: dict[str, int]
-) -> int:
-    together = sum(shares[other] for other in most if shares.get(other))
-    wanted = _fixed_count(settings, name) or max(1, int(gpus / together + 1e-6))
-    return min(wanted, most[name])
+def _on_gpus(pools: Sequence[PoolRequest], cpus: float, gpus: float) -> dict[str, Pool]:
+    each = _gpus_each(pools, gpus)
+    counts = {
+        pool.name: min(pool.most, pool.count or max(1, int(gpus / sum(each.values()) + 1e-6)))
+        for pool in pools
+        if pool.name in each
+    }
+    own = 1.0 if cpus >= 2 * sum(counts.values()) else 0.25
+    threads = {pool.name: pool.threads or 1 for pool in pools}
+    return {name: Pool(count, own, each[name], threads[name]) for name, count in counts.items()}
 
 
-def _fixed_count(settings: Settings, name: str) -> int | None:
-    return {
-        "encoders": settings.resources.num_encoders,
-        "searchers": settings.search.num_searchers,
-        "rerankers": settings.rerank.num_rerankers,
-    }[name]
+def _on_cpus(pools: Sequence[PoolRequest], cpus: float, node: float, beside_gpus: bool) -> dict[str, Pool]:
+    """Size pools that have no GPU: threads for all CPUs, reservations for what tasks leave of them."""
+    if not pools:
+        return {}
+    for_tasks = max(LEAST_TASK_CPUS, TASK_SHARE * cpus)
+    reserved = cpus - for_tasks if cpus > for_tasks else cpus / 2
+    weights = sum(pool.weight for pool in pools)
+    # Beside others an actor must leave room for one of theirs on its node.
+    most_each = node if len(pools) == 1 and not beside_gpus else node / 2
+    sized = {}
+    for pool in pools:
+        part = pool.weight / weights
+        fair = max(1, round(cpus * part))
+        count = min(pool.most, pool.count or fair)
+        share = min(reserved * part / count, most_each)
+        own = float(int(share)) if share >= 1 else math.floor(share * 10_000) / 10_000
+        threads = pool.threads or max(1, min(fair // count, int(node)))
+        sized[pool.name] = Pool(count, own, 0.0, threads)
+    return sized
 
 
-def _fixed_threads(settings: Settings, name: str) -> int | None:
-    return {
-        "encoders": settings.resources.threads_per_encoder,
-        "searchers": None,
-        "rerankers": settings.rerank.threads_per_reranker,
-    }[name]
-
-
-def _floor(value: float) -> float:
-    """Ray counts resources in ten-thousandths."""
-    return int(value * 10_000) / 10_000
+def _tasks(
+    tasks: Sequence[TaskRequest], left: float, pools: Sequence[PoolRequest], sized: Mapping[str, Pool]
+) -> dict[str, Tasks]:
+    reserve_nothing = any(not sized[pool.name].gpus or sized[pool.name].cpus < 1 for pool in pools)
+    models = [pool for name, pool in sized.items() if name != "searchers"]
+    found = {}
+    for task in tasks:
+        own = left * task.share
+        cpus = min(task.cpus, math.floor(own * 100) / 100) or own
+        useful = sum(pool.count * (task.per_gpu if pool.gpus else task.per_core) for pool in models)
+        count = task.count or max(1, min(int(own / cpus + 1e-6), int(min(useful, task.most))))
+        found[task.name] = Tasks(min(count, task.most), 0.0 if reserve_nothing else cpus)
+        left -= min(own, count * cpus)
+    return found

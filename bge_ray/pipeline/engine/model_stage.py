@@ -1,0 +1,113 @@
+"""The stage of every model: token ids of passages, queries or pairs in, the model's outputs in their place."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+from ray.actor import ActorHandle
+
+from bge_ray.pipeline.engine.device import device_or_exit
+from bge_ray.pipeline.engine.isolation import Attempt, run_isolated
+from bge_ray.pipeline.engine.parcel import Parcel
+from bge_ray.pipeline.engine.rows import packed_tokens, with_faults, without_tokens
+from bge_ray.records.ids import IdArray
+from bge_ray.records.model import Canary, ModelSpec
+
+
+@dataclass(frozen=True)
+class ModelJob:
+    """What an actor that holds a model must know; holds no secret.
+
+    ``stage`` names what it notes (encode_started, score_ended, ...). With ``canaries`` it refuses to start
+    where the model gives other vectors than those of the data set.
+    """
+
+    stage: Literal["encode", "score"]
+    spec: ModelSpec
+    device: str
+    threads: int
+    token_budget: int
+    trust_remote_code: bool
+    ledger: ActorHandle
+    max_attempts: int
+    canaries: tuple[Canary, ...] = ()
+
+
+class ModelStage:
+    """An actor that holds one model, and runs the rows of one parcel after the other through it."""
+
+    def __init__(self, job: ModelJob) -> None:
+        """Load the model; no row is done before that."""
+        from bge_ray.model.run.model import Place, open_model  # torch, only where there is a model
+
+        self._job = job
+        place = Place(job.device, job.threads, job.trust_remote_code)
+        self._model = open_model(job.spec, place)
+        if job.canaries:
+            from bge_ray.model.canary import check_canaries
+            from bge_ray.model.families import open_feeder
+
+            feeder = open_feeder(job.spec, trust_remote_code=job.trust_remote_code)
+            check_canaries(job.canaries, self._model, feeder)
+        if job.device != "cpu":
+            self._model.warm_up(job.token_budget)
+        self._idle_since: float | None = None
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Run the rows of one parcel."""
+        parcel = Parcel.from_batch(batch)
+        if parcel.table is None:
+            return batch
+        # The first parcel is waited for while the run starts, which is no fault of the stages before.
+        waited = 0.0 if self._idle_since is None else time.time() - self._idle_since
+        with Attempt(self._job.ledger, f"{self._job.stage} {parcel.name}") as attempt:
+            if attempt.total_deaths >= self._job.max_attempts:
+                return parcel.failed(f"its model's process died {attempt.total_deaths} times").to_batch()
+            batch = self._run(parcel, parcel.table, attempt, waited).to_batch()
+        self._idle_since = time.time()
+        return batch
+
+    def _run(self, parcel: Parcel, table: pa.Table, attempt: Attempt, waited_s: float) -> Parcel:
+        started = time.time()
+        rows, tokens = packed_tokens(table)
+        result = self._model.empty_result(len(rows))
+
+        def run(batches: Sequence[IdArray]) -> None:
+            with device_or_exit(parcel.name):
+                self._model.run(tokens, batches, result)
+
+        def reject(i: int, detail: str) -> None:
+            result.faults[i] = ("killed_worker", detail)
+
+        batches = self._model.cut(tokens.lengths, self._job.token_budget)
+        run_isolated(attempt, self._job.stage, batches, run, reject)
+        outputs = result.columns()
+        done = without_tokens(table)
+        for name, values in outputs.items():
+            done = _placed(done, name, values, rows)
+        done = with_faults(done, {int(rows[i]): fault for i, fault in result.faults.items()})
+        facts: dict[str, Any] = {
+            f"{self._job.stage}_started": started,
+            f"{self._job.stage}_ended": time.time(),
+            "waited_s": waited_s,
+            "device_s": result.busy_s,
+            "batches": result.batches,
+            "padded_tokens": result.padded_tokens,
+            "memory_splits": result.splits,
+            "process": f"{os.uname().nodename}:{os.getpid()}",
+        }
+        return parcel.filled(done, **facts)
+
+
+def _placed(table: pa.Table, name: str, values: pa.Array, rows: IdArray) -> pa.Table:
+    """Put (m,) values of the rows of those numbers into a table, in the column's place if there is one."""
+    if len(rows) < len(table):
+        numbers = [None] * len(table)
+        for i, row in enumerate(rows.tolist()):
+            numbers[row] = i
+        values = values.take(pa.array(numbers, pa.int64()))
+    place = table.schema.get_field_index(name)
+    return table.append_column(name, values) if place < 0 else table.set_column(place, name, values)

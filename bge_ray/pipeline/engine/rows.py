@@ -1,0 +1,100 @@
+"""Columns that rows on their way have in every job: their token ids, and why some cannot be done.
+
+A row with a ``reason`` stays in its table and is passed by; so rows in equal rows out at every stage.
+"""
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bge_ray.records.ids import IdArray
+from bge_ray.records.tokens import PackedTokens
+
+# Reason and detail of a row that is left out.
+Fault: TypeAlias = tuple[str, str]
+TOKEN_COLUMNS = ("input_ids", "type_start")
+
+
+def whole(column: pa.ChunkedArray) -> pa.Array:
+    """Return a column as one array, also one without rows, which has no chunk to begin with."""
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+
+
+def with_tokens(table: pa.Table, rows: IdArray, tokens: PackedTokens) -> pa.Table:
+    """Add token ids to some rows of a table; the other rows have none.
+
+    Args:
+        table: n rows.
+        rows: (m,) ascending numbers of the rows that were tokenised.
+        tokens: of m texts. Its values are taken over, not copied.
+
+    Returns:
+        The table with ``input_ids`` and, where texts have a second segment, ``type_start``.
+    """
+    lengths = np.zeros(len(table), np.int32)
+    lengths[rows] = tokens.lengths
+    offsets = np.zeros(len(table) + 1, np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    missing = np.ones(len(table), np.bool_)
+    missing[rows] = False
+    ids = pa.ListArray.from_arrays(
+        pa.array(offsets), pa.array(tokens.input_ids), mask=pa.array(missing) if missing.any() else None
+    )
+    table = table.append_column("input_ids", ids)
+    if tokens.type_starts is None:
+        return table
+    starts = np.zeros(len(table), np.int32)
+    starts[rows] = tokens.type_starts
+    return table.append_column("type_start", pa.array(starts, mask=missing))
+
+
+def packed_tokens(table: pa.Table) -> tuple[IdArray, PackedTokens]:
+    """Return the (m,) numbers of the rows that have token ids, and those, as views of the table's buffers."""
+    ids = whole(table["input_ids"])
+    if ids.offset or (len(ids) and ids.offsets[0].as_py()):
+        ids = pa.concat_arrays([ids.slice(0, 0), ids.take(pa.array(np.arange(len(ids))))])
+    there = pc.is_valid(ids).to_numpy(zero_copy_only=False)
+    rows = np.flatnonzero(there).astype(np.int64)
+    # A row without token ids is empty, so that the others still lie end to end.
+    offsets = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum(np.diff(ids.offsets.to_numpy())[rows], out=offsets[1:])
+    starts = None
+    if "type_start" in table.column_names and len(rows):
+        starts = whole(table["type_start"]).take(pa.array(rows)).to_numpy().astype(np.int32)
+    values = ids.values.to_numpy()[: offsets[-1]]
+    return rows, PackedTokens(values, offsets, np.zeros(len(rows), np.bool_), starts)
+
+
+def without_tokens(table: pa.Table) -> pa.Table:
+    """Return the table without its token ids."""
+    return table.drop_columns([name for name in TOKEN_COLUMNS if name in table.column_names])
+
+
+def able_rows(table: pa.Table) -> IdArray:
+    """Return the (m,) ascending numbers of the rows that have no reason to be left out."""
+    able: npt.NDArray[np.bool_] = pc.is_null(table["reason"]).to_numpy()
+    return np.flatnonzero(able).astype(np.int64)
+
+
+def with_faults(table: pa.Table, faults: Mapping[int, Fault]) -> pa.Table:
+    """Write reason and detail into the rows of the given numbers; both columns are there afterwards."""
+    for column, part in (("reason", 0), ("detail", 1)):
+        there = column in table.column_names
+        if there and not faults:
+            continue
+        values = table[column].to_pylist() if there else [None] * len(table)
+        for row, fault in faults.items():
+            values[row] = fault[part]
+        array = pa.array(values, pa.string())
+        if there:
+            place = table.schema.get_field_index(column)
+            table = table.set_column(place, table.schema.field(column), array)
+        else:
+            table = table.append_column(column, array)
+    return table
