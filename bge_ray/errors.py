@@ -5,7 +5,8 @@
       CorpusError           2   the input cannot be read or lacks what the settings name
       ModelError            2   a model cannot be loaded, or its folder is not what it claims
       DatasetMismatchError  2   the output holds a data set made with other settings or weights
-      OutputBusyError       2   another run is writing this output
+      OutputCollisionError  2   the output is another job's, or holds a file that this project did not write
+      OutputBusyError      75   another run is writing this output: try again later
       StorageError          1   a storage operation failed for good
       TakenOverError        1   a newer run owns the output; this one stopped writing
       IncompleteRunError    1   the run ended with work left undone: run it again to continue
@@ -13,7 +14,8 @@
       IndexBuildError       1   an index input or part is not what its description says
       RecallError           1   the index was built and published, and misses its recall target
 
-Exit code 2 means that the job, or that part of it, wrote nothing. This module knows nothing of the others.
+Exit codes 2 and 75 mean that the job, or that part of it, wrote nothing. This module knows nothing of the
+others.
 """
 
 
@@ -47,10 +49,16 @@ class DatasetMismatchError(BgeRayError):
     exit_code = 2
 
 
+class OutputCollisionError(BgeRayError):
+    """An output folder is another job's or an input, or a name in it is taken by a file that is not ours."""
+
+    exit_code = 2
+
+
 class OutputBusyError(BgeRayError):
     """Another live run holds the output."""
 
-    exit_code = 2
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h, by which schedulers know to try again
 
 
 class StorageError(BgeRayError):

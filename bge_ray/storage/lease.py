@@ -2,9 +2,11 @@
 
 A run that was killed leaves its lease behind. The next run takes it over at once if the holder ran
 on this machine and is gone, or after seeing it unchanged for a while. Should the old holder only
-have been out of touch, it finds at its next renewal that the lease is another's, and stops.
+have been out of touch, it finds at its next renewal that the lease is another's, and stops. Whatever it
+does to the lease, it does on condition that the lease is still the one it looked at.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -12,6 +14,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +22,7 @@ from typing import Any
 import psutil
 
 from bge_ray.errors import OutputBusyError, StorageError, TakenOverError
+from bge_ray.storage.folders import place
 from bge_ray.storage.objects import Storage, join
 
 logger = logging.getLogger(__name__)
@@ -35,17 +39,22 @@ def is_leased(storage: Storage, root: str) -> bool:
 
 
 class Lease:
-    """A context manager that holds ``lease.json`` of an output; see `check` and `lost`."""
+    """A context manager that holds ``lease.json`` of an output; see `check` and `lost`.
 
-    def __init__(self, storage: Storage, root: str, renew_s: float = RENEW_S) -> None:
-        # A renewal that is retried for minutes could land on the lease of a newer run.
+    ``lost`` is set once a renewal has found that the output is another run's; several leases may share it.
+    """
+
+    def __init__(
+        self, storage: Storage, root: str, renew_s: float = RENEW_S, lost: threading.Event | None = None
+    ) -> None:
+        # A renewal that is retried for minutes keeps the next beat waiting.
         self._storage = dataclasses.replace(storage, timeout_s=min(storage.timeout_s, renew_s))
         self._patient = storage
         self._uri, self._renew_s, self._root = join(root, LEASE), renew_s, root
         self._run_id = uuid.uuid4().hex
         self._beats = 0
         self._stop = threading.Event()
-        self.lost = threading.Event()
+        self.lost = lost or threading.Event()
         self._thread = threading.Thread(target=self._renew_forever, name="lease", daemon=True)
 
     def __enter__(self) -> "Lease":
@@ -55,14 +64,17 @@ class Lease:
             OutputBusyError: a live run holds it.
         """
         while not self._patient.create(self._uri, self._content()):
+            # The etag is older than the content, so it is the content's own if it still holds at the end.
+            info = self._patient.info(self._uri)
             there = self._patient.read_optional(self._uri)
-            if there is None:
+            if info is None or there is None:
                 continue
             self._wait_until_dead(there)
+            # A server may ignore conditions, so what one would say is looked at as well, before and after.
             if self._patient.read_optional(self._uri) != there:
                 continue
-            self._patient.write(self._uri, self._content())
-            # Two runs may have judged it dead together: the one whose content stays has it.
+            if not self._patient.replace(self._uri, self._content(), info.etag):
+                continue
             time.sleep(min(1.0, self._renew_s))
             if self._is_ours(self._patient):
                 break
@@ -77,8 +89,9 @@ class Lease:
         self._stop.set()
         self._thread.join()
         try:
-            if not self.lost.is_set() and self._is_ours(self._storage):
-                self._storage.delete([self._uri])
+            info = self._storage.info(self._uri)
+            if info is not None and self._is_ours(self._storage):
+                self._storage.delete_seen(self._uri, info.etag)
         except StorageError as failure:
             # The work is done or its own error is on the way; the next run sees that this one is gone.
             logger.warning("lease not given back: %s", failure)
@@ -89,7 +102,7 @@ class Lease:
         Raises:
             TakenOverError: it does not; nothing more may be written.
         """
-        if self.lost.is_set() or not self._is_ours(self._patient):
+        if not self._is_ours(self._patient):
             self.lost.set()
             raise TakenOverError(
                 f"{self._root}: a newer run took this output over while this one was out of touch; "
@@ -99,13 +112,19 @@ class Lease:
     def _renew_forever(self) -> None:
         while not self._stop.wait(self._renew_s):
             try:
-                if not self._is_ours(self._storage):
+                if not self._renew():
                     self.lost.set()
                     return
-                self._storage.write(self._uri, self._content())
             except StorageError as error:
                 # The store may be back at the next beat; if not, the run's own writes will say so.
                 logger.warning("lease not renewed: %s", error)
+
+    def _renew(self) -> bool:
+        """Write the next beat over the last one; False if the lease is another's."""
+        info = self._storage.info(self._uri)
+        if info is None or not self._is_ours(self._storage):
+            return False
+        return self._storage.replace(self._uri, self._content(), info.etag) or self._is_ours(self._storage)
 
     def _is_ours(self, storage: Storage) -> bool:
         return _holder(storage.read_optional(self._uri)).get("run_id") == self._run_id
@@ -143,8 +162,48 @@ class Lease:
             if now != seen:
                 raise OutputBusyError(
                     f"{self._root}: a run on {host} (process {holder.get('pid')}) is writing this output; "
-                    "wait for its end, stop it, or choose another output.uri"
+                    "wait for its end, stop it, or choose another folder"
                 )
+
+
+class Leases:
+    """A context manager that holds the leases of all folders a job writes, or of none.
+
+    All jobs take them in one order, so that of two with common folders one gets all and the other none.
+    """
+
+    def __init__(self, storage: Storage, folders: Iterable[str], renew_s: float = RENEW_S) -> None:
+        once = {place(folder): folder for folder in folders}
+        self.lost = threading.Event()
+        self._leases = [Lease(storage, once[key], renew_s, self.lost) for key in sorted(once)]
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> "Leases":
+        """Take all leases.
+
+        Raises:
+            OutputBusyError: a live run holds one of them; those taken before it are given back.
+        """
+        with contextlib.ExitStack() as taken:
+            for lease in self._leases:
+                taken.enter_context(lease)
+            self._held = taken.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give back those that are still this run's."""
+        self._held.__exit__(kind, error, trace)
+
+    def check(self) -> None:
+        """Make sure that this run still owns every folder.
+
+        Raises:
+            TakenOverError: names one that it does not own; nothing more may be written to any of them.
+        """
+        for lease in self._leases:
+            lease.check()
 
 
 def _holder(content: bytes | None) -> dict[str, Any]:

@@ -7,14 +7,16 @@ full disk) fails at once. Credentials come from the environment in whichever pro
 work, so a `Storage` can be sent to another process without carrying a secret.
 """
 
+import contextlib
 import errno
 import io
 import itertools
 import os
 import posixpath
+import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,10 +27,16 @@ from fsspec.core import url_to_fs
 
 from bge_ray.errors import StorageError
 
+if sys.platform != "win32":
+    import fcntl
+
 T = TypeVar("T")
 
 # A dot in front keeps temporary files out of every listing and glob of ours.
 TEMPORARY_SUFFIX = ".bge-ray-tmp"
+
+# Of the file that is locked while one of that name is compared and replaced.
+LOCK_SUFFIX = ".bge-ray-lock"
 
 # A temporary file older than this belongs to a process that was killed.
 TEMPORARY_MAX_AGE_S = 3600.0
@@ -47,8 +55,15 @@ _PERMANENT_ERRNOS = {
     errno.ELOOP,
 }
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 # Codes in S3 answers that a mere Python exception type hides: the first set passes, the second never does.
-_TRANSIENT_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "XAmzContentSHA256Mismatch"}
+_TRANSIENT_CODES = {
+    "BadDigest",
+    "ConditionalRequestConflict",
+    "IncompleteBody",
+    "RequestTimeout",
+    "XAmzContentSHA256Mismatch",
+}
 _PERMANENT_CODES = {"301", "PermanentRedirect"}
 _PERMANENT_TYPES = (
     FileNotFoundError,
@@ -179,6 +194,52 @@ class Storage:
 
         return self.attempt("create", uri, put)
 
+    def replace(self, uri: str, data: bytes, etag: str) -> bool:
+        """Write the object if it is still the one that had an etag.
+
+        S3 compares by itself, and a local disk is compared under a lock that all who come this way
+        respect. Elsewhere, and where a server knows no conditions, it is looked at just before.
+
+        Args:
+            uri: an object that is there.
+            data: what it is to hold.
+            etag: of `info`.
+
+        Returns:
+            True if the object now holds ``data``. False if it was replaced or removed since.
+        """
+
+        def put(fs: Any, path: str) -> bool:
+            def act(condition: dict[str, str]) -> None:
+                if is_local(fs):
+                    _write_local(Path(path), data, exclusive=False)
+                else:
+                    fs.pipe_file(path, data, **_one_request(fs, chunksize=S3_PART_BYTES), **condition)
+
+            # The answer to a request that succeeded may be lost, and the retry finds what it wrote itself.
+            return _if_unchanged(fs, path, etag, act) or _holds(fs, path, data)
+
+        return self.attempt("replace", uri, put)
+
+    def delete_seen(self, uri: str, etag: str) -> bool:
+        """Remove the object if it is still the one that had an etag, told apart as in `replace`.
+
+        Returns:
+            True if nothing of that name is left. False if another object has the name since.
+        """
+
+        def remove(fs: Any, path: str) -> bool:
+            def act(condition: dict[str, str]) -> None:
+                if condition:
+                    bucket, _, key = path.partition("/")
+                    fs.call_s3("delete_object", Bucket=bucket, Key=key, **condition)
+                else:
+                    fs.rm_file(path)
+
+            return _if_unchanged(fs, path, etag, act) or _etag(fs, path) is None
+
+        return self.attempt("delete", uri, remove)
+
     def info(self, uri: str) -> ObjectInfo | None:
         """Return size and etag of one object, or None if there is none of that name."""
 
@@ -199,12 +260,14 @@ class Storage:
         """
 
         def listing(fs: Any, path: str) -> list[ObjectInfo]:
-            found = fs.glob(path, detail=True) if _is_glob(path) else {}
+            found = fs.glob(path, detail=True) if is_glob(path) else {}
             if not found:  # a plain name, or one that holds a bracket or a question mark of its own
                 found = fs.find(path, detail=True)
-            root = _fixed_prefix(path)
+            root = fixed_prefix(path)
             files = (
-                _object_info(fs, i) for n, i in found.items() if i["type"] == "file" and not _hidden(n, root)
+                _object_info(fs, i)
+                for n, i in found.items()
+                if i["type"] == "file" and not is_hidden(n, root)
             )
             return sorted(files, key=lambda o: o.uri)
 
@@ -349,16 +412,103 @@ def _exclusive(fs: Any) -> dict[str, Any]:
     return {"mode": "create", **_one_request(fs, chunksize=S3_PART_BYTES)}
 
 
-def _is_glob(path: str) -> bool:
+def _if_unchanged(fs: Any, path: str, etag: str, act: Callable[[dict[str, str]], None]) -> bool:
+    """Do something to an object unless it has changed; ``act`` takes the condition for an S3 request."""
+    if is_local(fs):
+        if not Path(path).parent.is_dir():
+            return False
+        with _locked(Path(path)):
+            if _etag(fs, path) != etag:
+                return False
+            act({})
+            return True
+    if "s3" in _protocols(fs):
+        try:
+            act({"IfMatch": f'"{etag}"'})
+        except FileNotFoundError:
+            return False
+        except Exception as error:
+            if _says_exists(error):
+                return False
+            if _server_code(error) != "NotImplemented":
+                raise
+        else:
+            return True
+    if _etag(fs, path) != etag:
+        return False
+    act({})
+    return True
+
+
+def _etag(fs: Any, path: str) -> str | None:
+    try:
+        return _object_info(fs, fs.info(path)).etag
+    except FileNotFoundError:
+        return None
+
+
+def _holds(fs: Any, path: str, data: bytes) -> bool:
+    try:
+        return fs.info(path).get("size") == len(data) and _cat(fs, path) == data
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other processes and threads from comparing and replacing a file; the lock dies with its holder.
+
+    Raises:
+        BlockingIOError: another one is at it.
+    """
+    lock = path.with_name(f".{path.name}{LOCK_SUFFIX}")
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _flock(handle)
+        # Whoever had the lock has removed it: the next one may have locked a new file of that name.
+        if not _is_open_file(lock, handle):
+            raise BlockingIOError(errno.EAGAIN, "another process has just replaced it")
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+
+def _flock(handle: int) -> None:
+    if sys.platform == "win32":
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BlockingIOError(
+            errno.EAGAIN, "another process is replacing it, or stands still there"
+        ) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+def _is_open_file(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def is_glob(path: str) -> bool:
+    """Tell whether a path has signs of a pattern; it may still be a plain name that holds some."""
     return any(c in path for c in "*?[")
 
 
-def _fixed_prefix(path: str) -> str:
+def fixed_prefix(path: str) -> str:
     """Return a path up to its first part that is a pattern."""
-    return "/".join(itertools.takewhile(lambda part: not _is_glob(part), path.rstrip("/").split("/")))
+    return "/".join(itertools.takewhile(lambda part: not is_glob(part), path.rstrip("/").split("/")))
 
 
-def _hidden(name: str, root: str) -> bool:
+def is_hidden(name: str, root: str) -> bool:
+    """Tell whether a name below a root is left out of listings, as `Storage.list_files` says."""
     below = name.removeprefix(root).split("/")
     return any(part.startswith(".") or (part.startswith("_") and "=" not in part) for part in below)
 

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from bge_ray.storage.objects import Storage
+from bge_ray.storage.ownership import open_folder
+from bge_ray.storage.reports import write_report
 from tests.support.runs import REPOSITORY
 
 DEFECT = """
@@ -16,9 +19,11 @@ from bge_ray.command import run_job
 from bge_ray.storage.reports import write_report
 from bge_ray.errors import SettingsError
 from bge_ray.storage.objects import Storage
+from bge_ray.storage.ownership import open_folder
 def job(settings, dry_run, stop):
     if "reported" in sys.argv[0]:
-        write_report(Storage(), settings.output.uri, b"<html></html>", b"{}")
+        folder = open_folder(Storage(), settings.output.uri, "dataset", "output.uri")
+        write_report(folder, b"<html></html>", b"{}")
     raise SettingsError("of the index") if "refused" in sys.argv[0] else ZeroDivisionError("unforeseen")
 raise SystemExit(run_job("embed", "", job, report="output.uri/report.html"))
 """
@@ -45,7 +50,8 @@ def test_wrong_settings_are_refused_without_a_report() -> None:
 
 
 def test_an_unforeseen_error_keeps_the_log_whole(tmp_path: Path) -> None:
-    (tmp_path / "report.html").write_text("of an earlier run")
+    earlier = open_folder(Storage(), str(tmp_path), "dataset", "output.uri")
+    write_report(earlier, b"of an earlier run", b"{}")
     for script, report in [
         ("failed.py", ""),
         ("reported_and_failed.py", f"; report at {tmp_path}/report.html"),

@@ -14,7 +14,14 @@ import pyarrow as pa
 import ray.data
 from ray.exceptions import RayError
 
-from bge_ray.errors import BgeRayError, IncompleteRunError, OutputBusyError, RejectedRowsError, StorageError
+from bge_ray.errors import (
+    BgeRayError,
+    IncompleteRunError,
+    OutputBusyError,
+    OutputCollisionError,
+    RejectedRowsError,
+    StorageError,
+)
 from bge_ray.model.run.batching import settle_budget
 from bge_ray.pipeline.embed.encode import EncodeStage
 from bge_ray.pipeline.embed.estimate import Estimate, estimate
@@ -37,6 +44,7 @@ from bge_ray.run_id import run_id
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.lease import Lease, is_leased
 from bge_ray.storage.objects import join
+from bge_ray.storage.ownership import open_folder
 from bge_ray.storage.reports import write_report
 
 logger = logging.getLogger(__name__)
@@ -288,12 +296,13 @@ def _report(settings: Settings, work: Work, facts: RunFacts, outcome: str) -> di
 
 
 def _write_report(work: Work, report: dict[str, object]) -> None:
-    write_report(work.dataset.storage, work.dataset.root, embed_page(report), report_json(report))
+    folder = open_folder(work.dataset.storage, work.dataset.root, "dataset", "output.uri")
+    write_report(folder, embed_page(report), report_json(report))
 
 
 def _tell_failure(work: Work, report: dict[str, object]) -> None:
     """Write the report of a failed run; what failed the run may refuse the report, too."""
     try:
         _write_report(work, report)
-    except StorageError as error:
+    except (OutputCollisionError, StorageError) as error:
         logger.error("no report of this run: %s", error)  # noqa: TRY400 - the run's own error follows

@@ -53,6 +53,7 @@ from bge_ray.run_id import run_id
 from bge_ray.settings.sections import RerankSettings, Settings
 from bge_ray.storage.lease import Lease
 from bge_ray.storage.objects import Storage, join
+from bge_ray.storage.ownership import open_folder
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,8 @@ def rerank(settings: Settings, stop: StopRequest | None = None) -> dict[str, Any
         finally:
             report = _report(settings, work, intake, rejections, tally, totals, pool, outcome)
             if not lease.lost.is_set():
-                publish_report(work.storage, work.folder, report)
+                folder = open_folder(work.storage, work.folder, "reranked", "rerank.output")
+                publish_report(folder, report)
         clear_work(work.storage, work.folder)
     _check_share(settings, report, work.folder)
     return report

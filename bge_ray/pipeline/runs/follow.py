@@ -24,6 +24,7 @@ from bge_ray.run_id import run_id
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.lease import Lease, is_leased
 from bge_ray.storage.objects import Storage, join
+from bge_ray.storage.ownership import OwnedFolder
 from bge_ray.storage.reports import write_report
 
 logger = logging.getLogger(__name__)
@@ -166,10 +167,10 @@ def read_current(storage: Storage, folder: str, key: str) -> dict[str, Any] | No
     return report if same and storage.info(join(folder, "run.parquet")) is not None else None
 
 
-def publish_report(storage: Storage, folder: str, report: dict[str, Any]) -> None:
+def publish_report(folder: OwnedFolder, report: dict[str, Any]) -> None:
     """Write the report of a run; with ``complete`` that is what vouches for the run files."""
     report = {"format_version": REPORT_FORMAT, "run_id": run_id(), **report}
-    write_report(storage, folder, run_page(report), report_json(report))
+    write_report(folder, run_page(report), report_json(report))
 
 
 def clear_work(storage: Storage, folder: str) -> None:

@@ -70,6 +70,7 @@ from bge_ray.run_id import run_id
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.lease import Lease
 from bge_ray.storage.objects import join
+from bge_ray.storage.ownership import open_folder
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ def search(settings: Settings, stop: StopRequest | None = None) -> dict[str, Any
         finally:
             report = _report(settings, work, intake, rejections, tally, totals, sizes, outcome)
             if not lease.lost.is_set():
-                publish_report(storage, work.folder, report)
+                publish_report(open_folder(storage, work.folder, "run", "search.output"), report)
         clear_work(storage, work.folder)
     _check_share(settings, report, work.folder)
     return report
