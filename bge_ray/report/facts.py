@@ -1,7 +1,7 @@
 """What a run of any job did, as facts: the driver adds up receipts, `summarise` makes a report of them."""
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
@@ -145,7 +145,7 @@ class RunFacts:
     memory_splits: int = 0
     device_s: float = 0.0
     waited_s: float = 0.0
-    stage_s: Counter[str] = field(default_factory=Counter)
+    stage_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     counts: Counter[str] = field(default_factory=Counter)
     first_work: float | None = None
     last_work: float | None = None
@@ -186,7 +186,8 @@ class RunFacts:
         self.memory_splits += receipt.memory_splits
         self.device_s += receipt.device_s
         self.waited_s += receipt.waited_s
-        self.stage_s.update(receipt.stage_s)
+        for stage, seconds in receipt.stage_s.items():
+            self.stage_s[stage] += seconds
         self.counts.update(receipt.counts)
         self.book_rejected(receipt.reasons, receipt.examples)
         if receipt.lengths:
@@ -201,6 +202,13 @@ class RunFacts:
         """Widen the time of work to a span."""
         self.first_work = began if self.first_work is None else min(self.first_work, began)
         self.last_work = ended if self.last_work is None else max(self.last_work, ended)
+
+    def book_step(self, name: str, planned: int, done: int, span: tuple[float, float]) -> None:
+        """Add a step of a job that goes step by step: its tasks as units, its time as a stage."""
+        self.units_planned += planned
+        self.units_done += done
+        self.stage_s[name] += span[1] - span[0]
+        self.mark_work(*span)
 
     def book_rejected(self, reasons: Mapping[str, int], examples: Iterable[RejectedRow]) -> None:
         """Add rows that were left out; a few examples of each reason are kept."""

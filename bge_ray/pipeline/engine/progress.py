@@ -1,8 +1,8 @@
 """Tells how far a run is: a live line on a terminal, a log line now and then elsewhere.
 
 A line is made of parts, the most important first; a terminal that is too narrow drops the last ones, so
-that it never wraps. `Progress` shows any line, `work_line` is that of a run by its facts, `Step` counts
-the tasks of a step, and `counted` what comes from an iterable without anybody knowing how much there is.
+that it never wraps. `Progress` shows any line, `work_line` is that of a run by its facts, and
+`Step` that of anything that is counted, also where nobody knows how much there will be.
 """
 
 import logging
@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
@@ -60,7 +60,7 @@ class Progress:
         self._parts, self._interval_s = parts, log_interval_s
         self._console = console or Console(stderr=True)
         self._live: Live | None = None
-        self._streams: list[tuple[logging.StreamHandler[object], object]] = []
+        self._moved: list[tuple[logging.StreamHandler[TextIO], TextIO]] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._log_forever, name="progress", daemon=True)
 
@@ -76,7 +76,8 @@ class Progress:
         # Log lines would otherwise begin at the end of the live line, and leave it standing.
         for handler in logging.getLogger().handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream is before:
-                self._streams.append((handler, handler.setStream(sys.stderr)))
+                self._moved.append((handler, before))
+                handler.setStream(sys.stderr)
         return self
 
     def __exit__(
@@ -86,7 +87,7 @@ class Progress:
         if self._live is None:
             self._thread.join()
             return
-        for handler, stream in self._streams:
+        for handler, stream in self._moved:
             handler.setStream(stream)
         self._live.stop()
 
@@ -137,19 +138,30 @@ def _inside(began: float, ended: float, start: float) -> float:
 
 
 class Step:
-    """A step of known length, told while it lasts: "adding: 12 of 40 parts, ETA 0:02:10, 2 at work"."""
+    """A step of a job, told while it lasts: "adding: 12 of 40 parts, ETA 0:02:10, 2 at work"."""
 
-    def __init__(self, name: str, things: str, total: int, at_once: int, log_interval_s: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        things: str,
+        total: int | None,
+        log_interval_s: float,
+        *,
+        at_once: int = 0,
+        facts: RunFacts | None = None,
+    ) -> None:
         """Name the step.
 
         Args:
             name: what is done, such as "adding".
             things: to what, in the plural, such as "parts".
-            total: how many there are.
-            at_once: most tasks in flight.
+            total: how many there are; None if nobody knows.
             log_interval_s: between log lines, where there is no terminal.
+            at_once: most of them in flight; 0 is not told.
+            facts: where the step is booked when it ends, as units and as a stage; None for nowhere.
         """
         self._name, self._things, self._total, self._at_once = name, things, total, at_once
+        self._facts = facts
         self._done, self._started = 0, time.time()
         self._progress = Progress(self.parts, log_interval_s)
 
@@ -162,48 +174,31 @@ class Step:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.__exit__(kind, error, trace)
+        if self._facts is not None:
+            planned = self._done if self._total is None else self._total
+            self._facts.book_step(self._name, planned, self._done, (self._started, time.time()))
 
     def advance(self) -> None:
         """Count one as done."""
         self._done += 1
 
+    def each(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield items as they are asked for, and count them."""
+        for item in items:
+            self.advance()
+            yield item
+
     def parts(self) -> list[str]:
         """Return the state, most important part first."""
-        spent = time.time() - self._started
-        left = self._total - self._done
-        eta = clock(spent / self._done * left) if self._done else "unknown"
-        return [
-            f"{self._name}: {self._done:,} of {self._total:,} {self._things}",
-            f"ETA {eta}",
-            f"{min(self._at_once, left):,} at work",
-            f"{clock(spent)} so far",
-        ]
-
-
-def counted(
-    items: Iterable[T], name: str, things: str, log_interval_s: float, total: int | None = None
-) -> Iterator[T]:
-    """Yield items as they come, and tell how many have come.
-
-    Args:
-        items: drawn one by one, as the caller asks for them.
-        name: what is done, such as "planning".
-        things: to what, in the plural, such as "corpus objects".
-        log_interval_s: between log lines, where there is no terminal.
-        total: how many there are, if anybody knows.
-    """
-    done, started = 0, time.time()
-
-    def parts() -> list[str]:
-        spent = max(time.time() - started, 1e-3)
-        rate = done / spent
-        of = "" if total is None else f" of {total:,}"
-        told = [f"{name}: {done:,}{of} {things}"]
-        if total is not None:
-            told.append(f"ETA {clock((total - done) / rate) if rate else 'unknown'}")
-        return [*told, f"{short(rate)} a second", f"{clock(spent)} so far"]
-
-    with Progress(parts, log_interval_s):
-        for item in items:
-            done += 1
-            yield item
+        spent = max(time.time() - self._started, 1e-3)
+        rate = self._done / spent
+        of = "" if self._total is None else f" of {self._total:,}"
+        parts = [f"{self._name}: {self._done:,}{of} {self._things}"]
+        if self._total is not None:
+            left = self._total - self._done
+            parts.append(f"ETA {clock(left / rate) if rate else 'unknown'}")
+            if self._at_once:
+                parts.append(f"{min(self._at_once, left):,} at work")
+        if rate >= 1:
+            parts.append(f"{short(rate)} {self._things}/s")
+        return [*parts, f"{clock(spent)} so far"]
