@@ -11,6 +11,7 @@ from collections.abc import Callable
 from bge_ray.errors import BgeRayError, SettingsError
 from bge_ray.pipeline.engine.cluster import disconnect, prepare_environment
 from bge_ray.pipeline.engine.stopping import Stopped, StopRequest
+from bge_ray.report.start import count_from_process
 from bge_ray.run_id import run_id
 from bge_ray.settings.sections import Settings, parse_settings, refuse_credentials, settings_help
 from bge_ray.storage.objects import Storage, join
@@ -91,6 +92,7 @@ def run_job(
     arguments = parser.parse_args(words)
     _configure_logging(arguments.log_format)
     logger.info("%s: run %s", name, run_id())
+    count_from_process()
     stop = StopRequest()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)

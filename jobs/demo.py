@@ -73,14 +73,14 @@ def job(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
     result = embed(settings, stop)
     show_shards(console, settings)
     index = build_index(settings, stop)
-    recall = index["recall"]["@10"]["value"]
+    recall = index.tuned_recall.value
     console.print(
-        f"\nindex: {index['factory']}, {index['ntotal']:,} vectors, recall@10 {recall:.3f}, measured\n"
+        f"\nindex: {index.factory}, {index.ntotal:,} vectors, recall@{index.tuned_recall.k} {recall:.3f}, measured\n"
     )
     search(settings, stop)
     show_answers(console, settings)
     root = settings.output.uri
-    return f"{result.report['outcome']}; open {root}/report.html and {root}/index/report.html"
+    return f"{result.report.outcome}; open {root}/report.html and {root}/index/report.html"
 
 
 def show_shards(console: "Console", settings: Settings) -> None:

@@ -14,7 +14,7 @@ def job(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
     if dry_run:
         return "\n".join(plan_only(settings).lines())
     result = embed(settings, stop)
-    outcome = f"{result.report['outcome']}; report at {settings.output.uri}/report.html"
+    outcome = f"{result.report.outcome}; report at {settings.output.uri}/report.html"
     if not settings.index.build:
         return outcome
     from bge_ray.pipeline.index.job import build_index, index_outcome

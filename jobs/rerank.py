@@ -15,8 +15,8 @@ def job(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
         return plan_rerank(settings)
     report = rerank(settings, stop)
     return (
-        f"{report['outcome']}: {report['pairs_out']:,} of {report['pairs_in']:,} pairs scored, "
-        f"{report['queries']:,} queries in {settings.rerank.output}/run.parquet"
+        f"{report.outcome}: {report.pairs_out:,} of {report.pairs_in:,} pairs scored, "
+        f"{report.queries:,} queries in {settings.rerank.output}/run.parquet"
     )
 
 

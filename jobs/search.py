@@ -15,8 +15,8 @@ def job(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
         return plan_search(settings)
     report = search(settings, stop)
     return (
-        f"{report['outcome']}: {report['queries_out']:,} of {report['queries_in']:,} queries answered, "
-        f"{report['results']:,} results in {settings.search.output}/run.parquet"
+        f"{report.outcome}: {report.queries_out:,} of {report.queries_in:,} queries answered, "
+        f"{report.results:,} results in {settings.search.output}/run.parquet"
     )
 
 

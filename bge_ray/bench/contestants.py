@@ -140,11 +140,7 @@ def embed_job(task: Task) -> Result:
         }
         report = embed(parse_settings(None, [f"{k}={v}" for k, v in keys.items()])).report
         disconnect()
-    figures = {
-        name: float(str(report[name])) for name in ("steady_s", "rows_out", "padding_waste", "utilisation")
-    }
-    waited = 1 - figures["utilisation"]
-    return Result(figures["steady_s"], int(figures["rows_out"]), figures["padding_waste"], waited)
+    return Result(report.steady_s, report.rows_out, report.padding_waste, 1 - report.utilisation)
 
 
 def sentence_transformers(task: Task) -> Result:

@@ -8,26 +8,13 @@ from typing import TypeAlias
 from bge_ray.errors import IndexBuildError
 from bge_ray.index.topk import NO_RESULT
 from bge_ray.records.ids import IdArray
+from bge_ray.records.index import Recall
 
 RECALL_DEPTHS = (1, 10, 100)
 _Z_95 = 1.959964
 
 # effort (nprobe or efSearch) -> (n_queries, at least k) int64 ids, best first.
 SearchAt: TypeAlias = Callable[[int], IdArray]
-
-
-@dataclass(frozen=True)
-class Recall:
-    """Share of the true k best that were found, averaged over queries.
-
-    ``low`` and ``high`` are a 95 % Wilson interval with one trial a query: results of one query hang
-    together, so it is never too narrow, and it says something at a recall of 1, too.
-    """
-
-    k: int
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)

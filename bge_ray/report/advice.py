@@ -1,6 +1,6 @@
-"""What the figures of a run suggest to change, and from which value on."""
+"""What the figures of a run suggest to change, and from which value on; each line names the setting."""
 
-from typing import Any
+from bge_ray.records.reports import EmbedReport, IndexReport, Report, RerankReport, Scoring, SearchReport
 
 # Shorter runs are mostly start-up and say little about settings.
 MIN_STEADY_S = 60.0
@@ -9,52 +9,142 @@ LOW_UTILISATION = 0.8
 HIGH_WAITING = 0.1
 HIGH_PADDING = 0.1
 HIGH_TRUNCATED = 0.2
-# Of what corpus.max_rejected_fraction allows.
+# Of what may be rejected before a run is called bad.
 HIGH_REJECTED = 0.5
 # Handing a unit on costs about 45 ms, so that a unit which computes for less than this wastes a tenth.
 SMALL_UNIT_S = 0.45
 MIN_UNITS = 20
 LONG_STARTUP_S = 120.0
 HIGH_STARTUP = 0.5
+# A search scans this many times what it would over equal lists; k-means on embeddings gives 1.1 to 2.
+HIGH_IMBALANCE = 2.5
+# Of the lists, probed to reach the target: more is little better than reading everything.
+HIGH_PROBED = 0.25
+MIN_LISTS = 64
+# Of the vectors, out of place since the training; index.max_drift trains anew from some point on.
+HIGH_DRIFT = 0.15
 
 
-def advise(report: dict[str, Any]) -> list[str]:
-    """Return what to change next, most valuable first; each line names the setting.
-
-    Args:
-        report: the facts of report.json, ``settings`` and ``model`` among them.
-    """
+def advise_embed(report: EmbedReport) -> list[str]:
+    """Return what to change after an embed run, most valuable first."""
     lines = [*_on_waiting(report), *_on_units(report), *_on_batches(report), *_on_rows(report)]
-    if report["wall_s"] > LONG_STARTUP_S and report["startup_s"] > HIGH_STARTUP * report["wall_s"]:
+    return lines + _on_startup(report)
+
+
+def advise_index(report: IndexReport) -> list[str]:
+    """Return what to change after an index build, most valuable first."""
+    index, lines = report.index, []
+    if not index.reached:
+        ceiling = (index.ceiling or {}).get("@10")
+        bound = f" (this code allows at most {ceiling.value:.4f})" if ceiling else ""
         lines.append(
-            f"{report['startup_s'] / report['wall_s']:.0%} of the time was start-up: keep the cluster warm, "
-            "or run less often over more new objects."
+            f"Recall misses index.recall_target {index.recall_target:g}{bound}: set search.rescore to ten "
+            f"times search.k, which gives {index.recall_after_exact_reranking.value:.4f}, or choose an "
+            "index.factory with a larger code."
+        )
+    if index.imbalance > HIGH_IMBALANCE:
+        lines.append(
+            f"The lists are uneven: a search scans {index.imbalance:.1f} times what it would over equal "
+            "ones. Look for many equal texts in the corpus, or take more lists in index.factory."
+        )
+    probed = index.effort / index.nlist if index.parameter == "nprobe" else 0.0
+    if probed > HIGH_PROBED and index.nlist >= MIN_LISTS:
+        lines.append(
+            f"{probed:.0%} of the lists are probed: a lower index.recall_target, or an index.factory with a "
+            "larger code, makes searches faster."
+        )
+    if index.drift > HIGH_DRIFT:
+        lines.append(
+            f"{index.drift:.0%} of the vectors are out of place since the training: lower index.max_drift to "
+            "train anew."
+        )
+    return lines + _on_startup(report)
+
+
+def advise_search(report: SearchReport) -> list[str]:
+    """Return what to change after a search, most valuable first."""
+    lines = []
+    if report.unknown_ids:
+        lines.append(
+            f"{report.unknown_ids:,} results were vectors that the data set no longer has, and were dropped: "
+            "the index is older than the data set. Run index.py, then search again."
+        )
+    if report.missing_results:
+        lines.append(
+            f"{report.missing_results:,} results are missing: raise search.nprobe, so that more lists are "
+            "probed, unless the data set has fewer passages than search.k."
+        )
+    if report.doubled_passages:
+        lines.append(
+            f"{report.doubled_passages:,} results were passages whose id stands more than once, and were "
+            "dropped: give each passage of the corpus an id of its own."
+        )
+    if report.truncated_queries > HIGH_TRUNCATED * max(1, report.queries_in):
+        lines.append(
+            f"{report.truncated_queries:,} queries were cut at model.max_length: shorten them, or search "
+            "with parts of them."
+        )
+    if report.scoring is not None:
+        lines += _on_scoring(report, report.scoring)
+    return lines + _on_startup(report)
+
+
+def advise_rerank(report: RerankReport) -> list[str]:
+    """Return what to change after a rerank run, most valuable first."""
+    return _on_scoring(report, report.scoring) + _on_startup(report)
+
+
+def _on_scoring(report: Report, scoring: Scoring) -> list[str]:
+    lines = []
+    if report.steady_s > MIN_STEADY_S and scoring.utilisation < LOW_UTILISATION:
+        lines.append(
+            f"The rerankers computed {scoring.utilisation:.0%} of the time: add CPUs for the stages before "
+            "them, or lower rerank.num_rerankers."
+        )
+    if scoring.padding_waste > HIGH_PADDING:
+        lines.append(
+            f"{scoring.padding_waste:.0%} of the computed tokens were padding: raise rerank.unit_pairs, so "
+            "that more pairs are sorted by length together, or lower rerank.token_budget."
+        )
+    if scoring.truncated_pairs > HIGH_TRUNCATED * max(1, scoring.pairs_out):
+        lines.append(
+            f"{scoring.truncated_pairs:,} pairs were cut: raise rerank.max_length if the model has "
+            "positions for more."
         )
     return lines
 
 
-def _on_waiting(report: dict[str, Any]) -> list[str]:
-    if report["steady_s"] < MIN_STEADY_S or report["utilisation"] >= LOW_UTILISATION:
+def _on_startup(report: Report) -> list[str]:
+    if report.wall_s <= LONG_STARTUP_S or report.startup_s <= HIGH_STARTUP * report.wall_s:
         return []
-    busy = f"The encoders computed {report['utilisation']:.0%} of the time"
-    if report["waiting"] >= HIGH_WAITING:
-        readers = report["num_readers"]
-        return [
-            f"{busy} and waited for input {report['waiting']:.0%}: raise resources.num_readers above "
-            f"{readers} (each takes a CPU core; they were busy {report['readers_busy']:.0%}), or add CPUs."
-        ]
     return [
-        f"{busy}, though input was there: too few units to keep {report['num_encoders']} encoders busy to "
-        f"the end. Lower batching.unit_rows, or resources.num_encoders."
+        f"{report.startup_s / report.wall_s:.0%} of the time was start-up: keep the cluster warm, "
+        "or run less often over more at once."
     ]
 
 
-def _on_units(report: dict[str, Any]) -> list[str]:
-    units = report["units_done"]
-    if units < MIN_UNITS or report["stage_s"].get("encode", 0.0) / units >= SMALL_UNIT_S:
+def _on_waiting(report: EmbedReport) -> list[str]:
+    if report.steady_s < MIN_STEADY_S or report.utilisation >= LOW_UTILISATION:
         return []
-    unit_s = report["stage_s"].get("encode", 0.0) / units
-    rows, limit = report["rows_in"] / units, report["settings"]["batching"]["unit_rows"]
+    busy = f"The encoders computed {report.utilisation:.0%} of the time"
+    if report.waiting >= HIGH_WAITING:
+        return [
+            f"{busy} and waited for input {report.waiting:.0%}: raise resources.num_readers above "
+            f"{report.workers.get('readers', 0)} (each takes a CPU core; they were busy "
+            f"{report.readers_busy:.0%}), or add CPUs."
+        ]
+    return [
+        f"{busy}, though input was there: too few units to keep {report.workers.get('encoders', 0)} encoders "
+        "busy to the end. Lower batching.unit_rows, or resources.num_encoders."
+    ]
+
+
+def _on_units(report: EmbedReport) -> list[str]:
+    units = report.units_done
+    if units < MIN_UNITS or report.stage_s.get("encode", 0.0) / units >= SMALL_UNIT_S:
+        return []
+    unit_s = report.stage_s.get("encode", 0.0) / units
+    rows, limit = report.rows_in / units, report.settings["batching"]["unit_rows"]
     way = (
         f"raise batching.unit_rows above {limit:,}"
         if rows > 0.5 * limit
@@ -66,35 +156,35 @@ def _on_units(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def _on_batches(report: dict[str, Any]) -> list[str]:
+def _on_batches(report: EmbedReport) -> list[str]:
     lines = []
-    batching = report["settings"]["batching"]
-    if report["memory_splits"]:
+    batching = report.settings["batching"]
+    if report.memory_splits:
         lines.append(
-            f"Batches that did not fit in memory and were halved: {report['memory_splits']:,}. Lower "
+            f"Batches that did not fit in memory and were halved: {report.memory_splits:,}. Lower "
             f"batching.token_budget (it was {batching['token_budget']})."
         )
-    if report["padding_waste"] > HIGH_PADDING:
+    if report.padding_waste > HIGH_PADDING:
         lines.append(
-            f"{report['padding_waste']:.0%} of the computed tokens were padding: raise batching.unit_rows "
+            f"{report.padding_waste:.0%} of the computed tokens were padding: raise batching.unit_rows "
             f"above {batching['unit_rows']:,}, so that more texts are sorted by length together, or lower "
             "batching.token_budget."
         )
     return lines
 
 
-def _on_rows(report: dict[str, Any]) -> list[str]:
+def _on_rows(report: EmbedReport) -> list[str]:
     lines = []
-    if report["rows_out"] and report["truncated"] > HIGH_TRUNCATED * report["rows_out"]:
+    if report.rows_out and report.truncated > HIGH_TRUNCATED * report.rows_out:
         lines.append(
-            f"{report['truncated'] / report['rows_out']:.0%} of the texts were cut at "
-            f"{report['model']['max_length']:,} tokens: split them first, or raise model.max_length if the "
+            f"{report.truncated / report.rows_out:.0%} of the texts were cut at "
+            f"{report.model.max_length:,} tokens: split them first, or raise model.max_length if the "
             "model has positions for more (which needs another output.uri)."
         )
-    allowed = report["settings"]["corpus"]["max_rejected_fraction"] * report["rows_in"]
-    if report["rows_rejected"] and report["rows_rejected"] > HIGH_REJECTED * allowed:
+    allowed = report.settings["corpus"]["max_rejected_fraction"] * report.rows_in
+    if report.rows_rejected and report.rows_rejected > HIGH_REJECTED * allowed:
         lines.append(
-            f"{report['rows_rejected']:,} rows were rejected, {allowed:,.0f} are allowed by "
+            f"{report.rows_rejected:,} rows were rejected, {allowed:,.0f} are allowed by "
             "corpus.max_rejected_fraction: mend the corpus (the folder rejected/ names each), or raise it."
         )
     return lines

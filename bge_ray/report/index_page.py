@@ -5,12 +5,13 @@ from typing import Any
 import numpy as np
 
 from bge_ray.records.ids import IdArray
+from bge_ray.records.index import IndexDescription, Recall
+from bge_ray.records.reports import IndexReport
 from bge_ray.report.page import (
     ACCENT,
     ALERT,
     FAINT,
     Html,
-    bullets,
     page,
     paragraph,
     picture,
@@ -19,135 +20,112 @@ from bge_ray.report.page import (
     table,
     tiles,
 )
+from bge_ray.report.sections import (
+    Figure,
+    advice_section,
+    cost_rows,
+    phase_bars,
+    price_figure,
+    run_section,
+    stage_bars,
+    wall_figure,
+)
 from bge_ray.report.words import size
 
-# A search scans this many times what it would over equal lists; k-means on embeddings gives 1.1 to 2.
-HIGH_IMBALANCE = 2.5
-# Of the lists, probed to reach the target: more is little better than reading everything.
-HIGH_PROBED = 0.25
-MIN_LISTS = 64
 # Points of the curve of list sizes.
 MAX_POINTS = 500
 
 
-def index_page(index: dict[str, Any], sizes: IdArray | None) -> bytes:
-    """Return the page of an index.
+def index_page(report: IndexReport, sizes: IdArray | None) -> bytes:
+    """Return the page of an index build.
 
     Args:
-        index: the content of index.json.
+        report: of the build.
         sizes: (nlist,) vectors in each list; None if there are no lists.
     """
+    index = report.index
+    steps = [(name, seconds, "") for name, seconds in report.stage_s.items()]
     parts = [
-        tiles(_figures(index)),
-        section(
-            "What to change next",
-            bullets(advise(index)) or paragraph("Nothing: no figure is beyond what it should be."),
-        ),
-        section(
-            "Recall",
-            paragraph(
-                "The share of the true nearest passages, by exact search over all embedding shards, that the "
-                f"index returns; with a 95 % interval. Measured with {index['num_queries']:,} queries: "
-                f"{index['queries']}."
-            ),
-            table(_recalls(index), ("", "recall", "between", "at most, with this code")),
-        ),
+        tiles(_figures(report)),
+        advice_section(report),
+        section("Recall", paragraph(_measurement(index)), table(_recalls(index), RECALL_HEADER)),
         section("Pictures", pictures(*_pictures(index, sizes))),
-        section("The index", table(_identity(index, sizes))),
+        section("Cost", table(cost_rows(report))),
+        section(
+            "Where the time went", phase_bars(report), *stage_bars(steps, "The steps, one after the other:")
+        ),
+        run_section(report, _identity(report, sizes)),
     ]
-    return page("Index", "good" if index["reached"] else "bad", _verdict(index), parts)
+    return page("Index", "good" if index.reached else "bad", _verdict(index), parts)
 
 
-def advise(index: dict[str, Any]) -> list[str]:
-    """Return what the figures suggest to change; each line names the setting."""
-    lines = []
-    ceiling = (index["ceiling"] or {}).get("@10")
-    if not index["reached"]:
-        bound = f" (this code allows at most {ceiling['value']:.4f})" if ceiling else ""
-        rescored = index["recall_after_exact_reranking"]["value"]
-        lines.append(
-            f"Recall misses index.recall_target {index['recall_target']:g}{bound}: set search.rescore to a "
-            f"few times search.k, which gives {rescored:.4f}, or choose an index.factory with a larger "
-            "code."
-        )
-    if index["imbalance"] > HIGH_IMBALANCE:
-        lines.append(
-            f"The lists are uneven: a search scans {index['imbalance']:.1f} times what it would over equal "
-            "ones. Look for many equal texts in the corpus, or take more lists in index.factory."
-        )
-    probed = index["nprobe"] / index["nlist"] if index["effort"] == "nprobe" else 0.0
-    if probed > HIGH_PROBED and index["nlist"] >= MIN_LISTS:
-        lines.append(
-            f"{probed:.0%} of the lists are probed: a lower index.recall_target, or search.rescore beside "
-            "it, makes searches faster."
-        )
-    return lines
+RECALL_HEADER = ("", "recall", "between", "at most, with this code")
 
 
-def _verdict(index: dict[str, Any]) -> str:
-    way = f" at {index['effort']} {index['nprobe']:,}" if index["effort"] else ""
-    return f"recall@10 of {index['recall_target']:g} {'reached' if index['reached'] else 'not reached'}{way}"
-
-
-def _figures(index: dict[str, Any]) -> list[tuple[str, str, str]]:
-    size_bytes = sum(file["bytes"] for file in index["files"])
-    reranked, gain = index["recall_after_exact_reranking"], index["gain_of_exact_reranking"]
-    figures = [
-        ("Vectors", f"{index['ntotal']:,}", f"of {index['dim']:,} dimensions"),
-        ("Size", size(size_bytes), f"{size_bytes / max(1, index['ntotal']):,.0f} bytes a vector"),
-    ]
-    figures += [
-        (f"Recall{depth}", f"{found['value']:.3f}", "as searched")
-        for depth, found in index["recall"].items()
-        if depth == "@10"
-    ]
-    figures.append(
-        (f"Recall@{reranked['k']} rescored", f"{reranked['value']:.3f}", f"{gain:+.4f} by exact scores")
+def _measurement(index: IndexDescription) -> str:
+    return (
+        "The share of the true nearest passages, by exact search over all embedding shards, that the "
+        f"index returns; with a 95 % interval. Measured with {index.num_queries:,} queries: {index.queries}."
     )
-    return figures
 
 
-def _recalls(index: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    ceilings = index["ceiling"] or {}
-    rows = [
+def _verdict(index: IndexDescription) -> str:
+    way = f" at {index.parameter} {index.effort:,}" if index.parameter else ""
+    reached = "reached" if index.reached else "not reached"
+    return f"recall@{index.tuned_recall.k} of {index.recall_target:g} {reached}{way}"
+
+
+def _figures(report: IndexReport) -> list[Figure]:
+    index = report.index
+    found, reranked = index.tuned_recall, index.recall_after_exact_reranking
+    return [
+        ("Vectors", f"{index.ntotal:,}", f"of {index.dim:,} dimensions, none left out"),
+        ("Size", size(index.bytes), f"{index.bytes / max(1, index.ntotal):,.0f} bytes a vector"),
+        wall_figure(report),
+        (f"Recall@{found.k}", f"{found.value:.3f}", "as searched"),
         (
-            f"recall{depth}",
-            *_measured(found),
-            f"{ceilings[depth]['value']:.4f}" if depth in ceilings else "",
-        )
-        for depth, found in index["recall"].items()
+            f"Recall@{reranked.k} rescored",
+            f"{reranked.value:.3f}",
+            f"{index.gain_of_exact_reranking:+.4f} by exact scores",
+        ),
+        price_figure(report),
     ]
-    reranked = index["recall_after_exact_reranking"]
-    return [*rows, (f"recall@{reranked['k']}, candidates rescored exactly", *_measured(reranked), "")]
 
 
-def _measured(recall: dict[str, Any]) -> tuple[str, str]:
-    return f"{recall['value']:.4f}", f"{recall['low']:.4f} and {recall['high']:.4f}"
-
-
-def _identity(index: dict[str, Any], sizes: IdArray | None) -> list[tuple[str, str]]:
+def _recalls(index: IndexDescription) -> list[tuple[str, str, str, str]]:
+    ceilings = index.ceiling or {}
     rows = [
-        ("Factory", f"{index['factory']}, {index['metric']}"),
-        ("Files", f"{len(index['files']):,}"),
-        ("Training", index["training"]["sha256"]),
-        ("Data set fingerprint", index["vector_fingerprint"]),
+        (f"recall{depth}", *_measured(found), f"{ceilings[depth].value:.4f}" if depth in ceilings else "")
+        for depth, found in index.recall.items()
     ]
+    reranked = index.recall_after_exact_reranking
+    return [*rows, (f"recall@{reranked.k}, candidates rescored exactly", *_measured(reranked), "")]
+
+
+def _measured(recall: Recall) -> tuple[str, str]:
+    return f"{recall.value:.4f}", f"{recall.low:.4f} and {recall.high:.4f}"
+
+
+def _identity(report: IndexReport, sizes: IdArray | None) -> list[tuple[str, str]]:
+    index = report.index
+    rows = [("Data set", report.output), ("Factory", f"{index.factory}, {index.metric}")]
     if sizes is not None:
         longest, empty = int(sizes.max()), int((sizes == 0).sum())
         words = (
-            f"{index['nlist']:,}; longest {longest:,}, empty {empty:,}; a search scans "
-            f"{index['imbalance']:.2f} times what it would over equal lists; {index['drift']:.0%} "
+            f"{index.nlist:,}; longest {longest:,}, empty {empty:,}; a search scans "
+            f"{index.imbalance:.2f} times what it would over equal lists; {index.drift:.0%} "
             "out of place since the training"
         )
-        rows.insert(1, ("Lists", words))
+        rows.append(("Lists", words))
+    rows += [("Training", index.training.sha256), ("Data set fingerprint", index.vector_fingerprint)]
     return rows
 
 
-def _pictures(index: dict[str, Any], sizes: IdArray | None) -> list[Html]:
+def _pictures(index: IndexDescription, sizes: IdArray | None) -> list[Html]:
     drawn = []
-    if index["effort"] and index["curve"]:
-        title = f"Recall against {index['effort']}"
-        drawn.append(picture(title, index["effort"], "recall", lambda axes: _draw_recall(axes, index)))
+    if index.parameter and index.curve:
+        title = f"Recall against {index.parameter}"
+        drawn.append(picture(title, index.parameter, "recall", lambda axes: _draw_recall(axes, index)))
     if sizes is not None and len(sizes) > 1:
         drawn.append(
             picture("List sizes", "lists, longest first", "vectors", lambda axes: _draw_sizes(axes, sizes))
@@ -155,11 +133,11 @@ def _pictures(index: dict[str, Any], sizes: IdArray | None) -> list[Html]:
     return drawn
 
 
-def _draw_recall(axes: Any, index: dict[str, Any]) -> None:
-    efforts = [point["nprobe"] for point in index["curve"]]
+def _draw_recall(axes: Any, index: IndexDescription) -> None:
+    efforts = [point.effort for point in index.curve]
     for depth, marker in (("@1", "^"), ("@10", "o"), ("@100", "s")):
-        if depth in index["curve"][0]:
-            values = [point[depth] for point in index["curve"]]
+        if depth in index.curve[0].recall:
+            values = [point.recall[depth] for point in index.curve]
             color, line = (ACCENT, "-") if depth == "@10" else (FAINT, ":")
             axes.plot(
                 efforts,
@@ -170,16 +148,16 @@ def _draw_recall(axes: Any, index: dict[str, Any]) -> None:
                 linestyle=line,
                 label=f"recall{depth}",
             )
-    axes.axhline(index["recall_target"], color=ALERT, linewidth=1)
-    place = (0.01, index["recall_target"])
+    axes.axhline(index.recall_target, color=ALERT, linewidth=1)
+    place = (0.01, index.recall_target)
     axes.annotate(
-        f"target {index['recall_target']:g}",
+        f"target {index.recall_target:g}",
         place,
         xycoords=("axes fraction", "data"),
         va="bottom",
         color=ALERT,
     )
-    axes.axvline(index["nprobe"], color=ALERT, linewidth=1, linestyle=":")
+    axes.axvline(index.effort, color=ALERT, linewidth=1, linestyle=":")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.legend(frameon=False, loc="lower right")

@@ -1,96 +1,126 @@
-"""The page of a search or rerank run: what was answered, where the time went, what was left out."""
+"""The pages of a search and of a rerank run: what was answered, where the time went, what was left out."""
 
-import json
-from typing import Any
-
-from bge_ray.report.page import Html, bars, bullets, folded, page, paragraph, section, table, tiles
-from bge_ray.report.words import count, duration, short
-
-MAX_FAILURES = 50
-LOW_UTILISATION = 0.8
-HIGH_TRUNCATED = 0.2
-# Shorter runs are mostly start-up and say little about settings.
-MIN_STEADY_S = 60.0
-
-
-def run_page(report: dict[str, Any]) -> bytes:
-    """Return the page of a run.
-
-    Args:
-        report: the content of report.json, of a search (with or without reranking) or of a rerank job.
-    """
-    rows = "queries" if "queries_in" in report else "pairs"
-    rejected = sorted(report["rejected_reasons"].items(), key=lambda entry: -entry[1])
-    parts = [
-        tiles(_figures(report, rows)),
-        section(
-            "What to change next", bullets(advise(report)) or paragraph("Nothing that these figures show.")
-        ),
-        section("Not done", bullets(report["failures"][:MAX_FAILURES])),
-        section("Where the time went", *_time(report)),
-        section("Left out", bars((reason, rows, count(rows, "row")) for reason, rows in rejected)),
-        section("The run", folded("All facts", _facts(report))),
-    ]
-    title = "Search run" if rows == "queries" else "Rerank run"
-    lead = f"{report['outcome']}: {report[f'{rows}_out']:,} of {report[f'{rows}_in']:,} {rows}"
-    return page(title, "good" if report["complete"] else "bad", lead, parts)
+from bge_ray.records.reports import Report, RerankReport, Scoring, SearchReport
+from bge_ray.report.page import Html, page, paragraph, pictures, section, table, tiles
+from bge_ray.report.sections import (
+    Figure,
+    advice_section,
+    cost_rows,
+    device_name,
+    failures_section,
+    left_out,
+    left_out_figure,
+    phase_bars,
+    price_figure,
+    run_section,
+    stage_bars,
+    throughput_picture,
+    wall_figure,
+)
+from bge_ray.report.words import count, short
 
 
-def advise(report: dict[str, Any]) -> list[str]:
-    """Return what the figures suggest to change; each line names the setting."""
-    lines = []
-    scored = _scored(report)
-    if scored and report["steady_s"] > MIN_STEADY_S and scored["utilisation"] < LOW_UTILISATION:
-        lines.append(
-            f"The rerankers computed {scored['utilisation']:.0%} of the time: add CPUs for the stages before "
-            "them, or lower rerank.num_rerankers."
-        )
-    if scored and scored["truncated_pairs"] > HIGH_TRUNCATED * max(1, scored["pairs_out"]):
-        lines.append(
-            f"{scored['truncated_pairs']:,} pairs were cut: raise rerank.max_length if the model has "
-            "positions for more."
-        )
-    if report.get("truncated_queries", 0) > HIGH_TRUNCATED * max(1, report.get("queries_in", 0)):
-        lines.append(
-            f"{report['truncated_queries']:,} queries were cut at model.max_length: shorten them, or search "
-            "with parts of them."
-        )
-    if report.get("missing_results"):
-        lines.append(
-            f"{report['missing_results']:,} results are missing: raise search.nprobe, so that more lists are "
-            "probed, unless the data set has fewer passages than search.k."
-        )
-    return lines
-
-
-def _scored(report: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the facts about reranking, wherever the report has them."""
-    scored: dict[str, Any] | None = report if "pairs_in" in report else report.get("rerank")
-    return scored
-
-
-def _figures(report: dict[str, Any], rows: str) -> list[tuple[str, str, str]]:
-    scored = _scored(report)
+def search_page(report: SearchReport) -> bytes:
+    """Return the page of a search, reranked or not."""
+    lost = report.queries_in - report.queries_out
     figures = [
-        (rows.capitalize(), f"{report[f'{rows}_out']:,}", f"of {report[f'{rows}_in']:,}"),
-        ("Wall time", duration(report["wall_s"]), f"{duration(report['steady_s'])} at work"),
+        ("Queries answered", f"{report.queries_out:,}", f"of {report.queries_in:,}"),
+        ("Results", short(report.results), f"up to {report.k:,} a query"),
+        wall_figure(report),
+        left_out_figure(report, lost),
+        *(_scoring_figures(report.scoring) if report.scoring is not None else []),
+        price_figure(report),
     ]
-    if "results" in report:
-        figures.append(("Results", short(report["results"]), f"up to {report['k']:,} a query"))
-    if scored:
-        speed = f"{short(scored['pair_tokens_per_s'])} a second"
-        busy = f"{scored['num_rerankers']} of them, padding {scored['padding_waste']:.0%}"
-        figures.append(("Tokens of pairs", short(scored["pair_tokens"]), speed))
-        figures.append(("Rerankers busy", f"{scored['utilisation']:.0%}", busy))
-    return figures
+    accounts = (
+        f"{report.queries_in:,} queries = {report.queries_out:,} answered + {lost:,} left out, with "
+        f"{count(report.results, 'result')}. Of what the index gave, {report.unknown_ids:,} were of vectors "
+        f"that the data set no longer has, {report.doubled_passages:,} of ids that stand twice; "
+        f"{count(report.missing_results, 'place')} stayed empty."
+    )
+    return _page("Search run", report, "queries", figures, accounts, _searched(report))
 
 
-def _time(report: dict[str, Any]) -> list[Html]:
-    # `device_s` is a part of `score_s`, so the two are not shown side by side.
-    stages = {name: seconds for name, seconds in report["stage_s"].items() if name != "device_s"}
-    shown = bars((name.removesuffix("_s"), s, duration(s)) for name, s in stages.items())
-    return [paragraph("All stages, summed over their tasks:"), shown] if shown else []
+def rerank_page(report: RerankReport) -> bytes:
+    """Return the page of a rerank run."""
+    lost = report.pairs_in - report.pairs_out
+    figures = [
+        ("Pairs scored", f"{report.pairs_out:,}", f"of {report.pairs_in:,}, {report.queries:,} queries"),
+        wall_figure(report),
+        left_out_figure(report, lost + report.lists_rejected),
+        *_scoring_figures(report.scoring),
+        price_figure(report),
+    ]
+    accounts = (
+        f"{report.pairs_in:,} pairs = {report.pairs_out:,} scored + {lost:,} left out, of "
+        f"{count(report.queries, 'query', 'queries')}; {count(report.lists_rejected, 'candidate list')} left "
+        "out whole."
+    )
+    identity = [("Candidates", report.candidates), ("Reranker", _model(report.scoring))]
+    return _page("Rerank run", report, "pairs", figures, accounts, identity)
 
 
-def _facts(report: dict[str, Any]) -> Html:
-    return table((name, json.dumps(value, ensure_ascii=False)) for name, value in report.items())
+def _page(
+    title: str,
+    report: SearchReport | RerankReport,
+    rows: str,
+    figures: list[Figure],
+    accounts: str,
+    identity: list[tuple[str, str]],
+) -> bytes:
+    parts = [
+        tiles(figures),
+        advice_section(report),
+        failures_section(report),
+        section(rows.capitalize(), paragraph(accounts), *_trec(report), *left_out(report, "", REJECTED)),
+        section("Cost", table([*cost_rows(report), ("Speed", _speed(report, rows))])),
+        section("Where the time went", *_time(report, rows)),
+        run_section(report, identity),
+    ]
+    lead = f"{report.outcome}: {figures[0][1]} {figures[0][2].partition(',')[0]} {rows}"
+    return page(title, "good" if report.complete else "bad", lead, parts)
+
+
+REJECTED = "rejected.parquet"
+
+
+def _scoring_figures(scoring: Scoring) -> list[Figure]:
+    busy = f"{count(scoring.num_rerankers, 'reranker')}, padding {scoring.padding_waste:.0%}"
+    return [
+        ("Tokens of pairs", short(scoring.pair_tokens), f"{short(scoring.pair_tokens_per_s)} a second"),
+        ("Rerankers busy", f"{scoring.utilisation:.0%}", busy),
+    ]
+
+
+def _speed(report: Report, rows: str) -> str:
+    return (
+        f"{report.rows_per_s:,.1f} {rows}/s and {report.tokens_per_s:,.0f} tokens/s at work, on "
+        f"{report.devices:g} {device_name(report)}{'' if report.devices == 1 else 's'}"
+    )
+
+
+def _trec(report: SearchReport | RerankReport) -> list[Html]:
+    return [paragraph(f"There is no run.trec: {why}") for why in report.without_trec]
+
+
+def _time(report: Report, rows: str) -> list[Html]:
+    stages = [(name, seconds, "") for name, seconds in report.stage_s.items()]
+    picture = throughput_picture(report.throughput.rows_per_s, report.throughput.bin_s, f"{rows}/s")
+    told = stage_bars(stages, "All stages, summed over their tasks:")
+    return [phase_bars(report), *told, pictures(picture)]
+
+
+def _searched(report: SearchReport) -> list[tuple[str, str]]:
+    rows = [("Queries", report.queries), ("Data set", report.dataset), ("Model", report.model.name)]
+    if report.index is None:
+        rows.append(("Searched", "all embedding shards, exactly"))
+    else:
+        index = report.index
+        way = f" at {index.parameter} {index.effort:,}" if index.parameter else ""
+        rows.append(("Searched", f"the {index.factory} index of {index.ntotal:,} vectors{way}"))
+    if report.scoring is not None:
+        rows.append(("Reranker", _model(report.scoring)))
+    return rows
+
+
+def _model(scoring: Scoring) -> str:
+    return str(scoring.model["name"])

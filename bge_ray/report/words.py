@@ -26,6 +26,13 @@ def size(amount: float) -> str:
     return f"{amount:,.0f} bytes"
 
 
-def count(amount: int, thing: str) -> str:
-    """Return a number of things."""
-    return f"{amount:,} {thing}{'' if amount == 1 else 's'}"
+def count(amount: int, thing: str, things: str | None = None) -> str:
+    """Return a number of things; ``things`` is their plural where that is no bare s."""
+    return f"{amount:,} {thing if amount == 1 else things or f'{thing}s'}"
+
+
+def clock(seconds: float) -> str:
+    """Return seconds as hours, minutes and seconds, of equal width as long as they are under ten hours."""
+    minutes, secs = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{secs:02}"

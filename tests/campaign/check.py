@@ -137,7 +137,7 @@ def _index_files(fs: Any, root: str) -> dict[str, str] | None:
     names = {path.partition(f"{root}/index/")[2] for path in fs.find(f"{root}/index")}
     if "index.json" not in names:
         return None
-    told = {"index.json", "report.html"}
+    told = {"index.json", "report.html", "report.json"}
     return {
         n: "" if n in told else hashlib.sha256(fs.cat_file(f"{root}/index/{n}")).hexdigest() for n in names
     }

@@ -89,7 +89,7 @@ def test_three_nights(bucket: str, s3_server: S3Server, tiny_model: Path, tmp_pa
     wait_until(lambda: STORAGE.read_optional(f"{bucket}/out/lease.json") is not None)
     assert cron.run() == f"embed: exit code 75; see {cron.log}\n"
     assert first.communicate(timeout=280)[0] == "", cron.log.read_text()
-    assert read_index(STORAGE, f"{bucket}/out")["ntotal"] == OBJECTS * ROWS
+    assert read_index(STORAGE, f"{bucket}/out").ntotal == OBJECTS * ROWS
     last = cron.log.read_text().splitlines()[-1]
     assert last.endswith(f"embed: done; exit code 0; report at {bucket}/out/report.html")
 
@@ -115,7 +115,7 @@ def test_three_nights(bucket: str, s3_server: S3Server, tiny_model: Path, tmp_pa
     check_nothing_left_over(f"{bucket}/out")
     kept = {m.embeddings for m in shards} & {m.embeddings for m in read_manifest(f"{bucket}/out").shards}
     assert len(kept) == 14 * ROWS / UNIT_ROWS
-    assert read_index(STORAGE, f"{bucket}/out")["ntotal"] == len(expected)
+    assert read_index(STORAGE, f"{bucket}/out").ntotal == len(expected)
     after = part_times(bucket, s3_server)
     untouched = {name for name, modified in before.items() if after.get(name) == modified}
     print(f"index parts: {len(before)} before, {len(after)} after, {len(untouched)} of them untouched")

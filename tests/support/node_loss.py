@@ -39,7 +39,7 @@ def main() -> None:
     thread.join()
     ray.shutdown()
     cluster.shutdown()
-    print("node removed:", removed.is_set(), result.report["outcome"])
+    print("node removed:", removed.is_set(), result.report.outcome)
 
 
 if __name__ == "__main__":

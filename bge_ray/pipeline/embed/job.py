@@ -14,14 +14,8 @@ import pyarrow as pa
 import ray.data
 from ray.exceptions import RayError
 
-from bge_ray.errors import (
-    BgeRayError,
-    IncompleteRunError,
-    OutputBusyError,
-    OutputCollisionError,
-    RejectedRowsError,
-    StorageError,
-)
+from bge_ray.dataset.folder import marker_files
+from bge_ray.errors import BgeRayError, IncompleteRunError, OutputBusyError, RejectedRowsError, StorageError
 from bge_ray.model.run.batching import settle_budget
 from bge_ray.pipeline.embed.encode import EncodeStage
 from bge_ray.pipeline.embed.estimate import Estimate, estimate
@@ -33,18 +27,20 @@ from bge_ray.pipeline.engine.cluster import Sizes, cap_sizes, cluster_sizes, con
 from bge_ray.pipeline.engine.isolation import start_ledger
 from bge_ray.pipeline.engine.nodes import await_nodes
 from bge_ray.pipeline.engine.payload import UnitRow
-from bge_ray.pipeline.engine.progress import Progress
+from bge_ray.pipeline.engine.progress import Progress, work_line
 from bge_ray.pipeline.engine.receipts import draw_receipts
 from bge_ray.pipeline.engine.stopping import Stopped, StopRequest, make_watch
-from bge_ray.pipeline.engine.telemetry import Telemetry, unit_amounts
+from bge_ray.pipeline.engine.telemetry import Telemetry
+from bge_ray.records.canonical import to_json
 from bge_ray.records.dataset import Manifest, Marker, make_manifest
+from bge_ray.records.reports import EmbedReport
+from bge_ray.report.advice import advise_embed
 from bge_ray.report.embed_page import embed_page
-from bge_ray.report.facts import RunFacts, Workers, make_report, report_json, written_bytes
+from bge_ray.report.facts import RunFacts, Workers, read_receipt, summarise, text_lengths
 from bge_ray.run_id import run_id
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.lease import Lease, is_leased
 from bge_ray.storage.objects import join
-from bge_ray.storage.ownership import open_folder
 from bge_ray.storage.reports import write_report
 
 logger = logging.getLogger(__name__)
@@ -55,10 +51,10 @@ MAX_FAILURES_IN_A_ROW = 10
 
 @dataclass(frozen=True)
 class EmbedResult:
-    """What a run came to; ``report`` is the content of report.json."""
+    """What a run came to; ``report`` is what report.json says."""
 
     manifest: Manifest
-    report: dict[str, object]
+    report: EmbedReport
 
 
 def embed(settings: Settings, stop: StopRequest | None = None) -> EmbedResult:
@@ -77,14 +73,13 @@ def embed(settings: Settings, stop: StopRequest | None = None) -> EmbedResult:
         IncompleteRunError, TakenOverError, StorageError: run again to continue.
         RejectedRowsError: too many rows were rejected; the run stopped.
     """
-    started = time.time()
+    facts = RunFacts("embed", run_id(), length_edges=LENGTH_EDGES)
     work = prepare(settings)
     published = work.dataset.read_manifest()
     # A run that was cut off after it published has left its lease, and things to sweep and to report.
     cut_off = is_leased(work.dataset.storage, work.dataset.root)
     if published is not None and _is_current(work, published) and not cut_off:
         logger.info("nothing to do: all %d units of %s are done", len(published.shards), work.dataset.root)
-        facts = RunFacts(started, run_id=run_id())
         return EmbedResult(published, _report(settings, work, facts, "nothing to do"))
     stop = stop or StopRequest()
     with stop.deferred(), Lease(work.dataset.storage, work.dataset.root) as lease:
@@ -98,13 +93,7 @@ def embed(settings: Settings, stop: StopRequest | None = None) -> EmbedResult:
             raise OutputBusyError(
                 f"{work.dataset.root}: another run took plan {work.previous_number + 1}; run again"
             )
-        facts = RunFacts(
-            started,
-            run_id=run_id(),
-            units_planned=len(work.todo_units),
-            rows_planned=work.todo_rows,
-            length_edges=LENGTH_EDGES,
-        )
+        facts.plan(units=len(work.todo_units), rows=work.todo_rows)
         markers = dict(work.finished)
         try:
             if work.todo:
@@ -183,10 +172,8 @@ def _run(
     connect(asked)
     await_nodes("resources.num_encoders", asked.num_encoders, asked.gpus_per_encoder, watch)
     sizes = cap_sizes(cluster_sizes(asked), spans=len(work.todo), units=len(work.todo_units))
-    facts.workers = Workers(
-        sizes.device, sizes.devices, sizes.num_encoders, sizes.num_readers, sizes.num_writers
-    )
-    facts.pipeline_started = time.time()
+    counts = {"encoders": sizes.num_encoders, "readers": sizes.num_readers, "writers": sizes.num_writers}
+    facts.start(Workers(sizes.device, sizes.devices, counts), time.time())
     job = EmbedJob(
         storage=work.dataset.storage,
         root=work.dataset.root,
@@ -203,10 +190,10 @@ def _run(
     rejected = sum(m.rows_rejected for m in markers.values())
     allowed = settings.corpus.max_rejected_fraction * sum(u.n_rows for u in work.plan.units())
     in_a_row = 0
-    telemetry = Telemetry("embed", facts.run_id)
-    telemetry.start(units=facts.units_planned, encoders=sizes.num_encoders)
+    telemetry = Telemetry("embed")
+    telemetry.start(facts)
     try:
-        with Progress(facts, work.todo_rows, settings.report.log_interval_s):
+        with Progress(lambda: work_line(facts, "passages"), settings.report.log_interval_s):
             for receipt in draw_receipts(lambda: embedding_receipts(job, sizes, list(work.todo)), watch):
                 _book(receipt, facts, telemetry, markers)
                 in_a_row = 0 if receipt.marker else in_a_row + 1
@@ -224,15 +211,17 @@ def _book(receipt: UnitRow, facts: RunFacts, telemetry: Telemetry, markers: dict
     if receipt.marker is None:
         unit = receipt.task.unit
         rows = f"rows {unit.first_row} to {unit.first_row + unit.n_rows - 1}"
-        facts.failures.append(f"{receipt.task.uri} {rows}: {receipt.error}")
+        facts.book_failure(f"{receipt.task.uri} {rows}: {receipt.error}")
         logger.error("unit %s given up: %s", unit.name, facts.failures[-1], extra={"unit": unit.name})
         telemetry.fail_unit()
         return
     markers[receipt.marker.unit.name] = receipt.marker
-    marker = dataclasses.asdict(receipt.marker)
-    facts.add_receipt(marker, receipt.facts)
-    amounts = unit_amounts(marker, receipt.facts, written_bytes(marker))
-    telemetry.finish_unit(amounts, receipt.marker.reasons)
+    marker = receipt.marker
+    committed = {name: getattr(marker, name) for name in ("rows_out", "tokens", "truncated", "reasons")}
+    bytes_out = sum(file.bytes for file in marker_files(marker))
+    done = read_receipt(marker.unit.n_rows, {**receipt.facts, **committed, "bytes_out": bytes_out})
+    facts.book(done)
+    telemetry.finish_unit(done)
 
 
 def _publish(
@@ -278,31 +267,33 @@ def _too_many_rejected(root: str, facts: RunFacts, allowed: float) -> RejectedRo
     )
 
 
-def _report(settings: Settings, work: Work, facts: RunFacts, outcome: str) -> dict[str, object]:
-    return make_report(
-        facts,
-        ended=time.time(),
+def _report(settings: Settings, work: Work, facts: RunFacts, outcome: str) -> EmbedReport:
+    reader_s = facts.steady_s * facts.workers.counts.get("readers", 0)
+    report = EmbedReport(
+        **summarise(facts, ended=time.time(), price_per_hour=settings.report.price_per_hour),
+        key=work.spec.vector_fingerprint,
+        complete=not outcome.startswith("incomplete"),
         outcome=outcome,
-        extra={
-            "output": work.dataset.root,
-            "corpus": settings.corpus.uri,
-            "plan": work.previous_number + 1,
-            "model": dataclasses.asdict(work.spec.model),
-            "vector_fingerprint": work.spec.vector_fingerprint,
-            "price_per_hour": settings.report.price_per_hour,
-            "settings": settings.model_dump(mode="json"),
-        },
+        files=(),
+        settings=settings.model_dump(mode="json"),
+        output=work.dataset.root,
+        corpus=str(settings.corpus.uri),
+        plan=work.previous_number + 1,
+        model=work.spec.model,
+        vector_fingerprint=work.spec.vector_fingerprint,
+        readers_busy=(facts.stage_s["read"] + facts.stage_s["tokenise"]) / reader_s if reader_s else 0.0,
+        lengths=text_lengths(facts),
     )
+    return dataclasses.replace(report, advice=tuple(advise_embed(report)))
 
 
-def _write_report(work: Work, report: dict[str, object]) -> None:
-    folder = open_folder(work.dataset.storage, work.dataset.root, "dataset", "output.uri")
-    write_report(folder, embed_page(report), report_json(report))
+def _write_report(work: Work, report: EmbedReport) -> None:
+    write_report(work.dataset.storage, work.dataset.root, embed_page(report), to_json(report))
 
 
-def _tell_failure(work: Work, report: dict[str, object]) -> None:
+def _tell_failure(work: Work, report: EmbedReport) -> None:
     """Write the report of a failed run; what failed the run may refuse the report, too."""
     try:
         _write_report(work, report)
-    except (OutputCollisionError, StorageError) as error:
+    except StorageError as error:
         logger.error("no report of this run: %s", error)  # noqa: TRY400 - the run's own error follows

@@ -64,7 +64,8 @@ def prepare(settings: Settings) -> Work:
         connect(settings.resources)
         logger.info("scanning %d of %d corpus objects", len(changed), len(listed))
         tasks = min(len(changed), max(1, int(ray.cluster_resources().get("CPU", 1))))
-        scanned = scan_objects(storage, changed, settings.corpus, limits, tasks)
+        interval_s = settings.report.log_interval_s
+        scanned = scan_objects(storage, changed, settings.corpus, limits, tasks, interval_s)
     if spec_there is not None:
         columns = _same_columns(settings, spec_there.columns)
     else:

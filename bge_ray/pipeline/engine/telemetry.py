@@ -2,14 +2,18 @@
 
 The driver sets all of it, from the one receipt that it gets of each unit. So a unit counts once however
 often its tasks were repeated, which a counter in a stage could not promise, and the cost is a few
-numbers a unit. The series are few: names below, times reasons for rejecting a row, times runs.
+numbers a unit. The series are few: names below, times jobs, times reasons for rejecting a row. Runs are no
+label, because there is a new one every night and Prometheus keeps a series for each: the moment at which a
+run began is a gauge, and log lines and reports carry its id.
 Fractions (busy, waiting, padding) are left to the query, which can take them over any time:
 see infra/observability.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
+
+from bge_ray.report.facts import Receipt, RunFacts
 
 logger = logging.getLogger(__name__)
 
@@ -29,34 +33,36 @@ COUNTERS = {
 GAUGES = {
     "units_left": "work units of this run still to do",
     "encoders": "encoders or rerankers of this run",
+    "run_started_seconds": "when the run began, in Unix seconds; its report tells its id",
 }
 PREFIX = "bge_"
 # Not `job`: Prometheus gives that label to what it scrapes, and would rename ours.
-TAGS = ("bge_job", "run_id")
+TAGS = ("bge_job",)
 
 
 class Telemetry:
-    """The metrics of one run, under its job and run id."""
+    """The metrics of one run, under its job."""
 
-    def __init__(self, job: str, run_id: str) -> None:
+    def __init__(self, job: str) -> None:
         """Register the metrics; Ray must be connected."""
-        self._tags = {"bge_job": job, "run_id": run_id}
+        self._tags = {"bge_job": job}
         self._metrics: dict[str, Any] = {}
         self._units_left = 0
         self._given_up = False
         self._attempt(self._register)
 
-    def start(self, *, units: int, encoders: int) -> None:
-        """Say how much there is to do, and by how many."""
-        self._units_left = units
-        self._set("encoders", encoders)
-        self._set("units_left", units)
+    def start(self, facts: RunFacts) -> None:
+        """Say when the run began, how much there is to do, and by how many."""
+        self._units_left = facts.units_planned
+        self._set("run_started_seconds", facts.started)
+        self._set("encoders", facts.workers.models)
+        self._set("units_left", facts.units_planned)
 
-    def finish_unit(self, amounts: Mapping[str, float], reasons: Mapping[str, int]) -> None:
-        """Count a finished unit: amounts by the names of COUNTERS, rejected rows by reason."""
-        for name, amount in amounts.items():
+    def finish_unit(self, receipt: Receipt) -> None:
+        """Count a finished unit."""
+        for name, amount in _amounts(receipt).items():
             self._count(name, amount)
-        for reason, rows in reasons.items():
+        for reason, rows in receipt.reasons.items():
             self._count("rejected_rows", rows, reason=reason)
         self._end_unit("units")
 
@@ -98,15 +104,15 @@ class Telemetry:
             logger.warning("no metrics of this run: %s: %s", type(error).__name__, error)
 
 
-def unit_amounts(marker: Mapping[str, Any], facts: Mapping[str, Any], bytes_out: int) -> dict[str, float]:
-    """Return what an embedded unit counts for, by the names of COUNTERS."""
+def _amounts(receipt: Receipt) -> dict[str, float]:
+    """Return what a unit counts for, by the names of COUNTERS."""
     return {
-        "rows": marker["rows_out"],
-        "tokens": marker["tokens"],
-        "padded_tokens": facts["padded_tokens"],
-        "truncated_rows": marker["truncated"],
-        "bytes_in": facts["text_bytes"],
-        "bytes_out": bytes_out,
-        "device_busy_seconds": facts["device_s"],
-        "queue_wait_seconds": facts["waited_s"],
+        "rows": receipt.rows_out,
+        "tokens": receipt.tokens,
+        "padded_tokens": receipt.padded_tokens,
+        "truncated_rows": receipt.truncated,
+        "bytes_in": receipt.bytes_in,
+        "bytes_out": receipt.bytes_out,
+        "device_busy_seconds": receipt.device_s,
+        "queue_wait_seconds": receipt.waited_s,
     }

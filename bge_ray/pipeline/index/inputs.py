@@ -8,9 +8,8 @@ from bge_ray.index.factory import IndexSpec, Metric, check_factory, choose_facto
 from bge_ray.pipeline.index.queries import Queries, given_queries
 from bge_ray.pipeline.index.steps import key_of
 from bge_ray.records.dataset import DatasetSpec, Manifest
+from bge_ray.records.index import INDEX_FORMAT_VERSION
 from bge_ray.settings.sections import IndexSettings
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,12 @@ def read_inputs(dataset: Dataset, settings: IndexSettings) -> Inputs:
             f"{name}: its manifest is of another data set ({manifest.vector_fingerprint[:12]}) than its "
             f"dataset.json ({there.vector_fingerprint[:12]}); run embed.py again"
         )
-    if not manifest.vectors:
+    if not manifest.rows_out:
         raise SettingsError(f"{name}: the data set has no vectors")
-    spec = settle_spec(there, manifest.vectors, settings)
+    spec = settle_spec(there, manifest.rows_out, settings)
     queries = given_queries(dataset.storage, settings)
     key = key_of(
-        FORMAT_VERSION,
+        INDEX_FORMAT_VERSION,
         manifest.vector_fingerprint,
         spec.factory,
         spec.metric.value,

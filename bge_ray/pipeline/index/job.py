@@ -5,12 +5,11 @@ what went into them, so a rerun, or a run over a data set that has changed a lit
 missing and no more. What was published last stays whole until `index.json` names its successor.
 """
 
-import json
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import ray
 
@@ -18,12 +17,13 @@ from bge_ray.dataset.folder import PARALLEL_REQUESTS, Dataset
 from bge_ray.errors import RecallError, SettingsError, StorageError
 from bge_ray.index.drift import imbalance
 from bge_ray.index.factory import Kind, index_bytes
+from bge_ray.index.tune import Measurement
 from bge_ray.pipeline.engine.cluster import connect
 from bge_ray.pipeline.engine.stopping import StopRequest, make_watch
 from bge_ray.pipeline.engine.tasks import largest_node
-from bge_ray.pipeline.index.inputs import FORMAT_VERSION, Inputs, read_inputs
+from bge_ray.pipeline.index.inputs import Inputs, read_inputs
 from bge_ray.pipeline.index.queries import encode_given
-from bge_ray.pipeline.index.recall import TUNED_K, HeldOut, Quality, hold_out, tune, tuned_recall
+from bge_ray.pipeline.index.recall import HeldOut, Quality, hold_out, tune, tuned_recall
 from bge_ray.pipeline.index.steps import (
     Build,
     add_parts,
@@ -42,17 +42,33 @@ from bge_ray.pipeline.index.steps import (
     sizes_uri,
 )
 from bge_ray.pipeline.index.tasks import StoredPart, TrainedFile, WrittenFile
+from bge_ray.records.canonical import from_json, to_json
+from bge_ray.records.dataset import FileFact
 from bge_ray.records.ids import IdArray
+from bge_ray.records.index import INDEX_FORMAT_VERSION, CurvePoint, IndexDescription, Recall, TrainedOn
+from bge_ray.records.reports import IndexReport
+from bge_ray.report.advice import advise_index
+from bge_ray.report.facts import RunFacts, Workers, summarise
 from bge_ray.report.index_page import index_page
+from bge_ray.run_id import run_id
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.concatenate import remove_unfinished
 from bge_ray.storage.lease import Lease, is_leased
 from bge_ray.storage.objects import Storage, join
+from bge_ray.storage.reports import write_report
 
 logger = logging.getLogger(__name__)
 
 
-def build_index(settings: Settings, stop: StopRequest | None = None) -> dict[str, Any]:
+# What FAISS calls the effort of a search.
+PARAMETERS: dict[Kind, Literal["nprobe", "efSearch"] | None] = {
+    Kind.IVF: "nprobe",
+    Kind.SHARDS: "efSearch",
+    Kind.FLAT: None,
+}
+
+
+def build_index(settings: Settings, stop: StopRequest | None = None) -> IndexDescription:
     """Build the index of a data set, doing only what is not done yet.
 
     Args:
@@ -60,7 +76,7 @@ def build_index(settings: Settings, stop: StopRequest | None = None) -> dict[str
         stop: asked between tasks whether to stop.
 
     Returns:
-        The content of index.json; ``reached`` says whether the recall target was.
+        What index.json says; ``reached`` says whether the recall target was.
 
     Raises:
         SettingsError, CorpusError, DatasetMismatchError: there is no complete data set, or the factory is not
@@ -70,6 +86,7 @@ def build_index(settings: Settings, stop: StopRequest | None = None) -> dict[str
             published before is as it was.
     """
     settings.require("output.uri")
+    facts = RunFacts("index", run_id())
     storage = Storage(settings.output.storage_timeout_s)
     root = str(settings.output.uri)
     inputs = read_inputs(Dataset(storage, root), settings.index)
@@ -93,10 +110,24 @@ def build_index(settings: Settings, stop: StopRequest | None = None) -> dict[str
             _sweep(storage, root, current)
             return current
         at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        build = Build(storage, root, inputs.manifest, inputs.spec, settings.index, at_once, watch)
-        description = _build(build, inputs, settings)
+        facts.start(_workers(settings, at_once), time.time())
+        build = Build(
+            storage=storage,
+            root=root,
+            manifest=inputs.manifest,
+            spec=inputs.spec,
+            settings=settings.index,
+            at_once=at_once,
+            watch=watch,
+            did=facts,
+            log_interval_s=settings.report.log_interval_s,
+        )
+        description, sizes = _build(build, inputs, settings)
         lease.check()
-        storage.write(build.uri("index.json"), (json.dumps(description, indent=1) + "\n").encode())
+        report = _report(settings, root, facts, description)
+        page = index_page(report, sizes)
+        write_report(storage, join(root, "index"), page, to_json(report))
+        storage.write(build.uri("index.json"), to_json(description))
         _sweep(storage, root, description)
     return description
 
@@ -109,36 +140,36 @@ def plan_index(settings: Settings) -> str:
     manifest, spec = inputs.manifest, inputs.spec
     fresh = _current(dataset.storage, dataset.root, inputs) is not None
     return (
-        f"{spec.factory}: {manifest.vectors:,} vectors in {len(manifest.shards):,} shards, "
-        f"{min(spec.training_rows, manifest.vectors):,} training rows, about "
-        f"{index_bytes(spec, manifest.vectors) / 1e6:,.0f} MB, "
+        f"{spec.factory}: {manifest.rows_out:,} vectors in {len(manifest.shards):,} shards, "
+        f"{min(spec.training_rows, manifest.rows_out):,} training rows, about "
+        f"{index_bytes(spec, manifest.rows_out) / 1e6:,.0f} MB, "
         + ("up to date: nothing to do" if fresh else "to be built")
     )
 
 
-def index_outcome(settings: Settings, index: dict[str, Any]) -> str:
+def index_outcome(settings: Settings, index: IndexDescription) -> str:
     """Say in one line what `build_index` came to.
 
     Raises:
         RecallError: the index is published, and misses its recall target.
     """
-    recall = index["recall"].get(f"@{TUNED_K}") or index["recall"]["@1"]
-    effort = f" at {index['effort']} {index['nprobe']}" if index["effort"] else ""
+    recall = index.tuned_recall
+    effort = f" at {index.parameter} {index.effort}" if index.parameter else ""
     line = (
-        f"{index['factory']}: {index['ntotal']:,} vectors, "
-        f"recall@{recall['k']} {recall['value']:.4f}{effort}, "
-        f"{index['recall_after_exact_reranking']['value']:.4f} with exact re-ranking; "
+        f"{index.factory}: {index.ntotal:,} vectors, "
+        f"recall@{recall.k} {recall.value:.4f}{effort}, "
+        f"{index.recall_after_exact_reranking.value:.4f} with exact re-ranking; "
         f"see {join(str(settings.output.uri), 'index', 'report.html')}"
     )
-    if not index["reached"]:
+    if not index.reached:
         raise RecallError(
-            f"{line}; index.recall_target {index['recall_target']:g} was not reached: the index is "
+            f"{line}; index.recall_target {index.recall_target:g} was not reached: the index is "
             "published, search it with exact re-ranking, or build one with a larger code"
         )
     return line
 
 
-def read_index(storage: Storage, root: str) -> dict[str, Any] | None:
+def read_index(storage: Storage, root: str) -> IndexDescription | None:
     """Return the description of the published index, or None.
 
     Raises:
@@ -149,26 +180,35 @@ def read_index(storage: Storage, root: str) -> dict[str, Any] | None:
     if data is None:
         return None
     try:
-        description = dict(json.loads(data))
-    except (ValueError, TypeError) as error:
-        raise StorageError(f"{uri}: is damaged ({error}); remove it to build the index anew") from error
-    if description.get("format_version") != FORMAT_VERSION:
-        raise StorageError(f"{uri}: is of another version; remove it to build the index anew")
-    return description
+        # The version comes first: a description of another version need not look like ours at all.
+        version = from_json(_Versioned, data).format_version
+        if version != INDEX_FORMAT_VERSION:
+            raise StorageError(
+                f"{uri}: is of format {version}, this version reads {INDEX_FORMAT_VERSION}; remove it to "
+                "build the index anew"
+            )
+        return from_json(IndexDescription, data)
+    except ValueError as error:
+        first = " ".join(str(error).split())[:300]
+        raise StorageError(f"{uri}: is damaged ({first}); remove it to build the index anew") from error
 
 
-def index_files(root: str, description: dict[str, Any]) -> list[WrittenFile]:
+@dataclass(frozen=True)
+class _Versioned:
+    """The part of index.json that every version has."""
+
+    format_version: int
+
+
+def index_files(root: str, index: IndexDescription) -> list[WrittenFile]:
     """Return the files of a published index, with full URIs."""
-    return [
-        WrittenFile(join(root, "index", f["path"]), f["bytes"], f["sha256"], f["rows"])
-        for f in description["files"]
-    ]
+    return [WrittenFile(join(root, "index", f.path), f.bytes, f.sha256, f.rows) for f in index.files]
 
 
-def _current(storage: Storage, root: str, inputs: Inputs) -> dict[str, Any] | None:
+def _current(storage: Storage, root: str, inputs: Inputs) -> IndexDescription | None:
     """Return the published index if it is of these inputs and its files are there."""
     current = read_index(storage, root)
-    if current is None or current["inputs"] != inputs.key:
+    if current is None or current.inputs != inputs.key:
         return None
     for file in index_files(root, current):
         info = storage.info(file.path)
@@ -177,6 +217,29 @@ def _current(storage: Storage, root: str, inputs: Inputs) -> dict[str, Any] | No
             return None
     logger.info("nothing to do: the index of %s is up to date", root)
     return current
+
+
+def _workers(settings: Settings, at_once: int) -> Workers:
+    if settings.index.gpus_per_task:
+        gpus = ray.cluster_resources().get("GPU", 0.0)
+        return Workers("cuda", gpus, {"tasks": at_once}, model="tasks")
+    return Workers("cpu", at_once, {"tasks": at_once}, model="tasks")
+
+
+def _report(settings: Settings, root: str, facts: RunFacts, index: IndexDescription) -> IndexReport:
+    recall = index.tuned_recall
+    reached = "reached" if index.reached else "not reached"
+    report = IndexReport(
+        **summarise(facts, ended=time.time(), price_per_hour=settings.report.price_per_hour),
+        key=index.inputs,
+        complete=True,
+        outcome=f"complete: {index.ntotal:,} vectors; recall@{recall.k} of {index.recall_target:g} {reached}",
+        files=index.files,
+        settings=settings.model_dump(mode="json"),
+        output=root,
+        index=index,
+    )
+    return replace(report, advice=tuple(advise_index(report)))
 
 
 @dataclass(frozen=True)
@@ -190,13 +253,16 @@ class Made:
     drift: float = 0.0
 
 
-def _build(build: Build, inputs: Inputs, settings: Settings) -> dict[str, Any]:
+def _build(build: Build, inputs: Inputs, settings: Settings) -> tuple[IndexDescription, IdArray | None]:
+    """Build, and return what came of it with the (nlist,) sizes of its lists, if it has lists."""
     started = time.time()
     kind = build.spec.kind
     # First of all, because a model that cannot be loaded should not be noticed after hours.
     given = None
     if inputs.queries is not None:
-        given = encode_given(inputs.queries, inputs.dataset.model, settings.model, build.watch)
+        with build.step("encoding", "query files", 1) as step:
+            given = encode_given(inputs.queries, inputs.dataset.model, settings.model, build.watch)
+            step.advance()
     trained = get_trained(build, reuse=True)
     if kind is Kind.SHARDS:
         shards = build_shards(build, trained)
@@ -223,10 +289,7 @@ def _build(build: Build, inputs: Inputs, settings: Settings) -> dict[str, Any]:
         made = _merge(build, trained, parts, sizes, held_out, folder)
         made = replace(made, drift=drifted)
     check_count(build, sum(file.rows for file in made.files))
-    description = _describe(build, inputs, trained, made, len(held_out.queries))
-    description["seconds"] = time.time() - started
-    build.storage.write(build.uri("report.html"), index_page(description, made.sizes))
-    return description
+    return _describe(build, inputs, trained, made, len(held_out.queries), time.time() - started), made.sizes
 
 
 def _merge(
@@ -253,44 +316,50 @@ def _merge(
 
 
 def _describe(
-    build: Build, inputs: Inputs, trained: TrainedFile, made: Made, num_queries: int
-) -> dict[str, Any]:
+    build: Build, inputs: Inputs, trained: TrainedFile, made: Made, num_queries: int, seconds: float
+) -> IndexDescription:
     below = len(build.uri("x")) - 1
     spec, quality, tuning = build.spec, made.quality, made.quality.tuning
-    return {
-        "format_version": FORMAT_VERSION,
-        "inputs": inputs.key,
-        "vector_fingerprint": build.manifest.vector_fingerprint,
-        "factory": spec.factory,
-        "kind": spec.kind.value,
-        "metric": spec.metric.value,
-        "dim": spec.dim,
-        "ntotal": sum(file.rows for file in made.files),
-        "nlist": spec.nlist,
-        "files": [asdict(file) | {"path": file.path[below:]} for file in made.files],
-        "training": {"path": trained.uri[below:], "sha256": trained.sha256},
-        "parts": [uri[below:] for uri in made.kept],
-        "effort": {Kind.IVF: "nprobe", Kind.SHARDS: "efSearch", Kind.FLAT: None}[spec.kind],
-        "nprobe": tuning.chosen.effort,
-        "recall_target": tuning.target,
-        "reached": tuning.reached,
-        "queries": inputs.queries.uri if inputs.queries else "rows of the data set, their own row left out",
-        "num_queries": num_queries,
-        "recall": {f"@{r.k}": asdict(r) for r in tuning.chosen.recalls},
-        "ceiling": {f"@{r.k}": asdict(r) for r in tuning.ceiling.recalls} if tuning.ceiling else None,
-        "ceiling_queries": quality.ceiling_queries,
-        "recall_after_exact_reranking": asdict(quality.rescored),
-        "gain_of_exact_reranking": quality.rescored.value - tuned_recall(tuning.chosen).value,
-        "curve": [{"nprobe": m.effort, **{f"@{r.k}": r.value for r in m.recalls}} for m in tuning.curve],
-        "imbalance": 1.0 if made.sizes is None else imbalance(made.sizes),
-        "drift": made.drift,
-    }
+    return IndexDescription(
+        inputs=inputs.key,
+        vector_fingerprint=build.manifest.vector_fingerprint,
+        factory=spec.factory,
+        kind=spec.kind.value,
+        metric=spec.metric.value,
+        dim=spec.dim,
+        ntotal=sum(file.rows for file in made.files),
+        nlist=spec.nlist,
+        files=tuple(FileFact(f.path[below:], f.bytes, f.sha256, f.rows) for f in made.files),
+        training=TrainedOn(trained.uri[below:], trained.sha256),
+        parts=tuple(uri[below:] for uri in made.kept),
+        parameter=PARAMETERS[spec.kind],
+        effort=tuning.chosen.effort,
+        recall_target=tuning.target,
+        reached=tuning.reached,
+        queries=inputs.queries.uri if inputs.queries else "rows of the data set, their own row left out",
+        num_queries=num_queries,
+        recall=_by_depth(tuning.chosen),
+        ceiling=_by_depth(tuning.ceiling) if tuning.ceiling else None,
+        ceiling_queries=quality.ceiling_queries,
+        recall_after_exact_reranking=quality.rescored,
+        gain_of_exact_reranking=quality.rescored.value - tuned_recall(tuning.chosen).value,
+        curve=tuple(
+            CurvePoint(m.effort, {depth: r.value for depth, r in _by_depth(m).items()}) for m in tuning.curve
+        ),
+        imbalance=1.0 if made.sizes is None else imbalance(made.sizes),
+        drift=made.drift,
+        seconds=seconds,
+    )
 
 
-def _sweep(storage: Storage, root: str, description: dict[str, Any]) -> None:
+def _by_depth(measured: Measurement) -> dict[str, Recall]:
+    return {f"@{recall.k}": recall for recall in measured.recalls}
+
+
+def _sweep(storage: Storage, root: str, index: IndexDescription) -> None:
     """Remove what the published index does not need, and what killed runs left unfinished."""
-    live = {"index.json", "training.json", "report.html", "lease.json", description["training"]["path"]}
-    live |= {*description["parts"], *(file["path"] for file in description["files"])}
+    live = {"index.json", "training.json", "report.html", "report.json", "lease.json", index.training.path}
+    live |= {*index.parts, *(file.path for file in index.files)}
     # A listing names a local file by its full URI, so only what is below the folder can be compared.
     dead = [
         info.uri

@@ -12,13 +12,14 @@ from bge_ray.dataset.commit import ROW_GROUP_ROWS
 from bge_ray.errors import IndexBuildError
 from bge_ray.index.factory import Kind
 from bge_ray.index.topk import NO_RESULT, Results, merge_topk
-from bge_ray.index.tune import Measurement, Recall, Tuning, measure, measure_recall, tune_effort
+from bge_ray.index.tune import Measurement, Tuning, measure, measure_recall, tune_effort
 from bge_ray.pipeline.engine.tasks import run_tasks
 from bge_ray.pipeline.index.searchers import IndexSource, search_all, start_searchers
 from bge_ray.pipeline.index.steps import SEED, TASK_BYTES, Build
 from bge_ray.pipeline.index.tasks import exact_task, sample_task
 from bge_ray.records.dataset import FileFact
 from bge_ray.records.ids import FloatArray, IdArray
+from bge_ray.records.index import Recall
 
 TUNED_K = 10
 MEASURED_K = 100
@@ -76,10 +77,12 @@ def hold_out(build: Build, given: FloatArray | None) -> HeldOut:
     groups = _even_groups(build.facts, EXACT_TASKS_PER_CPU * build.at_once)
     arguments = ((build.storage, build.root, group, shared, k) for group in groups)
     best: Results | None = None
-    for _, found in run_tasks(
-        exact_task, arguments, at_once=build.at_once, watch=build.watch, memory_bytes=TASK_BYTES
-    ):
-        best = found if best is None else merge_topk([best, found], k)
+    with build.step("searching exactly", "groups of shards", len(groups)) as step:
+        for _, found in run_tasks(
+            exact_task, arguments, at_once=build.at_once, watch=build.watch, memory_bytes=TASK_BYTES
+        ):
+            best = found if best is None else merge_topk([best, found], k)
+            step.advance()
     if best is None:
         raise IndexBuildError("the data set has no vectors")
     truth = best[1] if own is None else drop_own(best[1], own)
@@ -97,6 +100,7 @@ def tune(build: Build, sources: Sequence[IndexSource], held_out: HeldOut) -> Qua
     spec = build.spec
     largest = {Kind.IVF: spec.nlist, Kind.FLAT: 1, Kind.SHARDS: MAX_EF_SEARCH}[spec.kind]
     searchers = start_searchers(build.storage, sources, build.at_once)
+    step = build.step("tuning", "searches", None)
     last: dict[int, IdArray] = {}
 
     def search_at(effort: int, n_queries: int | None = None) -> IdArray:
@@ -106,6 +110,7 @@ def tune(build: Build, sources: Sequence[IndexSource], held_out: HeldOut) -> Qua
             own=None if held_out.own is None else held_out.own[:n_queries],
         )
         _, ids = search_all(searchers, some.queries, held_out.fetched_k, effort, build.watch)
+        step.advance()
         return some.results(ids)
 
     def remembered(effort: int) -> IdArray:
@@ -115,21 +120,22 @@ def tune(build: Build, sources: Sequence[IndexSource], held_out: HeldOut) -> Qua
 
     depth = min(TUNED_K, held_out.truth.shape[1])
     try:
-        tuning = tune_effort(
-            remembered,
-            held_out.truth,
-            build.settings.recall_target,
-            largest,
-            k=TUNED_K if depth == TUNED_K else 1,
-            measure_ceiling=False,
-        )
-        chosen = tuning.chosen.effort
-        candidates = last[chosen] if chosen in last else search_at(chosen)
-        asked = len(held_out.queries)
-        if tuning.ceiling is None:
-            asked = min(asked, CEILING_QUERIES)
-            ceiling = measure(search_at(largest, asked), held_out.truth[:asked], largest)
-            tuning = dataclasses.replace(tuning, ceiling=ceiling)
+        with step:
+            tuning = tune_effort(
+                remembered,
+                held_out.truth,
+                build.settings.recall_target,
+                largest,
+                k=TUNED_K if depth == TUNED_K else 1,
+                measure_ceiling=False,
+            )
+            chosen = tuning.chosen.effort
+            candidates = last[chosen] if chosen in last else search_at(chosen)
+            asked = len(held_out.queries)
+            if tuning.ceiling is None:
+                asked = min(asked, CEILING_QUERIES)
+                ceiling = measure(search_at(largest, asked), held_out.truth[:asked], largest)
+                tuning = dataclasses.replace(tuning, ceiling=ceiling)
     finally:
         for searcher in searchers:
             ray.kill(searcher)
@@ -178,6 +184,6 @@ def _draw(build: Build) -> tuple[FloatArray, IdArray]:
             groups.setdefault(row // ROW_GROUP_ROWS, []).append(row % ROW_GROUP_ROWS)
         if groups:
             tasks.append((build.storage, build.root, fact, groups))
-    found = build.run(sample_task, tasks, memory_bytes=TASK_BYTES)
+    found = build.run(sample_task, tasks, step="drawing queries", things="shards", memory_bytes=TASK_BYTES)
     vectors = np.concatenate([vectors for vectors, _ in found]).astype(np.float32)
     return vectors, np.concatenate([ids for _, ids in found])

@@ -18,6 +18,7 @@ from bge_ray.index.drift import drift
 from bge_ray.index.factory import IndexSpec, Kind, index_bytes
 from bge_ray.index.header import HeaderFormatError, ivf_header
 from bge_ray.index.merge import ListRange, plan_ranges, total_sizes
+from bge_ray.pipeline.engine.progress import Step
 from bge_ray.pipeline.engine.tasks import largest_node, run_tasks
 from bge_ray.pipeline.index.searchers import RangePiece
 from bge_ray.pipeline.index.tasks import (
@@ -41,6 +42,7 @@ from bge_ray.pipeline.index.tasks import (
 from bge_ray.records.canonical import digest
 from bge_ray.records.dataset import FileFact, Manifest
 from bge_ray.records.ids import IdArray
+from bge_ray.report.facts import RunFacts
 from bge_ray.settings.sections import IndexSettings
 from bge_ray.storage.concatenate import Piece
 from bge_ray.storage.objects import Storage, join
@@ -65,6 +67,8 @@ class Build:
     settings: IndexSettings
     at_once: int
     watch: Callable[[], None]
+    did: RunFacts
+    log_interval_s: float
 
     @property
     def facts(self) -> list[FileFact]:
@@ -84,25 +88,35 @@ class Build:
         function: Callable[..., Any],
         arguments: Sequence[tuple[Any, ...]],
         *,
+        step: str,
+        things: str,
         num_cpus: float = 1.0,
         num_gpus: float = 0.0,
         memory_bytes: int = 0,
         fetch: bool = True,
     ) -> list[Any]:
-        """Run tasks and return their results in the order of the arguments; see `run_tasks`."""
+        """Run tasks and return their results in the order of the arguments; see `run_tasks` and `step`."""
         results: list[Any] = [None] * len(arguments)
-        for number, result in run_tasks(
-            function,
-            arguments,
-            at_once=self.at_once,
-            watch=self.watch,
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            memory_bytes=memory_bytes,
-            fetch=fetch,
-        ):
-            results[number] = result
+        if not arguments:
+            return results
+        with self.step(step, things, len(arguments)) as told:
+            for number, result in run_tasks(
+                function,
+                arguments,
+                at_once=self.at_once,
+                watch=self.watch,
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+                memory_bytes=memory_bytes,
+                fetch=fetch,
+            ):
+                results[number] = result
+                told.advance()
         return results
+
+    def step(self, name: str, things: str, total: int | None) -> Step:
+        """Return a step of the build, which is told while it lasts and booked when it ends; see `Step`."""
+        return Step(name, things, total, self.log_interval_s, at_once=self.at_once, facts=self.did)
 
 
 def key_of(*parts: object) -> str:
@@ -140,7 +154,15 @@ def get_trained(build: Build, *, reuse: bool) -> TrainedFile:
     gpus = build.settings.gpus_per_task if spec.kind is Kind.IVF else 0.0
     arguments = (build.storage, build.uri(path), spec, cpus, "cuda" if gpus else None, *sample)
     memory = TASK_BYTES + 16 * spec.training_rows * spec.dim
-    [sha256] = build.run(train_task, [arguments], num_cpus=cpus, num_gpus=gpus, memory_bytes=memory)
+    [sha256] = build.run(
+        train_task,
+        [arguments],
+        step="training",
+        things="indexes",
+        num_cpus=cpus,
+        num_gpus=gpus,
+        memory_bytes=memory,
+    )
     record = wanted | {"path": path, "sha256": sha256}
     build.storage.write(build.uri("training.json"), json.dumps(record, indent=1).encode())
     return TrainedFile(build.uri(path), sha256, spec.factory, spec.metric.value, spec.dim)
@@ -161,7 +183,7 @@ def add_parts(build: Build, trained: TrainedFile) -> list[StoredPart]:
     ]
     logger.info("adding: %d of %d parts are to do", len(todo), len(names))
     memory = TASK_BYTES + 2 * build.settings.part_bytes + 2 * index_bytes(build.spec, 0)
-    build.run(add_task, todo, num_gpus=gpus, memory_bytes=memory)
+    build.run(add_task, todo, step="adding", things="parts", num_gpus=gpus, memory_bytes=memory)
     return open_stored(build.storage, [build.uri("parts", name) for name in names])
 
 
@@ -224,7 +246,7 @@ def merge_parts(
     ]
     logger.info("merging: %d of %d ranges are to do", len(todo), len(ranges))
     longest = max(lists.n_bytes for lists in ranges)
-    build.run(piece_task, todo, memory_bytes=TASK_BYTES + longest)
+    build.run(piece_task, todo, step="merging", things="ranges", memory_bytes=TASK_BYTES + longest)
     return [
         RangePiece(trained, build.uri(folder, name), lists, sizes_at)
         for lists, name in zip(ranges, names, strict=True)
@@ -261,6 +283,8 @@ def finish_ivf(
             )
             for group, name in zip(groups, names, strict=True)
         ],
+        step="finishing",
+        things="files",
         memory_bytes=TASK_BYTES + 4 * index_bytes(build.spec, 0),
     )
 
@@ -285,6 +309,8 @@ def finish_flat(
             (build.storage, trained, group, build.settings.range_bytes, build.uri(folder, name))
             for group, name in zip(groups, file_names(build, len(groups)), strict=True)
         ],
+        step="merging",
+        things="files",
         memory_bytes=TASK_BYTES + 3 * build.settings.range_bytes,
     )
 
@@ -302,6 +328,8 @@ def rebuild_files(
             (build.storage, trained, list(parts), lists, build.uri(folder, f"untuned-{number:05d}"))
             for number, lists in enumerate(ranges)
         ],
+        step="merging",
+        things="ranges",
         memory_bytes=TASK_BYTES + 3 * longest,
     )
 
@@ -317,13 +345,16 @@ def build_shards(build: Build, trained: TrainedFile) -> list[WrittenFile]:
         if name not in there
     ]
     logger.info("building: %d of %d index shards are to do", len(todo), len(names))
-    build.run(shard_index_task, todo, memory_bytes=TASK_BYTES + 3 * build.settings.range_bytes)
+    memory = TASK_BYTES + 3 * build.settings.range_bytes
+    build.run(shard_index_task, todo, step="building", things="index shards", memory_bytes=memory)
     return build.run(
         facts_task,
         [
             (build.storage, build.uri("parts", name), sum(fact.rows for fact in group))
             for group, name in zip(groups, names, strict=True)
         ],
+        step="hashing",
+        things="index shards",
     )
 
 
@@ -340,6 +371,8 @@ def set_effort(
             (build.storage, file, effort, build.uri(folder, target))
             for file, target in zip(files, names, strict=True)
         ],
+        step="finishing",
+        things="files",
         memory_bytes=TASK_BYTES + 3 * max(file.bytes for file in files),
     )
 
@@ -407,6 +440,8 @@ def _draw_sample(build: Build, wanted: int) -> list[Any]:
     return build.run(
         sample_task,
         [(build.storage, build.root, facts[shard], where) for shard, where in sorted(chosen.items())],
+        step="sampling",
+        things="shards",
         memory_bytes=TASK_BYTES,
         fetch=False,
     )

@@ -6,7 +6,8 @@ Like the embed job it knows one mode: take in, subtract what is done, do the res
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from bge_ray.model.run.batching import settle_budget
 from bge_ray.pipeline.engine.flow import by_actors, by_tasks, parcels, receipts
 from bge_ray.pipeline.engine.isolation import start_ledger
 from bge_ray.pipeline.engine.pools import Pool, PoolSizes, cluster_pools, compute_dtype
+from bge_ray.pipeline.engine.progress import Step
 from bge_ray.pipeline.engine.stopping import Stopped, StopRequest, make_watch
 from bge_ray.pipeline.engine.telemetry import Telemetry
 from bge_ray.pipeline.rerank.stages import ScoreStage, pair_stage, texts_stage
@@ -28,13 +30,13 @@ from bge_ray.pipeline.rerank.texts import TextSource, has_kept_texts
 from bge_ray.pipeline.runs.follow import (
     WORK,
     Source,
-    Tally,
     check_rejected,
     clear_work,
     finish_clearing,
     follow,
     open_source,
     publish_report,
+    published_files,
     read_current,
 )
 from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections, take_in
@@ -45,15 +47,17 @@ from bge_ray.pipeline.runs.parcels import (
     Parcel,
     ScoreJob,
     Workplace,
+    digest,
 )
 from bge_ray.pipeline.runs.parts import RunOutput, Totals, publish, write_stage
 from bge_ray.pipeline.search.stages import read_stage
-from bge_ray.records.canonical import digest
+from bge_ray.records.reports import RerankReport, Scoring
+from bge_ray.report.advice import advise_rerank
+from bge_ray.report.facts import RunFacts, summarise
 from bge_ray.run_id import run_id
 from bge_ray.settings.sections import RerankSettings, Settings
 from bge_ray.storage.lease import Lease
 from bge_ray.storage.objects import Storage, join
-from bge_ray.storage.ownership import open_folder
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +75,7 @@ class _Work:
     key: str
 
 
-def rerank(settings: Settings, stop: StopRequest | None = None) -> dict[str, Any]:
+def rerank(settings: Settings, stop: StopRequest | None = None) -> RerankReport:
     """Rerank candidate lists, doing only what is not done yet.
 
     Args:
@@ -87,13 +91,14 @@ def rerank(settings: Settings, stop: StopRequest | None = None) -> dict[str, Any
         IncompleteRunError, TakenOverError, StorageError: run again to continue.
         RejectedRowsError: the run is published, but too many pairs were left out.
     """
+    facts = RunFacts("rerank", run_id())
     work = _prepare(settings)
-    current = read_current(work.storage, work.folder, work.key)
+    current = read_current(work.storage, work.folder, work.key, RerankReport)
     if current is not None:
         finish_clearing(work.storage, work.folder)
         logger.info("nothing to do: %s is up to date", work.folder)
         _check_share(settings, current, work.folder)
-        return current | {"outcome": "nothing to do"}
+        return dataclasses.replace(current, outcome="nothing to do")
     dtype = compute_dtype(settings, "rerankers", settings.rerank.dtype, "float16")
     work = dataclasses.replace(work, spec=dataclasses.replace(work.spec, dtype=dtype))
     stop = stop or StopRequest()
@@ -103,27 +108,30 @@ def rerank(settings: Settings, stop: StopRequest | None = None) -> dict[str, Any
         place = join(work.folder, WORK)
         blocks = _blocks(settings, work, rejections, watch)
         limits = Limits(settings.rerank.unit_pairs, settings.rerank.join_pairs)
-        intake = take_in(work.storage, place, blocks, CANDIDATE_SCHEMA, limits, _unit_key(settings, work))
-        tally = Tally(time.time(), sum(u.n_rows for g in intake.groups for u in g.todo))
+        key = _unit_key(settings, work)
+        with Step("reading", "candidate lists", None, settings.report.log_interval_s) as step:
+            intake = take_in(work.storage, place, step.each(blocks), CANDIDATE_SCHEMA, limits, key)
+        facts.plan(units=intake.todo_units, rows=intake.todo_rows)
+        facts.book_rejected(Counter(rejections.reasons), rejections.examples())
         outcome = "failed"
-        totals, pool = Totals(), None
+        totals = Totals()
         try:
             if intake.groups:
-                pool = _run(settings, work, intake, tally, watch)
+                _run(settings, work, intake, facts, watch)
             lease.check()
             output = RunOutput(work.folder, settings.search.tag, "logit")
             totals = publish(work.storage, place, intake.units, [output], rejections)
             if totals.rows != intake.rows:
                 raise IncompleteRunError(f"{intake.rows} pairs were planned, {totals.rows} came out")
+            facts.book_rejected(totals.reasons, totals.examples)
             outcome = "complete"
         except (BgeRayError, Stopped) as error:
             outcome = f"incomplete: {error}"
             raise
         finally:
-            report = _report(settings, work, intake, rejections, tally, totals, pool, outcome)
+            report = _report(settings, work, intake, rejections, facts, totals, outcome)
             if not lease.lost.is_set():
-                folder = open_folder(work.storage, work.folder, "reranked", "rerank.output")
-                publish_report(folder, report)
+                publish_report(work.storage, work.folder, report)
         clear_work(work.storage, work.folder)
     _check_share(settings, report, work.folder)
     return report
@@ -137,7 +145,7 @@ def plan_rerank(settings: Settings) -> str:
     for block in _blocks(settings, work, rejections, lambda: None):
         lists += 1
         pairs += len(block["query_id"])
-    done = read_current(work.storage, work.folder, work.key) is not None
+    done = read_current(work.storage, work.folder, work.key, RerankReport) is not None
     return (
         f"{pairs:,} pairs of {lists:,} queries by {work.spec.name} ({work.spec.max_length} tokens a pair), "
         f"{len(rejections):,} lines left out, to {work.folder}: {'up to date' if done else 'to be done'}"
@@ -196,9 +204,9 @@ def make_text_source(settings: RerankSettings, source: Source, sizes: PoolSizes)
     )
 
 
-def _check_share(settings: Settings, report: dict[str, Any], folder: str) -> None:
-    left_out = report["pairs_in"] - report["pairs_out"] + report["lists_rejected"]
-    share = left_out / max(1, report["pairs_in"] + report["lists_rejected"])
+def _check_share(settings: Settings, report: RerankReport, folder: str) -> None:
+    left_out = report.pairs_in - report.pairs_out + report.lists_rejected
+    share = left_out / max(1, report.pairs_in + report.lists_rejected)
     allowed = settings.rerank.max_rejected_fraction
     check_rejected(report, folder, share, allowed, "rerank.max_rejected_fraction")
 
@@ -280,26 +288,25 @@ def _block(found: Candidates, query: str, depth: int) -> Block:
     }
 
 
-def _run(settings: Settings, work: _Work, intake: Intake, tally: Tally, watch: Callable[[], None]) -> Pool:
-    most = {"rerankers": sum(len(group.todo) for group in intake.groups)}
-    sizes = cluster_pools(settings, most, watch)
+def _run(settings: Settings, work: _Work, intake: Intake, facts: RunFacts, watch: Callable[[], None]) -> None:
+    sizes = cluster_pools(settings, {"rerankers": intake.todo_units}, watch)
+    facts.start(sizes.workers("rerankers"), time.time())
     place = Workplace(
         work.storage, join(work.folder, WORK), settings.resources.max_unit_attempts, start_ledger()
     )
     job = make_score_job(settings, place, work.spec, sizes["rerankers"])
     source = make_text_source(settings.rerank, work.source, sizes) if work.source is not None else None
-    logger.info("%s pairs to score; %s", f"{tally.rows_planned:,}", sizes)
-    telemetry = Telemetry("rerank", run_id())
-    telemetry.start(units=sum(len(group.todo) for group in intake.groups), encoders=sizes["rerankers"].count)
+    logger.info("%s pairs to score; %s", f"{facts.rows_planned:,}", sizes)
+    telemetry = Telemetry("rerank")
+    telemetry.start(facts)
     follow(
         lambda: rerank_receipts(place, job, source, settings.rerank.depth, sizes, intake.groups),
-        intake,
-        tally,
+        facts,
+        "pairs",
         telemetry,
         watch,
         settings.report.log_interval_s,
     )
-    return sizes["rerankers"]
 
 
 def _report(
@@ -307,46 +314,52 @@ def _report(
     work: _Work,
     intake: Intake,
     rejections: Rejections,
-    tally: Tally,
+    facts: RunFacts,
     totals: Totals,
-    pool: Pool | None,
     outcome: str,
-) -> dict[str, Any]:
+) -> RerankReport:
     complete = outcome == "complete"
     lists = sum(passage_id is None for passage_id in rejections.passage_ids)
-    facts = totals.facts if complete else tally.facts
-    steady = tally.steady_s
-    return {
-        "complete": complete,
-        "outcome": outcome,
-        "key": work.key,
-        "candidates": settings.rerank.candidates,
-        "model": dataclasses.asdict(work.spec),
-        "units": len(intake.units),
-        "units_done_now": tally.done_units,
-        "queries": totals.queries,
-        "pairs_in": intake.rows + len(rejections) - lists,
-        "pairs_out": totals.results.get("logit", 0),
-        "lists_rejected": lists,
-        "rejected_reasons": dict(sorted(totals.reasons.items())),
-        "failures": tally.failures[:100],
-        "without_trec": totals.without_trec,
-        "wall_s": time.time() - tally.started,
-        "steady_s": steady,
-        **score_report(facts, tally, pool),
-    }
+    scoring = summarise_scoring(work.spec, facts, totals, totals.facts if complete else facts.counts)
+    report = RerankReport(
+        **summarise(facts, ended=time.time(), price_per_hour=settings.report.price_per_hour),
+        key=work.key,
+        complete=complete,
+        outcome=outcome,
+        files=published_files(work.folder, totals),
+        settings=settings.model_dump(mode="json"),
+        candidates=str(settings.rerank.candidates),
+        units=len(intake.units),
+        queries=totals.queries,
+        pairs_in=intake.rows + len(rejections) - lists,
+        pairs_out=scoring.pairs_out,
+        lists_rejected=lists,
+        without_trec=tuple(totals.without_trec),
+        scoring=scoring,
+    )
+    return dataclasses.replace(report, advice=tuple(advise_rerank(report)))
 
 
-def score_report(facts: dict[str, Any], tally: Tally, pool: Pool | None) -> dict[str, Any]:
-    """Return what the reranker pool did, for a report."""
-    steady = tally.steady_s
-    tokens, padded = facts.get("pair_tokens", 0), facts.get("padded_tokens", 0)
-    return {
-        "pair_tokens": tokens,
-        "truncated_pairs": facts.get("truncated_pairs", 0),
-        "padding_waste": 1 - tokens / padded if padded else 0.0,
-        "pair_tokens_per_s": tally.facts.get("pair_tokens", 0) / steady if steady else 0.0,
-        "num_rerankers": pool.count if pool else 0,
-        "utilisation": tally.facts.get("device_s", 0.0) / (steady * pool.count) if pool and steady else 0.0,
-        "stage_s": {key: facts[key] for key in sorted(facts) if key.endswith("_s")},
-    }
+def summarise_scoring(
+    spec: RerankerSpec, facts: RunFacts, totals: Totals, counts: Mapping[str, int]
+) -> Scoring:
+    """Return what the reranker pool did, for a report.
+
+    Args:
+        spec: of the reranker.
+        facts: of this run.
+        totals: of the published run.
+        counts: by name, of the published run, or of this run as far as it came.
+    """
+    steady, pool = facts.steady_s, facts.workers.counts.get("rerankers", 0)
+    tokens, padded = counts.get("pair_tokens", 0), counts.get("padded_tokens", 0)
+    return Scoring(
+        model=dataclasses.asdict(spec),
+        pairs_out=totals.results.get("logit", 0),
+        pair_tokens=tokens,
+        truncated_pairs=counts.get("truncated_pairs", 0),
+        padding_waste=1 - tokens / padded if padded else 0.0,
+        pair_tokens_per_s=facts.counts["pair_tokens"] / steady if steady else 0.0,
+        num_rerankers=pool,
+        utilisation=facts.device_s / (steady * pool) if steady and pool else 0.0,
+    )

@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bge_ray.pipeline.runs.parcels import GroupTask, UnitTask, ipc_bytes
-from bge_ray.records.canonical import digest
+from bge_ray.pipeline.runs.parcels import GroupTask, UnitTask, digest, ipc_bytes
+from bge_ray.records.reports import RejectedRow
 from bge_ray.storage.objects import Storage, join
 
 # Texts of a group that came inline, in characters; more are cut into several groups.
@@ -48,6 +48,13 @@ class Rejections:
         self.reasons.append(reason)
         self.details.append(detail[:300])
 
+    def examples(self) -> Iterator[RejectedRow]:
+        """Yield what was left out as a report shows it."""
+        for query_id, passage_id, reason, detail in zip(
+            self.query_ids, self.passage_ids, self.reasons, self.details, strict=True
+        ):
+            yield RejectedRow(reason, detail, query_id=query_id, passage_id=passage_id)
+
     def __len__(self) -> int:
         return len(self.reasons)
 
@@ -63,6 +70,16 @@ class Intake:
     def rows(self) -> int:
         """Input rows of all units."""
         return sum(unit.n_rows for unit in self.units)
+
+    @property
+    def todo_units(self) -> int:
+        """Units with something to do."""
+        return sum(len(group.todo) for group in self.groups)
+
+    @property
+    def todo_rows(self) -> int:
+        """Input rows of the units to do."""
+        return sum(unit.n_rows for group in self.groups for unit in group.todo)
 
 
 def take_in(

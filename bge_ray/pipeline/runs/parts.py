@@ -5,6 +5,7 @@ What a twin of the task writes later changes nothing.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import time
@@ -23,6 +24,9 @@ from bge_ray.errors import CorpusError, IncompleteRunError, StorageError
 from bge_ray.formats.runs import RUN_SCHEMA, encode_trec
 from bge_ray.pipeline.runs.intake import Rejections
 from bge_ray.pipeline.runs.parcels import CANDIDATE_SCHEMA, Parcel, UnitTask, Workplace, part_uri, whole
+from bge_ray.records.dataset import FileFact
+from bge_ray.records.reports import RejectedRow
+from bge_ray.report.facts import EXAMPLES_PER_REASON
 from bge_ray.storage.concatenate import Piece, concatenate
 from bge_ray.storage.objects import Storage, join
 
@@ -74,11 +78,13 @@ class RunOutput:
 
 @dataclass
 class Totals:
-    """What the parts of a run add up to."""
+    """What the parts of a run add up to; ``files`` are what was published of it, by URI."""
 
     queries: int = 0
     rows: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
+    examples: list[RejectedRow] = field(default_factory=list)
+    files: list[FileFact] = field(default_factory=list)
     facts: Counter[str] = field(default_factory=Counter)
     results: dict[str, int] = field(default_factory=dict)
     answered: dict[str, int] = field(default_factory=dict)
@@ -101,20 +107,30 @@ def publish(
         StorageError: reading or writing failed for good.
     """
     totals = Totals()
-    totals.reasons.update(rejections.reasons)
     with contextlib.ExitStack() as stack:
         writers = [_RunWriter(storage, work, output, stack) for output in outputs]
         rejected = _RejectedWriter(storage, work, stack)
         rejected.write_rejections(rejections)
         for unit, table in zip(units, _read_parts(storage, work, units), strict=True):
             _count(unit, table, totals)
-            rejected.write(table.filter(pc.is_valid(table["reason"])).select(REJECTED_SCHEMA.names))
+            left_out = table.filter(pc.is_valid(table["reason"])).select(REJECTED_SCHEMA.names)
+            rejected.write(left_out)
+            totals.examples += _examples(left_out)
             for writer in writers:
                 writer.write(table)
         for writer in writers:
             writer.publish(totals)
-        rejected.publish(join(outputs[0].folder, "rejected.parquet"))
+        totals.files.append(rejected.publish(join(outputs[0].folder, "rejected.parquet")))
     return totals
+
+
+def _examples(left_out: pa.Table) -> list[RejectedRow]:
+    """Return a few rows of each reason."""
+    chosen = [
+        left_out.filter(pc.equal(left_out["reason"], reason)).slice(0, EXAMPLES_PER_REASON).to_pylist()
+        for reason in pc.unique(left_out["reason"]).to_pylist()
+    ]
+    return [RejectedRow(**row) for rows in chosen for row in rows]
 
 
 def rank_rows(table: pa.Table, column: str) -> pa.Table:
@@ -162,7 +178,7 @@ def _count(unit: UnitTask, table: pa.Table, totals: Totals) -> None:
     totals.rows += len(table)
     totals.reasons.update(pc.drop_null(table["reason"]).to_pylist())
     facts = json.loads(table.schema.metadata[FACTS_KEY])
-    times = ("score_started", "score_ended", "written")
+    times = ("encode_started", "score_started", "score_ended", "written")
     totals.facts.update({key: value for key, value in facts.items() if key not in times})
 
 
@@ -190,6 +206,7 @@ class _PieceFile(io.RawIOBase):
     def __init__(self, storage: Storage, stem: str) -> None:
         super().__init__()
         self._storage, self._stem = storage, stem
+        self._sha, self._bytes = hashlib.sha256(), 0
         self._held = bytearray()
         self._pieces: list[Piece] = []
 
@@ -198,19 +215,22 @@ class _PieceFile(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         view = memoryview(data)
+        self._sha.update(view)
+        self._bytes += view.nbytes
         self._held += view
         if len(self._held) >= PIECE_BYTES:
             self._flush_piece()
         return view.nbytes
 
-    def publish(self, uri: str) -> None:
+    def publish(self, uri: str, rows: int) -> FileFact:
         """Make the object ``uri`` of all that was written."""
         if not self._pieces:
             self._storage.write(uri, bytes(self._held))
-            return
-        if self._held:
-            self._flush_piece()
-        concatenate(self._storage, self._pieces, uri)
+        else:
+            if self._held:
+                self._flush_piece()
+            concatenate(self._storage, self._pieces, uri)
+        return FileFact(uri, self._bytes, self._sha.hexdigest(), rows)
 
     def _flush_piece(self) -> None:
         uri = f"{self._stem}-{len(self._pieces):06d}"
@@ -227,18 +247,19 @@ class _ParquetFile:
         sink = stack.enter_context(pa.PythonFile(self._file, mode="w"))
         self._writer = stack.enter_context(pq.ParquetWriter(sink, schema, compression="zstd"))
         self._held: list[pa.Table] = []
-        self._rows = 0
+        self._rows = self._all_rows = 0
 
     def write(self, table: pa.Table) -> None:
         self._held.append(table)
         self._rows += len(table)
+        self._all_rows += len(table)
         if self._rows >= GROUP_ROWS:
             self._flush()
 
-    def publish(self, uri: str) -> None:
+    def publish(self, uri: str) -> FileFact:
         self._flush()
         self._writer.close()
-        self._file.publish(uri)
+        return self._file.publish(uri, self._all_rows)
 
     def _flush(self) -> None:
         if self._rows:
@@ -270,10 +291,10 @@ class _RunWriter:
 
     def publish(self, totals: Totals) -> None:
         folder, column = self._output.folder, self._output.column
-        self._parquet.publish(join(folder, "run.parquet"))
+        totals.files.append(self._parquet.publish(join(folder, "run.parquet")))
         trec = join(folder, "run.trec")
         if self._trec is not None:
-            self._trec.publish(trec)
+            totals.files.append(self._trec.publish(trec, self._results))
         else:
             # An old run.trec beside a new run.parquet would be taken for its twin.
             self._storage.delete([trec])
@@ -294,5 +315,5 @@ class _RejectedWriter:
     def write(self, table: pa.Table) -> None:
         self._file.write(table.cast(REJECTED_SCHEMA).replace_schema_metadata(None))
 
-    def publish(self, uri: str) -> None:
-        self._file.publish(uri)
+    def publish(self, uri: str) -> FileFact:
+        return self._file.publish(uri)

@@ -6,6 +6,7 @@ Like the embed job it knows one mode: take in, subtract what is done, do the res
 import dataclasses
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,27 +24,24 @@ from bge_ray.model.source import fetch_model, hash_model
 from bge_ray.pipeline.engine.flow import by_actors, by_tasks, parcels, receipts
 from bge_ray.pipeline.engine.isolation import start_ledger
 from bge_ray.pipeline.engine.pools import Pool, PoolSizes, cluster_pools, compute_dtype
+from bge_ray.pipeline.engine.progress import Step
 from bge_ray.pipeline.engine.stopping import Stopped, StopRequest, make_watch
 from bge_ray.pipeline.engine.telemetry import Telemetry
 from bge_ray.pipeline.index.job import index_files, read_index
 from bge_ray.pipeline.index.searchers import Searcher
-from bge_ray.pipeline.rerank.job import (
-    make_score_job,
-    make_text_source,
-    score_report,
-)
+from bge_ray.pipeline.rerank.job import make_score_job, make_text_source, summarise_scoring
 from bge_ray.pipeline.rerank.stages import ScoreStage, pair_stage, texts_stage
 from bge_ray.pipeline.rerank.texts import TextSource
 from bge_ray.pipeline.runs.follow import (
     WORK,
     Source,
-    Tally,
     check_rejected,
     clear_work,
     finish_clearing,
     follow,
     open_source,
     publish_report,
+    published_files,
     read_current,
 )
 from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections, take_in
@@ -55,6 +53,7 @@ from bge_ray.pipeline.runs.parcels import (
     Parcel,
     ScoreJob,
     Workplace,
+    digest,
 )
 from bge_ray.pipeline.runs.parts import RunOutput, Totals, publish, write_stage
 from bge_ray.pipeline.search.stages import (
@@ -64,13 +63,15 @@ from bge_ray.pipeline.search.stages import (
     read_stage,
     retrieve_stage,
 )
-from bge_ray.records.canonical import digest
 from bge_ray.records.dataset import ModelSpec
+from bge_ray.records.index import IndexDescription
+from bge_ray.records.reports import SearchedIndex, SearchReport
+from bge_ray.report.advice import advise_search
+from bge_ray.report.facts import RunFacts, summarise
 from bge_ray.run_id import run_id
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.lease import Lease
 from bge_ray.storage.objects import join
-from bge_ray.storage.ownership import open_folder
 
 logger = logging.getLogger(__name__)
 
@@ -87,12 +88,12 @@ class _Work:
     source: Source
     folder: str
     model: ModelSpec
-    index: dict[str, Any] | None
+    index: IndexDescription | None
     reranker: RerankerSpec | None
     key: str = ""
 
 
-def search(settings: Settings, stop: StopRequest | None = None) -> dict[str, Any]:
+def search(settings: Settings, stop: StopRequest | None = None) -> SearchReport:
     """Answer queries from a data set, doing only what is not done yet.
 
     Args:
@@ -108,14 +109,15 @@ def search(settings: Settings, stop: StopRequest | None = None) -> dict[str, Any
         IncompleteRunError, TakenOverError, StorageError: run again to continue.
         RejectedRowsError: the run is published, but too many queries have no answer.
     """
+    facts = RunFacts("search", run_id())
     work = _prepare(settings)
     storage = work.source.storage
-    current = read_current(storage, work.folder, work.key)
+    current = read_current(storage, work.folder, work.key, SearchReport)
     if current is not None:
         finish_clearing(storage, work.folder)
         logger.info("nothing to do: %s is up to date", work.folder)
         _check_share(settings, current, work.folder)
-        return current | {"outcome": "nothing to do"}
+        return dataclasses.replace(current, outcome="nothing to do")
     work = _with_dtypes(settings, work)
     stop = stop or StopRequest()
     with stop.deferred(), Lease(storage, work.folder) as lease:
@@ -123,25 +125,29 @@ def search(settings: Settings, stop: StopRequest | None = None) -> dict[str, Any
         rejections = Rejections()
         place = join(work.folder, WORK)
         blocks = _blocks(settings, work, rejections, watch)
-        intake = take_in(storage, place, blocks, QUERY_SCHEMA, _limits(settings), _unit_key(settings, work))
-        tally = Tally(time.time(), sum(u.n_rows for g in intake.groups for u in g.todo))
+        key = _unit_key(settings, work)
+        with Step("reading", "queries", None, settings.report.log_interval_s) as step:
+            intake = take_in(storage, place, step.each(blocks), QUERY_SCHEMA, _limits(settings), key)
+        facts.plan(units=intake.todo_units, rows=intake.todo_rows)
+        facts.book_rejected(Counter(rejections.reasons), rejections.examples())
         outcome = "failed"
-        totals, sizes = Totals(), None
+        totals = Totals()
         try:
             if intake.groups:
-                sizes = _run(settings, work, intake, tally, watch)
+                _run(settings, work, intake, facts, watch)
             lease.check()
             totals = publish(storage, place, intake.units, _outputs(settings, work), rejections)
             if totals.queries != intake.rows:
                 raise IncompleteRunError(f"{intake.rows} queries were planned, {totals.queries} came out")
+            facts.book_rejected(totals.reasons, totals.examples)
             outcome = "complete"
         except (BgeRayError, Stopped) as error:
             outcome = f"incomplete: {error}"
             raise
         finally:
-            report = _report(settings, work, intake, rejections, tally, totals, sizes, outcome)
+            report = _report(settings, work, intake, rejections, facts, totals, outcome)
             if not lease.lost.is_set():
-                publish_report(open_folder(storage, work.folder, "run", "search.output"), report)
+                publish_report(storage, work.folder, report)
         clear_work(storage, work.folder)
     _check_share(settings, report, work.folder)
     return report
@@ -152,12 +158,12 @@ def plan_search(settings: Settings) -> str:
     work = _prepare(settings)
     rejections = Rejections()
     count = sum(len(block["query_id"]) for block in _blocks(settings, work, rejections, lambda: None))
-    done = read_current(work.source.storage, work.folder, work.key) is not None
-    where = f"the {work.index['factory']} index" if work.index else "the embedding shards, exactly"
+    done = read_current(work.source.storage, work.folder, work.key, SearchReport) is not None
+    where = f"the {work.index.factory} index" if work.index else "the embedding shards, exactly"
     again = f", reranked by {work.reranker.name}" if work.reranker else ""
     return (
         f"{count:,} queries ({len(rejections):,} left out), {settings.search.k} results each from "
-        f"{work.source.manifest.vectors:,} vectors by {where}{again}, to {work.folder}: "
+        f"{work.source.manifest.rows_out:,} vectors by {where}{again}, to {work.folder}: "
         f"{'up to date' if done else 'to be done'}"
     )
 
@@ -184,8 +190,8 @@ def search_receipts(
     return receipts(rows)
 
 
-def _check_share(settings: Settings, report: dict[str, Any], folder: str) -> None:
-    share = (report["queries_in"] - report["queries_out"]) / max(1, report["queries_in"])
+def _check_share(settings: Settings, report: SearchReport, folder: str) -> None:
+    share = (report.queries_in - report.queries_out) / max(1, report.queries_in)
     allowed = settings.search.max_rejected_fraction
     check_rejected(report, folder, share, allowed, "search.max_rejected_fraction")
 
@@ -210,20 +216,20 @@ def _prepare(settings: Settings) -> _Work:
     return dataclasses.replace(work, key=digest(_unit_key(settings, work), *asked))
 
 
-def _check_index(index: dict[str, Any], source: Source) -> None:
+def _check_index(index: IndexDescription, source: Source) -> None:
     """Refuse an index of other vectors; one that is merely older than the data set is told of."""
     where = f"output.uri {source.root}"
-    if index["vector_fingerprint"] != source.spec.vector_fingerprint or index["dim"] != source.spec.model.dim:
+    if index.vector_fingerprint != source.spec.vector_fingerprint or index.dim != source.spec.model.dim:
         raise DatasetMismatchError(
             f"{where}: its index was built from vectors of another model or other settings; run index.py "
             "again, or set search.exact"
         )
-    if index["ntotal"] != source.manifest.vectors:
+    if index.ntotal != source.manifest.rows_out:
         logger.warning(
             "%s: the index holds %d vectors, the data set %d: it is older; run index.py to renew it",
             where,
-            index["ntotal"],
-            source.manifest.vectors,
+            index.ntotal,
+            source.manifest.rows_out,
         )
 
 
@@ -285,8 +291,8 @@ def _unit_key(settings: Settings, work: _Work) -> str:
     shards = [m.embeddings.sha256 for m in source.manifest.shards if m.embeddings is not None]
     index = None
     if work.index is not None:
-        effort = asked.nprobe or work.index["nprobe"]
-        index = [work.index["kind"], [file["sha256"] for file in work.index["files"]], effort, asked.rescore]
+        effort = asked.nprobe or work.index.effort
+        index = [work.index.kind, [file.sha256 for file in work.index.files], effort, asked.rescore]
     rerank: list[Any] | None = None
     if work.reranker is not None:
         spec = dataclasses.asdict(dataclasses.replace(work.reranker, name="", revision=None))
@@ -311,9 +317,7 @@ def _blocks(
             yield {"query_id": [query_id], "query": [text]}
 
 
-def _run(
-    settings: Settings, work: _Work, intake: Intake, tally: Tally, watch: Callable[[], None]
-) -> PoolSizes:
+def _run(settings: Settings, work: _Work, intake: Intake, facts: RunFacts, watch: Callable[[], None]) -> None:
     source = work.source
     files = index_files(source.root, work.index) if work.index is not None else []
     shards = ShardMap.of(source.manifest)
@@ -321,6 +325,7 @@ def _run(
     if work.reranker is not None:
         most["rerankers"] = sum(len(group.todo) for group in intake.groups)
     sizes = cluster_pools(settings, most, watch)
+    facts.start(sizes.workers("rerankers" if work.reranker else "encoders"), time.time())
     attempts = settings.resources.max_unit_attempts
     place = Workplace(source.storage, join(work.folder, WORK), attempts, start_ledger())
     score = texts = None
@@ -336,21 +341,18 @@ def _run(
         searchers=tuple(searchers),
         k=asked.k,
         fetched=max(asked.k, asked.rescore if work.index is not None else 0),
-        effort=asked.nprobe or work.index["nprobe"] if work.index is not None else None,
+        effort=asked.nprobe or work.index.effort if work.index is not None else None,
         rescores=work.index is not None and asked.rescore > 0,
     )
     encode = _encode_job(settings, place, work.model, sizes["encoders"])
-    logger.info("%s queries to answer; %s", f"{tally.rows_planned:,}", sizes)
-    telemetry = Telemetry("search", run_id())
-    telemetry.start(
-        units=sum(len(group.todo) for group in intake.groups),
-        encoders=sizes["rerankers" if work.reranker else "encoders"].count,
-    )
+    logger.info("%s queries to answer; %s", f"{facts.rows_planned:,}", sizes)
+    telemetry = Telemetry("search")
+    telemetry.start(facts)
     try:
         follow(
             lambda: search_receipts(encode, job, score, texts, settings.rerank.depth, sizes, intake.groups),
-            intake,
-            tally,
+            facts,
+            "queries",
             telemetry,
             watch,
             settings.report.log_interval_s,
@@ -358,7 +360,6 @@ def _run(
     finally:
         for searcher in searchers:
             ray.kill(searcher)
-    return sizes
 
 
 def _encode_job(settings: Settings, place: Workplace, spec: ModelSpec, pool: Pool) -> EncodeJob:
@@ -389,47 +390,40 @@ def _report(
     work: _Work,
     intake: Intake,
     rejections: Rejections,
-    tally: Tally,
+    facts: RunFacts,
     totals: Totals,
-    sizes: PoolSizes | None,
     outcome: str,
-) -> dict[str, Any]:
+) -> SearchReport:
     complete = outcome == "complete"
-    index = work.index or {}
-    facts = totals.facts if complete else tally.facts
-    report = {
-        "complete": complete,
-        "outcome": outcome,
-        "key": work.key,
-        "queries": settings.search.queries,
-        "dataset": work.source.root,
-        "model": dataclasses.asdict(work.model),
-        "index": {name: index.get(name) for name in ("factory", "kind", "ntotal", "nprobe", "recall")}
-        if index
-        else None,
-        "k": settings.search.k,
-        "units": len(intake.units),
-        "units_done_now": tally.done_units,
-        "queries_in": intake.rows + len(rejections),
-        "queries_out": totals.answered.get("score", 0),
-        "results": totals.results.get("score", 0),
-        "rejected_reasons": dict(sorted(totals.reasons.items())),
-        "unknown_ids": facts.get("unknown_ids", 0),
-        "missing_results": facts.get("missing_results", 0),
-        "doubled_passages": facts.get("doubled_passages", 0),
-        "query_tokens": facts.get("query_tokens", 0),
-        "truncated_queries": facts.get("truncated_queries", 0),
-        "failures": tally.failures[:100],
-        "without_trec": totals.without_trec,
-        "wall_s": time.time() - tally.started,
-        "steady_s": tally.steady_s,
-        "stage_s": {key: facts[key] for key in sorted(facts) if key.endswith("_s")},
-    }
-    if work.reranker is not None:
-        pool = sizes["rerankers"] if sizes is not None else None
-        report["rerank"] = {
-            "model": dataclasses.asdict(work.reranker),
-            "pairs_out": totals.results.get("logit", 0),
-            **score_report(facts, tally, pool),
-        }
-    return report
+    counts = totals.facts if complete else facts.counts
+    asked = settings.search
+    report = SearchReport(
+        **summarise(facts, ended=time.time(), price_per_hour=settings.report.price_per_hour),
+        key=work.key,
+        complete=complete,
+        outcome=outcome,
+        files=published_files(work.folder, totals),
+        settings=settings.model_dump(mode="json"),
+        queries=str(asked.queries),
+        dataset=work.source.root,
+        model=work.model,
+        index=_searched(work.index, asked.nprobe) if work.index is not None else None,
+        k=asked.k,
+        units=len(intake.units),
+        queries_in=intake.rows + len(rejections),
+        queries_out=totals.answered.get("score", 0),
+        results=totals.results.get("score", 0),
+        unknown_ids=counts["unknown_ids"],
+        missing_results=counts["missing_results"],
+        doubled_passages=counts["doubled_passages"],
+        query_tokens=counts["query_tokens"],
+        truncated_queries=counts["truncated_queries"],
+        without_trec=tuple(totals.without_trec),
+        scoring=summarise_scoring(work.reranker, facts, totals, counts) if work.reranker else None,
+    )
+    return dataclasses.replace(report, advice=tuple(advise_search(report)))
+
+
+def _searched(index: IndexDescription, nprobe: int | None) -> SearchedIndex:
+    effort = nprobe or index.effort
+    return SearchedIndex(index.factory, index.kind, index.ntotal, index.parameter, effort, index.recall)

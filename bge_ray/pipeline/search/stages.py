@@ -107,8 +107,15 @@ class QueryEncodeStage:
         faults = [result.faults.get(i) for i in range(len(table))]
         encoded = encoded.append_column("reason", pa.array([f and f[0] for f in faults], pa.string()))
         encoded = encoded.append_column("detail", pa.array([f and f[1] for f in faults], pa.string()))
-        facts = {"query_tokens": int(tokens.offsets[-1]), "truncated_queries": int(tokens.truncated.sum())}
-        return parcel.filled(encoded, encode_s=time.time() - started, **facts)
+        facts = {
+            "query_tokens": int(tokens.offsets[-1]),
+            "truncated_queries": int(tokens.truncated.sum()),
+            "encode_started": started,
+            "encode_s": time.time() - started,
+            # A reranker puts its own seconds in the place of these, which are then next to nothing.
+            "device_s": result.busy_s,
+        }
+        return parcel.filled(encoded, **facts)
 
 
 class ShardSearcher:

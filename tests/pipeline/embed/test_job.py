@@ -71,8 +71,8 @@ def test_every_row_of_every_format_comes_out_once(
     table = read_shards(f"{bucket}/out")
     assert table["passage_id"].to_pylist() == [p["id"] for p in passages]  # objects sort as they were cut
     assert table["title"].to_pylist() == [p["title"] for p in passages]
-    assert result.report["rows_in"] == result.report["rows_out"] == len(passages)
-    assert result.report["rows_rejected"] == 0
+    assert result.report.rows_in == result.report.rows_out == len(passages)
+    assert result.report.rows_rejected == 0
     norms = np.linalg.norm(np.stack(list(vectors_by_id(f"{bucket}/out").values())), axis=1)
     assert np.abs(norms - 1).max() < 1e-6
     check_nothing_left_over(f"{bucket}/out")
@@ -97,7 +97,7 @@ def test_same_input_same_bytes_and_a_second_run_does_nothing(
     upload(f"{bucket}/corpus", mixed_objects(passages[:200]))
     first = embed(settings_for(bucket, tiny_model))
     again = embed(settings_for(bucket, tiny_model))
-    assert again.report["outcome"] == "nothing to do"
+    assert again.report.outcome == "nothing to do"
     assert again.manifest == first.manifest
     fresh = embed(settings_for(bucket, tiny_model, f"output.uri={bucket}/fresh"))
     assert fresh.manifest == first.manifest  # sha256 of every file included
@@ -115,7 +115,7 @@ def test_new_changed_and_removed_objects_are_all_that_is_done(
     )
     STORAGE.delete([f"{bucket}/corpus/0.jsonl"])
     result = embed(settings_for(bucket, tiny_model))
-    assert result.report["rows_in"] == 60
+    assert result.report.rows_in == 60
     ids = [p["id"] for p in passages]
     assert set(vectors_by_id(f"{bucket}/out")) == set(ids[100:200]) | set(ids[300:340]) | set(ids[400:420])
     kept = {m.unit: m for m in before.shards}
@@ -150,7 +150,7 @@ def test_each_bad_row_is_rejected_with_its_reason_and_the_rest_is_done(bucket: s
     lines = good[:20] + [line for line, _ in BAD_LINES] + good[20:]
     upload(f"{bucket}/corpus", {"x.jsonl": b"\n".join(lines)})
     result = embed(settings_for(bucket, tiny_model, "corpus.max_rejected_fraction=0.5"))
-    assert (result.report["rows_in"], result.report["rows_out"]) == (len(lines), len(good))
+    assert (result.report.rows_in, result.report.rows_out) == (len(lines), len(good))
     rejected = read_shards(f"{bucket}/out", "rejected").to_pylist()
     assert [(r["vector_id"], r["reason"]) for r in rejected] == [
         (20 + i, reason) for i, (_, reason) in enumerate(BAD_LINES)
@@ -235,8 +235,8 @@ def test_dry_run_counts_and_writes_nothing(
     assert (estimate.objects, estimate.rows, estimate.rows_todo) == (5, 300, 300)
     assert STORAGE.list_files(f"{bucket}/out") == []
     result = embed(settings_for(bucket, tiny_model))
-    assert estimate.tokens == pytest.approx(result.report["tokens"], rel=0.5)
-    assert estimate.output_bytes == pytest.approx(result.report["bytes_out"], rel=0.6)
+    assert estimate.tokens == pytest.approx(result.report.tokens, rel=0.5)
+    assert estimate.output_bytes == pytest.approx(result.report.bytes_out, rel=0.6)
 
 
 @pytest.mark.parametrize(

@@ -72,24 +72,24 @@ def all_vectors(made: VectorDataset) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([v for v, _ in found]), np.concatenate([i for _, i in found])
 
 
-def in_one_process(made: VectorDataset, index: dict) -> bytes:
+def in_one_process(made: VectorDataset, index: IndexDescription) -> bytes:
     """Add all vectors of the data set to the trained index, in this process, with FAISS alone."""
-    root, training = made.dataset.root, index["training"]
+    root, training = made.dataset.root, index.training
     trained = load_trained(
-        STORAGE.read(join(root, "index", training["path"])),
-        index["factory"],
-        Metric(index["metric"]),
-        index["dim"],
-        training["sha256"],
+        STORAGE.read(join(root, "index", training.path)),
+        index.factory,
+        Metric(index.metric),
+        index.dim,
+        training.sha256,
     )
     faiss.omp_set_num_threads(1)  # as every task; a matrix product's last bit depends on its threads
     whole = trained.open()
     for marker in made.dataset.read_manifest().shards:
         for vectors, ids in read_vectors(STORAGE, root, marker.embeddings):
-            whole.add_with_ids(*check_vectors(vectors, ids, index["dim"]))
+            whole.add_with_ids(*check_vectors(vectors, ids, index.dim))
     ivf = faiss.try_extract_index_ivf(whole)
     if ivf is not None:
-        ivf.nprobe = index["nprobe"]
+        ivf.nprobe = index.effort
     return faiss.serialize_index(whole).tobytes()
 
 
@@ -110,7 +110,7 @@ def test_the_single_file_is_that_of_one_process(
     index = build_index(settings_for(bucket, f"index.factory={factory}", f"index.metric={metric}"))
     [data] = file_bytes(bucket, index)
     assert data == in_one_process(made, index)
-    assert index["ntotal"] == sum(UNEVEN)
+    assert index.ntotal == sum(UNEVEN)
     assert len(names(bucket, "parts")) > 1
 
 
@@ -137,7 +137,7 @@ def test_ranges_searched_together_equal_the_single_file(bucket: str) -> None:
         together = merge_topk([search(file, queries, 10, effort=nprobe) for file in files], 10)
         for one, other in zip(together, search(whole, queries, 10, effort=nprobe), strict=True):
             np.testing.assert_array_equal(one, other)
-    assert ranges["recall"] == single["recall"]
+    assert ranges.recall == single.recall
 
 
 def test_flat_ranges_hold_every_vector_once(bucket: str) -> None:
@@ -148,7 +148,7 @@ def test_flat_ranges_hold_every_vector_once(bucket: str) -> None:
     vectors, ids = all_vectors(made)
     _, found = merge_topk([search(file, vectors[::500], 1) for file in files], 1)
     np.testing.assert_array_equal(found[:, 0], ids[::500])
-    assert index["recall"]["@10"]["value"] == 1
+    assert index.recall["@10"].value == 1
 
 
 def test_hnsw_is_built_as_shards_that_open_with_the_tuned_breadth(bucket: str) -> None:
@@ -156,11 +156,11 @@ def test_hnsw_is_built_as_shards_that_open_with_the_tuned_breadth(bucket: str) -
     index = build_index(settings_for(bucket, "index.factory=HNSW16", "index.layout=ranges"))
     datas = file_bytes(bucket, index)
     assert len(datas) > 1
-    assert (index["kind"], index["effort"]) == ("shards", "efSearch")
+    assert (index.kind, index.parameter) == ("shards", "efSearch")
     for data in datas:
         opened = load_index(data)  # a name of its own: FAISS frees what no name holds
         inner = faiss.downcast_index(faiss.downcast_index(opened).index)
-        assert inner.hnsw.efSearch == index["nprobe"]
+        assert inner.hnsw.efSearch == index.effort
     vectors, ids = all_vectors(made)
     exact = np.argsort(-(vectors[:40] @ vectors.T), axis=1)[:, :10]
     _, found = merge_topk([search(load_index(data), vectors[:40], 10) for data in datas], 10)
@@ -170,18 +170,18 @@ def test_hnsw_is_built_as_shards_that_open_with_the_tuned_breadth(bucket: str) -
     made.put(9, clustered(300, 96, seed=9))
     made.publish()
     after = build_index(settings_for(bucket, "index.factory=HNSW16", "index.layout=ranges"))
-    assert after["ntotal"] == 19_300
+    assert after.ntotal == 19_300
     assert before & names(bucket, "parts")
 
 
 def test_recall_and_nprobe_are_what_brute_force_says(bucket: str, tmp_path: Path) -> None:
     made = make_dataset(bucket, UNEVEN, DIM)
     index = build_index(settings_for(bucket, "index.factory=IVF64,SQ4", "index.recall_target=0.8"))
-    assert index["reached"]
+    assert index.reached
     path = tmp_path / "index.faiss"
     path.write_bytes(file_bytes(bucket, index)[0])
     opened = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)  # plain FAISS, as a user opens it
-    assert faiss.extract_index_ivf(opened).nprobe == index["nprobe"]
+    assert faiss.extract_index_ivf(opened).nprobe == index.effort
     vectors, ids = all_vectors(made)
     rng = np.random.default_rng(3)
     rows = rng.choice(len(vectors), 300, replace=False)
@@ -193,12 +193,12 @@ def test_recall_and_nprobe_are_what_brute_force_says(bucket: str, tmp_path: Path
         others = [i for i in got if i != ids[row]][:100]
         hits += len(true_ids & set(others[:10]))
         reranked += len(true_ids & set(others))
-    assert hits / 3000 == pytest.approx(index["recall"]["@10"]["value"], abs=0.05)
-    assert reranked / 3000 == pytest.approx(index["recall_after_exact_reranking"]["value"], abs=0.05)
-    assert index["gain_of_exact_reranking"] > 0.02
-    fewer = [point for point in index["curve"] if point["nprobe"] == index["nprobe"] - 1]
-    assert not fewer or fewer[0]["@10"] < 0.8
-    assert index["ceiling"]["@10"]["value"] >= index["recall"]["@10"]["value"] - 0.05
+    assert hits / 3000 == pytest.approx(index.recall["@10"].value, abs=0.05)
+    assert reranked / 3000 == pytest.approx(index.recall_after_exact_reranking.value, abs=0.05)
+    assert index.gain_of_exact_reranking > 0.02
+    fewer = [point for point in index.curve if point.effort == index.effort - 1]
+    assert not fewer or fewer[0].recall["@10"] < 0.8
+    assert index.ceiling["@10"].value >= index.recall["@10"].value - 0.05
 
 
 def test_plain_faiss_returns_the_documented_ids(bucket: str, tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_rerun_does_nothing_and_a_lost_file_is_made_again(bucket: str) -> None
     assert "up to date" in plan_index(settings)
     STORAGE.delete([index_files(bucket, first)[0].path])
     again = build_index(settings)
-    assert again["files"] == first["files"]
+    assert again.files == first.files
     assert {info.uri for info in STORAGE.list_files(f"{bucket}/index")} == {info.uri for info in listed}
 
 
@@ -241,7 +241,7 @@ def test_only_what_changed_is_added_and_nothing_is_trained_again(bucket: str) ->
     made.remove(11)  # removed
     made.publish()
     second = build_index(settings)
-    assert second["training"] == first["training"]
+    assert second.training == first.training
     kept = parts & names(bucket, "parts")
     assert len(kept) >= len(parts) - 4
     assert len(names(bucket, "parts")) <= len(parts) + 3
@@ -259,9 +259,9 @@ def test_vectors_that_lie_elsewhere_are_trained_on_anew(bucket: str) -> None:
         made.put(number, clustered(4000, DIM, seed=number, clusters=1, centres_seed=5))
     made.publish()
     second = build_index(settings)
-    assert second["drift"] > 0.3
-    assert second["training"]["sha256"] != first["training"]["sha256"]
-    assert second["imbalance"] < 4
+    assert second.drift > 0.3
+    assert second.training.sha256 != first.training.sha256
+    assert second.imbalance < 4
     [data] = file_bytes(bucket, second)
     assert data == in_one_process(made, second)
     assert len(names(bucket, "trained")) == 2  # the index and its list sizes; the old ones are swept
@@ -277,7 +277,7 @@ def test_a_target_out_of_reach_is_said_and_the_index_kept(bucket: str) -> None:
         job(settings, False, StopRequest())
     assert caught.value.exit_code == 1
     index = read_index(STORAGE, bucket)
-    assert (index["reached"], index["ntotal"], index["nprobe"]) == (False, 10_000, 16)
+    assert (index.reached, index.ntotal, index.effort) == (False, 10_000, 16)
     assert len(file_bytes(bucket, index)) == 1
     with pytest.raises(RecallError):  # nothing to do, and still not reached
         job(settings, False, StopRequest())
@@ -289,7 +289,7 @@ def test_a_second_run_at_once_is_refused(bucket: str) -> None:
     with Lease(STORAGE, f"{bucket}/index", renew_s=1), pytest.raises(OutputBusyError, match="is writing"):
         build_index(settings)
     assert names(bucket, "") <= {"lease.json"}
-    assert build_index(settings)["ntotal"] == 3000
+    assert build_index(settings).ntotal == 3000
 
 
 def test_what_is_no_complete_data_set_is_refused(bucket: str) -> None:
@@ -338,7 +338,7 @@ def test_a_tiny_data_set_has_an_index_too(bucket: str) -> None:
         root = f"{bucket}/{rows}"
         make_dataset(root, [rows], DIM)
         index = build_index(settings_for(root))
-        assert (index["ntotal"], index["reached"]) == (rows, True)
+        assert (index.ntotal, index.reached) == (rows, True)
 
 
 def damage(uri: str, at: int = -40) -> bytes:
@@ -362,7 +362,7 @@ def test_a_damaged_shard_is_named_and_the_old_index_stays(bucket: str) -> None:
     assert read_index(STORAGE, bucket) == first
     assert file_bytes(bucket, first)
     STORAGE.write(uri, whole)
-    assert build_index(settings)["ntotal"] == 12_000
+    assert build_index(settings).ntotal == 12_000
 
 
 @pytest.mark.parametrize(("fault", "message"), [(np.nan, "NaN or infinity"), (0.0, "norm 0, must be 1")])
@@ -399,7 +399,7 @@ def test_damaged_parts_and_trainings_are_named_and_nothing_is_overwritten(bucket
         assert read_index(STORAGE, bucket) == first
         assert file_bytes(bucket, first)
         STORAGE.write(uri, whole)
-    assert build_index(settings)["ntotal"] == 8500
+    assert build_index(settings).ntotal == 8500
 
 
 def test_a_part_of_another_training_is_refused(bucket: str) -> None:
@@ -421,7 +421,7 @@ def test_a_training_that_is_gone_is_made_again(bucket: str) -> None:
     first = build_index(settings_for(bucket, "index.factory=IVF16,SQ8"))
     STORAGE.delete([f"{bucket}/index/{first['training']['path']}"])
     again = build_index(settings_for(bucket, "index.factory=IVF16,SQ8", "index.recall_target=0.9"))
-    assert again["ntotal"] == 4000
+    assert again.ntotal == 4000
 
 
 def test_the_whole_data_set_can_be_moved(tmp_path: Path) -> None:
@@ -431,7 +431,7 @@ def test_the_whole_data_set_can_be_moved(tmp_path: Path) -> None:
     again = build_index(
         settings_for(str(tmp_path / "b"), "index.factory=IVF16,SQ8", "index.recall_target=0.9")
     )
-    assert again["training"] == first["training"]
+    assert again.training == first.training
 
 
 def test_the_users_queries_are_encoded_with_the_instruction(bucket: str, tiny_model: Path) -> None:
@@ -451,7 +451,7 @@ def test_the_users_queries_are_encoded_with_the_instruction(bucket: str, tiny_mo
     ]
     embed(parse_settings(None, keys))
     index = build_index(parse_settings(None, [*keys, "index.factory=IVF4,SQ8"]))
-    assert (index["num_queries"], index["queries"]) == (30, f"{bucket}/queries.jsonl")
+    assert (index.num_queries, index.queries) == (30, f"{bucket}/queries.jsonl")
     plain = build_index(
         parse_settings(None, [*keys[:3], "model.query_instruction=''", keys[4], "index.factory=IVF4,SQ8"])
     )

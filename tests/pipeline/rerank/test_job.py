@@ -105,7 +105,7 @@ def test_logits_equal_flag_reranker_and_runs_sort_equally(
             rerank__num_rerankers=2,
         )
     )
-    assert report["units"] > 3
+    assert report.units > 3
     theirs = FlagReranker(str(cross_encoders[kind]), use_fp16=False, devices="cpu", max_length=96)
     rows = read_run(f"{bucket}/run")
     found = by_query(rows)
@@ -150,7 +150,7 @@ def test_texts_of_bare_ids_are_those_that_were_embedded(
             rerank__join_pairs=50,
         )
     )
-    assert (report["pairs_in"], report["pairs_out"], report["queries"]) == (105, 105, 15)
+    assert (report.pairs_in, report.pairs_out, report.queries) == (105, 105, 15)
     found = by_query(read_run(f"{bucket}/out"))
     by_id = {p["id"]: text_of(p) for p in passages}
     for query_id, ids in run.items():
@@ -182,7 +182,7 @@ def test_kept_columns_serve_as_texts_when_the_corpus_is_gone(
         "rerank__model": str(cross_encoders["bert"]),
     }
     report = rerank(settings_for(**keys))
-    assert report["pairs_out"] == len(lines)
+    assert report.pairs_out == len(lines)
     ours = dict(by_query(read_run(f"{bucket}/out"))["q"])
     truth = scores_here(cross_encoders["bert"], [("a fox", text_of(p)) for p in passages[::7]])
     np.testing.assert_allclose([ours[p["id"]] for p in passages[::7]], truth, atol=1e-5)
@@ -286,9 +286,9 @@ def test_bad_candidates_are_named_and_counted_and_the_rest_is_done(
         key=str,
     )
     report = json.loads(STORAGE.read(f"{bucket}/out/report.json"))
-    assert report["pairs_in"] == report["pairs_out"] + 602  # unknown ids, and the one that stands twice
-    assert report["truncated_pairs"] >= 1
-    assert sum(report["rejected_reasons"].values()) == 610
+    assert report.pairs_in == report.pairs_out + 602  # unknown ids, and the one that stands twice
+    assert report.truncated_pairs >= 1
+    assert sum(report.rejected_reasons.values()) == 610
 
 
 def test_a_folder_without_a_trained_head_is_refused(

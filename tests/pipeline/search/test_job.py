@@ -81,8 +81,8 @@ def test_exact_search_equals_numpy(root: str, bucket: str, tiny_model: Path, que
     assert list(found) == list(queries)  # in the order of the input, none lost, none doubled
     for ours, best in zip(found.values(), truth, strict=True):
         assert_same_ranking(ours, best)
-    assert (report["queries_in"], report["queries_out"], report["results"]) == (45, 45, 450)
-    assert report["index"] is None
+    assert (report.queries_in, report.queries_out, report.results) == (45, 45, 450)
+    assert report.index is None
     assert read_rejected(bucket) == []
     assert STORAGE.list_files(f"{bucket}/work") == []
 
@@ -102,7 +102,7 @@ def test_four_range_shards_equal_the_single_file_and_all_lists_equal_exact_searc
     for layout, files in (("single", 1), ("ranges", 4)):
         build = {"index__factory": "IVF64,Flat", "index__layout": layout, "index__num_queries": 50}
         build_index(settings_for(output__uri=data, **build, index__range_bytes=5_500_000))
-        assert len(read_index(STORAGE, data)["files"]) >= files
+        assert len(read_index(STORAGE, data).files) >= files
         for nprobe in (3, 64):
             asked = keys_for(root, f"{bucket}/{layout}-{nprobe}", output__uri=data, search__nprobe=nprobe)
             search(settings_for(**asked, search__num_searchers=3))
@@ -191,7 +191,7 @@ def test_the_same_answer_in_every_format_and_unit_and_a_second_run_does_nothing(
         for query_id, pairs in found.items():  # other batches, other last bits
             assert_same_ranking(pairs, first[query_id])
     again = search(settings_for(**keys))
-    assert again["outcome"] == "nothing to do"
+    assert again.outcome == "nothing to do"
 
 
 def test_queries_that_cannot_be_answered_are_named_and_the_rest_is_done(root: str, bucket: str) -> None:
@@ -216,7 +216,7 @@ def test_queries_that_cannot_be_answered_are_named_and_the_rest_is_done(root: st
         ["null_text", "empty_text", "non_string_text", "null_id", "duplicate_id", "malformed_line"]
     )
     report = json.loads(STORAGE.read(f"{bucket}/run/report.json"))
-    assert (report["queries_in"], report["queries_out"], report["truncated_queries"]) == (27, 21, 1)
+    assert (report.queries_in, report.queries_out, report.truncated_queries) == (27, 21, 1)
 
 
 @pytest.mark.slow
@@ -255,7 +255,7 @@ def test_a_wrong_index_or_model_is_refused_and_an_old_index_is_told_of(
     STORAGE.delete([f"{bucket}/corpus/1.jsonl"])
     embed(settings_for(**embedding, resources__num_encoders=1))
     report = search(settings_for(**keys))
-    assert report["unknown_ids"] > 0
+    assert report.unknown_ids > 0
     there = set(vectors_by_id(data))
     found = by_query(read_run(f"{bucket}/run"))
     assert len(found) == 45
@@ -275,11 +275,11 @@ def test_reranking_in_the_same_job_equals_the_rerank_job(root: str, bucket: str,
     }
     keys = keys_for(root, f"{bucket}/one", **shared, search__rerank=True)
     report = search(settings_for(**keys))
-    assert report["rerank"]["pairs_out"] == 45 * 5
+    assert report.scoring.pairs_out == 45 * 5
     one, two = f"{bucket}/one/reranked", f"{bucket}/two"
     keys = {"output__uri": f"{root}/data", "search__queries": f"{root}/queries.jsonl", **shared}
     again = rerank(settings_for(**keys, rerank__candidates=f"{bucket}/one", rerank__output=two))
-    assert again["pairs_out"] == 45 * 5
+    assert again.pairs_out == 45 * 5
     ours, theirs = read_run(one), read_run(two)
     same = ("query_id", "passage_id", "rank", "vector_id")
     assert [[r[n] for n in same] for r in ours] == [[r[n] for n in same] for r in theirs]
@@ -303,7 +303,7 @@ def test_ids_that_a_trec_run_cannot_hold_leave_only_parquet(bucket: str, root: s
         )
     )
     report = search(settings_for(**keys_for(root, f"{bucket}/run", output__uri=data)))
-    assert "white space" in report["without_trec"][0]
+    assert "white space" in report.without_trec[0]
     assert STORAGE.info(f"{bucket}/run/run.trec") is None
     assert STORAGE.info(f"{bucket}/run/run.parquet") is not None
 

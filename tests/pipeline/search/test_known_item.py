@@ -71,7 +71,7 @@ def test_mrr_through_index_and_job_is_that_of_brute_force(bucket: str, tmp_path:
         "index": ours,
         "exact": exact,
     }
-    print(json.dumps(figures | {"nprobe": index["nprobe"], "recall": index["recall"]["@10"]["value"]}))
+    print(json.dumps(figures | {"nprobe": index.effort, "recall": index.recall["@10"].value}))
     assert abs(exact - brute) <= 1e-4
     assert abs(ours - brute) <= 0.002
     assert len(by_query(read_run(f"{bucket}/run"))) == len(asked)

@@ -1,0 +1,190 @@
+"""What report.json of a job holds. Reruns and other jobs read `Report`, which all jobs' reports are.
+
+``rows`` are what the job is about: passages (embed), queries (search), pairs (rerank), vectors (index).
+All times are seconds; moments are Unix seconds.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from bge_ray.records.dataset import FileFact, ModelSpec
+from bge_ray.records.index import IndexDescription, Recall
+
+REPORT_FORMAT_VERSION = 2
+# In the order in which they follow each other.
+PHASES = ("launch", "plan", "start", "work", "finish")
+
+
+@dataclass(frozen=True)
+class RejectedRow:
+    """An example of a row that was left out; what names it depends on the job."""
+
+    reason: str
+    detail: str
+    query_id: str | None = None
+    passage_id: str | None = None
+    uri: str | None = None
+    row: int | None = None
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How many texts have up to so many tokens; the last of ``counts`` are longer than every edge."""
+
+    upper_edges: tuple[int, ...] = ()
+    counts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Tokens and rows a second in bins of equal width, from the start of the run on."""
+
+    bin_s: float = 0.0
+    tokens_per_s: tuple[float, ...] = ()
+    rows_per_s: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What any job did.
+
+    ``key`` names all that decides the outcome: a rerun with the same key and a report that is
+    ``complete`` has nothing to do while ``files`` are there. Rows and units are those that this run did;
+    what earlier runs had done is counted by the fields of the job. ``phase_s`` adds up to ``wall_s``, which
+    begins with the process where a command runs one job. ``utilisation`` and ``waiting`` are shares
+    of the time that the model's actors had, ``steady_s`` long.
+    """
+
+    job: str
+    run_id: str
+    key: str
+    complete: bool
+    outcome: str
+    started: float
+    wall_s: float
+    startup_s: float
+    steady_s: float
+    phase_s: dict[str, float]
+    stage_s: dict[str, float]
+    units_planned: int
+    units_done: int
+    rows_planned: int
+    rows_in: int
+    rows_out: int
+    rows_rejected: int
+    rejected_reasons: dict[str, int]
+    rejected_examples: tuple[RejectedRow, ...]
+    failures: tuple[str, ...]
+    files: tuple[FileFact, ...]
+    bytes_in: int
+    bytes_out: int
+    tokens: int
+    truncated: int
+    padding_waste: float
+    memory_splits: int
+    rows_per_s: float
+    tokens_per_s: float
+    device: str
+    devices: float
+    workers: dict[str, int]
+    utilisation: float
+    waiting: float
+    device_hours: float
+    price_per_hour: float | None
+    cost: float | None
+    cost_per_million_tokens: float | None
+    throughput: Throughput
+    settings: dict[str, Any]
+    advice: tuple[str, ...] = ()
+    format_version: int = REPORT_FORMAT_VERSION
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedReport(Report):
+    """Of an embed run; ``plan`` is the number of its plan."""
+
+    output: str
+    corpus: str
+    plan: int
+    model: ModelSpec
+    vector_fingerprint: str
+    readers_busy: float
+    lengths: Lengths
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexReport(Report):
+    """Of an index build; ``index`` is the content of index.json."""
+
+    output: str
+    index: IndexDescription
+
+
+@dataclass(frozen=True)
+class SearchedIndex:
+    """The index that a search used, and the effort that it was asked with."""
+
+    factory: str
+    kind: str
+    ntotal: int
+    parameter: str | None
+    effort: int
+    recall: dict[str, Recall]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What the rerankers of a run did; counts are of the whole run, rates of what this run did."""
+
+    model: dict[str, Any]
+    pairs_out: int
+    pair_tokens: int
+    truncated_pairs: int
+    padding_waste: float
+    pair_tokens_per_s: float
+    num_rerankers: int
+    utilisation: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchReport(Report):
+    """Of a search; ``index`` is None where it was exact, ``scoring`` where nothing was reranked.
+
+    ``units`` and all counts of queries, results and tokens are of the published run, earlier units included.
+    ``without_trec`` says why there is no run.trec, if so.
+    """
+
+    units: int
+    without_trec: tuple[str, ...]
+    queries: str
+    dataset: str
+    model: ModelSpec
+    index: SearchedIndex | None
+    k: int
+    queries_in: int
+    queries_out: int
+    results: int
+    unknown_ids: int
+    missing_results: int
+    doubled_passages: int
+    query_tokens: int
+    truncated_queries: int
+    scoring: Scoring | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerankReport(Report):
+    """Of a rerank run; ``lists_rejected`` are candidate lists left out whole.
+
+    ``units`` and all counts of queries and pairs are of the published run, earlier units included.
+    ``without_trec`` says why there is no run.trec, if so.
+    """
+
+    units: int
+    without_trec: tuple[str, ...]
+    candidates: str
+    queries: int
+    pairs_in: int
+    pairs_out: int
+    lists_rejected: int
+    scoring: Scoring
