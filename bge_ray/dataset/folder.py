@@ -3,27 +3,39 @@
 import json
 import logging
 import re
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TypeVar
 
-from bge_ray.errors import DatasetMismatchError, StorageError
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bge_ray.dataset.card import make_card
+from bge_ray.dataset.changes import write_change
+from bge_ray.dataset.commit import FINGERPRINT_KEY
+from bge_ray.errors import DatasetMismatchError, OutputCollisionError, StorageError
 from bge_ray.records.canonical import from_json, to_json
 from bge_ray.records.dataset import DatasetSpec, FileFact, Manifest, Marker
 from bge_ray.records.ids import FORMAT_VERSION
 from bge_ray.records.plan import Plan
 from bge_ray.storage.objects import ObjectInfo, Storage, join
+from bge_ray.storage.ownership import OwnedFolder
+from bge_ray.storage.sweep import Swept, remove_empty_folders, retire
 
 logger = logging.getLogger(__name__)
 
+OWNER = "dataset"
 KEPT_PLANS = 10
 PARALLEL_REQUESTS = 16
 
 R = TypeVar("R")
 
 _PLAN_NAME = re.compile(r"plan/(\d+)\.json")
+_SHARD_NAME = re.compile(r"(embeddings|rejected)/\d{8}-\d{10}(-[0-9a-f]{12})?\.parquet")
+_MARKER_NAME = re.compile(r"done/\d{8}-\d{10}\.json")
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,11 @@ class Dataset:
 
     storage: Storage
     root: str
+
+    @property
+    def folder(self) -> OwnedFolder:
+        """The folder as this project's."""
+        return OwnedFolder(self.storage, self.root, OWNER, "output.uri")
 
     def read_spec(self) -> DatasetSpec | None:
         """Return what the data set is, or None where there is none yet.
@@ -96,10 +113,10 @@ class Dataset:
         """
         manifest = self.read_manifest()
         folded = list(manifest.shards) if manifest else []
-        there = {**self._listing("embeddings"), **self._listing("rejected")}
+        there = self._shards()
         finished: dict[str, Marker] = {}
         damaged: dict[str, str] = {}
-        for marker in [*self._read_markers(self._listing("done")), *folded]:
+        for marker in [*self._read_markers(self._marker_paths()), *folded]:
             if marker.unit.name in finished:
                 continue
             bad = [
@@ -115,31 +132,63 @@ class Dataset:
                 logger.warning(text, join(self.root, path), extra={"unit": name})
         return finished
 
+    def missing_files(self, manifest: Manifest) -> list[str]:
+        """Return the paths of files that a manifest vouches for and that are not there in full."""
+        there = self._shards()
+        files = [fact for marker in manifest.shards for fact in marker_files(marker)]
+        return [f.path for f in files if f.path not in there or there[f.path].size != f.bytes]
+
     def publish(self, manifest: Manifest) -> None:
-        """Make a manifest the current one; only after this may anything be swept."""
-        self.storage.write(join(self.root, "manifest.json"), to_json(manifest))
+        """Make a manifest the current one; only after this may anything be swept.
 
-    def sweep(self, manifest: Manifest) -> int:
-        """Remove what the published manifest does not need.
+        Raises:
+            OutputCollisionError: a foreign file has its name.
+        """
+        write_change(self.storage, self.root, self.read_manifest(), manifest)
+        self.folder.put("manifest.json", to_json(manifest))
 
-        That is folded markers, dead shards, all but the last plans, and temporary files of killed writers.
+    def sweep(self, spec: DatasetSpec, manifest: Manifest, grace_s: float) -> Swept:
+        """Remove what the published manifest does not need, and renew the card.
 
-        Returns:
-            How many shard files were removed.
+        That is folded markers, all but the last plans, temporary files of killed writers, and shards that
+        have been dead for ``grace_s`` seconds.
         """
         live = {fact.path for marker in manifest.shards for fact in marker_files(marker)}
-        dead = [
-            path
-            for folder in ("embeddings", "rejected")
-            for path in self._listing(folder)
-            if path not in live
-        ]
+        dead = [path for path, info in self._shards().items() if path not in live and self._is_ours(info)]
+        swept = retire(self.storage, self.root, dead, grace_s, time.time())
         plans = [self._plan_uri(number) for number in self._plan_numbers()[:-KEPT_PLANS]]
-        doomed = [*plans, *(join(self.root, path) for path in (*self._listing("done"), *dead))]
+        doomed = [*plans, *(join(self.root, path) for path in self._marker_paths())]
         with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
             list(pool.map(lambda uri: self.storage.delete([uri]), doomed))
         self.storage.remove_temporaries(self.root)
-        return len(dead)
+        remove_empty_folders(self.storage, join(self.root, "done"))
+        shards = [m.embeddings.path for m in manifest.shards if m.embeddings is not None]
+        card = make_card(self.root, spec, manifest, only_live=shards if swept.waiting else ())
+        try:
+            self.folder.put("README.md", card)
+        except OutputCollisionError as error:
+            logger.warning("no card of the data set: %s", error)
+        return swept
+
+    def _is_ours(self, info: ObjectInfo) -> bool:
+        """Tell whether a file with a name of ours is a shard that we wrote."""
+        try:
+            file = pa.PythonFile(self.storage.open(info.uri, info.size), mode="r")
+            metadata = pq.read_schema(file).metadata
+        except (OSError, pa.ArrowException):
+            metadata = None
+        if FINGERPRINT_KEY in (metadata or {}):
+            return True
+        logger.warning("%s: is no shard that this project wrote, or is damaged; it is left alone", info.uri)
+        return False
+
+    def _shards(self) -> dict[str, ObjectInfo]:
+        """Return the files with names of shards, by path below the root."""
+        there = {**self._listing("embeddings"), **self._listing("rejected")}
+        return {path: info for path, info in there.items() if _SHARD_NAME.fullmatch(path)}
+
+    def _marker_paths(self) -> list[str]:
+        return [path for path in self._listing("done") if _MARKER_NAME.fullmatch(path)]
 
     def _plan_uri(self, number: int) -> str:
         return join(self.root, "plan", f"{number:06d}.json")

@@ -5,9 +5,11 @@ which columns of the corpus are read. With the version and the rows of a unit it
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from bge_ray.errors import DatasetMismatchError
 from bge_ray.records.canonical import digest, flatten
@@ -41,8 +43,9 @@ class Columns:
     kept: dict[str, str] = field(default_factory=dict)
 
 
-# Where a model lies and what is put before queries change no vector of the data set.
-NOT_DECISIVE = ("model.name", "model.revision", "model.query_instruction")
+# Where a model lies and what is put before queries change no vector of the data set; canaries follow from
+# the model.
+NOT_DECISIVE = ("model.name", "model.revision", "model.query_instruction", "canaries")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class DatasetSpec:
 
     model: ModelSpec
     columns: Columns
-    dtype: str
+    canaries: tuple[Canary, ...] = ()
     format_version: int = FORMAT_VERSION
 
     @property
@@ -130,6 +133,11 @@ class Manifest:
     truncated: int
     shards: tuple[Marker, ...]
     format_version: int = FORMAT_VERSION
+
+
+def marker_of(tree: Mapping[str, Any]) -> Marker:
+    """Rebuild a marker from what `dataclasses.asdict` made of it."""
+    return TypeAdapter(Marker).validate_python(tree)
 
 
 def make_manifest(vector_fingerprint: str, markers: Iterable[Marker]) -> Manifest:

@@ -5,10 +5,13 @@ All times are seconds; moments are Unix seconds.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+from bge_ray.records.canonical import from_json
 from bge_ray.records.dataset import FileFact, ModelSpec
 from bge_ray.records.index import IndexDescription, Recall
+
+R = TypeVar("R", bound="Report")
 
 REPORT_FORMAT_VERSION = 2
 # In the order in which they follow each other.
@@ -188,3 +191,12 @@ class RerankReport(Report):
     pairs_out: int
     lists_rejected: int
     scoring: Scoring
+
+
+def read_report(kind: type[R], data: bytes | None) -> R | None:
+    """Return a report of this version; None if there is none, or it is of another job or version."""
+    try:
+        report = from_json(kind, data or b"{}")
+    except ValueError:
+        return None
+    return report if report.format_version == REPORT_FORMAT_VERSION else None

@@ -136,6 +136,11 @@ class OutputSettings(Section):
     storage_timeout_s: float = Field(
         120.0, gt=0, description="how long a failing storage operation is retried, in seconds"
     )
+    grace_s: float = Field(
+        3600.0,
+        ge=0,
+        description="how long files of an earlier state stay for those who still read it, in seconds",
+    )
 
 
 class ResourcesSettings(Section):

@@ -69,6 +69,12 @@ def retire(storage: Storage, folder: str, dead: Iterable[str], grace_s: float, n
     return Swept(len(due), len(waiting))
 
 
+def is_due(storage: Storage, folder: str, grace_s: float, now: float) -> bool:
+    """Tell whether files wait below a folder that have been dead for long enough."""
+    since = _read(storage, join(folder, RETIRED))
+    return any(now - died >= grace_s for died in since.values())
+
+
 def remove_empty_folders(storage: Storage, uri: str) -> int:
     """Remove a local folder and those below it as far as there is nothing in them; returns how many went."""
 

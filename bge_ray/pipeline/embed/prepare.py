@@ -8,23 +8,25 @@ import ray
 
 from bge_ray.dataset.folder import Dataset
 from bge_ray.formats.corpus import resolve_columns
-from bge_ray.model.source import fetch_model, read_config, resolve_model
+from bge_ray.model.folder import ModelFolder
+from bge_ray.model.spec import model_folder, resolve_encoder, text_feeder
 from bge_ray.pipeline.embed.planning import extend_plan, find_changes, scan_objects
-from bge_ray.pipeline.embed.tasks import SpanTask
-from bge_ray.pipeline.engine.cluster import cluster_sizes, connect
-from bge_ray.pipeline.engine.payload import UnitTask
+from bge_ray.pipeline.embed.tasks import CorpusUnit, SpanTask
+from bge_ray.pipeline.engine.pools import await_pools, device_of, encoder_request
 from bge_ray.pipeline.engine.tasks import run_tasks
-from bge_ray.records.columns import VALUE_BYTES
-from bge_ray.records.dataset import Columns, DatasetSpec, Marker, ModelSpec
+from bge_ray.records.columns import VALUE_BYTES, Columns
+from bge_ray.records.dataset import DatasetSpec, Marker
+from bge_ray.records.model import EMBEDDING, Canary, ModelSpec
 from bge_ray.records.plan import Plan, UnitLimits, span_units, unit_fingerprint
 from bge_ray.settings.sections import Settings
+from bge_ray.storage.folders import refuse_collisions, refuse_own_files
 from bge_ray.storage.objects import Storage
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Work:
+class Planned:
     """All that is known before anything is written: the data set, its plan, and what is to do."""
 
     dataset: Dataset
@@ -35,33 +37,36 @@ class Work:
     todo: tuple[SpanTask, ...]
 
     @property
-    def todo_units(self) -> list[UnitTask]:
+    def todo_units(self) -> list[CorpusUnit]:
         """The units to do, in plan order."""
-        return [task for span in self.todo for task in span.todo]
+        return [unit for span in self.todo for unit in span.todo]
 
     @property
     def todo_rows(self) -> int:
         """Rows of the units to do."""
-        return sum(task.unit.n_rows for task in self.todo_units)
+        return sum(unit.unit.n_rows for unit in self.todo_units)
 
 
-def prepare(settings: Settings) -> Work:
+def prepare(settings: Settings) -> Planned:
     """Resolve, list, scan and plan; reads only."""
     settings.require("corpus.uri", "output.uri")
+    refuse_collisions({"output.uri": settings.output.uri}, {"corpus.uri": settings.corpus.uri}, {})
     storage = Storage(settings.output.storage_timeout_s)
     dataset = Dataset(storage, str(settings.output.uri))
+    dataset.folder.check_owner()
     spec_there = dataset.read_spec()
     number, previous = dataset.latest_plan()
     listed, changed = find_changes(storage, settings.corpus, previous)
+    refuse_own_files("corpus.uri", (info.uri for info in listed), {"output.uri": settings.output.uri})
     model = _resolve_model(settings, spec_there)
-    dtype = _output_dtype(settings, spec_there, model)
-    limits = UnitLimits(
-        settings.batching.unit_rows, settings.batching.unit_bytes, model.dim * VALUE_BYTES[dtype]
-    )
+    canaries = spec_there.canaries if spec_there is not None else ()
+    if changed and _must_be_tried(model, spec_there):
+        canaries = _try_model(settings, model)
+    row_bytes = sum(o.dim * VALUE_BYTES[o.dtype] for o in model.outputs)
+    limits = UnitLimits(settings.batching.unit_rows, settings.batching.unit_bytes, row_bytes)
     scanned = []
     if changed:
-        _check_loads(settings, model, spec_there)
-        connect(settings.resources)
+        await_pools(settings, [encoder_request(settings, 1)], lambda: None)
         logger.info("scanning %d of %d corpus objects", len(changed), len(listed))
         tasks = min(len(changed), max(1, int(ray.cluster_resources().get("CPU", 1))))
         interval_s = settings.report.log_interval_s
@@ -70,17 +75,16 @@ def prepare(settings: Settings) -> Work:
         columns = _same_columns(settings, spec_there.columns)
     else:
         columns = resolve_columns(scanned, settings.corpus)
-    spec = DatasetSpec(model, columns, dtype)
+    spec = DatasetSpec(model, columns, canaries)
     if spec_there is not None:
         spec.check_same(spec_there, dataset.root)
     plan = extend_plan(listed, previous, scanned, columns)
-    finished = dataset.finished()
-    todo, still_finished = _subtract(spec, plan, finished)
+    todo, still_finished = _subtract(spec, plan, dataset.finished())
     if todo and settings.index.build:
         _check_index(settings, storage, spec, plan)
-    if todo and not changed:
-        _check_loads(settings, model, spec_there)
-    return Work(dataset, spec, plan, number, still_finished, todo)
+    if todo and not changed and _must_be_tried(model, spec_there):
+        _try_model(settings, model)
+    return Planned(dataset, spec, plan, number, still_finished, todo)
 
 
 def _check_index(settings: Settings, storage: Storage, spec: DatasetSpec, plan: Plan) -> None:
@@ -102,50 +106,56 @@ def _subtract(
     for corpus_object in plan.objects:
         bare = dataclasses.replace(corpus_object, spans=())
         for span in corpus_object.spans:
-            tasks = []
+            units = []
             for unit in span_units(corpus_object.object_no, span):
                 fingerprint = unit_fingerprint(rows_fingerprint, corpus_object, unit)
                 marker = finished.get(unit.name)
                 if marker is not None and marker.fingerprint == fingerprint:
                     wanted[unit.name] = marker
                 else:
-                    tasks.append(UnitTask(unit, fingerprint, corpus_object.uri))
-            if tasks:
-                todo.append(SpanTask(bare, span, tuple(tasks)))
+                    units.append(CorpusUnit(unit, fingerprint, corpus_object.uri))
+            if units:
+                todo.append(SpanTask(bare, span, tuple(units)))
     return tuple(todo), wanted
 
 
 def _resolve_model(settings: Settings, there: DatasetSpec | None) -> ModelSpec:
-    model = settings.model
-    if there is not None and model.dtype == "auto":
-        # A data set keeps its dtype wherever a later run happens to execute.
-        model = model.model_copy(update={"dtype": there.model.dtype})
-    on_gpu = model.dtype == "auto" and cluster_sizes(settings.resources).encoder_gpus > 0
-    return resolve_model(model, on_gpu=on_gpu)
-
-
-def _check_loads(settings: Settings, model: ModelSpec, there: DatasetSpec | None) -> None:
-    """Refuse here, before anything is written, what an encoder would refuse to load."""
-    if there is not None and "auto_map" not in read_config(fetch_model(model.name, model.revision)[0]):
-        return  # the run that made this data set has tried the same files, which hold no code
-    connect(settings.resources)
-    # In a task, because it takes torch: seconds, and more memory than all else that a driver holds.
-    arguments = [(model.name, model.revision, settings.model.trust_remote_code)]
-    list(run_tasks(_load_config, arguments, at_once=1, watch=lambda: None, num_cpus=0))
-
-
-def _load_config(name: str, revision: str | None, trust_remote_code: bool) -> None:
-    from bge_ray.model.run.load import load_config
-
-    load_config(fetch_model(name, revision)[0], trust_remote_code=trust_remote_code)
-
-
-def _output_dtype(settings: Settings, there: DatasetSpec | None, model: ModelSpec) -> str:
+    """Return the model, with the dtypes of the data set that is there wherever a later run executes."""
+    asked = settings.model
+    if there is not None and asked.dtype == "auto":
+        asked = asked.model_copy(update={"dtype": there.model.dtype})
+    on_gpu = False
+    if asked.dtype == "auto":
+        on_gpu = device_of(settings, encoder_request(settings, 1), lambda: None) == "cuda"
+    model = resolve_encoder(asked, on_gpu=on_gpu)
     if settings.output.dtype != "auto":
-        return settings.output.dtype
-    if there is not None:
-        return there.dtype
-    return "float32" if model.dtype == "float32" else "float16"
+        return model.stored_as(settings.output.dtype)
+    return model if there is None else model.stored_as(there.model.output(EMBEDDING).dtype)
+
+
+def _must_be_tried(model: ModelSpec, there: DatasetSpec | None) -> bool:
+    """Tell whether nobody has loaded these files yet, or they hold code that may not be run any more."""
+    return there is None or "auto_map" in ModelFolder(model_folder(model)).config
+
+
+def _try_model(settings: Settings, model: ModelSpec) -> tuple[Canary, ...]:
+    """Refuse here, before anything is written, what an encoder would refuse to load; return its canaries."""
+    await_pools(settings, [encoder_request(settings, 1)], lambda: None)
+    # In a task, because it takes torch: seconds, and more memory than all else that a driver holds.
+    arguments = [(model, settings.model.trust_remote_code)]
+    [(_, canaries)] = run_tasks(try_task, arguments, at_once=1, watch=lambda: None, num_cpus=0)
+    found: tuple[Canary, ...] = canaries
+    return found
+
+
+def try_task(spec: ModelSpec, trust_remote_code: bool) -> tuple[Canary, ...]:
+    """Load a model on a CPU, and return what it makes of the canary texts."""
+    from bge_ray.model.canary import make_canaries
+    from bge_ray.model.run.model import Model, Place
+
+    spec = dataclasses.replace(spec, dtype="float32").stored_as("float32")
+    model = Model(spec, model_folder(spec), Place(trust_remote_code=trust_remote_code))
+    return make_canaries(model, text_feeder(spec, trust_remote_code=trust_remote_code))
 
 
 def _same_columns(settings: Settings, there: Columns) -> Columns:
@@ -155,5 +165,5 @@ def _same_columns(settings: Settings, there: Columns) -> Columns:
         id=there.id if corpus.id_column == "auto" else corpus.id_column,
         text=corpus.text_column,
         title=there.title if corpus.title_column == "auto" else corpus.title_column,
-        kept={name: there.kept.get(name, "string") for name in corpus.keep_columns},
+        kept={name: there.kept.get(name, TEXT) for name in corpus.keep_columns},
     )

@@ -1,59 +1,54 @@
 """First stage: read a span, check its rows, tokenise them. A CPU task that loads no model.
 
-A row that cannot be used is rejected with a reason, a unit that cannot be read is passed on as
+A row that cannot be used stays in the table with its reason, a unit that cannot be read is passed on as
 given up; only defects raise.
 """
 
-import functools
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
 
-from bge_ray.dataset.commit import token_table
 from bge_ray.errors import CorpusError, StorageError
 from bge_ray.formats.corpus import read_units
-from bge_ray.formats.rows import Passages, Rejected, check_rows, rejected_table, take_passages
-from bge_ray.model.feed.tokenizer import Tokenizer
-from bge_ray.model.source import fetch_model
-from bge_ray.pipeline.embed.tasks import EmbedJob, SpanTask
-from bge_ray.pipeline.engine.isolation import LETHAL_DEATHS, Attempt, run_isolated
-from bge_ray.pipeline.engine.payload import UnitRow, UnitTask
-from bge_ray.records.canonical import from_json
-from bge_ray.records.dataset import ModelSpec
-from bge_ray.records.ids import IdArray
+from bge_ray.formats.rows import Passages, Rejected, check_rows
+from bge_ray.pipeline.embed.tasks import CorpusUnit, EmbedJob, SpanTask
+from bge_ray.pipeline.engine.isolation import LETHAL_DEATHS, Attempt
+from bge_ray.pipeline.engine.parcel import Parcel
+from bge_ray.pipeline.engine.rows import Fault, with_faults, with_tokens
+from bge_ray.pipeline.engine.tokenise import load_text_feeder, tokenise
+from bge_ray.records.columns import TEXT_HASH_BYTES, hash_texts
+from bge_ray.records.ids import IdArray, vector_ids
 from bge_ray.records.plan import Unit
 from bge_ray.records.tokens import PackedTokens
 
-TOKENISE_ROWS = 1024
 # Upper edges, in tokens, of the length histogram: half powers of two from 4 to 16384.
 LENGTH_EDGES = tuple(round(2 ** (k / 2)) for k in range(4, 29))
 
 
-def read_stage(batch: pa.Table, job: EmbedJob) -> Iterator[pa.Table]:
-    """Read a span, check its rows and tokenise them; yields one row a unit."""
-    task = from_json(SpanTask, batch["span"][0].as_py())
-    todo = {unit_task.unit.first_row: unit_task for unit_task in task.todo}
+def read_span_stage(batch: pa.Table, job: EmbedJob) -> Iterator[pa.Table]:
+    """Read a span, check its rows and tokenise them; yields one parcel a unit."""
+    task = Parcel.from_batch(batch).task_as(SpanTask)
+    todo = {unit.unit.first_row: unit for unit in task.todo}
     with Attempt(job.ledger, f"read {task.todo[0].unit.name}") as attempt:
         lethal = [u for u in task.todo if attempt.deaths.get(_reading(u), 0) >= LETHAL_DEATHS]
-        for unit_task in lethal:
-            del todo[unit_task.unit.first_row]
-            yield _give_up(unit_task, "reading it killed the worker process again and again")
+        for unit in lethal:
+            del todo[unit.unit.first_row]
+            yield _give_up(unit, "reading it killed the worker process again and again")
         if attempt.total_deaths >= job.max_attempts:
-            for unit_task in todo.values():
-                yield _give_up(unit_task, f"its worker process died {attempt.total_deaths} times")
+            for unit in todo.values():
+                yield _give_up(unit, f"its worker process died {attempt.total_deaths} times")
             return
         yield from _read_span(task, todo, job, attempt)
 
 
 def _read_span(
-    task: SpanTask, todo: dict[int, UnitTask], job: EmbedJob, attempt: Attempt
+    task: SpanTask, todo: dict[int, CorpusUnit], job: EmbedJob, attempt: Attempt
 ) -> Iterator[pa.Table]:
     units = read_units(job.storage, task.corpus_object, task.span, job.spec.columns, set(todo))
-    for unit_task in list(todo.values()):
-        attempt.announce(_reading(unit_task))
+    for corpus_unit in list(todo.values()):
+        attempt.announce(_reading(corpus_unit))
         started = time.time()
         try:
             unit, rows = next(units)
@@ -63,40 +58,63 @@ def _read_span(
         del todo[unit.first_row]
         read = time.time()
         passages, rejected = check_rows(rows)
-        passages, tokens, killed = _tokenise(job, attempt, unit, passages)
-        table = token_table(unit, passages, tokens, job.spec.model.passage_instruction)
-        facts = {
-            "read_started": started,
-            "read_s": read - started,
-            "tokenise_s": time.time() - read,
-            "text_bytes": sum(len(text.encode()) for text in passages.texts),
-            "lengths": count_lengths(tokens.lengths),
-        }
-        rejects = rejected_table(unit.object_no, unit.first_row, rejected + killed)
-        yield UnitRow(unit_task, table=table, rejected=rejects, facts=facts).to_batch()
+        table, tokens = _tokenised(job, attempt, unit, passages, rejected)
+        yield (
+            corpus_unit.parcel()
+            .filled(
+                table,
+                read_started=started,
+                read_s=read - started,
+                tokenise_s=time.time() - read,
+                text_bytes=sum(len(text.encode()) for text in passages.texts),
+                lengths=count_lengths(tokens.lengths),
+            )
+            .to_batch()
+        )
 
 
-def _tokenise(
-    job: EmbedJob, attempt: Attempt, unit: Unit, passages: Passages
-) -> tuple[Passages, PackedTokens, list[Rejected]]:
-    tokenizer = _load_tokenizer(job.spec.model, trust_remote_code=job.trust_remote_code)
-    instruction = job.spec.model.passage_instruction
-    done: list[tuple[IdArray, PackedTokens]] = []
-    killed: list[Rejected] = []
+def _tokenised(
+    job: EmbedJob, attempt: Attempt, unit: Unit, passages: Passages, rejected: list[Rejected]
+) -> tuple[pa.Table, PackedTokens]:
+    """Return all rows of a unit, those with texts tokenised and the others with their reasons."""
+    feeder = load_text_feeder(job.spec.model, trust_remote_code=job.trust_remote_code)
+    rows, tokens, killed = tokenise(
+        attempt,
+        f"tokenising {unit.name}",
+        len(passages.texts),
+        lambda piece: feeder.passages([passages.texts[i] for i in piece]),
+    )
+    table = unit_table(unit, passages, rejected, job.spec.model.passage_instruction)
+    lengths = np.zeros(len(passages.texts), np.int32)
+    truncated = np.zeros(len(passages.texts), np.bool_)
+    lengths[rows], truncated[rows] = tokens.lengths, tokens.truncated
+    table = table.append_column("n_tokens", _spread(pa.array(lengths), passages.rows, len(table)))
+    table = table.append_column("truncated", _spread(pa.array(truncated), passages.rows, len(table)))
+    faults: dict[int, Fault] = {int(passages.rows[i]): fault for i, fault in killed.items()}
+    return with_faults(with_tokens(table, passages.rows[rows], tokens), faults), tokens
 
-    def run(pieces: Sequence[IdArray]) -> None:
-        done.extend((p, tokenizer.tokenise([instruction + passages.texts[i] for i in p])) for p in pieces)
 
-    def reject(i: int, detail: str) -> None:
-        killed.append(Rejected(int(passages.rows[i]), passages.passage_ids[i], "killed_worker", detail))
+def unit_table(unit: Unit, passages: Passages, rejected: list[Rejected], instruction: str) -> pa.Table:
+    """Return every row of a unit: ids, hash of the text that the model reads, kept columns, and faults.
 
-    everything = np.arange(len(passages.rows), dtype=np.int64)
-    pieces = [everything[i : i + TOKENISE_ROWS] for i in range(0, len(everything), TOKENISE_ROWS)]
-    run_isolated(attempt, f"tokenising {unit.name}", pieces, run, reject)
-    tokens = PackedTokens.concatenate([tokens for _, tokens in done])
-    if killed:
-        passages = take_passages(passages, np.concatenate([piece for piece, _ in done] or [everything[:0]]))
-    return passages, tokens, killed
+    What a rejected row lacks is null.
+    """
+    n_rows, rows = unit.n_rows, passages.rows
+    hashes = hash_texts(instruction + text for text in passages.texts)
+    columns = {
+        "vector_id": pa.array(vector_ids(unit.object_no, unit.first_row + np.arange(n_rows, dtype=np.int64))),
+        "passage_id": _spread(pa.array(passages.passage_ids, pa.string()), rows, n_rows),
+        "text_hash": _spread(hashes.cast(pa.binary(TEXT_HASH_BYTES)), rows, n_rows),
+        **{name: _spread(column, rows, n_rows) for name, column in passages.kept.items()},
+    }
+    table = pa.table(columns)
+    if rejected:
+        names = table["passage_id"].to_pylist()
+        for fault in rejected:
+            names[fault.row] = fault.passage_id
+        place = table.schema.get_field_index("passage_id")
+        table = table.set_column(place, "passage_id", pa.array(names, pa.string()))
+    return with_faults(table, {fault.row: (fault.reason, fault.detail) for fault in rejected})
 
 
 def count_lengths(lengths: np.ndarray) -> list[int]:
@@ -105,17 +123,18 @@ def count_lengths(lengths: np.ndarray) -> list[int]:
     return [int(count) for count in np.bincount(bins, minlength=len(LENGTH_EDGES) + 1)]
 
 
-@functools.lru_cache(maxsize=2)
-def _load_tokenizer(model: ModelSpec, *, trust_remote_code: bool) -> Tokenizer:
-    # Ray counts one CPU for this task; the tokenizer's own threads would take the others, too.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    folder, _ = fetch_model(model.name, model.revision)
-    return Tokenizer(folder, model.max_length, trust_remote_code=trust_remote_code)
+def _spread(values: pa.Array, rows: IdArray, n_rows: int) -> pa.Array:
+    """Return (n,) values with (m,) given ones at their rows and null elsewhere; as they are if m = n."""
+    if len(rows) == n_rows:
+        return values
+    places, missing = np.zeros(n_rows, np.int64), np.ones(n_rows, np.bool_)
+    places[rows], missing[rows] = np.arange(len(rows)), False
+    return values.take(pa.array(places, mask=missing))
 
 
-def _reading(task: UnitTask) -> str:
-    return f"reading {task.unit.name}"
+def _reading(unit: CorpusUnit) -> str:
+    return f"reading {unit.unit.name}"
 
 
-def _give_up(task: UnitTask, error: str) -> pa.Table:
-    return UnitRow(task).failed(error).to_batch()
+def _give_up(unit: CorpusUnit, error: str) -> pa.Table:
+    return unit.parcel().failed(error).to_batch()

@@ -1,30 +1,26 @@
-"""What the stages of an embed run share: the facts every task must know, and the row they start from."""
+"""What the stages of an embed run know: the span that they start from, its units, and where they write."""
 
 from dataclasses import dataclass
 
 from ray.actor import ActorHandle
 
-from bge_ray.pipeline.engine.payload import UnitTask
-from bge_ray.records.canonical import to_json
+from bge_ray.pipeline.engine.parcel import Parcel
 from bge_ray.records.dataset import DatasetSpec
-from bge_ray.records.plan import CorpusObject, Span
+from bge_ray.records.plan import CorpusObject, Span, Unit
 from bge_ray.storage.objects import Storage
 
 
 @dataclass(frozen=True)
-class EmbedJob:
-    """What every task of a run must know; holds no connection and no secret."""
+class CorpusUnit:
+    """One unit to do: which rows, of which object, under which fingerprint."""
 
-    storage: Storage
-    root: str
-    spec: DatasetSpec
-    compression: str
-    token_budget: int
-    device: str
-    threads: int
-    trust_remote_code: bool
-    max_attempts: int
-    ledger: ActorHandle
+    unit: Unit
+    fingerprint: str
+    uri: str
+
+    def parcel(self) -> Parcel:
+        """Return the unit as it travels."""
+        return Parcel.of(self.unit.name, self)
 
 
 @dataclass(frozen=True)
@@ -33,9 +29,21 @@ class SpanTask:
 
     corpus_object: CorpusObject
     span: Span
-    todo: tuple[UnitTask, ...]
+    todo: tuple[CorpusUnit, ...]
+
+    def parcel(self) -> Parcel:
+        """Return the span as it travels to the stage that reads it."""
+        return Parcel.of(self.todo[0].unit.name, self)
 
 
-def span_batch(task: SpanTask) -> dict[str, str]:
-    """Return a span as the row that the first stage takes."""
-    return {"span": to_json(task).decode()}
+@dataclass(frozen=True)
+class EmbedJob:
+    """What reading and writing tasks must know; holds no connection and no secret."""
+
+    storage: Storage
+    root: str
+    spec: DatasetSpec
+    compression: str
+    trust_remote_code: bool
+    max_attempts: int
+    ledger: ActorHandle

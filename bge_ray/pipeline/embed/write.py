@@ -5,57 +5,77 @@ import time
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from bge_ray.dataset.commit import ShardWriter
 from bge_ray.errors import StorageError
-from bge_ray.pipeline.embed.tasks import EmbedJob
+from bge_ray.pipeline.embed.tasks import CorpusUnit, EmbedJob
 from bge_ray.pipeline.engine.isolation import Attempt
-from bge_ray.pipeline.engine.payload import UnitRow
+from bge_ray.pipeline.engine.parcel import Parcel
+from bge_ray.records.columns import REJECTED_SCHEMA, embedding_schema
+from bge_ray.records.dataset import DatasetSpec
 from bge_ray.records.ids import split_vector_ids
 from bge_ray.report.facts import EXAMPLES_PER_REASON
 
 MAX_ID_CHARS = 200
 
 
-def write_stage(batch: pa.Table, job: EmbedJob) -> pa.Table:
-    """Commit one unit; what goes on to the driver is a receipt without tables."""
-    row = UnitRow.from_batch(batch)
-    if row.error is not None or row.table is None or row.rejected is None:
-        return row.failed(row.error or "its tables were lost on the way").to_batch()
+def commit_stage(batch: pa.Table, job: EmbedJob) -> pa.Table:
+    """Commit one unit; what goes on to the driver is a receipt without its table."""
+    parcel = Parcel.from_batch(batch)
+    if parcel.table is None:
+        return batch
+    task = parcel.task_as(CorpusUnit)
     writer = ShardWriter(job.storage, job.root, job.spec, job.compression)
-    with Attempt(job.ledger, f"write {row.task.unit.name}") as attempt:
+    with Attempt(job.ledger, f"write {parcel.name}") as attempt:
         if attempt.total_deaths >= job.max_attempts:
-            return row.failed(f"its writer died {attempt.total_deaths} times").to_batch()
+            return parcel.failed(f"its writer died {attempt.total_deaths} times").to_batch()
         started = time.time()
+        shard, rejected = split_rows(job.spec, parcel.table)
         try:
-            marker = writer.commit(row.task.unit, row.task.fingerprint, row.table, row.rejected)
+            marker = writer.commit(task.unit, task.fingerprint, shard, rejected)
         except StorageError as error:
-            return row.failed(str(error)).to_batch()
+            return parcel.failed(str(error)).to_batch()
     ended = time.time()
-    facts = row.facts | {"write_s": ended - started, "written": ended, "rejected_examples": _examples(row)}
-    return dataclasses.replace(row, table=None, rejected=None, facts=facts, marker=marker).to_batch()
+    facts: dict[str, Any] = {
+        "write_s": ended - started,
+        "written": ended,
+        "rejected_examples": _examples(task, rejected),
+        "marker": dataclasses.asdict(marker),
+    }
+    return parcel.filled(None, **facts).to_batch()
 
 
-def _examples(row: UnitRow) -> list[dict[str, Any]]:
+def split_rows(spec: DatasetSpec, table: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Return the rows of a unit that have their outputs, as an embedding shard, and those with a reason."""
+    schema = embedding_schema(spec.model.outputs, spec.columns.kept_schema())
+    reasons = table["reason"]
+    rejected = REJECTED_SCHEMA.empty_table()
+    if reasons.null_count < len(table):
+        rejected = table.filter(pc.is_valid(reasons)).select(REJECTED_SCHEMA.names).cast(REJECTED_SCHEMA)
+        table = table.filter(pc.is_null(reasons))
+    return pa.table([table[name] for name in schema.names], schema=schema), rejected
+
+
+def _examples(task: CorpusUnit, rejected: pa.Table) -> list[dict[str, Any]]:
     """Return a few rejected rows of each reason, for the report."""
-    if row.rejected is None:
-        return []
     examples: list[dict[str, Any]] = []
     shown: Counter[str] = Counter()
-    row_numbers = split_vector_ids(row.rejected["vector_id"].to_numpy()).row_no
-    for rejected, row_number in zip(row.rejected.to_pylist(), row_numbers.tolist(), strict=True):
-        shown[rejected["reason"]] += 1
-        if shown[rejected["reason"]] > EXAMPLES_PER_REASON:
+    rows = split_vector_ids(np.asarray(rejected["vector_id"])).row_no.tolist()
+    for fault, row in zip(rejected.to_pylist(), rows, strict=True):
+        shown[fault["reason"]] += 1
+        if shown[fault["reason"]] > EXAMPLES_PER_REASON:
             continue
-        passage_id = rejected["passage_id"]
+        passage_id = fault["passage_id"]
         examples.append(
             {
                 "passage_id": passage_id and passage_id[:MAX_ID_CHARS],
-                "reason": rejected["reason"],
-                "detail": rejected["detail"],
-                "uri": row.task.uri,
-                "row": row_number,
+                "reason": fault["reason"],
+                "detail": fault["detail"],
+                "uri": task.uri,
+                "row": row,
             }
         )
     return examples

@@ -1,7 +1,6 @@
-"""Joins or starts Ray, and sizes the stages from what the cluster has."""
+"""Joins or starts Ray, and leaves it again."""
 
 import contextlib
-import dataclasses
 import logging
 import os
 import secrets
@@ -10,22 +9,15 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import psutil
 
-from bge_ray.errors import BgeRayError, SettingsError
+from bge_ray.errors import BgeRayError
 from bge_ray.pipeline.engine.receipts import wait_for_paths
 from bge_ray.settings.sections import ResourcesSettings
 
 logger = logging.getLogger(__name__)
 
-# Of one CPU machine's cores this much is left to reading and writing tasks.
-CPUS_FOR_TASKS = 1.0
-WRITER_CPUS = 0.1
-MAX_WRITERS = 32
-# Tokenising one core's worth of short passages feeds a fraction of a GPU; see README, Tuning.
-READERS_PER_GPU = 6
 # What the processes of a local cluster are given to end.
 EXIT_S = 10.0
 
@@ -40,40 +32,6 @@ LOCAL_RAY = {
     "RAY_task_events_report_interval_ms": "0",
     "RAY_enable_metrics_collection": "0",
 }
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How many actors and tasks each stage has, and what each of them reserves."""
-
-    num_encoders: int
-    encoder_cpus: float
-    encoder_gpus: float
-    encoder_threads: int
-    num_readers: int
-    reader_cpus: float
-    num_writers: int
-    writer_cpus: float = WRITER_CPUS
-
-    def __str__(self) -> str:
-        encoders = in_words(self.encoder_gpus, self.encoder_cpus, self.encoder_threads)
-        others = f"readers {self.num_readers}, writers {self.num_writers}"
-        return f"encoders {self.num_encoders} ({encoders}), {others}"
-
-    @property
-    def device(self) -> str:
-        """Torch device of the encoders."""
-        return "cuda" if self.encoder_gpus else "cpu"
-
-    @property
-    def devices(self) -> float:
-        """GPUs that the encoders take, or CPU cores where they have none: what is paid for by the hour."""
-        return self.num_encoders * (self.encoder_gpus or self.encoder_threads)
-
-
-def in_words(gpus: float, cpus: float, threads: int) -> str:
-    """Say for a log line what each actor of a pool reserves and uses."""
-    return f"each: {f'GPUs {gpus:g}, ' if gpus else ''}CPUs {cpus:g}, threads {threads}"
 
 
 def prepare_environment() -> None:
@@ -144,84 +102,6 @@ def disconnect() -> None:
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-
-
-def cluster_sizes(settings: ResourcesSettings) -> Sizes:
-    """Size the stages for the cluster that `connect` joins or starts."""
-    connect(settings)
-    import ray
-
-    from bge_ray.pipeline.engine.tasks import largest_node
-
-    resources = ray.cluster_resources()
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    return size_stages(settings, cpus, gpus, node_cpus=largest_node("CPU"))
-
-
-def size_stages(
-    settings: ResourcesSettings, cpus: float, gpus: float, *, node_cpus: float | None = None
-) -> Sizes:
-    """Size the stages for a cluster.
-
-    On GPUs an encoder reserves its GPU and one CPU, and readers take what is left. On CPUs there is
-    one single-threaded encoder a core, which beats one encoder with many threads; together
-    they reserve all cores but one. Where encoders reserve parts of cores, reading and writing
-    reserve nothing: what is left is spread over the nodes, and after the loss of a node encoders
-    may take all of it, so that a task that needs a share of a core could wait for ever.
-
-    Args:
-        settings: what the user fixed.
-        cpus: CPUs of the cluster.
-        gpus: GPUs of the cluster.
-        node_cpus: CPUs of its largest node, more than which no encoder can have; None: of its only one.
-
-    Raises:
-        SettingsError: the encoders cannot fit beside at least one reader and one writer.
-    """
-    wanted = settings.gpus_per_encoder
-    encoder_gpus = (1.0 if gpus >= 1 else 0.0) if wanted is None else wanted
-    if encoder_gpus > 0:
-        num_encoders = settings.num_encoders or max(1, int(gpus / encoder_gpus))
-        encoder_cpus = 1.0 if cpus >= 2 * num_encoders else 0.25
-        threads = settings.threads_per_encoder or 1
-    else:
-        num_encoders = settings.num_encoders or max(1, int(cpus))
-        share = (cpus - CPUS_FOR_TASKS) / num_encoders if cpus > CPUS_FOR_TASKS else 0.5 / num_encoders
-        share = min(share, node_cpus or share)
-        encoder_cpus = float(int(share)) if share >= 1 else int(share * 10_000) / 10_000
-        threads = settings.threads_per_encoder or max(1, int(cpus) // num_encoders)
-    left = cpus - num_encoders * encoder_cpus
-    if left < WRITER_CPUS + 0.1:
-        raise SettingsError(
-            f"resources.num_encoders {num_encoders}: they reserve {num_encoders * encoder_cpus:g} of "
-            f"{cpus:g} CPUs and leave none for reading and writing; lower it, or add CPUs"
-        )
-    num_writers = max(1, min(MAX_WRITERS, num_encoders, int(left / 4 / WRITER_CPUS)))
-    for_readers = left - num_writers * WRITER_CPUS
-    reader_cpus = 1.0 if for_readers >= 1 else int(for_readers * 100) / 100
-    most = max(1, int(for_readers / reader_cpus))
-    useful = READERS_PER_GPU * num_encoders if encoder_gpus else max(1, num_encoders // 4)
-    shared = not encoder_gpus or encoder_cpus < 1
-    return Sizes(
-        num_encoders=num_encoders,
-        encoder_cpus=encoder_cpus,
-        encoder_gpus=encoder_gpus,
-        encoder_threads=threads,
-        num_readers=settings.num_readers or min(most, useful),
-        reader_cpus=0.0 if shared else reader_cpus,
-        num_writers=num_writers,
-        writer_cpus=0.0 if shared else WRITER_CPUS,
-    )
-
-
-def cap_sizes(sizes: Sizes, *, spans: int, units: int) -> Sizes:
-    """Return sizes without the actors and tasks that a small job would leave idle."""
-    return dataclasses.replace(
-        sizes,
-        num_encoders=min(sizes.num_encoders, units),
-        num_readers=min(sizes.num_readers, spans),
-        num_writers=min(sizes.num_writers, units),
-    )
 
 
 def _configure_ray_data() -> None:

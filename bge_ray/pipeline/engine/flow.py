@@ -1,4 +1,4 @@
-"""Stages as Ray Data operators: one parcel a row, bounded tasks, pools of a fixed size; and their receipts."""
+"""Stages as Ray Data operators: one parcel a row, bounded tasks, pools of a fixed size; their receipts."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence

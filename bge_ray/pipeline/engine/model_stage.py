@@ -1,4 +1,4 @@
-"""The stage of every model: token ids of passages, queries or pairs in, the model's outputs in their place."""
+"""The stage of every model: token ids of passages, queries or pairs in, its outputs in their place."""
 
 import os
 import time
@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 from ray.actor import ActorHandle
 
+from bge_ray.model.spec import model_folder, text_feeder
 from bge_ray.pipeline.engine.device import device_or_exit
 from bge_ray.pipeline.engine.isolation import Attempt, run_isolated
 from bge_ray.pipeline.engine.parcel import Parcel
@@ -41,16 +43,14 @@ class ModelStage:
 
     def __init__(self, job: ModelJob) -> None:
         """Load the model; no row is done before that."""
-        from bge_ray.model.run.model import Place, open_model  # torch, only where there is a model
+        from bge_ray.model.canary import check_canaries  # torch, only where there is a model
+        from bge_ray.model.run.model import Model, Place
 
         self._job = job
         place = Place(job.device, job.threads, job.trust_remote_code)
-        self._model = open_model(job.spec, place)
+        self._model = Model(job.spec, model_folder(job.spec), place)
         if job.canaries:
-            from bge_ray.model.canary import check_canaries
-            from bge_ray.model.families import open_feeder
-
-            feeder = open_feeder(job.spec, trust_remote_code=job.trust_remote_code)
+            feeder = text_feeder(job.spec, trust_remote_code=job.trust_remote_code)
             check_canaries(job.canaries, self._model, feeder)
         if job.device != "cpu":
             self._model.warm_up(job.token_budget)
@@ -105,9 +105,8 @@ class ModelStage:
 def _placed(table: pa.Table, name: str, values: pa.Array, rows: IdArray) -> pa.Table:
     """Put (m,) values of the rows of those numbers into a table, in the column's place if there is one."""
     if len(rows) < len(table):
-        numbers = [None] * len(table)
-        for i, row in enumerate(rows.tolist()):
-            numbers[row] = i
-        values = values.take(pa.array(numbers, pa.int64()))
+        numbers, missing = np.zeros(len(table), np.int64), np.ones(len(table), np.bool_)
+        numbers[rows], missing[rows] = np.arange(len(rows)), False
+        values = values.take(pa.array(numbers, mask=missing))
     place = table.schema.get_field_index(name)
     return table.append_column(name, values) if place < 0 else table.set_column(place, name, values)

@@ -23,14 +23,14 @@ def await_nodes(
     watch: Callable[[], None],
     wait_s: float = WAIT_S,
 ) -> None:
-    """Wait until the cluster has room for as many actors as the user fixed; does nothing where it has.
+    """Wait until the cluster has room for as many actors as the user fixed, or a first node at least.
 
     A cluster whose workers scale from zero has no GPU to count when the job starts. The room is asked for by
     placement groups, because these, unlike a request to the autoscaler, end with this process.
 
     Args:
         key: setting that fixed ``count``, for messages.
-        count: actors; None if the cluster is to be taken as it is.
+        count: actors; None if the cluster is to be taken as it is, once it has a node.
         gpus_each: GPUs of one of them; None or 0 for CPU actors, which share what CPUs there are.
         watch: called while waiting; raises to stop.
         wait_s: how long nodes may take to come.
@@ -38,12 +38,11 @@ def await_nodes(
     Raises:
         IncompleteRunError: they did not come in time.
     """
-    if count is None:
-        return
     have = ray.cluster_resources()
     gpus = gpus_each or 0.0
-    if have.get("GPU", 0.0) >= gpus * count and have.get("CPU", 0.0) >= 1:
+    if have.get("GPU", 0.0) >= gpus * (count or 0) and have.get("CPU", 0.0) >= 1:
         return
+    count = count or 1
     bundle = {"CPU": 1.0, "GPU": gpus} if gpus else {"CPU": 1.0}
     logger.info("waiting for nodes for %d actors of %s", count, bundle)
     groups = [placement_group([bundle]) for _ in range(count)]

@@ -5,7 +5,7 @@ import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from bge_ray.storage.lease import Lease
+from bge_ray.storage.lease import Leases
 
 POLL_S = 0.2
 
@@ -54,12 +54,12 @@ class StopRequest:
         return None if self._number is None else Stopped(self._number)
 
 
-def make_watch(lease: Lease, stop: StopRequest) -> Callable[[], None]:
-    """Return what is asked between receipts: is the output still ours, and may we go on?"""
+def make_watch(leases: Leases, stop: StopRequest) -> Callable[[], None]:
+    """Return what is asked between receipts: are the outputs still ours, and may we go on?"""
 
     def watch() -> None:
         stop.check()
-        if lease.lost.is_set():
-            lease.check()
+        if leases.lost.is_set():
+            leases.check()
 
     return watch

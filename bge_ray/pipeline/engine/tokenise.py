@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from bge_ray.model.families import open_feeder
-from bge_ray.model.feed import Feeder
+from bge_ray.model.feed.pairs import PairFeeder
+from bge_ray.model.feed.texts import TextFeeder
+from bge_ray.model.spec import pair_feeder, text_feeder
 from bge_ray.pipeline.engine.isolation import Attempt, run_isolated
 from bge_ray.pipeline.engine.rows import Fault
 from bge_ray.records.ids import IdArray
@@ -48,8 +49,15 @@ def tokenise(
 
 
 @functools.lru_cache(maxsize=2)
-def load_feeder(spec: ModelSpec, *, trust_remote_code: bool) -> Feeder:
-    """Return what turns texts into a model's tokens; it is kept for the next task of this process."""
+def load_text_feeder(spec: ModelSpec, *, trust_remote_code: bool) -> TextFeeder:
+    """Return what turns texts into an encoder's tokens; it is kept for the next task of this process."""
     # Ray counts one CPU for this task; the tokenizer's own threads would take the others, too.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return open_feeder(spec, trust_remote_code=trust_remote_code)
+    return text_feeder(spec, trust_remote_code=trust_remote_code)
+
+
+@functools.lru_cache(maxsize=2)
+def load_pair_feeder(spec: ModelSpec, *, trust_remote_code: bool) -> PairFeeder:
+    """Return what turns pairs into a reranker's tokens; see `load_text_feeder`."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return pair_feeder(spec, trust_remote_code=trust_remote_code)

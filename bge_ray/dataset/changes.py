@@ -1,0 +1,115 @@
+"""What each published manifest added and removed against the one before: a feed for who follows a data set."""
+
+import itertools
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from bge_ray.errors import StorageError
+from bge_ray.records.canonical import digest, from_json, to_json
+from bge_ray.records.dataset import Manifest, Marker
+from bge_ray.records.ids import id_range
+from bge_ray.storage.objects import Storage, join
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"changes/(\d{6})\.json$")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One step from a manifest to the next.
+
+    ``before`` and ``after`` are digests of the manifests; the first step has none before it. ``added`` and
+    ``removed`` are paths of shards, ``added_ids`` and ``removed_ids`` ranges [start, stop) of vector ids. A
+    change whose ``after`` is neither the ``before`` of the next nor that of manifest.json never was: its run
+    died before it published.
+    """
+
+    number: int
+    before: str | None
+    after: str
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    added_ids: tuple[tuple[int, int], ...]
+    removed_ids: tuple[tuple[int, int], ...]
+
+
+def manifest_digest(manifest: Manifest) -> str:
+    """Return the name by which changes refer to a manifest."""
+    return digest(to_json(manifest))
+
+
+def write_change(storage: Storage, root: str, before: Manifest | None, after: Manifest) -> Change | None:
+    """Write the change that is about to be published; it is there before the manifest is.
+
+    Returns:
+        The change, or None if the manifests are the same.
+
+    Raises:
+        StorageError: the newest change is not one of ours.
+    """
+    was = manifest_digest(before) if before is not None else None
+    now = manifest_digest(after)
+    if was == now:
+        return None
+    number, latest = _latest(storage, root)
+    if latest is not None and latest.after != was:
+        # Its run died before it published; the number is free again.
+        storage.delete([_uri(root, number)])
+        number -= 1
+    there = {marker.unit: marker for marker in (before.shards if before is not None else ())}
+    wanted = {marker.unit: marker for marker in after.shards}
+    added = [m for unit, m in wanted.items() if there.get(unit) != m]
+    removed = [m for unit, m in there.items() if wanted.get(unit) != m]
+    change = Change(
+        number + 1, was, now, _paths(added), _paths(removed), _id_ranges(added), _id_ranges(removed)
+    )
+    storage.write(_uri(root, change.number), to_json(change))
+    return change
+
+
+def _latest(storage: Storage, root: str) -> tuple[int, Change | None]:
+    listed = storage.list_files(join(root, "changes"))
+    numbers = [int(found.group(1)) for info in listed if (found := _NAME.search(info.uri)) is not None]
+    if not numbers:
+        return 0, None
+    uri = _uri(root, max(numbers))
+    try:
+        return max(numbers), from_json(Change, storage.read(uri))
+    except ValueError as error:
+        raise StorageError(f"{uri}: is no change of ours; move it away ({error})") from error
+
+
+def _uri(root: str, number: int) -> str:
+    return join(root, "changes", f"{number:06d}.json")
+
+
+def _paths(markers: Iterable[Marker]) -> tuple[str, ...]:
+    return tuple(sorted(m.embeddings.path for m in markers if m.embeddings is not None))
+
+
+def _id_ranges(markers: Iterable[Marker]) -> tuple[tuple[int, int], ...]:
+    """Return the ranges of ids of units, neighbours joined."""
+    units = sorted(marker.unit for marker in markers)
+    ranges = [id_range(u.object_no, u.first_row, u.n_rows) for u in units]
+    joined: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
+    return tuple(joined)
+
+
+def read_changes(storage: Storage, root: str, since: int = 0) -> list[Change]:
+    """Return the changes after a number, in order, without one that never was published."""
+    listed = storage.list_files(join(root, "changes"))
+    numbers = sorted(int(found.group(1)) for info in listed if (found := _NAME.search(info.uri)) is not None)
+    changes = [from_json(Change, storage.read(_uri(root, number))) for number in numbers]
+    manifest = storage.read_optional(join(root, "manifest.json"))
+    published = digest(manifest) if manifest is not None else None
+    follows = [*(change.before for change in changes[1:]), published]
+    real = [c for c, following in itertools.zip_longest(changes, follows) if c.after == following]
+    return [change for change in real if change.number > since]
