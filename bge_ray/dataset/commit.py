@@ -14,13 +14,15 @@ import logging
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bge_ray.errors import StorageError
 from bge_ray.formats.rows import Passages
 from bge_ray.records.dataset import DatasetSpec, FileFact, Marker, Unit, to_json
-from bge_ray.records.ids import FloatArray, PackedTokens, embedding_schema, vector_ids
+from bge_ray.records.ids import embedding_schema, vector_ids
+from bge_ray.records.tokens import PackedTokens
 from bge_ray.storage.objects import Storage, join
 
 logger = logging.getLogger(__name__)
@@ -161,13 +163,13 @@ def packed_tokens(table: pa.Table) -> PackedTokens:
     return PackedTokens(ids.values.to_numpy()[: offsets[-1]], offsets, table["truncated"].to_numpy())
 
 
-def shard_table(spec: DatasetSpec, table: pa.Table, embeddings: FloatArray) -> pa.Table:
+def shard_table(spec: DatasetSpec, table: pa.Table, embeddings: npt.NDArray[np.floating]) -> pa.Table:
     """Put the vectors in the place of the token ids.
 
     Args:
         spec: gives dtype, dim and the kept columns.
         table: a `token_table` of n rows.
-        embeddings: (n, dim) float32.
+        embeddings: (n, dim), best in the dtype of the spec, which is then no copy.
 
     Returns:
         n rows of `embedding_schema`.

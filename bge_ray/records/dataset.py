@@ -16,24 +16,9 @@ from pydantic import TypeAdapter
 
 from bge_ray.errors import DatasetMismatchError
 from bge_ray.records.ids import FORMAT_VERSION
+from bge_ray.records.model import ModelSpec
 
 R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """The model as it was resolved: everything about it that decides a vector."""
-
-    name: str
-    revision: str | None
-    weights_sha256: str
-    dim: int
-    pooling: str
-    max_length: int
-    normalize: bool
-    dtype: str
-    query_instruction: str
-    passage_instruction: str
 
 
 @dataclass(frozen=True)
@@ -257,6 +242,8 @@ def _digest(value: Any) -> str:
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
+        if isinstance(value, tuple) and all(isinstance(item, dict) and "name" in item for item in value):
+            value = {item["name"]: item for item in value}  # the outputs of a model
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{key}.")
         else:

@@ -3,7 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
-from bge_ray.records.ids import IdArray, PackedTokens
+from bge_ray.records.ids import IdArray
+from bge_ray.records.tokens import PackedTokens
 from bge_ray.settings.sections import Auto
 
 # What keeps a GPU busy, and what stays in the cache of a CPU core.

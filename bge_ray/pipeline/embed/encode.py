@@ -11,11 +11,13 @@ import pyarrow as pa
 
 from bge_ray.dataset.commit import packed_tokens, shard_table
 from bge_ray.formats.rows import Rejected, rejected_table
+from bge_ray.model.spec import model_folder
 from bge_ray.pipeline.embed.tasks import EmbedJob
 from bge_ray.pipeline.engine.device import device_or_exit
 from bge_ray.pipeline.engine.isolation import Attempt, run_isolated
 from bge_ray.pipeline.engine.payload import UnitRow
 from bge_ray.records.ids import IdArray, split_vector_ids
+from bge_ray.records.model import EMBEDDING
 
 
 class EncodeStage:
@@ -23,14 +25,13 @@ class EncodeStage:
 
     def __init__(self, job: EmbedJob) -> None:
         """Load the model; nothing is encoded before that."""
-        from bge_ray.model.encoder import Encoder  # torch, only where there is a model
+        from bge_ray.model.run.model import Model, Place  # torch, only where there is a model
 
         self._job = job
-        self._encoder = Encoder(
-            job.spec.model, device=job.device, threads=job.threads, trust_remote_code=job.trust_remote_code
-        )
+        spec = job.spec.model
+        self._model = Model(spec, model_folder(spec), Place(job.device, job.threads, job.trust_remote_code))
         if job.device != "cpu":
-            self._encoder.warm_up(job.token_budget)
+            self._model.warm_up(job.token_budget)
         self._idle_since: float | None = None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -50,19 +51,18 @@ class EncodeStage:
     def _encode(self, row: UnitRow, table: pa.Table, attempt: Attempt, waited_s: float) -> UnitRow:
         started = time.time()
         tokens = packed_tokens(table)
-        result = self._encoder.empty_result(len(tokens))
+        result = self._model.empty_result(len(tokens))
 
         def run(batches: Sequence[IdArray]) -> None:
             with device_or_exit(f"unit {row.task.unit.name}"):
-                self._encoder.encode(tokens, batches, result)
+                self._model.run(tokens, batches, result)
 
         def reject(i: int, detail: str) -> None:
             result.faults[i] = ("killed_worker", detail)
 
-        batches = self._encoder.cut(tokens.lengths, self._job.token_budget)
+        batches = self._model.cut(tokens.lengths, self._job.token_budget)
         run_isolated(attempt, "encoding", batches, run, reject)
-        self._reject_overflow(result.embeddings, result.faults)
-        shard = shard_table(self._job.spec, table, result.embeddings)
+        shard = shard_table(self._job.spec, table, result.array(EMBEDDING))
         ended = time.time()
         facts = row.facts | {
             "encode_started": started,
@@ -77,17 +77,6 @@ class EncodeStage:
         if not result.faults:
             return dataclasses.replace(row, table=shard, facts=facts)
         return _move_faults(row, shard, result.faults, facts)
-
-    def _reject_overflow(self, embeddings: np.ndarray, faults: dict[int, tuple[str, str]]) -> None:
-        """Reject vectors that are finite in float32 and not in the output dtype (unnormalised ones)."""
-        if self._job.spec.dtype == "float32":
-            return
-        limit = np.finfo(self._job.spec.dtype).max
-        for i in np.flatnonzero(np.abs(embeddings).max(axis=1, initial=0) > limit):
-            faults[int(i)] = (
-                "non_finite",
-                f"a component exceeds {limit}, the largest {self._job.spec.dtype}",
-            )
 
 
 def _move_faults(

@@ -8,7 +8,8 @@ import ray
 
 from bge_ray.dataset.folder import Dataset
 from bge_ray.formats.corpus import resolve_columns
-from bge_ray.model.source import fetch_model, read_config, resolve_model
+from bge_ray.model.folder import ModelFolder
+from bge_ray.model.spec import model_folder, resolve_encoder
 from bge_ray.pipeline.embed.planning import extend_plan, find_changes, scan_objects
 from bge_ray.pipeline.embed.tasks import SpanTask
 from bge_ray.pipeline.engine.cluster import cluster_sizes, connect
@@ -18,13 +19,13 @@ from bge_ray.records.dataset import (
     Columns,
     DatasetSpec,
     Marker,
-    ModelSpec,
     Plan,
     UnitLimits,
     span_units,
     unit_fingerprint,
 )
 from bge_ray.records.ids import VALUE_BYTES
+from bge_ray.records.model import ModelSpec
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.objects import Storage
 
@@ -63,6 +64,7 @@ def prepare(settings: Settings) -> Work:
     listed, changed = find_changes(storage, settings.corpus, previous)
     model = _resolve_model(settings, spec_there)
     dtype = _output_dtype(settings, spec_there, model)
+    model = model.stored_as(dtype)
     limits = UnitLimits(
         settings.batching.unit_rows, settings.batching.unit_bytes, model.dim * VALUE_BYTES[dtype]
     )
@@ -128,23 +130,23 @@ def _resolve_model(settings: Settings, there: DatasetSpec | None) -> ModelSpec:
         # A data set keeps its dtype wherever a later run happens to execute.
         model = model.model_copy(update={"dtype": there.model.dtype})
     on_gpu = model.dtype == "auto" and cluster_sizes(settings.resources).encoder_gpus > 0
-    return resolve_model(model, on_gpu=on_gpu)
+    return resolve_encoder(model, on_gpu=on_gpu)
 
 
 def _check_loads(settings: Settings, model: ModelSpec, there: DatasetSpec | None) -> None:
     """Refuse here, before anything is written, what an encoder would refuse to load."""
-    if there is not None and "auto_map" not in read_config(fetch_model(model.name, model.revision)[0]):
+    if there is not None and "auto_map" not in ModelFolder(model_folder(model)).config:
         return  # the run that made this data set has tried the same files, which hold no code
     connect(settings.resources)
     # In a task, because it takes torch: seconds, and more memory than all else that a driver holds.
-    arguments = [(model.name, model.revision, settings.model.trust_remote_code)]
+    arguments = [(model, settings.model.trust_remote_code)]
     list(run_tasks(_load_config, arguments, at_once=1, watch=lambda: None, num_cpus=0))
 
 
-def _load_config(name: str, revision: str | None, trust_remote_code: bool) -> None:
+def _load_config(model: ModelSpec, trust_remote_code: bool) -> None:
     from bge_ray.model.run.load import load_config
 
-    load_config(fetch_model(name, revision)[0], trust_remote_code=trust_remote_code)
+    load_config(model_folder(model), trust_remote_code=trust_remote_code)
 
 
 def _output_dtype(settings: Settings, there: DatasetSpec | None, model: ModelSpec) -> str:

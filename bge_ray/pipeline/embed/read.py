@@ -16,13 +16,15 @@ from bge_ray.dataset.commit import token_table
 from bge_ray.errors import CorpusError, StorageError
 from bge_ray.formats.corpus import read_units
 from bge_ray.formats.rows import Passages, Rejected, check_rows, rejected_table, take_passages
-from bge_ray.model.feed.tokenizer import Tokenizer
-from bge_ray.model.source import fetch_model
+from bge_ray.model.feed.texts import TextFeeder
+from bge_ray.model.spec import text_feeder
 from bge_ray.pipeline.embed.tasks import EmbedJob, SpanTask
 from bge_ray.pipeline.engine.isolation import LETHAL_DEATHS, Attempt, run_isolated
 from bge_ray.pipeline.engine.payload import UnitRow, UnitTask
-from bge_ray.records.dataset import ModelSpec, Unit, from_json
-from bge_ray.records.ids import IdArray, PackedTokens
+from bge_ray.records.dataset import Unit, from_json
+from bge_ray.records.ids import IdArray
+from bge_ray.records.model import ModelSpec
+from bge_ray.records.tokens import PackedTokens
 
 TOKENISE_ROWS = 1024
 # Upper edges, in tokens, of the length histogram: half powers of two from 4 to 16384.
@@ -76,13 +78,12 @@ def _read_span(
 def _tokenise(
     job: EmbedJob, attempt: Attempt, unit: Unit, passages: Passages
 ) -> tuple[Passages, PackedTokens, list[Rejected]]:
-    tokenizer = _load_tokenizer(job.spec.model, trust_remote_code=job.trust_remote_code)
-    instruction = job.spec.model.passage_instruction
+    feeder = _load_feeder(job.spec.model, trust_remote_code=job.trust_remote_code)
     done: list[tuple[IdArray, PackedTokens]] = []
     killed: list[Rejected] = []
 
     def run(pieces: Sequence[IdArray]) -> None:
-        done.extend((p, tokenizer.tokenise([instruction + passages.texts[i] for i in p])) for p in pieces)
+        done.extend((p, feeder.passages([passages.texts[i] for i in p])) for p in pieces)
 
     def reject(i: int, detail: str) -> None:
         killed.append(Rejected(int(passages.rows[i]), passages.passage_ids[i], "killed_worker", detail))
@@ -103,11 +104,10 @@ def count_lengths(lengths: np.ndarray) -> list[int]:
 
 
 @functools.lru_cache(maxsize=2)
-def _load_tokenizer(model: ModelSpec, *, trust_remote_code: bool) -> Tokenizer:
+def _load_feeder(model: ModelSpec, *, trust_remote_code: bool) -> TextFeeder:
     # Ray counts one CPU for this task; the tokenizer's own threads would take the others, too.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    folder, _ = fetch_model(model.name, model.revision)
-    return Tokenizer(folder, model.max_length, trust_remote_code=trust_remote_code)
+    return text_feeder(model, trust_remote_code=trust_remote_code)
 
 
 def _reading(task: UnitTask) -> str:

@@ -15,9 +15,8 @@ from bge_ray.dataset.lookup import ShardMap
 from bge_ray.errors import BgeRayError, IncompleteRunError, SettingsError
 from bge_ray.formats.candidates import find_candidates, read_candidate_lists
 from bge_ray.formats.runs import Candidates, read_queries
-from bge_ray.model.reranker_head import settle_reranker
-from bge_ray.model.reranker_spec import RerankerSpec
 from bge_ray.model.run.batching import settle_budget
+from bge_ray.model.spec import resolve_reranker
 from bge_ray.pipeline.engine.flow import by_actors, by_tasks, parcels, receipts
 from bge_ray.pipeline.engine.isolation import start_ledger
 from bge_ray.pipeline.engine.pools import Pool, PoolSizes, cluster_pools, compute_dtype
@@ -49,6 +48,7 @@ from bge_ray.pipeline.runs.parcels import (
 )
 from bge_ray.pipeline.runs.parts import RunOutput, Totals, publish, write_stage
 from bge_ray.pipeline.search.stages import read_stage
+from bge_ray.records.model import ModelSpec
 from bge_ray.run_id import run_id
 from bge_ray.settings.sections import RerankSettings, Settings
 from bge_ray.storage.lease import Lease
@@ -66,7 +66,7 @@ class _Work:
     storage: Storage
     folder: str
     source: Source | None
-    spec: RerankerSpec
+    spec: ModelSpec
     key: str
 
 
@@ -160,7 +160,7 @@ def rerank_receipts(
     return receipts(rows)
 
 
-def make_score_job(settings: Settings, place: Workplace, spec: RerankerSpec, pool: Pool) -> ScoreJob:
+def make_score_job(settings: Settings, place: Workplace, spec: ModelSpec, pool: Pool) -> ScoreJob:
     """Return what the reranker pool must know; the automatic budget goes by its device."""
     budget = settle_budget(settings.rerank.token_budget, on_gpu=pool.gpus > 0)
     return ScoreJob(place, spec, Device(pool.device, pool.threads, budget, settings.rerank.trust_remote_code))
@@ -205,7 +205,7 @@ def _prepare(settings: Settings) -> _Work:
     settings.require("rerank.candidates", "rerank.output")
     storage = Storage(settings.output.storage_timeout_s)
     source = open_source(settings) if settings.output.uri is not None else None
-    spec = settle_reranker(settings.rerank)
+    spec = resolve_reranker(settings.rerank, on_gpu=False)
     found = [find_candidates(storage, str(settings.rerank.candidates))]
     if settings.search.queries is not None:
         found += storage.list_files(settings.search.queries)

@@ -10,15 +10,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bge_ray.errors import BgeRayError
-from bge_ray.model.feed.pairs import PairTokenizer
-from bge_ray.model.feed.rows import Rows
-from bge_ray.model.reranker_spec import RerankerSpec
-from bge_ray.model.source import fetch_model
+from bge_ray.model.feed.pairs import PairFeeder
+from bge_ray.model.spec import model_folder, pair_feeder
 from bge_ray.pipeline.engine.device import device_or_exit
 from bge_ray.pipeline.engine.isolation import Attempt, run_isolated
 from bge_ray.pipeline.rerank.texts import TextSource, add_texts
 from bge_ray.pipeline.runs.parcels import Parcel, ScoreJob, whole
-from bge_ray.records.ids import IdArray, PackedTokens
+from bge_ray.records.ids import IdArray
+from bge_ray.records.model import SCORE, ModelSpec
+from bge_ray.records.tokens import PackedTokens
 
 TOKENISE_PAIRS = 1024
 
@@ -58,17 +58,17 @@ def pair_stage(batch: pa.Table, job: ScoreJob) -> pa.Table:
 
 def _pair(parcel: Parcel, table: pa.Table, job: ScoreJob, attempt: Attempt) -> Parcel:
     started = time.time()
-    tokenizer = _load_tokenizer(job.spec, trust_remote_code=job.device.trust_remote_code)
+    feeder = _load_feeder(job.spec, trust_remote_code=job.device.trust_remote_code)
     able = pc.and_(pc.is_valid(table["text"]), pc.is_null(table["reason"]))
     scored = np.flatnonzero(able.to_numpy())
     pairs = table.select(["query", "text"]).take(pa.array(scored))
     queries, texts = pairs["query"].to_pylist(), pairs["text"].to_pylist()
-    done: list[tuple[IdArray, Rows]] = []
+    done: list[tuple[IdArray, PackedTokens]] = []
     faults: dict[int, tuple[str, str]] = {}
 
     def run(pieces: Sequence[IdArray]) -> None:
         for piece in pieces:
-            rows = tokenizer.tokenise([queries[i] for i in piece], [texts[i] for i in piece])
+            rows = feeder.pairs([queries[i] for i in piece], [texts[i] for i in piece])
             done.append((scored[piece], rows))
 
     def reject(i: int, detail: str) -> None:
@@ -79,20 +79,20 @@ def _pair(parcel: Parcel, table: pa.Table, job: ScoreJob, attempt: Attempt) -> P
     run_isolated(attempt, "tokenising", pieces, run, reject)
     facts = {
         "pair_s": time.time() - started,
-        "pair_tokens": sum(int(rows.tokens.offsets[-1]) for _, rows in done),
-        "truncated_pairs": sum(int(rows.tokens.truncated.sum()) for _, rows in done),
+        "pair_tokens": sum(int(rows.offsets[-1]) for _, rows in done),
+        "truncated_pairs": sum(int(rows.truncated.sum()) for _, rows in done),
     }
     return parcel.filled(_with_tokens(_with_faults(table, faults), done), **facts)
 
 
-def _with_tokens(table: pa.Table, done: list[tuple[IdArray, Rows]]) -> pa.Table:
+def _with_tokens(table: pa.Table, done: list[tuple[IdArray, PackedTokens]]) -> pa.Table:
     """Put token ids, and where the passage begins in them, in the place of the texts; null where none."""
     tokens: list[np.ndarray | None] = [None] * len(table)
     types: list[int | None] = [None] * len(table)
     for numbers, rows in done:
-        offsets = rows.tokens.offsets
+        offsets = rows.offsets
         for place, number in enumerate(numbers.tolist()):
-            tokens[number] = rows.tokens.input_ids[offsets[place] : offsets[place + 1]]
+            tokens[number] = rows.input_ids[offsets[place] : offsets[place + 1]]
             types[number] = None if rows.type_starts is None else int(rows.type_starts[place])
     return (
         table.drop_columns(["text", "query"])
@@ -106,18 +106,14 @@ class ScoreStage:
 
     def __init__(self, job: ScoreJob) -> None:
         """Load the model."""
-        from bge_ray.model.reranker import Reranker  # torch, only where there is a model
+        from bge_ray.model.run.model import Model, Place  # torch, only where there is a model
 
         self._job = job
         device = job.device
-        self._reranker = Reranker(
-            job.spec,
-            device=device.name,
-            threads=device.threads,
-            trust_remote_code=device.trust_remote_code,
-        )
+        place = Place(device.name, device.threads, device.trust_remote_code)
+        self._model = Model(job.spec, model_folder(job.spec), place)
         if device.name != "cpu":
-            self._reranker.warm_up(device.token_budget)
+            self._model.warm_up(device.token_budget)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Score the pairs of one unit."""
@@ -133,20 +129,20 @@ class ScoreStage:
         started = time.time()
         scored = np.flatnonzero(pc.is_valid(table["input_ids"]).to_numpy())
         pairs = _packed(table.select(["input_ids", "type_start"]).take(pa.array(scored)))
-        result = self._reranker.empty_result(len(scored))
+        result = self._model.empty_result(len(scored))
 
         def run(batches: Sequence[IdArray]) -> None:
             with device_or_exit(f"pairs {parcel.task.name}"):
-                self._reranker.score(pairs, batches, result)
+                self._model.run(pairs, batches, result)
 
         def reject(i: int, detail: str) -> None:
             result.faults[i] = ("killed_worker", detail)
 
-        batches = self._reranker.cut(pairs.tokens.lengths, self._job.device.token_budget)
+        batches = self._model.cut(pairs.lengths, self._job.device.token_budget)
         run_isolated(attempt, "scoring", batches, run, reject)
         good = np.array([i not in result.faults for i in range(len(scored))], dtype=np.bool_)
         logits = np.full(len(table), np.nan, dtype=np.float32)
-        logits[scored[good]] = result.scores[good]
+        logits[scored[good]] = result.array(SCORE)[good]
         table = table.drop_columns(["input_ids", "type_start"])
         place = table.schema.get_field_index("logit")
         table = table.set_column(place, table.schema.field("logit"), pa.array(logits, from_pandas=True))
@@ -160,16 +156,18 @@ class ScoreStage:
         return parcel.filled(table, **facts)
 
 
-def _packed(table: pa.Table) -> Rows:
+def _packed(table: pa.Table) -> PackedTokens:
     """Return the pairs of a table with ``input_ids`` and ``type_start`` as the reranker takes them."""
     ids = whole(table["input_ids"])
     offsets = np.concatenate([np.zeros(1, np.int32), np.cumsum(pc.list_value_length(ids).to_numpy())])
-    tokens = PackedTokens(
-        ids.flatten().to_numpy(), offsets.astype(np.int32), np.zeros(len(table), dtype=np.bool_)
-    )
     types = table["type_start"]
     has_types = len(table) and types.null_count == 0
-    return Rows(tokens, types.to_numpy().astype(np.int32) if has_types else None)
+    return PackedTokens(
+        ids.flatten().to_numpy(),
+        offsets.astype(np.int32),
+        np.zeros(len(table), dtype=np.bool_),
+        types.to_numpy().astype(np.int32) if has_types else None,
+    )
 
 
 def _with_faults(table: pa.Table, faults: dict[int, tuple[str, str]]) -> pa.Table:
@@ -186,8 +184,7 @@ def _with_faults(table: pa.Table, faults: dict[int, tuple[str, str]]) -> pa.Tabl
 
 
 @functools.lru_cache(maxsize=2)
-def _load_tokenizer(spec: RerankerSpec, *, trust_remote_code: bool) -> PairTokenizer:
+def _load_feeder(spec: ModelSpec, *, trust_remote_code: bool) -> PairFeeder:
     # Ray counts one CPU for this task; the tokenizer's own threads would take the others, too.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    folder, _ = fetch_model(spec.name, spec.revision)
-    return PairTokenizer(folder, spec.max_length, trust_remote_code=trust_remote_code)
+    return pair_feeder(spec, trust_remote_code=trust_remote_code)

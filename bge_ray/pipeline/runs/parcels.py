@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow as pa
 from ray.actor import ActorHandle
 
-from bge_ray.model.reranker_spec import RerankerSpec
-from bge_ray.records.dataset import ModelSpec, from_json, to_json
+from bge_ray.records.dataset import from_json, to_json
+from bge_ray.records.model import ModelSpec
 from bge_ray.storage.objects import Storage, join
 
 # Rows on their way. ``row_no`` is the number of the input row within its group; a row with a reason has
@@ -108,7 +108,7 @@ class ScoreJob:
     """What pair tokenising and scoring must know."""
 
     place: Workplace
-    spec: RerankerSpec
+    spec: ModelSpec
     device: Device
 
 

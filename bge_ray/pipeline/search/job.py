@@ -16,10 +16,9 @@ from ray.actor import ActorHandle
 from bge_ray.dataset.lookup import ShardMap
 from bge_ray.errors import BgeRayError, DatasetMismatchError, IncompleteRunError, SettingsError
 from bge_ray.formats.runs import read_queries
-from bge_ray.model.reranker_head import settle_reranker
-from bge_ray.model.reranker_spec import RerankerSpec
 from bge_ray.model.run.batching import settle_budget
 from bge_ray.model.source import fetch_model, hash_model
+from bge_ray.model.spec import resolve_reranker
 from bge_ray.pipeline.engine.flow import by_actors, by_tasks, parcels, receipts
 from bge_ray.pipeline.engine.isolation import start_ledger
 from bge_ray.pipeline.engine.pools import Pool, PoolSizes, cluster_pools, compute_dtype
@@ -65,7 +64,7 @@ from bge_ray.pipeline.search.stages import (
     read_stage,
     retrieve_stage,
 )
-from bge_ray.records.dataset import ModelSpec
+from bge_ray.records.model import ModelSpec
 from bge_ray.run_id import run_id
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.lease import Lease
@@ -87,7 +86,7 @@ class _Work:
     folder: str
     model: ModelSpec
     index: dict[str, Any] | None
-    reranker: RerankerSpec | None
+    reranker: ModelSpec | None
     key: str = ""
 
 
@@ -199,7 +198,7 @@ def _prepare(settings: Settings) -> _Work:
         logger.info("%s has no index: the embedding shards are searched exactly", source.root)
     if index is not None:
         _check_index(index, source)
-    reranker = settle_reranker(settings.rerank) if settings.search.rerank else None
+    reranker = resolve_reranker(settings.rerank, on_gpu=False) if settings.search.rerank else None
     work = _Work(source, str(settings.search.output), _query_model(settings, source), index, reranker)
     listed = source.storage.list_files(str(settings.search.queries))
     inputs = [(info.uri, info.size, info.etag) for info in listed]
@@ -237,7 +236,7 @@ def _query_model(settings: Settings, source: Source) -> ModelSpec:
     if "name" in asked.model_fields_set:
         spec = dataclasses.replace(spec, name=asked.name, revision=asked.revision)
     folder, commit = fetch_model(spec.name, spec.revision)
-    if hash_model(str(folder)) != spec.weights_sha256:
+    if hash_model(folder, trust_remote_code=asked.trust_remote_code) != spec.weights_sha256:
         raise DatasetMismatchError(
             f"output.uri {source.root}: was embedded with {source.spec.model.name}, whose files differ from "
             f"those of {spec.name}; queries need the same model"
@@ -246,7 +245,7 @@ def _query_model(settings: Settings, source: Source) -> ModelSpec:
         spec = dataclasses.replace(spec, max_length=asked.max_length)
     if asked.query_instruction is not None:
         spec = dataclasses.replace(spec, query_instruction=asked.query_instruction)
-    return dataclasses.replace(spec, revision=commit)
+    return dataclasses.replace(spec, revision=commit).stored_as("float32")
 
 
 def _with_dtypes(settings: Settings, work: _Work) -> _Work:
