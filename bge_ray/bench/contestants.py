@@ -98,21 +98,20 @@ def _worker(
 
 
 def _encode_units(task: Task, texts: list[str]) -> Callable[[], None]:
-    from bge_ray.model.encoder import Encoder
-    from bge_ray.model.feed.tokenizer import Tokenizer
-    from bge_ray.model.source import fetch_model, resolve_model
+    from bge_ray.model.run.model import Model, Place
+    from bge_ray.model.spec import model_folder, resolve_encoder, text_feeder
     from bge_ray.settings.sections import ModelSettings
 
     settings = ModelSettings(name=task.model, dtype=task.dtype, max_length=task.max_length)
-    spec = resolve_model(settings, on_gpu=task.device == "cuda")
-    tokenizer = Tokenizer(fetch_model(task.model, None)[0], task.max_length)
-    encoder = Encoder(spec, device=task.device, threads=1)
-    units = [tokenizer.tokenise(texts[i : i + task.unit_rows]) for i in range(0, len(texts), task.unit_rows)]
+    spec = resolve_encoder(settings, on_gpu=task.device == "cuda")
+    feeder = text_feeder(spec)
+    model = Model(spec, model_folder(spec), Place(task.device))
+    units = [feeder.passages(texts[i : i + task.unit_rows]) for i in range(0, len(texts), task.unit_rows)]
 
     def work(limit: int | None = None) -> None:
         for tokens in units:
-            batches = encoder.cut(tokens.lengths, task.token_budget)[:limit]
-            encoder.encode(tokens, batches, encoder.empty_result(len(tokens)))
+            batches = model.cut(tokens.lengths, task.token_budget)[:limit]
+            model.run(tokens, batches, model.empty_result(len(tokens)))
 
     work(limit=1)
     return work
@@ -173,10 +172,10 @@ def flag_embedding(task: Task) -> Result:
     """`FlagModel.encode` with its defaults; pooling as the model's own files say."""
     from FlagEmbedding import FlagModel
 
-    from bge_ray.model.source import resolve_model
+    from bge_ray.model.spec import resolve_encoder
     from bge_ray.settings.sections import ModelSettings
 
-    spec = resolve_model(ModelSettings(name=task.model), on_gpu=False)
+    spec = resolve_encoder(ModelSettings(name=task.model), on_gpu=False)
     half = task.dtype == "float16"
     model = FlagModel(task.model, use_fp16=half, devices=task.device, pooling_method=spec.pooling)
     return _timed(texts_of(task), lambda texts: model.encode(texts, max_length=task.max_length))
@@ -237,24 +236,18 @@ def reranker(task: Task) -> Result:
 
 
 def _score_pairs(task: Task, pairs: list[tuple[str, str]]) -> Callable[[], None]:
-    from bge_ray.model.feed.pairs import PairTokenizer
-    from bge_ray.model.reranker import Reranker
-    from bge_ray.model.reranker_spec import resolve_reranker
-    from bge_ray.model.source import fetch_model
+    from bge_ray.model.run.model import Model, Place
+    from bge_ray.model.spec import model_folder, pair_feeder, resolve_reranker
+    from bge_ray.settings.sections import RerankSettings
 
-    spec = resolve_reranker(
-        task.reranker,
-        max_length=task.max_length,
-        dtype=task.dtype,  # type: ignore[arg-type]
-        on_gpu=task.device == "cuda",
-    )
-    tokenizer = PairTokenizer(fetch_model(task.reranker, None)[0], task.max_length)
-    model = Reranker(spec, device=task.device, threads=1)
+    settings = RerankSettings(model=task.reranker, dtype=task.dtype, max_length=task.max_length)
+    spec = resolve_reranker(settings, on_gpu=task.device == "cuda")
+    feeder = pair_feeder(spec)
+    model = Model(spec, model_folder(spec), Place(task.device))
 
     def work(some: list[tuple[str, str]] = pairs) -> None:
-        rows = tokenizer.tokenise([q for q, _ in some], [p for _, p in some])
-        result = model.empty_result(len(some))
-        model.score(rows, model.cut(rows.tokens.lengths, task.token_budget), result)
+        rows = feeder.pairs([q for q, _ in some], [p for _, p in some])
+        model.run(rows, model.cut(rows.lengths, task.token_budget), model.empty_result(len(some)))
 
     work(pairs[:16])
     return work

@@ -25,9 +25,9 @@ from bge_ray.bench.contestants import (
 from bge_ray.bench.machine import copy_rate, count_flop, describe_machine, matrix_rate
 from bge_ray.bench.models import make_encoder, make_reranker
 from bge_ray.errors import SettingsError
-from bge_ray.model.feed.tokenizer import Tokenizer
+from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.run.batching import settle_budget
-from bge_ray.model.source import resolve_model
+from bge_ray.model.spec import resolve_encoder
 from bge_ray.settings.sections import BenchSettings, ModelSettings, Settings
 
 logger = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ class _Basis:
 
 def _basis(settings: Settings, shape: str, folder: Path, device: str, dtype: str) -> _Basis:
     model = str(make_encoder(shape, folder / "encoder"))
-    spec = resolve_model(ModelSettings(name=model), on_gpu=device == "cuda")
+    spec = resolve_encoder(ModelSettings(name=model), on_gpu=device == "cuda")
     reranker = str(make_reranker(shape, folder / "reranker"))
     return _Basis(settings, model, spec.pooling != "mean", reranker, device, dtype)
 
@@ -184,7 +184,7 @@ def _task(
     max_length = 512 if mix == "natural" else int(mix)
     if mix != "natural":  # so long that each is cut to the same number of tokens
         texts = [(text + " ") * (1 + 6 * max_length // max(1, len(text))) for text in texts]
-    lengths = Tokenizer(Path(basis.model), max_length).tokenise(texts).lengths
+    lengths = TextFeeder(Path(basis.model), max_length).passages(texts).lengths
     write_corpus(folder, texts, titles, SHARDS)
     on_gpu = basis.device == "cuda"
     one_each = torch.cuda.device_count() if on_gpu else torch.get_num_threads()

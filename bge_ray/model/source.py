@@ -1,256 +1,214 @@
-"""Where a model comes from and what it is: hub id or folder to files, files to `ModelSpec`.
+"""Where a model comes from: a folder, the hub or any fsspec URI, to files on this node and their hash.
 
 Weights are read from safetensors only, so no pickle is opened; Python code in a model folder is run
-only with ``model.trust_remote_code``.
+only with ``trust_remote_code``.
 """
 
-import functools
+import fnmatch
 import hashlib
 import json
-import logging
+import shutil
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-from bge_ray.errors import ModelError
-from bge_ray.model.cards import ModelCard, find_card
-from bge_ray.records.dataset import ModelSpec
-from bge_ray.settings.sections import ModelSettings, Pooling
+from bge_ray.errors import ModelError, StorageError
+from bge_ray.model.cache import cache_folder, locked
+from bge_ray.storage.objects import ObjectInfo, Storage
 
-logger = logging.getLogger(__name__)
+# The setting that names a model, for messages.
+Setting: TypeAlias = Literal["model.name", "rerank.model"]
 
 # What from_pretrained may open; anything else in the repository (ONNX twins, pictures) is left there.
 FILE_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.py", "1_Pooling/config.json")
-POOLING_FILE = "1_Pooling/config.json"
-KNOWN_MODULES = {"Transformer", "Pooling", "Normalize"}
-# These count positions from padding_idx + 1, so two of their position embeddings are never used.
-OFFSET_POSITION_TYPES = {
-    "roberta",
-    "roberta-prelayernorm",
-    "xlm-roberta",
-    "xlm-roberta-xl",
-    "camembert",
-    "data2vec-text",
-    "mpnet",
-}
-HASH_CHUNK_BYTES = 8 << 20
+# What decides an output: weights, architecture, tokenizer, and the files in which sentence-transformers says
+# how states become vectors. The state of a training or a list of licences is no part of a model.
+DECISIVE_FILES = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "*.model",
+    "modules.json",
+    "1_Pooling/config.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+)
+CODE_FILES = ("*.py",)
+CHUNK_BYTES = 8 << 20
+FETCH_BYTES = 64 << 20
+# A file can change within one tick of its file system's clock without another time: such a hash is not kept.
+FRESH_S = 2.0
+STORAGE = Storage()
 
 
-def fetch_model(name: str, revision: str | None) -> tuple[Path, str | None]:
-    """Return the folder of a model and its commit, downloading it from the hub if it is not a folder.
+def fetch_model(name: str, revision: str | None, setting: Setting = "model.name") -> tuple[Path, str | None]:
+    """Return the folder of a model on this node and its commit.
+
+    Args:
+        name: a folder, the URI of one on any fsspec store, or a hub id; the last two are fetched once a node.
+        revision: commit, tag or branch on the hub.
+        setting: what named the model.
 
     Raises:
-        ModelError: it is neither a folder nor to be had from the hub; says what else would do.
+        ModelError: it is none of the three or not to be had; says what else would do.
     """
+    if "://" in name:
+        return _fetch_uri(name, setting), None
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ModelError(f"model.name {name}: the folder has no config.json")
+            raise ModelError(f"{setting} {name}: the folder has no config.json")
         return folder.resolve(), None
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ModelError(
-            f"model.name {name}: no such folder on this machine (each node needs it at the same path)"
+            f"{setting} {name}: no such folder on this machine (each node needs it at the same path; one in "
+            "object storage, as s3://bucket/model, is fetched by each node)"
         )
+    return _fetch_hub(name, revision, setting)
+
+
+def _fetch_hub(name: str, revision: str | None, setting: Setting) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=list(FILE_PATTERNS)))
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise ModelError(f"model.name {name}: the hub has no such model or revision: {error}") from error
+        raise ModelError(f"{setting} {name}: the hub has no such model or revision: {error}") from error
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"model.name {name}: not a local folder, and the model hub cannot be reached "
+            f"{setting} {name}: not a local folder, and the model hub cannot be reached "
             f"({type(error).__name__}: {next(iter(str(error).splitlines()), '')}). Ways out: give a local "
-            "folder with its files; point HF_HOME at a cache that holds it (and set HF_HUB_OFFLINE=1); "
-            "or set HF_ENDPOINT to a mirror"
+            "folder with its files, or its URI in object storage; point HF_HOME at a cache that holds it "
+            "(and set HF_HUB_OFFLINE=1); or set HF_ENDPOINT to a mirror"
         ) from error
     return snapshot, snapshot.name
 
 
-def resolve_model(settings: ModelSettings, *, on_gpu: bool) -> ModelSpec:
-    """Settle everything about the model that decides a vector.
+def _fetch_uri(uri: str, setting: Setting) -> Path:
+    """Return this node's copy of a model folder in storage, fetched unless this version of it is there."""
+    try:
+        files = _model_files(uri)
+        if "config.json" not in files:
+            raise ModelError(f"{setting} {uri}: there is no folder of this name with a config.json")
+        key = _version(uri, files)
+        folder = cache_folder() / "models" / key
+        if folder.is_dir():
+            return folder
+        with locked(key) as cache:
+            # Each process that came first and died left its half here: under the lock, nobody writes it.
+            partial = cache / "models" / f"{key}.partial"
+            if not folder.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+                for name, info in files.items():
+                    _fetch_file(info, partial / name)
+                if _version(uri, _model_files(uri)) != key:
+                    raise ModelError(f"{setting} {uri}: its files changed while they were fetched; run again")
+                partial.rename(folder)
+    except StorageError as error:
+        raise ModelError(f"{setting} {uri}: {error}") from error
+    except OSError as error:
+        raise ModelError(
+            f"{setting} {uri}: cannot be kept in {cache_folder()}: {error}; "
+            "set BGE_RAY_CACHE to a folder with room"
+        ) from error
+    return folder
+
+
+def _model_files(uri: str) -> dict[str, ObjectInfo]:
+    """Return the objects below a URI that a model is made of, by their path in the folder."""
+    root = uri.rstrip("/")
+    listed = STORAGE.list_files(root)
+    # A client may spell the URI in its own way; what follows the folder's name is the same.
+    tail = root.partition("://")[2].strip("/")
+    files = {info.uri.partition("://")[2].strip("/").removeprefix(tail).strip("/"): info for info in listed}
+    return {n: i for n, i in files.items() if any(_matches(n, pattern) for pattern in FILE_PATTERNS)}
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Tell whether a path is one that ``Path.glob`` of a pattern would find: a star crosses no folder."""
+    return name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern)
+
+
+def _version(uri: str, files: dict[str, ObjectInfo]) -> str:
+    facts = [uri, *([name, info.size, _etag(info)] for name, info in sorted(files.items()))]
+    label = "".join(c if c.isalnum() or c in "._-" else "-" for c in uri.rstrip("/").rpartition("/")[2])
+    return f"{label[:60]}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}"
+
+
+def _etag(info: ObjectInfo) -> str:
+    if info.etag != "-":
+        return info.etag
+
+    def unique(fs: Any, path: str) -> str:
+        return str(fs.ukey(path))
+
+    # The store has no etag and no time; its client knows what else changes with the content.
+    return STORAGE.attempt("look at", info.uri, unique)
+
+
+def _fetch_file(info: ObjectInfo, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with STORAGE.open(info.uri, info.size) as source, path.open("wb") as target:
+        while chunk := source.read(FETCH_BYTES):
+            target.write(chunk)
+
+
+def hash_model(folder: Path, *, trust_remote_code: bool = False) -> str:
+    """Return the hex sha256 over the files of a model folder that decide its outputs.
+
+    It is computed once a node: a later call, in this process or another, finds it in the node's cache as long
+    as no file has another size or time.
 
     Args:
-        settings: what was asked for.
-        on_gpu: whether the encoders have GPUs, which decides the automatic compute dtype.
-
-    Raises:
-        ModelError: the model is not to be had, or not usable as asked.
-    """
-    folder, commit = fetch_model(settings.name, settings.revision)
-    card = find_card(settings.name)
-    config = read_config(folder)
-    _check_modules(folder)
-    prompts = _prompts(folder)
-    query = settings.query_instruction
-    if query is None:
-        # sentence-transformers writes an empty prompt by default, which says nothing about the model.
-        query = prompts.get("query") or (card.query_instruction if card else "")
-    passage = settings.passage_instruction
-    if passage is None:
-        passage = prompts.get("document") or prompts.get("passage") or ""
-    return ModelSpec(
-        name=settings.name,
-        revision=commit,
-        weights_sha256=hash_model(str(folder)),
-        dim=_dim(config, card, folder),
-        pooling=_pooling(settings, folder, card),
-        max_length=_max_length(settings, folder, config, card),
-        normalize=settings.normalize,
-        dtype=("float16" if on_gpu else "float32") if settings.dtype == "auto" else settings.dtype,
-        query_instruction=query,
-        passage_instruction=passage,
-    )
-
-
-def hash_model(folder: str) -> str:
-    """Return the hex sha256 over the files of a model folder that decide its vectors.
+        folder: a folder that `fetch_model` returned.
+        trust_remote_code: whether Python code of the folder is run, and so decides, too.
 
     Raises:
         ModelError: there are no safetensors weights, or a file cannot be read.
     """
-    root = Path(folder)
-    files = sorted({path for pattern in FILE_PATTERNS for path in root.glob(pattern) if path.is_file()})
+    patterns = DECISIVE_FILES + (CODE_FILES if trust_remote_code else ())
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
     if not any(path.suffix == ".safetensors" for path in files):
         raise ModelError(
             f"{folder}: no .safetensors file; convert the weights first (pickled weights are not opened)"
         )
     try:
-        facts = [(path, path.stat()) for path in files]
-        return _hash_files(folder, tuple((str(path), s.st_size, s.st_mtime_ns) for path, s in facts))
+        facts = _facts(files)
+        key = hashlib.sha256(json.dumps([str(folder), facts]).encode()).hexdigest()
+        with locked(f"hash-{key[:32]}") as cache:
+            kept = cache / "hashes" / key
+            if kept.is_file():
+                return kept.read_text()
+            digest = _hash_files(folder, files)
+            newest = max(modified for _, _, modified, _ in facts) / 1e9
+            if newest < time.time() - FRESH_S and _facts(files) == facts:
+                kept.parent.mkdir(exist_ok=True)
+                partial = kept.with_suffix(".partial")
+                partial.write_text(digest)
+                partial.rename(kept)
+            return digest
     except OSError as error:
         raise ModelError(f"{folder}: {error}") from error
 
 
-@functools.lru_cache(maxsize=4)
-def _hash_files(folder: str, facts: tuple[tuple[str, int, int], ...]) -> str:
-    # Size and time are part of the key, so that a folder changed under a living process is read again.
+def _facts(files: list[Path]) -> list[tuple[str, int, int, int]]:
+    stats = [(path, path.stat()) for path in files]
+    return [(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
+
+
+def _hash_files(folder: Path, files: list[Path]) -> str:
     digest = hashlib.sha256()
-    for name, size, _ in facts:
-        digest.update(f"{Path(name).relative_to(folder).as_posix()}\0{size}\0".encode())
-        with Path(name).open("rb") as file:
-            while chunk := file.read(HASH_CHUNK_BYTES):
+    for path in files:
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the config.json of a model folder.
-
-    Raises:
-        ModelError: it cannot be read.
-    """
-    return _read_json(folder / "config.json")
-
-
-def _dim(config: dict[str, Any], card: ModelCard | None, folder: Path) -> int:
-    dim = config.get("hidden_size", config.get("dim"))  # DistilBERT calls it dim
-    if not isinstance(dim, int) or dim < 1:
-        raise ModelError(f"{folder}/config.json: no hidden_size")
-    if card is not None and card.dim != dim:
-        logger.warning("%s: its vectors have %d dimensions, %s has %d", folder, dim, card.id, card.dim)
-    return dim
-
-
-def _pooling(settings: ModelSettings, folder: Path, card: ModelCard | None) -> Pooling:
-    if settings.pooling != "auto":
-        return settings.pooling
-    config = _optional_json(folder / POOLING_FILE)
-    modes = [
-        key.removeprefix("pooling_mode_")
-        for key, on in config.items()
-        if key.startswith("pooling_mode_") and on is True
-    ]
-    if isinstance(config.get("pooling_mode"), str):
-        modes = [config["pooling_mode"]]
-    names: dict[str, Pooling] = {
-        "cls": "cls",
-        "cls_token": "cls",
-        "mean": "mean",
-        "mean_tokens": "mean",
-        "lasttoken": "last_token",
-        "last_token": "last_token",
-    }
-    if len(modes) == 1 and modes[0] in names:
-        return names[modes[0]]
-    if modes:
-        raise ModelError(
-            f"{folder}: pooling {modes} is not supported; "
-            "set model.pooling to cls, mean or last_token if it fits"
-        )
-    if card is not None:
-        return card.pooling
-    raise ModelError(
-        f"{folder}: neither 1_Pooling/config.json nor a model card says how to pool; set model.pooling"
-    )
-
-
-def position_limit(config: dict[str, Any]) -> int | None:
-    """Return how many tokens a model has positions for; None if its config.json does not say."""
-    positions = config.get("max_position_embeddings")
-    if not isinstance(positions, int) or positions < 1:
-        return None
-    return positions - (2 if config.get("model_type") in OFFSET_POSITION_TYPES else 0)
-
-
-def _max_length(settings: ModelSettings, folder: Path, config: dict[str, Any], card: ModelCard | None) -> int:
-    limit = position_limit(config) or (card.max_length if card else 512)
-    if settings.max_length is not None:
-        if settings.max_length > limit:
-            raise ModelError(
-                f"model.max_length {settings.max_length}: {settings.name} has positions for {limit} tokens"
-            )
-        return settings.max_length
-    trained = _optional_json(folder / "sentence_bert_config.json").get("max_seq_length")
-    wanted = int(trained) if trained else (card.max_length if card else limit)
-    return min(wanted, limit)
-
-
-def _prompts(folder: Path) -> dict[str, str]:
-    prompts = _optional_json(folder / "config_sentence_transformers.json").get("prompts") or {}
-    if not isinstance(prompts, dict) or not all(isinstance(text, str | None) for text in prompts.values()):
-        raise ModelError(f"{folder}/config_sentence_transformers.json: prompts is not a map of texts")
-    return prompts
-
-
-def _check_modules(folder: Path) -> None:
-    """Refuse a folder whose sentence-transformers modules do more than pool and normalise."""
-    path = folder / "modules.json"
-    if not path.is_file():
-        return
-    try:
-        modules = [(str(m["type"]), str(m["path"])) for m in json.loads(path.read_text())]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{path}: not a list of modules: {error!r}") from error
-    unknown = [kind for kind, _ in modules if kind.rpartition(".")[2] not in KNOWN_MODULES]
-    # The place of each module is part of the claim: what is not looked at must not decide a vector.
-    unknown += [
-        f"{kind} in {place}"
-        for kind, place in modules
-        if (kind.endswith(".Pooling") and f"{place}/config.json" != POOLING_FILE)
-        or (kind.endswith(".Transformer") and place)
-    ]
-    if unknown:
-        raise ModelError(
-            f"{folder}: modules {unknown} are not supported; its vectors would not be its authors'"
-        )
-    if _optional_json(folder / "sentence_bert_config.json").get("do_lower_case"):
-        raise ModelError(
-            f"{folder}: sentence_bert_config.json asks for do_lower_case, which is not supported"
-        )
-    if _optional_json(folder / POOLING_FILE).get("include_prompt") is False:
-        raise ModelError(f"{folder}: pools without its prompt (include_prompt), which is not supported")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object")
-    return value
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return _read_json(path) if path.is_file() else {}

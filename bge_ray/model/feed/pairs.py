@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bge_ray.errors import ModelError
-from bge_ray.model.feed.rows import Rows
-from bge_ray.model.feed.tokenizer import Cutter, load_tokenizer
+from bge_ray.model.feed.texts import Cutter, load_tokenizer
 from bge_ray.records.tokens import PackedTokens
 
 Ids = npt.NDArray[np.int32]
@@ -36,8 +35,8 @@ class PairTemplate:
         return len(self.head) + len(self.middle) + len(self.tail)
 
 
-class PairTokenizer:
-    """Tokenises pairs of one cross-encoder; not thread-safe."""
+class PairFeeder:
+    """The tokenizer of a cross-encoder, which joins pairs; not thread-safe."""
 
     def __init__(self, folder: Path, max_length: int, *, trust_remote_code: bool = False) -> None:
         """Load the tokenizer of a model folder.
@@ -52,12 +51,12 @@ class PairTokenizer:
         self._query_max_length = max_length * 3 // 4
         if self._query_max_length < 1 or self._query_max_length + self._template.n_special >= max_length:
             raise ModelError(
-                f"max_length {max_length} leaves no room for a passage behind a query of "
+                f"rerank.max_length {max_length} leaves no room for a passage behind a query of "
                 f"{self._query_max_length} tokens and {self._template.n_special} special tokens"
             )
         self._cutter = Cutter(tokenizer)
 
-    def tokenise(self, queries: Sequence[str], passages: Sequence[str]) -> Rows:
+    def pairs(self, queries: Sequence[str], passages: Sequence[str]) -> PackedTokens:
         """Tokenise n pairs; a text that occurs in several is tokenised once.
 
         Args:
@@ -86,8 +85,8 @@ class PairTokenizer:
             lengths[row] = type_starts[row] + min(len(passage), room) + len(template.tail)
         offsets = np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
         input_ids = np.concatenate([np.zeros(0, np.int32), *pieces])
-        tokens = PackedTokens(input_ids, offsets.astype(np.int32), truncated)
-        return Rows(tokens, type_starts if template.has_types else None)
+        types = type_starts if template.has_types else None
+        return PackedTokens(input_ids, offsets.astype(np.int32), truncated, types)
 
     def _cut_once(self, texts: Sequence[str], max_length: int) -> tuple[npt.NDArray[np.int64], PackedTokens]:
         """Return (n,) places among the distinct texts, and the tokens of those."""

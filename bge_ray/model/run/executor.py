@@ -1,86 +1,83 @@
 """Runs batches of rows through one model on one device, whatever the batches do to it.
 
-Encoder and reranker share this: a batch that does not fit in memory is halved, a row whose output
-is not finite is tried again in float32, a row that cannot be done is named. What a forward pass
-computes is a function given by its owner.
+A batch that does not fit in memory is halved, a row of which an output is not finite is tried again in
+float32, a row that cannot be done is named. What is made of the states is the heads' business.
 """
 
 import collections
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from bge_ray.model.feed.rows import Rows
-from bge_ray.model.run.inputs import Inputs, packed_inputs, padded_inputs
+from bge_ray.errors import ModelError
+from bge_ray.model.heads import Head, Ragged
+from bge_ray.model.run.inputs import packed_inputs, padded_inputs
 from bge_ray.model.run.memory import is_out_of_memory
-from bge_ray.records.ids import FloatArray, IdArray
-
-Compute: TypeAlias = Callable[[torch.nn.Module, Inputs], torch.Tensor]
+from bge_ray.model.run.result import Block, Result
+from bge_ray.records.ids import IdArray
+from bge_ray.records.tokens import PackedTokens
 
 # Batches queued on a CUDA device before the oldest is waited for: while one runs, the next is prepared.
 QUEUED_BATCHES = 2
 
 
-@dataclass
-class Computed:
-    """One output a row, and why some rows have none.
+@dataclass(frozen=True)
+class Loaded:
+    """A model and its heads, in one dtype."""
 
-    ``values`` is (n, width) float32; a row named in ``faults`` (row to reason and detail) is zero.
-    ``padded_tokens`` counts what was computed, padding included; ``busy_s`` the time it took; ``splits``
-    the batches that did not fit in memory and were halved.
-    """
+    model: torch.nn.Module
+    heads: tuple[Head, ...]
 
-    values: FloatArray
-    faults: dict[int, tuple[str, str]] = field(default_factory=dict)
-    batches: int = 0
-    padded_tokens: int = 0
-    busy_s: float = 0.0
-    splits: int = 0
+    def to(self, device: torch.device) -> "Loaded":
+        """Move the model and the weights of its heads to a device."""
+        return Loaded(self.model.to(device), tuple(head.to(device) for head in self.heads))
 
 
 @dataclass(frozen=True)
 class _Launched:
-    """A forward pass whose output is on its way: (rows, width) float32 in host memory once ``ready``."""
+    """A forward pass whose outputs are on their way: in host memory once ``ready``."""
 
     rows: IdArray
-    output: torch.Tensor
+    outputs: list[torch.Tensor | Ragged]
     ready: torch.cuda.Event | None
+
+    def blocks(self) -> list[Block]:
+        """Wait for the outputs."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return [
+            Block(o.values.numpy(), o.lengths.numpy(), None if o.indices is None else o.indices.numpy())
+            if isinstance(o, Ragged)
+            else Block(o.numpy())
+            for o in self.outputs
+        ]
 
 
 class Executor:
     """One model on one device; ``run`` is the only verb."""
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        compute: Compute,
-        load_exact: Callable[[], torch.nn.Module],
-        *,
-        device: torch.device,
-        packed: bool,
+        self, loaded: Loaded, load_exact: Callable[[], Loaded], *, device: torch.device, packed: bool
     ) -> None:
         """Take a loaded model.
 
         Args:
-            model: moved to the device here.
-            compute: (model, inputs) to (rows, width) outputs on the device.
-            load_exact: loads the same model in float32 and for padded batches; called once, if ever.
+            loaded: moved to the device here.
+            load_exact: loads the same in float32 and for padded batches; called once, if ever.
             device: where the model runs.
             packed: whether the model's attention takes packed batches.
         """
         self.device = device
         self.packed = packed
-        self._model = model.to(device)
-        self._compute = compute
+        self._loaded = loaded.to(device)
         self._load_exact = load_exact
-        self._exact: torch.nn.Module | None = None
-        self._is_float32 = next(model.parameters()).dtype == torch.float32
+        self._exact: Loaded | None = None
+        self._is_float32 = next(loaded.model.parameters()).dtype == torch.float32
 
-    def run(self, source: Rows, batches: Sequence[IdArray], result: Computed) -> None:
+    def run(self, source: PackedTokens, batches: Sequence[IdArray], result: Result) -> None:
         """Compute the rows of the given batches into ``result``.
 
         Args:
@@ -116,64 +113,85 @@ class Executor:
                 self._fault_memory(source, int(rows[0]), result)
         result.busy_s += time.perf_counter() - started
 
-    def _try_launch(self, source: Rows, rows: IdArray) -> _Launched | None:
+    def _try_launch(self, source: PackedTokens, rows: IdArray) -> _Launched | None:
         """Start a forward pass; None if it does not fit in memory."""
-        launched = _none_if_out_of_memory(lambda: self._launch(self._model, source, rows, packed=self.packed))
+        launched = _none_if_out_of_memory(
+            lambda: self._launch(self._loaded, source, rows, packed=self.packed)
+        )
         if launched is None and self.device.type == "cuda":
             torch.cuda.empty_cache()
         return launched
 
     @torch.inference_mode()
-    def _launch(self, model: torch.nn.Module, source: Rows, rows: IdArray, *, packed: bool) -> _Launched:
+    def _launch(self, loaded: Loaded, source: PackedTokens, rows: IdArray, *, packed: bool) -> _Launched:
         make = packed_inputs if packed else padded_inputs
-        inputs = make(source, rows, model.config, self.device)
-        output = self._compute(model, inputs).float()
+        inputs = make(source, rows, loaded.model.config, self.device)
+        if any(head.needs == "layers" for head in loaded.heads):
+            inputs.arguments["output_hidden_states"] = True
+        hidden = loaded.model(**inputs.arguments)
+        outputs = [_to_host(_checked(head, head(hidden, inputs))) for head in loaded.heads]
         if self.device.type != "cuda":
-            return _Launched(rows, output.cpu(), None)
-        host = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
-        host.copy_(output, non_blocking=True)
+            return _Launched(rows, outputs, None)
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         ready.record()
-        return _Launched(rows, host, ready)
+        return _Launched(rows, outputs, ready)
 
-    def _collect(self, source: Rows, launched: _Launched, result: Computed) -> None:
-        if launched.ready is not None:
-            launched.ready.synchronize()
-        values = launched.output.numpy()
-        finite = np.isfinite(values).all(axis=1)
-        result.values[launched.rows[finite]] = values[finite]
-        for row in launched.rows[~finite]:
-            self._retry_in_float32(source, int(row), result)
+    def _collect(self, source: PackedTokens, launched: _Launched, result: Result) -> None:
+        for row in result.put(launched.rows, launched.blocks()).tolist():
+            self._retry_in_float32(source, row, result)
 
-    def _retry_in_float32(self, source: Rows, row: int, result: Computed) -> None:
+    def _retry_in_float32(self, source: PackedTokens, row: int, result: Result) -> None:
         if not self._is_float32:
             launched = _none_if_out_of_memory(lambda: self._launch_exact(source, row))
             if launched is None:
                 self._fault_memory(source, row, result)
                 return
-            if launched.ready is not None:
-                launched.ready.synchronize()
-            if bool(torch.isfinite(launched.output).all()):
-                result.values[row] = launched.output[0].numpy()
+            if not len(result.put(launched.rows, launched.blocks())):
                 return
         result.faults[row] = ("non_finite", "the model's output holds NaN or infinity, also in float32")
 
-    def _launch_exact(self, source: Rows, row: int) -> _Launched:
+    def _launch_exact(self, source: PackedTokens, row: int) -> _Launched:
         if self._exact is None:
             # From the files: a weight beyond float16's range is infinite in the model at hand.
             self._exact = self._load_exact().to(self.device)
         return self._launch(self._exact, source, np.asarray([row], dtype=np.int64), packed=False)
 
-    def _fault_memory(self, source: Rows, row: int, result: Computed) -> None:
-        n_tokens = int(source.lengths(np.asarray([row]))[0])
+    def _fault_memory(self, source: PackedTokens, row: int, result: Result) -> None:
+        n_tokens = int(source.lengths_of(np.asarray([row]))[0])
         result.faults[row] = (
             "out_of_memory",
             f"{n_tokens} tokens alone do not fit in the memory of {self.device}",
         )
 
-    def _computed_tokens(self, source: Rows, rows: IdArray) -> int:
-        lengths = source.lengths(rows)
+    def _computed_tokens(self, source: PackedTokens, rows: IdArray) -> int:
+        lengths = source.lengths_of(rows)
         return int(lengths.sum()) if self.packed else len(rows) * int(lengths.max())
+
+
+def _checked(head: Head, output: torch.Tensor | Ragged) -> torch.Tensor | Ragged:
+    """Refuse vectors of another length than the spec says."""
+    values = output.values if isinstance(output, Ragged) else output
+    if head.output.kind in ("dense", "multi") and values.shape[-1] != head.output.dim:
+        raise ModelError(
+            f"{head.output.name}: its vectors have {values.shape[-1]} dimensions, not {head.output.dim}"
+        )
+    return output
+
+
+def _to_host(output: torch.Tensor | Ragged) -> torch.Tensor | Ragged:
+    """Send an output to host memory, its numbers as float32; from a CUDA device it may not be there yet."""
+    if isinstance(output, Ragged):
+        indices = None if output.indices is None else _copied(output.indices.int())
+        return Ragged(_copied(output.values.float()), _copied(output.lengths.long()), indices)
+    return _copied(output.float())
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    return host
 
 
 def _none_if_out_of_memory(launch: Callable[[], _Launched]) -> _Launched | None:

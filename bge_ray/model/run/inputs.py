@@ -8,9 +8,9 @@ import numpy.typing as npt
 import torch
 from transformers import PretrainedConfig
 
-from bge_ray.model.feed.rows import Rows
 from bge_ray.model.run.packed import equal_runs, positions
 from bge_ray.records.ids import IdArray
+from bge_ray.records.tokens import PackedTokens
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,11 @@ class Inputs:
     borders: torch.Tensor | None = None
 
 
-def padded_inputs(source: Rows, rows: IdArray, config: PretrainedConfig, device: torch.device) -> Inputs:
+def padded_inputs(
+    source: PackedTokens, rows: IdArray, config: PretrainedConfig, device: torch.device
+) -> Inputs:
     """Lay rows one below the other, padded on the right to the longest."""
-    lengths = source.lengths(rows)
+    lengths = source.lengths_of(rows)
     width = int(lengths.max())
     flat, within = _gather(source, rows, lengths)
     filled = np.arange(width) < lengths[:, None]  # (rows, width)
@@ -46,9 +48,11 @@ def padded_inputs(source: Rows, rows: IdArray, config: PretrainedConfig, device:
     return Inputs(arguments, mask=mask)
 
 
-def packed_inputs(source: Rows, rows: IdArray, config: PretrainedConfig, device: torch.device) -> Inputs:
+def packed_inputs(
+    source: PackedTokens, rows: IdArray, config: PretrainedConfig, device: torch.device
+) -> Inputs:
     """Lay rows end to end as one row, with their borders."""
-    lengths = source.lengths(rows)
+    lengths = source.lengths_of(rows)
     flat, within = _gather(source, rows, lengths)
     borders = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     # One array, so that one copy brings all three to the device.
@@ -74,8 +78,8 @@ def pool(hidden: torch.Tensor, inputs: Inputs, pooling: str) -> torch.Tensor:
     """Reduce token states to one a row.
 
     Args:
-        hidden: (rows, width, dim) padded on the right; packed (1, tokens, dim) for the mean, and else
-            (1, rows, dim), as `last_layer.keep_one_token` leaves it.
+        hidden: (rows, width, dim) padded on the right; packed (1, tokens, dim), or (1, rows, dim) where
+            `last_layer.keep_one_token` left the token of this pooling alone.
         inputs: of the call that made them.
         pooling: cls, mean or last_token.
 
@@ -83,9 +87,11 @@ def pool(hidden: torch.Tensor, inputs: Inputs, pooling: str) -> torch.Tensor:
         (rows, dim) float32; the mean is taken in float32, where a sum of half-precision states is safe.
     """
     if inputs.borders is not None:
-        if pooling != "mean":
+        if pooling == "mean":
+            return torch.segment_reduce(hidden[0].float(), "mean", lengths=inputs.borders.diff())
+        if hidden.shape[1] == len(inputs.borders) - 1:  # one state a row, also where each row has one token
             return hidden[0].float()
-        return torch.segment_reduce(hidden[0].float(), "mean", lengths=inputs.borders.diff())
+        return hidden[0, inputs.borders[:-1] if pooling == "cls" else inputs.borders[1:] - 1].float()
     if pooling == "cls":
         return hidden[:, 0].float()
     if pooling == "last_token":
@@ -101,13 +107,13 @@ def pool(hidden: torch.Tensor, inputs: Inputs, pooling: str) -> torch.Tensor:
 
 
 def _gather(
-    source: Rows, rows: IdArray, lengths: npt.NDArray[np.int64]
+    source: PackedTokens, rows: IdArray, lengths: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
     """Return the rows' token ids end to end, and each token's place within its row; both (tokens,)."""
     ends = np.cumsum(lengths)
     within = np.arange(int(ends[-1]), dtype=np.int64) - np.repeat(ends - lengths, lengths)
-    starts = source.tokens.offsets[rows].astype(np.int64)
-    return source.tokens.input_ids[np.repeat(starts, lengths) + within], within
+    starts = source.offsets[rows].astype(np.int64)
+    return source.input_ids[np.repeat(starts, lengths) + within], within
 
 
 def _to(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:

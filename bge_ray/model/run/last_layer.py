@@ -1,10 +1,10 @@
-"""The last layer of a packed model, done only for the tokens that pooling takes.
+"""The last layer of a packed model, done only for the token that its heads look at.
 
 What a vector or a score is made of is the last state of one token a row. Of the other tokens the last
 layer owes that one nothing but their keys and values.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -54,9 +54,14 @@ class OneTokenLayer(torch.nn.Module):
         )
 
 
-def keep_one_token(model: Any, pooling: str) -> None:
-    """Let the last layer of a packable model give only what a pooling takes, if that is one token a row."""
-    if pooling == "mean":
+def keep_one_token(model: Any, needs: Collection[str]) -> None:
+    """Let the last layer of a packable model give only what its heads need, if that is the same token a row.
+
+    Args:
+        model: its encoder's layers are replaced in place.
+        needs: of all its heads, as `heads.Head` has them.
+    """
+    if set(needs) not in ({"first_token"}, {"last_token"}):
         return
     layers = model.base_model.encoder.layer
-    layers[-1] = OneTokenLayer(layers[-1], last=pooling == "last_token")
+    layers[-1] = OneTokenLayer(layers[-1], last="last_token" in needs)

@@ -1,18 +1,35 @@
 """Weights of a model folder to a torch module: safetensors only, every weight accounted for."""
 
+import inspect
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+)
 
 from bge_ray.errors import ModelError
 
-Kind: TypeAlias = Literal["encoder", "cross_encoder"]
 
-# Models whose classes take add_pooling_layer; the layer on top of CLS is not part of an embedding.
-HAS_POOLER_SWITCH = {"bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet"}
+@dataclass(frozen=True)
+class Loading:
+    """How a family is to load its model.
+
+    ``attention`` is a name registered with `transformers.AttentionInterface`, by which the model takes packed
+    batches; None takes transformers' choice, and batches are padded. ``trust_remote_code`` runs Python code
+    found in the folder.
+    """
+
+    dtype: torch.dtype
+    attention: str | None = None
+    trust_remote_code: bool = False
 
 
 # What transformers raises on a folder that is not what it claims to be.
@@ -31,49 +48,71 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
         raise ModelError(f"{folder}: its configuration cannot be loaded: {error}") from error
 
 
-def load_model(
-    folder: Path, dtype: torch.dtype, kind: Kind, *, trust_remote_code: bool, attention: str | None = None
-) -> torch.nn.Module:
-    """Load a bare encoder or a cross-encoder in evaluation mode.
-
-    Args:
-        folder: a folder that `fetch_model` returned.
-        dtype: what the weights are converted to.
-        kind: a cross-encoder has one classification output.
-        trust_remote_code: run Python code found in the folder.
-        attention: a name registered with `transformers.AttentionInterface`; None takes its choice.
+def load_encoder(folder: Path, how: Loading) -> torch.nn.Module:
+    """Load a bare encoder in evaluation mode, without the pooler on CLS, which is no part of an embedding.
 
     Raises:
-        ModelError: the files cannot be read, a weight is missing from them and would stay random, or
-            a cross-encoder has another number of outputs than one.
+        ModelError: the files cannot be read, or a weight is missing from them and would stay random.
     """
+    config = load_config(folder, trust_remote_code=how.trust_remote_code)
+    options: dict[str, Any] = {}
+    remote = how.trust_remote_code and bool(getattr(config, "auto_map", None))
+    if not remote and _has_pooler_switch(config):
+        options["add_pooling_layer"] = False
+    # A pooler that could not be switched off is computed and never looked at.
+    return _load(AutoModel, folder, config, how, options, unused="pooler.")
+
+
+def load_cross_encoder(folder: Path, how: Loading) -> torch.nn.Module:
+    """Load a cross-encoder with its classification head, in evaluation mode.
+
+    Raises:
+        ModelError: as `load_encoder`, or it has another number of outputs than one.
+    """
+    config = load_config(folder, trust_remote_code=how.trust_remote_code)
+    if config.num_labels != 1:
+        raise ModelError(f"{folder}: has {config.num_labels} outputs where a reranker has 1")
+    return _load(AutoModelForSequenceClassification, folder, config, how, {})
+
+
+def _load(
+    loader: Any,
+    folder: Path,
+    config: PretrainedConfig,
+    how: Loading,
+    options: dict[str, Any],
+    unused: str | None = None,
+) -> torch.nn.Module:
     from transformers.utils import logging as transformers_logging
 
     # Its table of unused weights (the pooler, a masked-language head) reads like an error and is none.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    config = load_config(folder, trust_remote_code=trust_remote_code)
+    if how.attention is not None:
+        options["attn_implementation"] = how.attention
     try:
-        remote = trust_remote_code and bool(getattr(config, "auto_map", None))
-        if kind == "encoder" and config.model_type in HAS_POOLER_SWITCH and not remote:
-            options["add_pooling_layer"] = False
-        if kind == "cross_encoder" and config.num_labels != 1:
-            raise ModelError(f"{folder}: has {config.num_labels} outputs where a reranker has 1")
-        if attention is not None:
-            options["attn_implementation"] = attention
-        loader = AutoModel if kind == "encoder" else AutoModelForSequenceClassification
         model, info = loader.from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            folder,
+            config=config,
+            dtype=how.dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=how.trust_remote_code,
+            local_files_only=True,
+            **options,
         )
     except (*LOAD_ERRORS, SafetensorError) as error:
         raise ModelError(f"{folder}: cannot be loaded: {error}") from error
-    missing = sorted(info["missing_keys"])
-    if kind == "encoder":  # a pooler that could not be switched off is computed and never looked at
-        missing = [key for key in missing if not key.startswith("pooler.")]
+    missing = sorted(key for key in info["missing_keys"] if unused is None or not key.startswith(unused))
     if missing:
         raise ModelError(
             f"{folder}: {len(missing)} weights are not in its files and would be random, such as {missing[0]}"
         )
     loaded: torch.nn.Module = model.eval()
     return loaded
+
+
+def _has_pooler_switch(config: PretrainedConfig) -> bool:
+    """Tell whether transformers' own class of an encoder can be built without its pooler."""
+    found = MODEL_MAPPING.get(type(config), None)
+    return isinstance(found, type) and "add_pooling_layer" in inspect.signature(found).parameters

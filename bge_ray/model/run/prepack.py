@@ -56,9 +56,9 @@ class PrepackedLinear(torch.nn.Module):
         return F.gelu(result) if self._gelu else result
 
 
-def prepack_linears(model: torch.nn.Module) -> None:
-    """Replace every linear layer of a CPU model, where torch has the kernel for its dtype on this machine."""
-    if not _has_kernel(next(model.parameters()).dtype):
+def prepack_linears(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Replace every linear layer below a CPU module of a dtype, where torch has the kernel for it here."""
+    if not _has_kernel(dtype):
         return
     for module in list(model.modules()):
         for name, child in module.named_children():

@@ -9,9 +9,8 @@ import ray
 from bge_ray.dataset.folder import Dataset
 from bge_ray.formats.corpus import read_units
 from bge_ray.formats.rows import check_rows
-from bge_ray.model.feed.tokenizer import Tokenizer
 from bge_ray.model.run.batching import settle_budget
-from bge_ray.model.source import fetch_model
+from bge_ray.model.spec import model_folder, text_feeder
 from bge_ray.pipeline.embed.tasks import SpanTask
 from bge_ray.pipeline.engine.cluster import Sizes
 from bge_ray.records.columns import VALUE_BYTES
@@ -140,17 +139,15 @@ def _measure(
     spec: DatasetSpec, texts: list[str], sizes: Sizes, budget: int, *, trust_remote_code: bool
 ) -> tuple[float, float]:
     """Return (tokens a row, tokens/s of one encoder) on sample texts."""
-    from bge_ray.model.encoder import Encoder  # torch, only where there is a model
+    from bge_ray.model.run.model import Model, Place  # torch, only where there is a model
 
-    folder, _ = fetch_model(spec.model.name, spec.model.revision)
-    tokens = Tokenizer(folder, spec.model.max_length, trust_remote_code=trust_remote_code).tokenise(texts)
-    encoder = Encoder(
-        spec.model, device=sizes.device, threads=sizes.encoder_threads, trust_remote_code=trust_remote_code
-    )
-    batches = encoder.cut(tokens.lengths, budget)
-    result = encoder.empty_result(len(tokens))
-    encoder.encode(tokens, batches[:2], result)
+    tokens = text_feeder(spec.model, trust_remote_code=trust_remote_code).passages(texts)
+    place = Place(sizes.device, sizes.encoder_threads, trust_remote_code)
+    model = Model(spec.model, model_folder(spec.model), place)
+    batches = model.cut(tokens.lengths, budget)
+    result = model.empty_result(len(tokens))
+    model.run(tokens, batches[:2], result)
     started = time.perf_counter()
-    encoder.encode(tokens, batches, result)
+    model.run(tokens, batches, result)
     total = int(tokens.lengths.sum())
     return total / len(tokens), total / (time.perf_counter() - started)

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from bge_ray.errors import CorpusError, ModelError
 from bge_ray.formats.runs import read_queries
 from bge_ray.model.run.batching import CPU_TOKEN_BUDGET
+from bge_ray.model.spec import model_folder, text_feeder
 from bge_ray.pipeline.engine.tasks import run_tasks
-from bge_ray.records.dataset import ModelSpec
 from bge_ray.records.ids import FloatArray
+from bge_ray.records.model import EMBEDDING, ModelSpec
 from bge_ray.settings.sections import IndexSettings, ModelSettings
 from bge_ray.storage.objects import Storage
 
@@ -73,21 +74,19 @@ def encode_given(
 
 def encode_task(texts: tuple[str, ...], spec: ModelSpec, settings: ModelSettings) -> FloatArray:
     """Encode query texts on a CPU; see `encode_given`."""
-    from bge_ray.model.encoder import Encoder  # torch, only where there is a model
-    from bge_ray.model.feed.queries import encode_queries
-    from bge_ray.model.feed.tokenizer import Tokenizer
-    from bge_ray.model.source import fetch_model
+    from bge_ray.model.run.model import Model, Place  # torch, only where there is a model
 
     if settings.query_instruction is not None:
         spec = dataclasses.replace(spec, query_instruction=settings.query_instruction)
     # Half precision is for GPUs; on a CPU the same weights give the same directions in float32.
-    spec = dataclasses.replace(spec, dtype="float32")
+    spec = dataclasses.replace(spec, dtype="float32").stored_as("float32")
     trust = settings.trust_remote_code
-    folder, _ = fetch_model(spec.name, spec.revision)
-    tokenizer = Tokenizer(folder, spec.max_length, trust_remote_code=trust)
-    encoder = Encoder(spec, device="cpu", trust_remote_code=trust)
-    result = encode_queries(texts, tokenizer, encoder, token_budget=CPU_TOKEN_BUDGET)
+    tokens = text_feeder(spec, trust_remote_code=trust).queries(texts)
+    model = Model(spec, model_folder(spec), Place(trust_remote_code=trust))
+    result = model.empty_result(len(tokens))
+    model.run(tokens, model.cut(tokens.lengths, CPU_TOKEN_BUDGET), result)
     if result.faults:
         number, (reason, detail) = next(iter(sorted(result.faults.items())))
         raise ModelError(f"index.queries: query {number} has no vector: {reason} {detail}")
-    return result.embeddings
+    vectors: FloatArray = result.array(EMBEDDING)
+    return vectors

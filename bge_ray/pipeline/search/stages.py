@@ -19,8 +19,7 @@ from bge_ray.dataset.lookup import ShardMap, read_places
 from bge_ray.dataset.read import Vectors, read_vectors
 from bge_ray.errors import BgeRayError, StorageError
 from bge_ray.index.topk import NO_RESULT, Results, exact_topk, rescore
-from bge_ray.model.feed.tokenizer import Tokenizer
-from bge_ray.model.source import fetch_model
+from bge_ray.model.spec import model_folder, text_feeder
 from bge_ray.pipeline.engine.device import device_or_exit
 from bge_ray.pipeline.engine.isolation import Attempt, run_isolated
 from bge_ray.pipeline.index.searchers import search_all
@@ -28,6 +27,7 @@ from bge_ray.pipeline.runs.intake import read_group
 from bge_ray.pipeline.runs.parcels import CANDIDATE_SCHEMA, EncodeJob, Parcel, Workplace, whole
 from bge_ray.records.dataset import FileFact
 from bge_ray.records.ids import FloatArray, IdArray
+from bge_ray.records.model import EMBEDDING
 from bge_ray.storage.objects import Storage
 
 # Vectors that an exact searcher keeps from one group of queries to the next.
@@ -64,17 +64,16 @@ class QueryEncodeStage:
 
     def __init__(self, job: EncodeJob) -> None:
         """Load the model and its tokenizer."""
-        from bge_ray.model.encoder import Encoder  # torch, only where there is a model
+        from bge_ray.model.run.model import Model, Place  # torch, only where there is a model
 
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self._job = job
         device = job.device
-        folder, _ = fetch_model(job.spec.name, job.spec.revision)
-        trust = device.trust_remote_code
-        self._tokenizer = Tokenizer(folder, job.spec.max_length, trust_remote_code=trust)
-        self._encoder = Encoder(job.spec, device=device.name, threads=device.threads, trust_remote_code=trust)
+        place = Place(device.name, device.threads, device.trust_remote_code)
+        self._feeder = text_feeder(job.spec, trust_remote_code=device.trust_remote_code)
+        self._model = Model(job.spec, model_folder(job.spec), place)
         if device.name != "cpu":
-            self._encoder.warm_up(device.token_budget)
+            self._model.warm_up(device.token_budget)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Encode the queries of one group."""
@@ -88,21 +87,19 @@ class QueryEncodeStage:
 
     def _encode(self, parcel: Parcel, table: pa.Table, attempt: Attempt) -> Parcel:
         started = time.time()
-        tokens = self._tokenizer.tokenise(
-            table["query"].to_pylist(), instruction=self._job.spec.query_instruction
-        )
-        result = self._encoder.empty_result(len(tokens))
+        tokens = self._feeder.queries(table["query"].to_pylist())
+        result = self._model.empty_result(len(tokens))
 
         def run(batches: Sequence[IdArray]) -> None:
             with device_or_exit(f"queries {parcel.task.name}"):
-                self._encoder.encode(tokens, batches, result)
+                self._model.run(tokens, batches, result)
 
         def reject(i: int, detail: str) -> None:
             result.faults[i] = ("killed_worker", detail)
 
-        batches = self._encoder.cut(tokens.lengths, self._job.device.token_budget)
+        batches = self._model.cut(tokens.lengths, self._job.device.token_budget)
         run_isolated(attempt, "encoding", batches, run, reject)
-        flat = pa.array(result.embeddings.reshape(-1))
+        flat = pa.array(result.array(EMBEDDING).reshape(-1))
         encoded = table.append_column("vector", pa.FixedSizeListArray.from_arrays(flat, self._job.spec.dim))
         faults = [result.faults.get(i) for i in range(len(table))]
         encoded = encoded.append_column("reason", pa.array([f and f[0] for f in faults], pa.string()))

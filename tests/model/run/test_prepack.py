@@ -48,7 +48,7 @@ def test_whole_model(activation: str) -> None:
     config.hidden_act = activation
     model = BertModel(config).eval()
     packed = copy.deepcopy(model)
-    prepack_linears(packed)
+    prepack_linears(packed, torch.float32)
     assert not any(type(module) is torch.nn.Linear for module in packed.modules())
     ids = torch.arange(40).view(4, 10)
     with torch.inference_mode():

@@ -22,11 +22,26 @@ ENCODE_TEXTS = 1024
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 
-class Tokenizer:
-    """A fast tokenizer with a fixed truncation; not thread-safe."""
+class TextFeeder:
+    """The tokenizer of an encoder with a fixed truncation and its instructions; not thread-safe."""
 
-    def __init__(self, folder: Path, max_length: int, *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        max_length: int,
+        *,
+        query_instruction: str = "",
+        passage_instruction: str = "",
+        trust_remote_code: bool = False,
+    ) -> None:
         """Load the tokenizer of a model folder.
+
+        Args:
+            folder: a folder that `fetch_model` returned.
+            max_length: tokens kept of a text, special tokens and instruction included.
+            query_instruction: put before each query.
+            passage_instruction: put before each passage.
+            trust_remote_code: run Python code found in the folder.
 
         Raises:
             ModelError: there is none, it is not a fast one, or max_length has no room for a token of text.
@@ -36,14 +51,18 @@ class Tokenizer:
             raise ModelError(f"model.max_length {max_length} leaves no room beside the special tokens")
         self._cutter = Cutter(tokenizer)
         self._max_length = max_length
+        self._query_instruction = query_instruction
+        self._passage_instruction = passage_instruction
 
-    def tokenise(self, texts: Sequence[str], *, instruction: str = "") -> PackedTokens:
-        """Tokenise texts, special tokens included, each cut to max_length tokens.
+    def passages(self, texts: Sequence[str]) -> PackedTokens:
+        """Tokenise n passages, special tokens included, each cut to max_length tokens."""
+        return self._cut(self._passage_instruction, texts)
 
-        Args:
-            texts: n texts.
-            instruction: put before each text.
-        """
+    def queries(self, texts: Sequence[str]) -> PackedTokens:
+        """Tokenise n queries, special tokens included, each cut to max_length tokens."""
+        return self._cut(self._query_instruction, texts)
+
+    def _cut(self, instruction: str, texts: Sequence[str]) -> PackedTokens:
         if instruction:
             texts = [instruction + text for text in texts]
         return self._cutter.cut(texts, self._max_length, special_tokens=True)

@@ -1,0 +1,103 @@
+"""Cross-encoders: query and passage in one row, and one logit of a classification head on the first token."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bge_ray.errors import ModelError
+from bge_ray.model.family import Asked, Role
+from bge_ray.model.feed.pairs import PairFeeder
+from bge_ray.model.folder import ModelFolder
+from bge_ray.model.source import hash_model
+from bge_ray.records.model import SCORE, ModelSpec
+from bge_ray.records.outputs import Output
+
+if TYPE_CHECKING:
+    import torch
+
+    from bge_ray.model.heads import Head
+    from bge_ray.model.run.load import Loading
+
+NAME = "cross_encoder"
+ROLE: Role = "reranker"
+# FlagReranker's own; the positions of bge-reranker-v2-m3 go further, and its authors use 1024.
+DEFAULT_MAX_LENGTH = 512
+# What the weights of a classification head are called, from BERT to the decoders.
+HEAD_NAMES = ("classifier.", "score.", "head.", "logits_proj.", "summary.")
+# What transformers builds on top of the encoder, by model type; whatever is missing would be drawn at random.
+_ON_TOP = {
+    "bert": ("pooler.dense", "classifier"),
+    "roberta": ("classifier.dense", "classifier.out_proj"),
+    "xlm-roberta": ("classifier.dense", "classifier.out_proj"),
+    "camembert": ("classifier.dense", "classifier.out_proj"),
+    "electra": ("classifier.dense", "classifier.out_proj"),
+    "distilbert": ("pre_classifier", "classifier"),
+    "deberta-v2": ("pooler.dense", "classifier"),
+}
+
+
+def recognises(folder: ModelFolder) -> bool:
+    """Tell a trained classification head by the names of its weights."""
+    return any(name.startswith(HEAD_NAMES) for name in folder.weights)
+
+
+def resolve(folder: ModelFolder, asked: Asked, *, on_gpu: bool) -> ModelSpec:
+    """Settle length and dtype, and that the head is there whole with one output.
+
+    Raises:
+        ModelError: a weight of the head is missing and would be drawn at random, and every score with it; or
+            it has several outputs.
+    """
+    weights_sha256 = hash_model(folder.path, trust_remote_code=asked.trust_remote_code)
+    if folder.n_labels != 1:
+        raise ModelError(
+            f"{asked.section}.model {asked.name}: has {folder.n_labels} outputs where a reranker has 1"
+        )
+    needed = [
+        f"{layer}.{part}"
+        for layer in _ON_TOP.get(str(folder.config.get("model_type")), ())
+        for part in ("weight", "bias")
+    ]
+    missing = [n for n in needed if not any(w == n or w.endswith(f".{n}") for w in folder.weights)]
+    if missing:
+        raise ModelError(
+            f"{asked.section}.model {asked.name}: {len(missing)} weights of its head are not in its files "
+            f"and would be random, such as {missing[0]}; save it again whole, or name another reranker"
+        )
+    asked.check_length(folder.positions)
+    return ModelSpec(
+        name=asked.name,
+        revision=folder.revision,
+        weights_sha256=weights_sha256,
+        family=NAME,
+        outputs=(Output(SCORE, "scalar", 1, "float32"),),
+        pooling="cls",
+        max_length=asked.max_length or min(DEFAULT_MAX_LENGTH, folder.positions or DEFAULT_MAX_LENGTH),
+        normalize=False,
+        dtype=asked.compute_dtype(on_gpu=on_gpu),
+        query_instruction="",
+        passage_instruction="",
+    )
+
+
+def feeder(spec: ModelSpec, folder: Path, *, trust_remote_code: bool) -> PairFeeder:
+    """Load the tokenizer and its pair template."""
+    return PairFeeder(folder, spec.max_length, trust_remote_code=trust_remote_code)
+
+
+def load(spec: ModelSpec, folder: Path, how: "Loading") -> "tuple[torch.nn.Module, Sequence[Head]]":
+    """Load the encoder and the classification head."""
+    import torch
+
+    from bge_ray.model.heads import Logit
+    from bge_ray.model.run.load import load_cross_encoder
+
+    output = spec.output(SCORE)
+    model: Any = load_cross_encoder(folder, how)
+    if how.attention is None:
+        return model, (Logit(output, None),)
+    # The head takes the first token of each row, and a packed batch is one row: it gets them apart.
+    top = model.classifier
+    if model.config.model_type == "bert":
+        top = torch.nn.Sequential(model.base_model.pooler, top)
+    return model.base_model, (Logit(output, top),)

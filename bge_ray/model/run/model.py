@@ -1,0 +1,104 @@
+"""One model on one device, encoder or reranker: token ids in, its outputs out; knows no corpus and no Ray."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bge_ray.errors import ModelError
+from bge_ray.model.run.batching import longest_rows, token_budget_batches
+from bge_ray.model.run.executor import Executor, Loaded
+from bge_ray.model.run.last_layer import keep_one_token
+from bge_ray.model.run.load import Loading, load_config
+from bge_ray.model.run.packed import ATTENTION, can_pack, register
+from bge_ray.model.run.prepack import prepack_linears
+from bge_ray.model.run.result import Result
+from bge_ray.model.source import hash_model
+from bge_ray.model.spec import family_of
+from bge_ray.records.ids import IdArray
+from bge_ray.records.model import ModelSpec
+from bge_ray.records.tokens import PackedTokens
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model runs: a torch device, CPU threads of this process, and whether its folder's code may run."""
+
+    device: str = "cpu"
+    threads: int = 1
+    trust_remote_code: bool = False
+
+
+class Model:
+    """A loaded model. ``run`` is the verb; the others prepare what it takes."""
+
+    def __init__(self, spec: ModelSpec, folder: Path, place: Place, packed: bool | None = None) -> None:
+        """Load the model that ``spec`` names, and refuse any other.
+
+        Args:
+            spec: the model as the run was planned with it.
+            folder: its files, as `spec.model_folder` returns them.
+            place: where it runs.
+            packed: run without padding; None where it is known to be right and faster.
+
+        Raises:
+            ModelError: the weights here are not those of the spec, or some would stay random.
+        """
+        if hash_model(folder, trust_remote_code=place.trust_remote_code) != spec.weights_sha256:
+            raise ModelError(
+                f"{folder}: its files differ from those the run was planned with; "
+                "give every node the same model folder"
+            )
+        torch.set_num_threads(place.threads)
+        self.spec = spec
+        self.device = torch.device(place.device)
+        dtype = getattr(torch, spec.dtype)
+        if packed is None:
+            # Remote code has a forward pass of its own, of which nothing is known.
+            packed = not place.trust_remote_code and can_pack(load_config(folder), self.device, dtype)
+        if packed:
+            register()
+
+        def load(how: Loading) -> Loaded:
+            model, heads = family_of(spec).load(spec, folder, how)
+            return Loaded(model, tuple(heads))
+
+        loaded = load(Loading(dtype, ATTENTION if packed else None, place.trust_remote_code))
+        if packed:
+            keep_one_token(loaded.model, {head.needs for head in loaded.heads})
+        if self.device.type == "cpu":
+            for module in (loaded.model, *loaded.heads):
+                prepack_linears(module, dtype)
+        exact = Loading(torch.float32, trust_remote_code=place.trust_remote_code)
+        self._executor = Executor(loaded, lambda: load(exact), device=self.device, packed=packed)
+
+    def cut(self, lengths: np.ndarray, budget: int) -> list[IdArray]:
+        """Cut rows of (n,) ``lengths`` into batches of at most ``budget`` tokens, as this model counts."""
+        return token_budget_batches(lengths, budget, packed=self._executor.packed)
+
+    def empty_result(self, n_rows: int) -> Result:
+        """Return a result of n rows that `run` fills."""
+        return Result(self.spec.outputs, n_rows)
+
+    def warm_up(self, budget: int) -> None:
+        """Run a batch of the longest rows for nothing: kernels are loaded, and memory is claimed."""
+        tokens = longest_rows(self.spec.max_length, budget)
+        self.run(tokens, self.cut(tokens.lengths, budget), self.empty_result(len(tokens)))
+
+    def run(self, tokens: PackedTokens, batches: Sequence[IdArray], result: Result) -> None:
+        """Compute the outputs of the rows of the given batches into ``result``.
+
+        A batch that does not fit in memory is halved and tried again; a single row that does not
+        fit, or whose outputs are not finite even in float32, is named in ``faults``.
+
+        Args:
+            tokens: n rows, as a feeder makes them.
+            batches: row numbers of each forward pass, as `cut` makes them.
+            result: of `empty_result(n)`; rows in no batch are left as they are.
+
+        Raises:
+            RuntimeError: whatever the model raises that is not a lack of memory.
+        """
+        self._executor.run(tokens, batches, result)

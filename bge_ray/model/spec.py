@@ -1,0 +1,116 @@
+"""Settings to a `ModelSpec`, and from there to the family, the folder and the feeder of a model. No torch."""
+
+from pathlib import Path
+
+from bge_ray.errors import ModelError
+from bge_ray.model.families import FAMILIES
+from bge_ray.model.family import Asked, Family
+from bge_ray.model.feed.pairs import PairFeeder
+from bge_ray.model.feed.texts import TextFeeder
+from bge_ray.model.folder import ModelFolder
+from bge_ray.model.source import Setting, fetch_model
+from bge_ray.records.model import ModelSpec
+from bge_ray.settings.sections import ModelSettings, RerankSettings
+
+
+def resolve_encoder(settings: ModelSettings, *, on_gpu: bool) -> ModelSpec:
+    """Settle everything about the encoder that decides a vector.
+
+    Vectors are stored as float32 where they are computed so, and else as float16; `ModelSpec.stored_as` says
+    otherwise.
+
+    Args:
+        settings: what was asked for.
+        on_gpu: whether the encoders have GPUs, which decides the automatic compute dtype.
+
+    Raises:
+        ModelError: the model is not to be had, or not usable as asked.
+    """
+    path, revision = fetch_model(settings.name, settings.revision)
+    folder = ModelFolder(path, revision)
+    asked = Asked(
+        section="model",
+        name=settings.name,
+        max_length=settings.max_length,
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+        pooling=settings.pooling,
+        normalize=settings.normalize,
+        query_instruction=settings.query_instruction,
+        passage_instruction=settings.passage_instruction,
+    )
+    encoders = (family for family in FAMILIES if family.ROLE == "encoder" and family.recognises(folder))
+    return next(encoders).resolve(folder, asked, on_gpu=on_gpu)
+
+
+def resolve_reranker(settings: RerankSettings, *, on_gpu: bool) -> ModelSpec:
+    """Settle everything about the reranker that decides a score.
+
+    Raises:
+        ModelError: the model is not to be had, is no reranker, lacks a part of its head, or has too few
+            positions.
+    """
+    path, revision = fetch_model(settings.model, settings.revision, "rerank.model")
+    folder = ModelFolder(path, revision)
+    asked = Asked(
+        section="rerank",
+        name=settings.model,
+        max_length=settings.max_length,
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    for family in FAMILIES:
+        if family.ROLE == "reranker" and family.recognises(folder):
+            return family.resolve(folder, asked, on_gpu=on_gpu)
+    raise ModelError(
+        f"rerank.model {settings.model}: among its {len(folder.weights)} weights there is no classification "
+        "head; it is an encoder, not a reranker"
+    )
+
+
+def family_of(spec: ModelSpec) -> Family:
+    """Return the family of a spec.
+
+    Raises:
+        ModelError: this version knows none of that name.
+    """
+    for family in FAMILIES:
+        if spec.family == family.NAME:
+            return family
+    raise ModelError(
+        f"{spec.name}: is of the family {spec.family!r}, known are {', '.join(f.NAME for f in FAMILIES)}"
+    )
+
+
+def model_folder(spec: ModelSpec) -> Path:
+    """Return the folder of a resolved model on this node, fetched if need be.
+
+    Raises:
+        ModelError: it is not to be had.
+    """
+    setting: Setting = "rerank.model" if family_of(spec).ROLE == "reranker" else "model.name"
+    return fetch_model(spec.name, spec.revision, setting)[0]
+
+
+def text_feeder(spec: ModelSpec, *, trust_remote_code: bool = False) -> TextFeeder:
+    """Load what turns the texts of an encoder into tokens.
+
+    Raises:
+        ModelError: the model is not to be had, has no fast tokenizer, or takes no single texts.
+    """
+    feeder = family_of(spec).feeder(spec, model_folder(spec), trust_remote_code=trust_remote_code)
+    if not isinstance(feeder, TextFeeder):
+        raise ModelError(f"{spec.name}: is a reranker, which takes pairs and no single texts")
+    return feeder
+
+
+def pair_feeder(spec: ModelSpec, *, trust_remote_code: bool = False) -> PairFeeder:
+    """Load what turns the pairs of a reranker into tokens.
+
+    Raises:
+        ModelError: the model is not to be had, has no fast tokenizer, or takes no pairs.
+    """
+    feeder = family_of(spec).feeder(spec, model_folder(spec), trust_remote_code=trust_remote_code)
+    if not isinstance(feeder, PairFeeder):
+        raise ModelError(f"{spec.name}: is an encoder, which takes single texts and no pairs")
+    return feeder
