@@ -172,8 +172,7 @@ def shard_table(spec: DatasetSpec, table: pa.Table, embeddings: FloatArray) -> p
     Returns:
         n rows of `embedding_schema`.
     """
-    kept = pa.schema([pa.field(name, pa.type_for_alias(kind)) for name, kind in spec.columns.kept.items()])
-    schema = embedding_schema(spec.model.dim, spec.dtype, kept)
+    schema = embedding_schema(spec.model.dim, spec.dtype, spec.columns.kept_schema())
     kind = schema.field("embedding").type
     flat = np.ascontiguousarray(embeddings, dtype=spec.dtype).reshape(-1)
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(flat, kind.value_type), type=kind)

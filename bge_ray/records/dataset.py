@@ -9,12 +9,13 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
 from bge_ray.errors import DatasetMismatchError
+from bge_ray.records.columns import Columns
 from bge_ray.records.ids import FORMAT_VERSION
 
 R = TypeVar("R")
@@ -34,16 +35,6 @@ class ModelSpec:
     dtype: str
     query_instruction: str
     passage_instruction: str
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The corpus columns as they were resolved; ``kept`` maps a metadata column to its Arrow type."""
-
-    id: str
-    text: str
-    title: str | None
-    kept: dict[str, str] = field(default_factory=dict)
 
 
 # Where a model lies and what is put before queries change no vector of the data set.
@@ -66,7 +57,10 @@ class DatasetSpec:
 
     def decisive(self) -> dict[str, Any]:
         """Return all that decides a vector, by dotted name."""
-        flat = _flatten(dataclasses.asdict(self))
+        facts = dataclasses.asdict(self)
+        # The name says all of a type, the same in every version of Arrow.
+        facts["columns"]["kept"] = {name: kind.name for name, kind in self.columns.kept.items()}
+        flat = _flatten(facts)
         return {key: value for key, value in flat.items() if key not in NOT_DECISIVE}
 
     def check_same(self, other: "DatasetSpec", uri: str) -> None:

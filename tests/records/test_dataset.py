@@ -3,13 +3,14 @@
 import dataclasses
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bge_ray.errors import DatasetMismatchError
+from bge_ray.records.columns import Columns, ColumnType
 from bge_ray.records.dataset import (
-    Columns,
     CorpusObject,
     DatasetSpec,
     FileFact,
@@ -27,7 +28,7 @@ from bge_ray.records.dataset import (
 from bge_ray.records.ids import MAX_OBJECTS, MAX_ROWS_PER_OBJECT, split_vector_ids, vector_ids
 
 MODEL = ModelSpec("m", None, "w", 4, "cls", 16, True, "float32", "q: ", "")
-SPEC = DatasetSpec(MODEL, Columns("id", "text", None, {"lang": "string"}), "float32")
+SPEC = DatasetSpec(MODEL, Columns("id", "text", None, {"lang": ColumnType.of(pa.string())}), "float32")
 OBJECT = CorpusObject(3, "s3://b/x", 10, "e", "jsonl", "", (Span(0, 9, 0, (4, 3)), Span(9, 10, 7, (2,))))
 
 

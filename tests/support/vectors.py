@@ -8,8 +8,8 @@ import pyarrow as pa
 
 from bge_ray.dataset.commit import ShardWriter
 from bge_ray.dataset.folder import Dataset
+from bge_ray.records.columns import Columns
 from bge_ray.records.dataset import (
-    Columns,
     DatasetSpec,
     Manifest,
     Marker,

@@ -9,7 +9,8 @@ import ray.data
 
 from bge_ray.errors import CorpusError, StorageError
 from bge_ray.formats.corpus import ScannedObject, check_columns, list_corpus, scan_object
-from bge_ray.records.dataset import Columns, CorpusObject, Plan, UnitLimits, from_json, to_json
+from bge_ray.records.columns import Columns
+from bge_ray.records.dataset import CorpusObject, Plan, UnitLimits, from_json, to_json
 from bge_ray.records.ids import MAX_OBJECTS, MAX_ROWS_PER_OBJECT
 from bge_ray.settings.sections import CorpusSettings
 from bge_ray.storage.objects import ObjectInfo, Storage

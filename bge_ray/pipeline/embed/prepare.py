@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from dataclasses import dataclass
 
+import pyarrow as pa
 import ray
 
 from bge_ray.dataset.folder import Dataset
@@ -14,8 +15,8 @@ from bge_ray.pipeline.embed.tasks import SpanTask
 from bge_ray.pipeline.engine.cluster import cluster_sizes, connect
 from bge_ray.pipeline.engine.payload import UnitTask
 from bge_ray.pipeline.engine.tasks import run_tasks
+from bge_ray.records.columns import Columns, ColumnType
 from bge_ray.records.dataset import (
-    Columns,
     DatasetSpec,
     Marker,
     ModelSpec,
@@ -162,5 +163,5 @@ def _same_columns(settings: Settings, there: Columns) -> Columns:
         id=there.id if corpus.id_column == "auto" else corpus.id_column,
         text=corpus.text_column,
         title=there.title if corpus.title_column == "auto" else corpus.title_column,
-        kept={name: there.kept.get(name, "string") for name in corpus.keep_columns},
+        kept={name: there.kept.get(name, ColumnType.of(pa.string())) for name in corpus.keep_columns},
     )

@@ -18,10 +18,11 @@ import pyarrow.compute as pc
 
 from bge_ray.dataset.lookup import ShardMap, find_passages, read_shard
 from bge_ray.formats.corpus import read_units
-from bge_ray.formats.rows import Rows, check_rows
+from bge_ray.formats.rows import RawRows, check_rows
 from bge_ray.pipeline.engine.tasks import run_tasks
 from bge_ray.pipeline.runs.parcels import whole
-from bge_ray.records.dataset import Columns, CorpusObject, FileFact, Span, span_units
+from bge_ray.records.columns import Columns
+from bge_ray.records.dataset import CorpusObject, FileFact, Span, span_units
 from bge_ray.records.ids import IdArray, vector_ids
 from bge_ray.storage.objects import Storage
 
@@ -93,7 +94,7 @@ def kept_texts(storage: Storage, root: str, fact: FileFact, ids: IdArray, column
     names = [columns.text] if columns.title is None else [columns.text, columns.title]
     table = read_shard(storage, root, fact, ids, ["passage_id", *names])
     titles = None if columns.title is None else table[columns.title].to_pylist()
-    rows = Rows(table["passage_id"].to_pylist(), table[columns.text].to_pylist(), titles, {}, {})
+    rows = RawRows(table["passage_id"].to_pylist(), table[columns.text].to_pylist(), titles, {}, {})
     passages, _ = check_rows(rows)
     there = table["vector_id"].to_numpy()[passages.rows]
     return pa.table([there, passages.passage_ids, passages.texts], schema=TEXT_SCHEMA)

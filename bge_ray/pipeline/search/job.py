@@ -15,7 +15,7 @@ from ray.actor import ActorHandle
 
 from bge_ray.dataset.lookup import ShardMap
 from bge_ray.errors import BgeRayError, DatasetMismatchError, IncompleteRunError, SettingsError
-from bge_ray.formats.runs import read_queries
+from bge_ray.formats.queries import read_queries
 from bge_ray.model.reranker_head import settle_reranker
 from bge_ray.model.reranker_spec import RerankerSpec
 from bge_ray.model.run.batching import settle_budget
