@@ -9,7 +9,7 @@ from typing import Any
 
 from bge_ray.errors import CorpusError, SettingsError
 from bge_ray.formats.candidates import read_candidate_lists
-from bge_ray.formats.runs import read_qrels
+from bge_ray.formats.qrels import read_qrels
 from bge_ray.metrics import Comparison, PerQuery, Qrels, compare, mean, measure, metric_names
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.objects import Storage, join

@@ -34,7 +34,8 @@ from bge_ray.pipeline.embed.tasks import EmbedJob
 from bge_ray.pipeline.index.steps import Build
 from bge_ray.pipeline.rerank.stages import ScoreStage
 from bge_ray.pipeline.runs.parcels import Device, EncodeJob, Workplace
-from bge_ray.records.dataset import Columns, DatasetSpec, Manifest
+from bge_ray.records.columns import Columns
+from bge_ray.records.dataset import DatasetSpec, Manifest
 from bge_ray.settings.sections import ModelSettings, Settings, parse_settings
 from bge_ray.storage.lease import Lease
 from bge_ray.storage.objects import Storage

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from bge_ray.errors import StorageError
 from bge_ray.formats.rows import Passages
 from bge_ray.records.canonical import to_json
-from bge_ray.records.columns import embedding_schema, hash_texts
+from bge_ray.records.schemas import embedding_schema, hash_texts
 from bge_ray.records.dataset import DatasetSpec, FileFact, Marker
 from bge_ray.records.ids import FloatArray, split_vector_ids, vector_ids
 from bge_ray.records.plan import Unit
@@ -179,8 +179,7 @@ def shard_table(spec: DatasetSpec, table: pa.Table, embeddings: FloatArray) -> p
     Returns:
         n rows of `embedding_schema`.
     """
-    kept = pa.schema([pa.field(name, pa.type_for_alias(kind)) for name, kind in spec.columns.kept.items()])
-    schema = embedding_schema(spec.model.dim, spec.dtype, kept)
+    schema = embedding_schema(spec.model.dim, spec.dtype, spec.columns.kept_schema())
     kind = schema.field("embedding").type
     flat = np.ascontiguousarray(embeddings, dtype=spec.dtype).reshape(-1)
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(flat, kind.value_type), type=kind)

@@ -1,36 +1,47 @@
 """Candidate lists of any origin, one query after the other; what cannot be used is named and left out.
 
-A run (TREC or Parquet), a table of (query, passage) rows, or records with their texts inline. Unlike
-`io.runs.read_run`, which vouches for a whole run, one bad list does not spoil the rest here.
+A run (TREC or Parquet), a table of (query, passage) rows, or records with their texts inline. One bad
+list does not spoil the rest.
 """
 
 import itertools
 import json
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from bge_ray.errors import CorpusError
-from bge_ray.formats.lines import iter_lines, open_lines
+from bge_ray.formats.endings import ending_of
+from bge_ray.formats.lines import read_text_lines
 from bge_ray.formats.parquet import open_parquet
-from bge_ray.formats.runs import Candidates, sort_candidates
+from bge_ray.formats.runs import sort_candidates
 from bge_ray.storage.objects import ObjectInfo, Storage
 
 # Told of (query id, passage id, reason, detail) of what is left out.
 Reject: TypeAlias = Callable[[str | None, str | None, str, str], None]
 
-_PARQUET = re.compile(r"\.(parquet|pq)$", re.IGNORECASE)
-_JSONL = re.compile(r"\.(jsonl|ndjson|json)(\.gz|\.zst|\.zstd)?$", re.IGNORECASE)
 _QUERY_ID_NAMES = ("query_id", "qid", "_id", "id")
 _PASSAGE_ID_NAMES = ("passage_id", "docid", "pid")
-_COMPRESSIONS = {"gz": "gzip", "zst": "zstd", "zstd": "zstd"}
 READ_ROWS = 8192
 
 
 class _MalformedError(Exception):
     """One record or line cannot be used."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The candidates of one query: ``scores`` is None where the file has none, ``texts`` where it has ids.
+
+    With scores they are sorted by (-score, passage_id), otherwise they are in the order of the file.
+    """
+
+    query_id: str
+    passage_ids: list[str]
+    scores: list[float] | None = None
+    query: str | None = None
+    texts: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -123,9 +134,10 @@ def _candidates(query_id: str, rows: list[_Row], reject: Reject) -> Candidates:
 
 
 def _read_rows(storage: Storage, info: ObjectInfo, reject: Reject) -> Iterator[_Row]:
-    if _PARQUET.search(info.uri):
+    kind = ending_of(info.uri).format
+    if kind == "parquet":
         records = _parquet_records(storage, info)
-    elif _JSONL.search(info.uri):
+    elif kind == "jsonl":
         records = _json_records(storage, info, reject)
     else:
         return _trec_rows(storage, info, reject)
@@ -256,15 +268,8 @@ def _trec_row(line: str, place: str) -> _Row:
 
 
 def _lines(storage: Storage, info: ObjectInfo, reject: Reject) -> Iterator[tuple[str, str]]:
-    compression = _COMPRESSIONS.get(info.uri.lower().rpartition(".")[2], "")
-    with open_lines(storage, info.uri, info.size, compression) as file:
-        for number, (_, _, line) in enumerate(iter_lines(file), 1):
-            try:
-                text = line.decode().strip() if line is not None else None
-            except UnicodeDecodeError as error:
-                reject(None, None, "malformed", f"line {number}: not UTF-8: {error.reason}")
-                continue
-            if text is None:
-                reject(None, None, "malformed", f"line {number}: too long")
-            elif text:
-                yield f"line {number}", text
+    for line in read_text_lines(storage, info):
+        if line.text is None:
+            reject(None, None, "malformed", f"{line.place}: {line.fault}")
+        else:
+            yield line.place, line.text

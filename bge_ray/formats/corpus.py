@@ -5,46 +5,39 @@ or a `CorpusError` names the object.
 """
 
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from bge_ray.errors import CorpusError, StorageError
-from bge_ray.formats.lines import read_csv, read_jsonl, scan_csv, scan_jsonl
+from bge_ray.formats.delimited import read_delimited, scan_delimited
+from bge_ray.formats.endings import beir_folder, ending_of
+from bge_ray.formats.jsonl import read_jsonl, scan_jsonl
 from bge_ray.formats.parquet import read_parquet, scan_parquet
-from bge_ray.formats.rows import Rows
-from bge_ray.records.dataset import Columns
+from bge_ray.formats.rows import RawRows
+from bge_ray.formats.sought import Sought
+from bge_ray.formats.types import extension_names, is_text, plain_type, unify_all, unify_types, without_nulls
+from bge_ray.records.columns import Columns, ColumnType
 from bge_ray.records.plan import CorpusObject, Span, Unit, UnitLimits, span_units
 from bge_ray.settings.sections import CorpusSettings
 from bge_ray.storage.objects import ObjectInfo, Storage
 
 logger = logging.getLogger(__name__)
 
-_SUFFIX = re.compile(r"\.(parquet|pq|jsonl|ndjson|json|csv|tsv)(\.gz|\.zst|\.zstd)?$", re.IGNORECASE)
-_FORMATS = {
-    "parquet": "parquet",
-    "pq": "parquet",
-    "jsonl": "jsonl",
-    "ndjson": "jsonl",
-    "json": "jsonl",
-    "csv": "csv",
-    "tsv": "csv",
-}
-_COMPRESSIONS = {"": "", ".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
-_BEIR_CORPUS = re.compile(r"corpus\.jsonl(\.gz|\.zst|\.zstd)?$")
-_BEIR_OTHER = re.compile(r"(queries\.jsonl(\.gz|\.zst|\.zstd)?|qrels/[^/]+)$")
 _AUTO_ID_COLUMNS = ("_id", "id", "passage_id")
+_WAY_OUT = "leave it out of corpus.keep_columns, or write one of them anew"
 
 
 @dataclass(frozen=True)
 class ScannedObject:
-    """What one pass over an object found: its spans, and its columns with their Arrow types."""
+    """What one pass over an object found: its spans, and its columns with the types it gives them."""
 
     info: ObjectInfo
     format: str
     compression: str
     spans: tuple[Span, ...]
-    columns: dict[str, str]
+    columns: dict[str, ColumnType]
 
 
 def list_corpus(storage: Storage, settings: CorpusSettings) -> list[ObjectInfo]:
@@ -67,8 +60,8 @@ def list_corpus(storage: Storage, settings: CorpusSettings) -> list[ObjectInfo]:
     listed = _without_beir_queries(listed)
     if settings.format != "auto":
         return listed
-    known = [o for o in listed if _SUFFIX.search(o.uri)]
-    unknown = [o for o in listed if not _SUFFIX.search(o.uri)]
+    known = [o for o in listed if ending_of(o.uri).format]
+    unknown = [o for o in listed if not ending_of(o.uri).format]
     if not known:
         raise CorpusError(
             f"corpus.uri {settings.uri}: none of its {len(listed)} objects has a known ending "
@@ -85,26 +78,31 @@ def list_corpus(storage: Storage, settings: CorpusSettings) -> list[ObjectInfo]:
 
 
 def _without_beir_queries(listed: list[ObjectInfo]) -> list[ObjectInfo]:
-    folders = [o.uri[: m.start()] for o in listed if (m := _BEIR_CORPUS.search(o.uri)) is not None]
-    beir = {f for f in folders if f.endswith("/")}
+    corpora = {folder for o in listed if (folder := beir_folder(o.uri, "corpus")) is not None}
 
     def belongs(uri: str) -> bool:
-        other = _BEIR_OTHER.search(uri)
-        return other is not None and uri[: other.start()] in beir
+        return beir_folder(uri, "queries") in corpora or _qrels_parent(uri) in corpora
 
     return [o for o in listed if not belongs(o.uri)]
 
 
+def _qrels_parent(uri: str) -> str | None:
+    """Return the folder, with its slash, in which a folder ``qrels`` holds the object."""
+    folder = uri.rpartition("/")[0]
+    return folder.removesuffix("qrels") if folder.endswith("/qrels") else None
+
+
 def object_format(uri: str, settings: CorpusSettings) -> tuple[str, str]:
-    """Return (format, compression) of an object by its name, or by corpus.format."""
-    match = _SUFFIX.search(uri)
-    ending = re.search(r"\.(gz|zstd?)$", uri, re.IGNORECASE)
-    compression = _COMPRESSIONS[ending.group(0).lower()] if ending else ""
-    if settings.format != "auto":
-        return settings.format, "" if settings.format == "parquet" else compression
-    if match is None:
+    """Return (format, compression) of an object by its name, or by corpus.format.
+
+    Raises:
+        CorpusError: neither tells the format.
+    """
+    ending = ending_of(uri)
+    kind = ending.format if settings.format == "auto" else settings.format
+    if not kind:
         raise CorpusError(f"{uri}: unknown ending; set corpus.format to parquet, jsonl or csv")
-    return _FORMATS[match.group(1).lower()], compression
+    return kind, "" if kind == "parquet" else ending.compression
 
 
 def scan_object(
@@ -121,22 +119,36 @@ def scan_object(
     Raises:
         CorpusError: the object is unreadable.
     """
+    sought = Sought(
+        ids=_AUTO_ID_COLUMNS if settings.id_column == "auto" else (settings.id_column,),
+        texts=(settings.text_column,),
+        title="title" if settings.title_column == "auto" else settings.title_column,
+        kept=settings.keep_columns,
+    )
     kind, compression = object_format(info.uri, settings)
+    return scan_sought(storage, info, (kind, compression), sought, limits)
+
+
+def scan_sought(
+    storage: Storage, info: ObjectInfo, coding: tuple[str, str], sought: Sought, limits: UnitLimits
+) -> ScannedObject:
+    """Find the rows and columns of one object of the given (format, compression); see `scan_object`."""
+    kind, compression = coding
     if kind == "parquet":
-        title = "title" if settings.title_column == "auto" else settings.title_column or ""
-        text_columns = (settings.text_column, title, *settings.keep_columns)
-        spans, columns = scan_parquet(storage, info.uri, info.size, text_columns, limits)
+        spans, columns = scan_parquet(storage, info.uri, info.size, sought, limits)
     else:
-        scan = scan_jsonl if kind == "jsonl" else scan_csv
-        spans, columns = scan(storage, info.uri, info.size, compression, limits)
-    return ScannedObject(info, kind, compression, tuple(spans), columns)
+        scan = scan_jsonl if kind == "jsonl" else scan_delimited
+        spans, columns = scan(storage, info.uri, info.size, compression, sought, limits)
+    types = {name: ColumnType.of(found) for name, found in columns.items()}
+    return ScannedObject(info, kind, compression, tuple(spans), types)
 
 
 def resolve_columns(scanned: Sequence[ScannedObject], settings: CorpusSettings) -> Columns:
     """Choose the columns for a whole data set from its first objects.
 
     Raises:
-        CorpusError: no object has rows, or an object lacks a column that is asked for.
+        CorpusError: no object has rows, an object lacks a column that is asked for, or two of them
+            disagree on the type of a kept one.
     """
     filled = [s for s in scanned if s.spans]
     if not filled:
@@ -155,75 +167,112 @@ def resolve_columns(scanned: Sequence[ScannedObject], settings: CorpusSettings) 
     if title == "auto":
         titled = any("title" in s.columns for s in filled) and settings.text_column != "title"
         title = "title" if titled else None
-    kept = {name: _kept_kind(name, filled) for name in settings.keep_columns}
-    columns = Columns(id_column, settings.text_column, title, kept)
+    columns = Columns(id_column, settings.text_column, title)
     for s in filled:
         check_columns(s, columns)
-    return columns
+    kept = {name: _settle_type(name, filled) for name in settings.keep_columns}
+    return Columns(id_column, settings.text_column, title, kept)
 
 
-def _kept_kind(name: str, filled: Sequence[ScannedObject]) -> str:
-    """Return the type of a metadata column: that of the first Parquet object that has any, else text."""
-    if any(s.format != "parquet" for s in filled):
-        return "string"
-    kinds = [s.columns[name] for s in filled if s.columns.get(name, "null") != "null"]
-    return kinds[0] if kinds else "string"
+def _settle_type(name: str, filled: Sequence[ScannedObject]) -> ColumnType:
+    """Return the one type in which a metadata column is kept, whichever object a row comes from.
+
+    Text formats give way: where types disagree and only they have other than text, the column is text.
+    """
+    for s in filled:
+        _check_has(s, f"corpus.keep_columns ({name})", name)
+    found = [s.columns[name].arrow() for s in filled]
+    plain = [plain_type(kind) for kind in found]
+    unified = unify_all(plain)
+    if unified is None:
+        rigid = [
+            s for s, kind in zip(filled, plain, strict=True) if s.format == "parquet" and not is_text(kind)
+        ]
+        if any(s.columns[name].name != "null" for s in rigid):
+            raise CorpusError(_disagreement(name, filled, plain))
+        unified = pa.string()
+    extensions = sorted({extension for kind in found for extension in extension_names(kind)})
+    note = f"({', '.join(extensions)})" if extensions else ""
+    return ColumnType.of(without_nulls(unified), note)
+
+
+def _disagreement(name: str, filled: Sequence[ScannedObject], plain: Sequence[pa.DataType]) -> str:
+    last = next(n for n in range(len(plain)) if unify_all(plain[: n + 1]) is None)
+    first = next((n for n in range(last) if unify_types(plain[n], plain[last]) is None), 0)
+    return (
+        f"kept column {name!r} is {plain[first]} in {filled[first].info.uri} and {plain[last]} in "
+        f"{filled[last].info.uri}; {_WAY_OUT}"
+    )
 
 
 def check_columns(scanned: ScannedObject, columns: Columns) -> None:
-    """Refuse an object that lacks a column of the data set.
+    """Refuse an object that lacks a column of the data set, or has it in a type that does not fit.
 
-    The lines of JSONL need not all have the same keys: a title that none of its first rows has is taken as
-    missing in those rows, not in the object.
+    The lines of JSONL need not all have the same keys: a title that none of its rows has is taken as
+    missing in the rows, not in the object.
 
     Raises:
         CorpusError: names the object, the column and what is there instead.
     """
     if not scanned.spans:
         return
-    needed = {"corpus.id_column": columns.id, "corpus.text_column": columns.text}
+    _check_has(scanned, "corpus.id_column", columns.id)
+    _check_has(scanned, "corpus.text_column", columns.text)
     if columns.title is not None and scanned.format != "jsonl":
-        needed["corpus.title_column"] = columns.title
-    needed |= {f"corpus.keep_columns ({name})": name for name in columns.kept}
-    for setting, name in needed.items():
-        if name not in scanned.columns:
-            raise CorpusError(_lacks(scanned, setting, name))
+        _check_has(scanned, "corpus.title_column", columns.title)
+    for name in columns.kept:
+        _check_has(scanned, f"corpus.keep_columns ({name})", name)
     if scanned.format == "parquet":
-        _check_types(scanned, columns)
-    for name, kind in columns.kept.items():
-        if scanned.columns[name] not in (kind, "null") and kind != "string":
+        check_types(scanned, columns)
+    for field in columns.kept_schema():
+        found = plain_type(scanned.columns[field.name].arrow())
+        is_written = scanned.format != "parquet" and is_text(field.type)
+        if not is_written and unify_types(field.type, found) != field.type:
             raise CorpusError(
-                f"{scanned.info.uri}: kept column {name!r} is {scanned.columns[name]}, "
-                f"elsewhere in the data set {kind}"
+                f"{scanned.info.uri}: kept column {field.name!r} is {found}, "
+                f"elsewhere in the data set {field.type}; {_WAY_OUT}"
             )
 
 
-def _check_types(scanned: ScannedObject, columns: Columns) -> None:
+def check_types(scanned: ScannedObject, columns: Columns) -> None:
+    """Refuse an object whose ids or texts are of a type that no row of it could be accepted with.
+
+    Raises:
+        CorpusError: names the object, the column and its type.
+    """
     for name in (columns.text, columns.title):
-        if name is not None and scanned.columns[name] not in ("string", "null"):
+        if name is not None and not _is_text_or_null(scanned.columns[name].arrow()):
             raise CorpusError(
-                f"{scanned.info.uri}: column {name!r} is {scanned.columns[name]}, expected text"
+                f"{scanned.info.uri}: column {name!r} is {scanned.columns[name].name}, expected text"
             )
-    id_kind = scanned.columns[columns.id]
-    if id_kind not in ("string", "null") and not re.fullmatch(r"u?int\d+", id_kind):
+    kind = scanned.columns[columns.id].arrow()
+    is_number = pa.types.is_integer(plain_type(kind)) or pa.types.is_decimal(plain_type(kind))
+    if not (_is_text_or_null(kind) or is_number or isinstance(kind, pa.UuidType)):
         raise CorpusError(
-            f"{scanned.info.uri}: id column {columns.id!r} is {id_kind}, expected text or integers"
+            f"{scanned.info.uri}: id column {columns.id!r} is {scanned.columns[columns.id].name}, "
+            "expected text, integers, decimals or UUIDs"
         )
 
 
-def _lacks(scanned: ScannedObject, setting: str, name: str) -> str:
-    where = " in its first rows" if scanned.format == "jsonl" else ""
+def _is_text_or_null(kind: pa.DataType) -> bool:
+    return is_text(kind) or pa.types.is_null(kind)
+
+
+def _check_has(scanned: ScannedObject, setting: str, name: str) -> None:
+    if name in scanned.columns:
+        return
+    where = " in any row" if scanned.format == "jsonl" else ""
     hint = ""
     if setting == "corpus.title_column":
         hint = "; other objects have it: set corpus.title_column to null to embed texts alone"
-    return (
+    raise CorpusError(
         f"{scanned.info.uri}: no column {name!r} ({setting}){where}; it has {sorted(scanned.columns)}{hint}"
     )
 
 
 def read_units(
     storage: Storage, corpus_object: CorpusObject, span: Span, columns: Columns, todo: set[int]
-) -> Iterator[tuple[Unit, Rows]]:
+) -> Iterator[tuple[Unit, RawRows]]:
     """Yield each unit of a span whose first row is in ``todo``, with its rows, in order.
 
     Raises:
@@ -247,15 +296,15 @@ def read_units(
 
 def _read(
     storage: Storage, corpus_object: CorpusObject, span: Span, columns: Columns, todo: set[int]
-) -> Iterator[tuple[int, Rows]]:
+) -> Iterator[tuple[int, RawRows]]:
     uri = corpus_object.uri
     if corpus_object.format == "parquet":
         return read_parquet(storage, uri, corpus_object.size, span, columns, todo)
-    read = read_jsonl if corpus_object.format == "jsonl" else read_csv
+    read = read_jsonl if corpus_object.format == "jsonl" else read_delimited
     return read(storage, uri, corpus_object.compression, span, columns, todo)
 
 
-def _check_count(corpus_object: CorpusObject, unit: Unit, rows: Rows) -> None:
+def _check_count(corpus_object: CorpusObject, unit: Unit, rows: RawRows) -> None:
     if len(rows) != unit.n_rows:
         raise CorpusError(
             f"{corpus_object.uri}: rows {unit.first_row} to {unit.first_row + unit.n_rows - 1} were planned, "

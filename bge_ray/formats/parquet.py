@@ -1,15 +1,20 @@
 """Parquet corpora: units planned from the footer, read by row groups."""
 
 import contextlib
-import json
+import decimal
+import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bge_ray.errors import CorpusError
-from bge_ray.formats.rows import Rows
-from bge_ray.records.dataset import Columns
+from bge_ray.formats.rows import RawRows
+from bge_ray.formats.sought import Sought
+from bge_ray.formats.types import is_text, rebuild
+from bge_ray.formats.units import UnitCutter
+from bge_ray.records.columns import Columns
 from bge_ray.records.plan import Span, UnitLimits
 from bge_ray.storage.objects import Storage
 
@@ -19,8 +24,8 @@ STREAM_BYTES = 8 << 20
 
 
 def scan_parquet(
-    storage: Storage, uri: str, size: int, text_columns: tuple[str, ...], limits: UnitLimits
-) -> tuple[list[Span], dict[str, str]]:
+    storage: Storage, uri: str, size: int, sought: Sought, limits: UnitLimits
+) -> tuple[list[Span], dict[str, pa.DataType]]:
     """Plan the units of a Parquet object from its footer alone.
 
     Neighbouring row groups share a unit while they fit; a row group that is too large for one
@@ -30,47 +35,29 @@ def scan_parquet(
         storage: where to read.
         uri: the object.
         size: its bytes.
-        text_columns: columns whose bytes count for the size of a unit.
+        sought: the columns whose bytes count for the size of a unit.
         limits: when a unit is full.
 
     Returns:
-        Its spans, and its columns with their Arrow types.
+        Its spans, and all its columns with the types that it gives them.
 
     Raises:
         CorpusError: not a Parquet file, or a truncated one.
     """
+    cutter = UnitCutter(limits)
     with open_parquet(storage, uri, size) as file:
-        metadata = file.metadata
-        columns = {f.name: kept_type(f.type) for f in file.schema_arrow}
+        columns = {f.name: f.type for f in file.schema_arrow}
         if len(columns) != len(file.schema_arrow):
             raise CorpusError(f"{uri}: a column name stands twice among {file.schema_arrow.names}")
-        groups = [
-            (g.num_rows, _text_bytes(g, text_columns))
-            for g in map(metadata.row_group, range(metadata.num_row_groups))
-        ]
-    spans: list[Span] = []
-    first = start = rows = cost = 0
-
-    def close(stop: int) -> None:
-        nonlocal first, start, rows, cost
-        if rows:
-            n_units = max(1, -(-rows // limits.max_rows), -(-cost // limits.max_bytes))
-            spans.append(Span(start, stop, first, _even_cut(rows, min(n_units, rows))))
-        first, start, rows, cost = first + rows, stop, 0, 0
-
-    for number, (n_rows, text_bytes) in enumerate(groups):
-        group_cost = text_bytes + n_rows * limits.vector_bytes
-        if rows and (rows + n_rows > limits.max_rows or cost + group_cost > limits.max_bytes):
-            close(number)
-        rows += n_rows
-        cost += group_cost
-    close(len(groups))
-    return spans, columns
+        for number in range(file.metadata.num_row_groups):
+            group = file.metadata.row_group(number)
+            cutter.add(number, number + 1, group.num_rows, _text_bytes(group, sought.texts_of_units))
+    return cutter.as_pieces(), columns
 
 
 def read_parquet(
     storage: Storage, uri: str, size: int, span: Span, columns: Columns, todo: set[int]
-) -> Iterator[tuple[int, Rows]]:
+) -> Iterator[tuple[int, RawRows]]:
     """Yield (first row, rows) of each unit of a span whose first row is in ``todo``, in order.
 
     One unit at a time is in memory, however large a row group is.
@@ -105,20 +92,8 @@ def read_parquet(
             table = pa.concat_tables(parts, promote_options="permissive")
             held = table.slice(n_rows)
             if first in todo:
-                yield first, _to_rows(table.slice(0, n_rows), columns)
+                yield first, _to_rows(uri, table.slice(0, n_rows), columns)
             first += n_rows
-
-
-def kept_type(kind: pa.DataType) -> str:
-    """Return the Arrow type a metadata column is kept in: itself where its name says all, else text."""
-    if pa.types.is_dictionary(kind):
-        return kept_type(kind.value_type)
-    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-        return "string"
-    try:
-        return str(kind) if pa.type_for_alias(str(kind)) == kind else "string"
-    except ValueError:
-        return "string"
 
 
 @contextlib.contextmanager
@@ -144,60 +119,73 @@ def _text_bytes(group: pq.RowGroupMetaData, text_columns: tuple[str, ...]) -> in
     )
 
 
-def _even_cut(rows: int, pieces: int) -> tuple[int, ...]:
-    return tuple(rows * (i + 1) // pieces - rows * i // pieces for i in range(pieces))
-
-
-def _to_rows(table: pa.Table, columns: Columns) -> Rows:
-    return Rows(
-        ids=_values(table[columns.id]),
-        texts=_values(table[columns.text]),
-        titles=_values(table[columns.title]) if columns.title is not None else None,
-        kept={name: _keep(table[name], kind) for name, kind in columns.kept.items()},
+def _to_rows(uri: str, table: pa.Table, columns: Columns) -> RawRows:
+    return RawRows(
+        ids=_ids(table[columns.id]),
+        texts=_texts(table[columns.text]),
+        titles=_texts(table[columns.title]) if columns.title is not None else None,
+        kept={field.name: _keep(uri, table[field.name], field) for field in columns.kept_schema()},
         faults={},
     )
 
 
-def _values(column: pa.ChunkedArray) -> list[object]:
-    """Return the values; text bytes that are not UTF-8 become lone surrogates, which the row check names."""
-    if not _is_text(column.type):
+def _ids(column: pa.ChunkedArray) -> list[object]:
+    """Return the ids; UUIDs and decimals as they are written, integers as they are."""
+    if is_text(column.type):
+        return _texts(column)
+    return [_written(value) for value in column.to_pylist()]
+
+
+def _written(value: object) -> object:
+    if isinstance(value, decimal.Decimal):
+        return format(value, "f")
+    return str(value) if isinstance(value, uuid.UUID) else value
+
+
+def _texts(column: pa.ChunkedArray) -> list[object]:
+    """Return the texts; bytes that are not UTF-8 become lone surrogates, which the row check names."""
+    if not is_text(column.type):
         return list(column.to_pylist())
+    plain = column.cast(pa.string())
     try:
-        return list(column.to_pylist())
+        return list(plain.to_pylist())
     except UnicodeDecodeError:
-        return [None if v is None else v.decode("utf-8", "surrogateescape") for v in _text_bytes_of(column)]
+        found = plain.cast(pa.binary()).to_pylist()
+        return [None if value is None else value.decode("utf-8", "surrogateescape") for value in found]
 
 
-def _keep(column: pa.ChunkedArray, kind: str) -> pa.Array:
-    if kind == "string" and not _is_text(column.type):
-        return pa.array([_plain_text(v) for v in column.to_pylist()], pa.string())
-    if kind == "string":
-        try:
-            column.validate(full=True)
-        except pa.ArrowInvalid:
-            texts = [None if v is None else v.decode("utf-8", "replace") for v in _text_bytes_of(column)]
-            return pa.array(texts, pa.string())
-    cast = column.cast(pa.type_for_alias(kind))
-    return pa.concat_arrays(cast.chunks) if cast.num_chunks else pa.array([], cast.type)
+def _keep(uri: str, column: pa.ChunkedArray, field: pa.Field) -> pa.Array:
+    """Return a metadata column in its type, its text valid; nothing else of a value may change."""
+    try:
+        chunks = column.cast(field.type).chunks
+    except pa.ArrowException as error:
+        raise CorpusError(
+            f"{uri}: kept column {field.name!r} is {column.type} here and {field.type} in the data set: "
+            f"{error}; leave it out of corpus.keep_columns"
+        ) from error
+    array = pa.concat_arrays(chunks) if chunks else pa.array([], field.type)
+    try:
+        array.validate(full=True)
+    except pa.ArrowInvalid:
+        found = array.cast(_with_bytes(field.type)).to_pylist()
+        return pa.array([_decoded(value, field.type) for value in found], field.type)
+    return array
 
 
-def _text_bytes_of(column: pa.ChunkedArray) -> list[bytes | None]:
-    if pa.types.is_dictionary(column.type):
-        chunks = (chunk.dictionary.cast(pa.large_binary()).take(chunk.indices) for chunk in column.chunks)
-        return [value for chunk in chunks for value in chunk.to_pylist()]
-    return list(column.cast(pa.large_binary()).to_pylist())
+def _with_bytes(kind: pa.DataType) -> pa.DataType:
+    return pa.binary() if pa.types.is_string(kind) else rebuild(kind, _with_bytes)
 
 
-def _plain_text(value: object) -> str | None:
-    """Nested values become JSON, any other its plain text."""
+def _decoded(value: Any, kind: pa.DataType) -> Any:
+    """Return a value of `_with_bytes` of the type as one of the type."""
     if value is None:
         return None
-    if isinstance(value, dict | list | bool):
-        return json.dumps(value, default=str, ensure_ascii=False)
-    return value.hex() if isinstance(value, bytes) else str(value)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        return _is_text(kind.value_type)
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+    if pa.types.is_string(kind):
+        return value.decode("utf-8", "replace")
+    if pa.types.is_struct(kind):
+        return {f.name: _decoded(value[f.name], f.type) for f in kind.fields}
+    if pa.types.is_map(kind):
+        return [(_decoded(key, kind.key_type), _decoded(item, kind.item_type)) for key, item in value]
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        return [_decoded(item, kind.value_type) for item in value]
+    return value

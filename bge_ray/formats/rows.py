@@ -1,6 +1,6 @@
 """Rows of a work unit as they were read, and the check that accepts or rejects each of them.
 
-One check serves every file format: a reader delivers `Rows`, `check_rows` splits them into
+One check serves every file format: a reader delivers `RawRows`, `check_rows` splits them into
 `Passages` and `Rejected`, and no row is in both or in neither.
 """
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from bge_ray.records.columns import REJECTED_SCHEMA
+from bge_ray.records.schemas import REJECTED_SCHEMA
 from bge_ray.records.ids import IdArray, vector_ids
 
 MAX_DETAIL_CHARS = 300
 
 
 @dataclass(frozen=True)
-class Rows:
+class RawRows:
     """Rows of one unit, unchecked; every list has one entry a row.
 
     ``faults`` holds (reason, detail) of rows that could not be parsed; their other entries are None.
@@ -52,7 +52,7 @@ class Rejected:
     detail: str
 
 
-def check_rows(rows: Rows) -> tuple[Passages, list[Rejected]]:
+def check_rows(rows: RawRows) -> tuple[Passages, list[Rejected]]:
     """Accept each row or reject it with a reason; accepted plus rejected equals the rows given.
 
     Title and text are joined with one space and stripped, as FlagEmbedding's evaluation does

@@ -1,63 +1,38 @@
-"""Names and Arrow schemas of the tables of a data set."""
+"""The corpus columns of a data set, and Arrow types in a form that JSON can carry."""
 
-import hashlib
-from collections.abc import Iterable
+import base64
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-OUTPUT_DTYPES = {"float16": pa.float16(), "float32": pa.float32()}
-VALUE_BYTES = {"float16": 2, "float32": 4}
-TEXT_HASH_BYTES = 16
 
-# Columns that an embedding shard has or may have; a kept column may not take one of these names.
-RESERVED_COLUMNS = (
-    "vector_id",
-    "passage_id",
-    "chunk_no",
-    "start",
-    "end",
-    "chunk_text",
-    "text_hash",
-    "n_tokens",
-    "truncated",
-    "embedding",
-    "sparse",
-    "colbert",
-)
+@dataclass(frozen=True)
+class ColumnType:
+    """An Arrow type: ``name`` for people, ``ipc`` (base64 of a schema message) to rebuild it exactly."""
 
-REJECTED_SCHEMA = pa.schema(
-    [
-        pa.field("vector_id", pa.int64(), nullable=False),
-        pa.field("passage_id", pa.string()),
-        pa.field("reason", pa.string(), nullable=False),
-        pa.field("detail", pa.string(), nullable=False),
-    ]
-)
+    name: str
+    ipc: str = field(repr=False)
+
+    @staticmethod
+    def of(kind: pa.DataType, note: str = "") -> "ColumnType":
+        """Write a type down; a ``note`` stands behind its name."""
+        message = pa.schema([pa.field("column", kind)]).serialize()
+        return ColumnType(f"{kind} {note}".rstrip(), base64.b64encode(message).decode())
+
+    def arrow(self) -> pa.DataType:
+        """Rebuild the type, with everything nested in it."""
+        return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(self.ipc))).field(0).type
 
 
-def embedding_schema(dim: int, dtype: str, kept: pa.Schema) -> pa.Schema:
-    """Schema of an embedding shard.
+@dataclass(frozen=True)
+class Columns:
+    """The corpus columns as they were resolved; ``kept`` are the metadata columns with their types."""
 
-    Args:
-        dim: length of one embedding.
-        dtype: a key of OUTPUT_DTYPES.
-        kept: the metadata columns carried along, with their types.
-    """
-    element = pa.field("element", OUTPUT_DTYPES[dtype], nullable=False)
-    return pa.schema(
-        [
-            pa.field("vector_id", pa.int64(), nullable=False),
-            pa.field("passage_id", pa.string(), nullable=False),
-            pa.field("text_hash", pa.binary(TEXT_HASH_BYTES), nullable=False),
-            pa.field("n_tokens", pa.int32(), nullable=False),
-            pa.field("truncated", pa.bool_(), nullable=False),
-            pa.field("embedding", pa.list_(element, dim), nullable=False),
-            *kept,
-        ]
-    )
+    id: str
+    text: str
+    title: str | None
+    kept: dict[str, ColumnType] = field(default_factory=dict)
 
-
-def hash_texts(texts: Iterable[str]) -> pa.Array:
-    """Return the hash of each text that a model reads, its instruction included: 16 bytes of blake2b."""
-    hashes = [hashlib.blake2b(text.encode(), digest_size=TEXT_HASH_BYTES).digest() for text in texts]
-    return pa.array(hashes, pa.binary(TEXT_HASH_BYTES))
+    def kept_schema(self) -> pa.Schema:
+        """Return the metadata columns as fields of an embedding shard, in the order of ``kept``."""
+        return pa.schema([pa.field(name, kind.arrow()) for name, kind in self.kept.items()])

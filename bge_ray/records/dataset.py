@@ -6,41 +6,17 @@ which columns of the corpus are read. With the version and the rows of a unit it
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from bge_ray.errors import DatasetMismatchError
 from bge_ray.records.canonical import digest, flatten
+from bge_ray.records.columns import Columns
 from bge_ray.records.ids import FORMAT_VERSION
+from bge_ray.records.model import Canary, ModelSpec
 from bge_ray.records.plan import Unit
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """The model as it was resolved: everything about it that decides a vector."""
-
-    name: str
-    revision: str | None
-    weights_sha256: str
-    dim: int
-    pooling: str
-    max_length: int
-    normalize: bool
-    dtype: str
-    query_instruction: str
-    passage_instruction: str
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The corpus columns as they were resolved; ``kept`` maps a metadata column to its Arrow type."""
-
-    id: str
-    text: str
-    title: str | None
-    kept: dict[str, str] = field(default_factory=dict)
 
 
 # Where a model lies and what is put before queries change no vector of the data set; canaries follow from

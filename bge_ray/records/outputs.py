@@ -5,7 +5,9 @@ from typing import Literal, TypeAlias
 
 import pyarrow as pa
 
-from bge_ray.records.ids import OUTPUT_DTYPES
+
+OUTPUT_DTYPES = {"float16": pa.float16(), "float32": pa.float32()}
+VALUE_BYTES = {"float16": 2, "float32": 4}
 
 OutputKind: TypeAlias = Literal["dense", "sparse", "multi", "scalar"]
 

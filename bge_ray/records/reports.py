@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from bge_ray.records.canonical import from_json
-from bge_ray.records.dataset import FileFact, ModelSpec
+from bge_ray.records.dataset import FileFact
+from bge_ray.records.model import ModelSpec
 from bge_ray.records.index import IndexDescription, Recall
 
 R = TypeVar("R", bound="Report")

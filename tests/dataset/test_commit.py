@@ -177,7 +177,7 @@ def test_a_foreign_or_damaged_file_in_the_way_is_left_alone(storage: Storage, ro
     spec = make_spec()
     scratch = join(root, "scratch")
     fingerprint = "0" * 64 if state == "other fingerprint" else FINGERPRINT
-    made = make_spec(kept={"more": "string"}) if state == "other columns" else spec
+    made = make_spec(kept={"more": pa.string()}) if state == "other columns" else spec
     make_writer(storage, scratch, made).commit(UNIT, fingerprint, *make_tables(made))
     whole = storage.read(join(scratch, SHARD))
     content = {"truncated": whole[:-30], "empty": b"", "garbage": os.urandom(300)}.get(state, whole)
@@ -207,7 +207,7 @@ def test_two_at_once_leave_one_consistent_unit(storage: Storage, root: str) -> N
 
 # --- what is in a file -----------------------------------------------------------------------------
 
-KEPT = {"lang": "string", "year": "int32", "when": "timestamp[ms]"}
+KEPT = {"lang": pa.string(), "year": pa.int32(), "when": pa.timestamp("ms")}
 
 
 @pytest.fixture(params=["float32", "float16"])

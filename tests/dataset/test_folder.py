@@ -3,6 +3,7 @@
 import dataclasses
 import os
 
+import pyarrow as pa
 import pytest
 
 from bge_ray.dataset.commit import marker_path
@@ -37,15 +38,15 @@ def add_unit(dataset: Dataset, number: int, *, mark: bool = True) -> Marker:
 
 def test_a_spec_is_created_once(dataset: Dataset) -> None:
     assert dataset.read_spec() is None
-    spec = make_spec(kept={"lang": "string"})
+    spec = make_spec(kept={"lang": pa.string()})
     dataset.create_spec(spec)
     dataset.create_spec(spec)
     assert dataset.read_spec() == spec
 
 
 def test_another_spec_is_refused_and_each_difference_named(dataset: Dataset) -> None:
-    dataset.create_spec(make_spec(kept={"lang": "string"}))
-    elsewhere = make_spec(kept={"lang": "string"}, name="/local/copy", query_instruction="other")
+    dataset.create_spec(make_spec(kept={"lang": pa.string()}))
+    elsewhere = make_spec(kept={"lang": pa.string()}, name="/local/copy", query_instruction="other")
     dataset.create_spec(elsewhere)  # neither changes a vector
     with pytest.raises(DatasetMismatchError) as caught:
         dataset.create_spec(make_spec(dtype="float16", pooling="mean", max_length=8))

@@ -12,10 +12,10 @@ import pytest
 
 from bge_ray.dataset.lookup import ShardMap, find_passages, read_places
 from bge_ray.errors import CorpusError, StorageError
-from bge_ray.formats.candidates import read_candidate_lists
-from bge_ray.formats.runs import Candidates
+from bge_ray.formats.candidates import Candidates, read_candidate_lists
 from bge_ray.records.ids import id_range, vector_ids
 from bge_ray.storage.objects import Storage
+from tests.support.reading import compress, jsonl_bytes
 from tests.support.vectors import clustered, make_dataset
 
 STORAGE = Storage(5)
@@ -64,6 +64,56 @@ def forms() -> dict[str, bytes]:
 def test_every_form_of_a_run_says_the_same(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(forms()[name])
     assert read(tmp_path / name) == (EXPECTED, [])
+
+
+def test_ties_go_by_passage_id(tmp_path: Path) -> None:
+    lines = ["q Q0 b 1 0.5 t", "q Q0 a 2 0.5 t", "q Q0 c 3 0.75 t", "q Q0 d 4 -1e-3 t"]
+    for order in (lines, lines[::-1]):
+        (tmp_path / "r.run.zstd").write_bytes(compress("\n".join(order).encode(), ".zst"))
+        (found,), rejected = read(tmp_path / "r.run.zstd")
+        assert found == Candidates("q", ["c", "a", "b", "d"], [0.75, 0.5, 0.5, -0.001])
+        assert rejected == []
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("q2 Q0 a 1", "line 4: expected `query_id Q0"),
+        ("q2 Q0 a 1 high t", "line 4: score 'high' is not a number"),
+        ("q2 Q0 a 1 nan t", "line 4: score 'nan' is not a number"),
+        ("q2 Q0 \xff 1 1 t", "line 4: not UTF-8"),
+    ],
+)
+def test_a_bad_line_of_a_run_is_named(tmp_path: Path, line: str, said: str) -> None:
+    text = f"q1 Q0 a 1 0.9 t\n\nq1 Q0 b 2 0.8 t\n{line}\nq3 Q0 a 1 0.9 t\n"
+    (tmp_path / "a.trec").write_bytes(text.encode("latin-1"))
+    details: list[str] = []
+    found = list(
+        read_candidate_lists(STORAGE, str(tmp_path / "a.trec"), lambda *fault: details.append(fault[3]))
+    )
+    assert [f.query_id for f in found] == ["q1", "q3"]
+    assert [detail.startswith(said) for detail in details] == [True]
+
+
+def test_candidates_with_texts(tmp_path: Path) -> None:
+    records = [
+        {"query": "one", "pos": ["p0"], "neg": ["n0", "n1"]},
+        {"query": "two", "query_id": 7, "pos": "p", "neg": [], "pos_id": ["x"]},
+        {"query": "three", "_id": "t", "passages": [{"passage_id": 5, "text": "five"}]},
+        {"query": "four", "pos": [], "neg": []},
+        {"query": None, "query_id": "n", "passages": ["p"]},
+    ]
+    (tmp_path / "a.jsonl").write_bytes(jsonl_bytes(records))
+    assert read(tmp_path / "a.jsonl") == (
+        [
+            Candidates("1", ["pos-0", "neg-0", "neg-1"], None, "one", ["p0", "n0", "n1"]),
+            Candidates("7", ["x"], None, "two", ["p"]),
+            Candidates("t", ["5"], None, "three", ["five"]),
+            Candidates("4", [], None, "four"),
+            Candidates("n", ["p"]),
+        ],
+        [],
+    )
 
 
 def test_of_a_folder_its_run_is_taken(tmp_path: Path) -> None:

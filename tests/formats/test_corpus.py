@@ -19,7 +19,7 @@ from bge_ray.errors import CorpusError, StorageError
 from bge_ray.formats import lines
 from bge_ray.formats.corpus import check_columns, list_corpus
 from bge_ray.formats.rows import check_rows
-from bge_ray.records.dataset import Columns
+from bge_ray.records.columns import Columns
 from bge_ray.records.plan import UnitLimits
 from bge_ray.settings.sections import CorpusSettings
 from bge_ray.storage.objects import Storage, join
@@ -172,16 +172,16 @@ def test_parquet_column_types(storage: Storage, tmp_path: Path) -> None:
     assert rows.ids == [1, 2, 3]
     assert rows.texts == rows.titles == text
     types = {name: str(column.type) for name, column in rows.kept.items()}
-    assert {k: v for k, v in types.items() if v != "string"} == {
-        "n": "int32", "flag": "bool", "raw": "binary", "half": "halffloat"
+    assert types == {
+        "view": "string", "n": "int32", "flag": "bool", "when": "timestamp[us, tz=UTC]",
+        "price": "decimal128(3, 2)", "tags": "list<element: string>", "meta": "struct<a: int64, b: string>",
+        "raw": "binary", "half": "halffloat", "nothing": "string",
     }  # fmt: skip
     values = {name: column.to_pylist() for name, column in rows.kept.items()}
     assert values["view"] == text
     assert values["n"] == [1, None, 3]
-    assert values["when"] == ["2026-01-02 03:04:05+00:00", None, "2026-01-02 03:04:05+00:00"]
-    assert values["price"] == ["1.50", None, None]
-    assert values["tags"] == ['["x", "é"]', "[]", None]
-    assert values["meta"] == ['{"a": 1, "b": null}', None, '{"a": 2, "b": "z"}']
+    for name in ("when", "price", "tags", "meta"):
+        assert values[name] == table[name].to_pylist()
     assert values["raw"] == [b"\x00\xff", None, b""]
     assert values["nothing"] == [None] * 3
 
@@ -470,11 +470,11 @@ def test_a_span_of_plain_lines_is_read_alone(storage: Storage, bucket: str, faul
 # --- columns ---------------------------------------------------------------------------------------
 
 
-def scanned_of(storage: Storage, folder: Path, name: str, rows) -> object:
+def scanned_of(storage: Storage, folder: Path, name: str, rows, **settings) -> object:
     data = parquet_bytes(rows) if name.endswith("parquet") else jsonl_bytes(rows)
     if name.endswith("csv"):
         data = csv_bytes(rows)
-    return scan(storage, put(folder, name, data))[0]
+    return scan(storage, put(folder, name, data), **settings)[0]
 
 
 def test_columns_are_found_by_name(storage: Storage, tmp_path: Path) -> None:
@@ -526,7 +526,9 @@ def test_column_types_are_checked_before_any_row(storage: Storage, tmp_path: Pat
     text = pa.array(["x"])
     with pytest.raises(CorpusError, match=r"column 'text' is int64, expected text"):
         resolve(one(id=text, text=pa.array([1])))
-    with pytest.raises(CorpusError, match=r"id column 'id' is double, expected text or integers"):
+    with pytest.raises(
+        CorpusError, match=r"id column 'id' is double, expected text, integers, decimals or UUIDs"
+    ):
         resolve(one(id=pa.array([1.0]), text=text))
     with pytest.raises(CorpusError, match=r"column 'title' is binary"):
         resolve(one(id=text, text=text, title=pa.array([b"x"])))
@@ -537,22 +539,47 @@ def test_kept_types_agree_over_objects(storage: Storage, tmp_path: Path) -> None
     def one(name: str, array: pa.Array) -> object:
         return scanned_of(storage, tmp_path, name, pa.table({"id": ["1"], "text": ["x"], "n": array}))
 
+    keep = {"keep_columns": ("n",)}
     nulls, ints = one("0.parquet", pa.nulls(1)), one("1.parquet", pa.array([1]))
     floats, text = one("2.parquet", pa.array([1.5])), one("3.parquet", pa.array(["x"]))
-    loose = scanned_of(storage, tmp_path, "4.jsonl", [{"id": "1", "text": "x", "n": 3}])
-    keep = {"keep_columns": ("n",)}
-    assert resolve([nulls, ints], **keep).kept == {"n": "int64"}
-    assert resolve([nulls], **keep).kept == {"n": "string"}
-    assert resolve([text, ints, floats], **keep).kept == {"n": "string"}
-    assert resolve([ints, loose], **keep).kept == {"n": "string"}
+    small = one("5.parquet", pa.array([1], pa.int8()))
+    loose = scanned_of(storage, tmp_path, "4.jsonl", [{"id": "1", "text": "x", "n": 3}], **keep)
+    words = scanned_of(storage, tmp_path, "6.jsonl", [{"id": "1", "text": "x", "n": ["three"]}], **keep)
+    fields = scanned_of(storage, tmp_path, "7.csv", [{"id": "1", "text": "x", "n": "3.5"}], **keep)
+
+    def kept(*objects: object) -> str:
+        return str(resolve(list(objects), **keep).kept_schema().field("n").type)
+
+    assert kept(nulls, ints) == kept(ints, small, loose) == "int64"
+    assert kept(nulls) == "string"
+    assert kept(small) == "int8"
+    assert kept(ints, floats) == kept(loose, fields, small) == "double"
+    assert kept(loose, words, text, nulls, fields) == "string", "only text formats disagree"
+    for some in ([text, ints], [nulls, text, floats, ints]):
+        with pytest.raises(
+            CorpusError, match=r"kept column 'n' is string in .*3\.parquet and (int64|double) in"
+        ):
+            kept(*some)
+    with pytest.raises(
+        CorpusError, match=r"'n' is int64 in .*1\.parquet and list<element: string> in .*6\.jsonl; leave"
+    ):
+        kept(ints, words)
     with pytest.raises(
         CorpusError, match=r"2\.parquet: kept column 'n' is double, elsewhere in the data set int64"
     ):
-        resolve([ints, floats], **keep)
+        check_columns(floats, resolve([ints], **keep))
     with pytest.raises(
-        CorpusError, match=r"4\.jsonl: kept column 'n' is string, elsewhere in the data set int64"
+        CorpusError, match=r"3\.parquet: kept column 'n' is string, elsewhere in the data set int64"
     ):
-        check_columns(loose, resolve([ints], **keep))
+        check_columns(text, resolve([ints], **keep))
+    with pytest.raises(
+        CorpusError, match=r"1\.parquet: kept column 'n' is int64, elsewhere in the data set string"
+    ):
+        check_columns(ints, resolve([text], **keep))
+    for fitting in (small, nulls, loose):
+        check_columns(fitting, resolve([ints], **keep))
+    for fitting in (words, fields, loose):
+        check_columns(fitting, resolve([text], **keep))
 
 
 def test_twice_the_same_column_is_refused(storage: Storage, tmp_path: Path) -> None:
@@ -665,4 +692,4 @@ def test_ids_survive_as_json_would_have_them(storage: Storage, tmp_path: Path) -
     uri = put(tmp_path, "a.jsonl", json.dumps({"id": 2**63, "text": "x", "k": [1, {"é": None}]}).encode())
     rows = read_all(storage, uri, keep_columns=("k",))
     assert check_rows(rows)[0].passage_ids == [str(2**63)]
-    assert rows.kept["k"].to_pylist() == ['[1, {"é": null}]']
+    assert rows.kept["k"].to_pylist() == ['[1, {"é": null}]'], "no type holds both, so it is text"

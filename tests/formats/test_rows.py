@@ -4,9 +4,15 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bge_ray.formats.rows import MAX_DETAIL_CHARS, Rejected, Rows, check_rows, rejected_table, take_passages
-from bge_ray.records.columns import REJECTED_SCHEMA
-from bge_ray.records.ids import split_vector_ids
+from bge_ray.formats.rows import (
+    MAX_DETAIL_CHARS,
+    RawRows,
+    Rejected,
+    check_rows,
+    rejected_table,
+    take_passages,
+)
+from bge_ray.records.schemas import REJECTED_SCHEMA
 
 ANYTHING = st.one_of(
     st.none(),
@@ -29,7 +35,7 @@ def test_every_row_ends_in_one_place(rows: list[tuple], titled: bool) -> None:
     kept = {"n": pa.array(range(len(rows)), pa.int64())}
     faults = {i: ("malformed_line", "x" * 1000) for i, row in enumerate(rows) if row[3]}
     ids, texts, titles = ([row[k] for row in rows] for k in range(3))
-    passages, rejected = check_rows(Rows(ids, texts, titles if titled else None, kept, faults))
+    passages, rejected = check_rows(RawRows(ids, texts, titles if titled else None, kept, faults))
     assert sorted([*passages.rows.tolist(), *(r.row for r in rejected)]) == list(range(len(rows)))
     assert set(faults) <= {r.row for r in rejected}
     assert len(set(passages.passage_ids)) == len(passages.passage_ids)
@@ -41,22 +47,20 @@ def test_every_row_ends_in_one_place(rows: list[tuple], titled: bool) -> None:
         (passage_id + text).encode()
     table = rejected_table(1, 50, rejected)
     assert table.schema == REJECTED_SCHEMA
-    assert (split_vector_ids(table["vector_id"].to_numpy()).row_no - 50).tolist() == sorted(
-        r.row for r in rejected
-    )
+    assert (split_vector_ids(table["vector_id"].to_numpy()).row_no - 50).tolist() == sorted(r.row for r in rejected)
     assert all(len(d) <= MAX_DETAIL_CHARS for d in table["detail"].to_pylist())
 
 
 def test_title_and_text_are_joined_as_flagembedding_does() -> None:
     titles = ["T", "", None, "T", " "]
     texts = ["x", "x ", " x ", "", "x"]
-    passages, rejected = check_rows(Rows([*"abcde"], texts, titles, {}, {}))
+    passages, rejected = check_rows(RawRows([*"abcde"], texts, titles, {}, {}))
     assert passages.texts == ["T x", "x", " x ", "T", "x"]
     assert rejected == []
 
 
 def test_the_first_of_two_equal_ids_stays() -> None:
-    passages, rejected = check_rows(Rows(["a", 1, "1", "a"], ["", "x", "y", "z"], None, {}, {}))
+    passages, rejected = check_rows(RawRows(["a", 1, "1", "a"], ["", "x", "y", "z"], None, {}, {}))
     assert (passages.passage_ids, passages.texts) == (["1", "a"], ["x", "z"])
     assert [(r.row, r.reason, r.passage_id) for r in rejected] == [
         (0, "empty_text", "a"),
@@ -65,12 +69,12 @@ def test_the_first_of_two_equal_ids_stays() -> None:
 
 
 def test_take_passages() -> None:
-    passages, _ = check_rows(Rows([*"abcd"], [*"wxyz"], None, {"n": pa.array([1, 2, 3, 4])}, {}))
+    passages, _ = check_rows(RawRows([*"abcd"], [*"wxyz"], None, {"n": pa.array([1, 2, 3, 4])}, {}))
     taken = take_passages(passages, passages.rows[[3, 1]])
     assert (taken.passage_ids, taken.texts, taken.kept["n"].to_pylist()) == (["d", "b"], ["z", "x"], [4, 2])
 
 
 def test_an_id_that_cannot_be_stored_is_not() -> None:
-    _, rejected = check_rows(Rows(["\ud800"], ["x"], None, {}, {}))
+    _, rejected = check_rows(RawRows(["\ud800"], ["x"], None, {}, {}))
     assert rejected == [Rejected(0, None, "invalid_unicode", rejected[0].detail)]
     assert "character 0" in rejected[0].detail

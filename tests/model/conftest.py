@@ -12,7 +12,7 @@ import torch
 from bge_ray.model.encoder import Encoded, Encoder
 from bge_ray.model.feed.tokenizer import Tokenizer
 from bge_ray.model.source import resolve_model
-from bge_ray.records.dataset import ModelSpec
+from bge_ray.records.model import ModelSpec
 from bge_ray.settings.sections import ModelSettings
 from tests.support.models import SENTENCES, make_cross_encoder, make_encoder
 

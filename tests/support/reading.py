@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import zstandard
 
 from bge_ray.formats.corpus import ScannedObject, read_units, resolve_columns, scan_object
-from bge_ray.formats.rows import Rows
-from bge_ray.records.dataset import Columns
+from bge_ray.formats.rows import RawRows
+from bge_ray.records.columns import Columns
 from bge_ray.records.plan import CorpusObject, UnitLimits, span_units
 from bge_ray.settings.sections import CorpusSettings
 from bge_ray.storage.objects import Storage
@@ -39,9 +39,9 @@ def resolve(scanned: ScannedObject | Sequence[ScannedObject], **settings: Any) -
 
 def read(
     storage: Storage, corpus_object: CorpusObject, columns: Columns, wanted: Iterable[int] | None = None
-) -> dict[int, Rows]:
+) -> dict[int, RawRows]:
     """Return the rows of the units whose first row is wanted (all by default), by first row."""
-    found: dict[int, Rows] = {}
+    found: dict[int, RawRows] = {}
     for span in corpus_object.spans:
         planned = {u.first_row for u in span_units(0, span)}
         todo = planned if wanted is None else planned & set(wanted)
@@ -54,7 +54,7 @@ def read(
     return found
 
 
-def read_all(storage: Storage, uri: str, limits: UnitLimits = LARGE, **settings: Any) -> Rows:
+def read_all(storage: Storage, uri: str, limits: UnitLimits = LARGE, **settings: Any) -> RawRows:
     """Return all rows of an object as one."""
     scanned, corpus_object = scan(storage, uri, limits, **settings)
     parts = list(read(storage, corpus_object, resolve(scanned, **settings)).values())
@@ -63,7 +63,7 @@ def read_all(storage: Storage, uri: str, limits: UnitLimits = LARGE, **settings:
     for part in parts:
         faults |= {first + row: fault for row, fault in part.faults.items()}
         first += len(part)
-    return Rows(
+    return RawRows(
         ids=[i for p in parts for i in p.ids],
         texts=[t for p in parts for t in p.texts],
         titles=None if parts[0].titles is None else [t for p in parts for t in p.titles],

@@ -7,7 +7,9 @@ import pyarrow as pa
 
 from bge_ray.dataset.commit import ShardWriter, shard_table, token_table
 from bge_ray.formats.rows import Passages, Rejected, rejected_table
-from bge_ray.records.dataset import Columns, DatasetSpec, FileFact, Marker, ModelSpec
+from bge_ray.records.columns import Columns, ColumnType
+from bge_ray.records.dataset import DatasetSpec, FileFact, Marker
+from bge_ray.records.model import ModelSpec
 from bge_ray.records.plan import Unit
 from bge_ray.records.tokens import PackedTokens
 from bge_ray.storage.objects import Storage
@@ -17,12 +19,15 @@ UNIT = Unit(object_no=3, first_row=100, n_rows=10)
 FINGERPRINT = "f" * 64
 
 
-def make_spec(dtype: str = "float32", kept: dict[str, str] | None = None, **model: object) -> DatasetSpec:
+def make_spec(
+    dtype: str = "float32", kept: dict[str, pa.DataType] | None = None, **model: object
+) -> DatasetSpec:
     facts = ModelSpec(
         name="a/model", revision="abc", weights_sha256="0" * 64, dim=DIM, pooling="cls", max_length=16,
         normalize=True, dtype="float32", query_instruction="query: ", passage_instruction="",
     )  # fmt: skip
-    return DatasetSpec(dataclasses.replace(facts, **model), Columns("id", "text", "title", kept or {}), dtype)
+    types = {name: ColumnType.of(kind) for name, kind in (kept or {}).items()}
+    return DatasetSpec(dataclasses.replace(facts, **model), Columns("id", "text", "title", types), dtype)
 
 
 def make_vectors(seed: int = 0) -> np.ndarray:
@@ -36,10 +41,10 @@ def make_tables(
     """Return the shard and the rejected rows of UNIT, with the rows at ``bad`` rejected."""
     good = np.array([i for i in range(UNIT.n_rows) if i not in bad], np.int64)
     kept = {
-        name: pa.array([None if i % 4 == 0 else f"{name} {i}" for i in good], pa.string()).cast(kind)
-        if kind == "string"
-        else pa.array(good).cast(kind)
-        for name, kind in spec.columns.kept.items()
+        field.name: pa.array([None if i % 4 == 0 else f"{field.name} {i}" for i in good], pa.string())
+        if field.type == pa.string()
+        else pa.array(good).cast(field.type)
+        for field in spec.columns.kept_schema()
     }
     passages = Passages(good, [f"p{i}" for i in good], [f"text {i}" for i in good], kept)
     lengths = (good % 5 + 2).astype(np.int32)
@@ -57,4 +62,4 @@ def make_writer(storage: Storage, root: str, spec: DatasetSpec | None = None) ->
 
 
 def make_marker(unit: Unit, *files: FileFact) -> Marker:
-    return Marker(unit, FINGERPRINT, unit.n_rows, 0, unit.n_rows, 5, 0, {}, files[0] if files else None, None)
+    return Marker(unit, FINGERPRINT, unit.n_rows, 0, 5, 0, {}, files[0] if files else None, None)

@@ -8,8 +8,10 @@ import pyarrow as pa
 
 from bge_ray.dataset.commit import ShardWriter
 from bge_ray.dataset.folder import Dataset
-from bge_ray.records.columns import REJECTED_SCHEMA, embedding_schema, hash_texts
-from bge_ray.records.dataset import Columns, DatasetSpec, Manifest, Marker, ModelSpec, make_manifest
+from bge_ray.records.schemas import REJECTED_SCHEMA, embedding_schema, hash_texts
+from bge_ray.records.columns import Columns
+from bge_ray.records.dataset import DatasetSpec, Manifest, Marker, make_manifest
+from bge_ray.records.model import ModelSpec
 from bge_ray.records.ids import vector_ids
 from bge_ray.records.plan import Unit
 from bge_ray.storage.objects import Storage

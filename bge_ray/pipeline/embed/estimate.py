@@ -13,7 +13,7 @@ from bge_ray.model.run.batching import settle_budget
 from bge_ray.model.spec import model_folder, text_feeder
 from bge_ray.pipeline.embed.tasks import SpanTask
 from bge_ray.pipeline.engine.cluster import Sizes
-from bge_ray.records.columns import VALUE_BYTES
+from bge_ray.records.outputs import VALUE_BYTES
 from bge_ray.records.dataset import DatasetSpec
 from bge_ray.records.plan import Plan
 from bge_ray.settings.sections import Settings

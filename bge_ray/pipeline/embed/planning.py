@@ -9,11 +9,10 @@ import ray.data
 
 from bge_ray.errors import CorpusError, StorageError
 from bge_ray.formats.corpus import ScannedObject, check_columns, list_corpus, scan_object
-from bge_ray.pipeline.engine.progress import Step
+from bge_ray.records.columns import Columns
 from bge_ray.records.canonical import from_json, to_json
-from bge_ray.records.dataset import Columns
-from bge_ray.records.ids import MAX_OBJECTS, MAX_ROWS_PER_OBJECT
 from bge_ray.records.plan import CorpusObject, Plan, UnitLimits
+from bge_ray.records.ids import MAX_OBJECTS, MAX_ROWS_PER_OBJECT
 from bge_ray.settings.sections import CorpusSettings
 from bge_ray.storage.objects import ObjectInfo, Storage
 
@@ -38,15 +37,14 @@ def scan_objects(
     settings: CorpusSettings,
     limits: UnitLimits,
     num_tasks: int,
-    log_interval_s: float,
 ) -> list[ScannedObject]:
-    """Scan objects in Ray tasks, in the order given, and tell every ``log_interval_s`` how far that is.
+    """Scan objects in Ray tasks, in the order given.
 
     Raises:
         CorpusError: one or more objects are unreadable; names the first ones and says how many.
     """
     items = [{"info": to_json(info).decode(), "no": number} for number, info in enumerate(infos)]
-    batches = (
+    scanned = (
         ray.data.from_items(items, override_num_blocks=len(items))
         .map_batches(
             _scan_batch,
@@ -56,10 +54,8 @@ def scan_objects(
             compute=ray.data.TaskPoolStrategy(size=num_tasks),
             fn_kwargs={"storage": storage, "settings": settings, "limits": limits},
         )
-        .iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
+        .take_all()
     )
-    with Step("planning", "corpus objects", len(infos), log_interval_s) as step:
-        scanned = [row for batch in step.each(batches) for row in batch.to_pylist()]
     scanned.sort(key=lambda row: row["no"])
     errors = [row["error"] for row in scanned if row["error"]]
     if errors:

@@ -14,7 +14,8 @@ from bge_ray.pipeline.embed.planning import extend_plan, find_changes, scan_obje
 from bge_ray.pipeline.embed.tasks import CorpusUnit, SpanTask
 from bge_ray.pipeline.engine.pools import await_pools, device_of, encoder_request
 from bge_ray.pipeline.engine.tasks import run_tasks
-from bge_ray.records.columns import VALUE_BYTES, Columns
+from bge_ray.records.columns import Columns
+from bge_ray.records.outputs import VALUE_BYTES
 from bge_ray.records.dataset import DatasetSpec, Marker
 from bge_ray.records.model import EMBEDDING, Canary, ModelSpec
 from bge_ray.records.plan import Plan, UnitLimits, span_units, unit_fingerprint

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bge_ray.errors import CorpusError, ModelError
-from bge_ray.formats.runs import read_queries
+from bge_ray.formats.queries import read_queries
 from bge_ray.model.run.batching import CPU_TOKEN_BUDGET
 from bge_ray.model.spec import model_folder, text_feeder
 from bge_ray.pipeline.engine.tasks import run_tasks

@@ -14,8 +14,8 @@ from typing import Any
 from bge_ray.dataset.folder import Dataset
 from bge_ray.dataset.lookup import ShardMap
 from bge_ray.errors import BgeRayError, IncompleteRunError, SettingsError
-from bge_ray.formats.candidates import find_candidates, read_candidate_lists
-from bge_ray.formats.runs import Candidates, read_queries
+from bge_ray.formats.candidates import Candidates, find_candidates, read_candidate_lists
+from bge_ray.formats.queries import read_queries
 from bge_ray.model.reranker_head import settle_reranker
 from bge_ray.model.reranker_spec import RerankerSpec
 from bge_ray.model.run.batching import settle_budget

@@ -18,12 +18,13 @@ import pyarrow.compute as pc
 
 from bge_ray.dataset.lookup import ShardMap, find_passages, read_shard
 from bge_ray.formats.corpus import read_units
-from bge_ray.formats.rows import Rows, check_rows
+from bge_ray.formats.rows import RawRows, check_rows
 from bge_ray.pipeline.engine.tasks import run_tasks
 from bge_ray.pipeline.runs.parcels import whole
-from bge_ray.records.dataset import Columns, FileFact
-from bge_ray.records.ids import IdArray, id_range, vector_ids
+from bge_ray.records.columns import Columns
+from bge_ray.records.dataset import FileFact
 from bge_ray.records.plan import CorpusObject, Span, span_units
+from bge_ray.records.ids import IdArray, vector_ids
 from bge_ray.storage.objects import Storage
 
 TEXT_SCHEMA = pa.schema(
@@ -94,7 +95,7 @@ def kept_texts(storage: Storage, root: str, fact: FileFact, ids: IdArray, column
     names = [columns.text] if columns.title is None else [columns.text, columns.title]
     table = read_shard(storage, root, fact, ids, ["passage_id", *names])
     titles = None if columns.title is None else table[columns.title].to_pylist()
-    rows = Rows(table["passage_id"].to_pylist(), table[columns.text].to_pylist(), titles, {}, {})
+    rows = RawRows(table["passage_id"].to_pylist(), table[columns.text].to_pylist(), titles, {}, {})
     passages, _ = check_rows(rows)
     there = table["vector_id"].to_numpy()[passages.rows]
     return pa.table([there, passages.passage_ids, passages.texts], schema=TEXT_SCHEMA)
@@ -191,6 +192,6 @@ def _span_map(
     objects: tuple[CorpusObject, ...],
 ) -> tuple[IdArray, IdArray, list[tuple[CorpusObject, Span]]]:
     spans = [(o, s) for o in sorted(objects, key=lambda o: o.object_no) for s in o.spans]
-    ranges = [id_range(o.object_no, s.first_row, sum(s.unit_rows)) for o, s in spans]
-    edges = np.array(ranges, np.int64).reshape(-1, 2)
-    return edges[:, 0].copy(), edges[:, 1].copy(), spans
+    starts = [int(vector_ids(o.object_no, np.array([s.first_row]))[0]) for o, s in spans]
+    stops = [start + sum(s.unit_rows) for start, (_, s) in zip(starts, spans, strict=True)]
+    return np.array(starts, np.int64), np.array(stops, np.int64), spans

@@ -15,7 +15,7 @@ from ray.actor import ActorHandle
 
 from bge_ray.model.reranker_spec import RerankerSpec
 from bge_ray.records.canonical import from_json, to_json
-from bge_ray.records.dataset import ModelSpec
+from bge_ray.records.model import ModelSpec
 from bge_ray.storage.objects import Storage, join
 
 # Rows on their way. ``row_no`` is the number of the input row within its group; a row with a reason has

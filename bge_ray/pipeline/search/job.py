@@ -16,7 +16,7 @@ from ray.actor import ActorHandle
 
 from bge_ray.dataset.lookup import ShardMap
 from bge_ray.errors import BgeRayError, DatasetMismatchError, IncompleteRunError, SettingsError
-from bge_ray.formats.runs import read_queries
+from bge_ray.formats.queries import read_queries
 from bge_ray.model.reranker_head import settle_reranker
 from bge_ray.model.reranker_spec import RerankerSpec
 from bge_ray.model.run.batching import settle_budget
@@ -63,7 +63,7 @@ from bge_ray.pipeline.search.stages import (
     read_stage,
     retrieve_stage,
 )
-from bge_ray.records.dataset import ModelSpec
+from bge_ray.records.model import ModelSpec
 from bge_ray.records.index import IndexDescription
 from bge_ray.records.reports import SearchedIndex, SearchReport
 from bge_ray.report.advice import advise_search

@@ -1,0 +1,61 @@
+"""Names and Arrow schemas of the tables of a data set."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import pyarrow as pa
+
+from bge_ray.records.outputs import Output
+
+TEXT_HASH_BYTES = 16
+
+# Columns that an embedding shard has or may have; a kept column may not take one of these names.
+RESERVED_COLUMNS = (
+    "vector_id",
+    "passage_id",
+    "chunk_no",
+    "start",
+    "end",
+    "chunk_text",
+    "text_hash",
+    "n_tokens",
+    "truncated",
+    "embedding",
+    "sparse",
+    "colbert",
+)
+
+REJECTED_SCHEMA = pa.schema(
+    [
+        pa.field("vector_id", pa.int64(), nullable=False),
+        pa.field("passage_id", pa.string()),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+    ]
+)
+
+
+def embedding_schema(outputs: Sequence[Output], kept: pa.Schema) -> pa.Schema:
+    """Schema of an embedding shard.
+
+    Args:
+        outputs: of the model, a column each.
+        kept: the metadata columns carried along, with their types.
+    """
+    return pa.schema(
+        [
+            pa.field("vector_id", pa.int64(), nullable=False),
+            pa.field("passage_id", pa.string(), nullable=False),
+            pa.field("text_hash", pa.binary(TEXT_HASH_BYTES), nullable=False),
+            pa.field("n_tokens", pa.int32(), nullable=False),
+            pa.field("truncated", pa.bool_(), nullable=False),
+            *(output.field() for output in outputs),
+            *kept,
+        ]
+    )
+
+
+def hash_texts(texts: Iterable[str]) -> pa.Array:
+    """Return the hash of each text that a model reads, its instruction included: 16 bytes of blake2b."""
+    hashes = [hashlib.blake2b(text.encode(), digest_size=TEXT_HASH_BYTES).digest() for text in texts]
+    return pa.array(hashes, pa.binary(TEXT_HASH_BYTES))
