@@ -75,7 +75,8 @@ def job(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
     index = build_index(settings, stop)
     recall = index.tuned_recall.value
     console.print(
-        f"\nindex: {index.factory}, {index.ntotal:,} vectors, recall@{index.tuned_recall.k} {recall:.3f}, measured\n"
+        f"\nindex: {index.factory}, {index.ntotal:,} vectors, "
+        f"recall@{index.tuned_recall.k} {recall:.3f}, measured\n"
     )
     search(settings, stop)
     show_answers(console, settings)

@@ -23,17 +23,17 @@ import pyarrow.parquet as pq
 import pytest
 import ray.cloudpickle
 import zstandard
+from bge_ray.pipeline.embed.encode import EncodeStage
+from bge_ray.pipeline.rerank.stages import ScoreStage
+from bge_ray.pipeline.runs.parcels import Device, EncodeJob, Workplace
 
 from bge_ray.dataset.commit import ShardWriter
 from bge_ray.errors import BgeRayError, ModelError, SettingsError
 from bge_ray.index.factory import Metric, check_factory
 from bge_ray.model.run.load import load_model
 from bge_ray.model.source import FILE_PATTERNS, fetch_model, resolve_model
-from bge_ray.pipeline.embed.encode import EncodeStage
 from bge_ray.pipeline.embed.tasks import EmbedJob
 from bge_ray.pipeline.index.steps import Build
-from bge_ray.pipeline.rerank.stages import ScoreStage
-from bge_ray.pipeline.runs.parcels import Device, EncodeJob, Workplace
 from bge_ray.records.columns import Columns
 from bge_ray.records.dataset import DatasetSpec, Manifest
 from bge_ray.settings.sections import ModelSettings, Settings, parse_settings

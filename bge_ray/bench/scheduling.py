@@ -16,9 +16,9 @@ import psutil
 from bge_ray.bench import simulated
 from bge_ray.bench.simulated import SimulatedJob
 from bge_ray.pipeline.embed.job import Stages, embedding_receipts
-from bge_ray.pipeline.embed.tasks import SpanTask
-from bge_ray.pipeline.engine.cluster import Sizes, connect, disconnect, prepare_environment
-from bge_ray.pipeline.engine.payload import UnitTask
+from bge_ray.pipeline.embed.tasks import CorpusUnit, SpanTask
+from bge_ray.pipeline.engine.cluster import connect, disconnect, prepare_environment
+from bge_ray.pipeline.engine.pools import Pool, Sizes, Tasks
 from bge_ray.records.plan import CorpusObject, Span, unit_fingerprint
 from bge_ray.settings.sections import ResourcesSettings
 
@@ -61,26 +61,21 @@ def simulate(encoders: int, unit_s: float, units_each: int) -> Scheduling:
         units_each: units per encoder.
     """
     sizes = Sizes(
-        num_encoders=encoders,
-        encoder_cpus=0.25,
-        encoder_gpus=1.0,
-        encoder_threads=1,
-        num_readers=READERS,
-        reader_cpus=1.0,
-        num_writers=WRITERS,
+        pools={"encoders": Pool(encoders, cpus=0.25, gpus=1.0, threads=1)},
+        tasks={"readers": Tasks(READERS, 1.0), "writers": Tasks(WRITERS, 0.1)},
     )
     job = SimulatedJob(READ_S if unit_s else 0.0, unit_s, WRITE_S if unit_s else 0.0, TABLE_BYTES)
-    stages = Stages(simulated.read_stage, simulated.EncodeStage, simulated.write_stage)
+    stages = Stages(simulated.read_nothing, simulated.SleepStage, simulated.write_nothing)
     units = encoders * units_each
     driver = psutil.Process()
     before, started = driver.cpu_times(), time.time()
     spent: dict[str, list[Interval]] = defaultdict(list)
     names = set()
-    for receipt in embedding_receipts(job, sizes, _spans(units), stages):
-        spent[receipt.facts["encoder"]].append(
+    for receipt in embedding_receipts(job, job, sizes, _spans(units), stages):
+        spent[receipt.facts["process"]].append(
             (receipt.facts["encode_started"], receipt.facts["encode_ended"])
         )
-        names.add(receipt.task.unit.name)
+        names.add(receipt.name)
     if len(names) != units:
         raise RuntimeError(f"{units} units were planned, {len(names)} came out")
     after, ended = driver.cpu_times(), time.time()
@@ -117,16 +112,16 @@ def middle_rate(ends: Sequence[float]) -> float:
     return (last - first) / max(ordered[last] - ordered[first], 1e-9)
 
 
-def _spans(units: int) -> list[SpanTask]:
+def _spans(units: int) -> tuple[SpanTask, ...]:
     spans = []
     for object_no in range(-(-units // UNITS_A_SPAN)):
         count = min(UNITS_A_SPAN, units - object_no * UNITS_A_SPAN)
         span = Span(0, count, 0, (UNIT_ROWS,) * count)
         uri = f"s3://simulated/corpus/part-{object_no:05d}.parquet"
         whole = CorpusObject(object_no, uri, count, "0" * 32, "parquet", "none", (span,))
-        todo = tuple(UnitTask(unit, unit_fingerprint("0" * 64, whole, unit), uri) for unit in whole.units())
+        todo = tuple(CorpusUnit(unit, unit_fingerprint("0" * 64, whole, unit), uri) for unit in whole.units())
         spans.append(SpanTask(whole, span, todo))
-    return spans
+    return tuple(spans)
 
 
 def main(encoders: int, unit_s: float, units_each: int) -> None:

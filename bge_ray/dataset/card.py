@@ -29,8 +29,8 @@ import datasets
 rows = datasets.load_dataset({root!r}, split="train")
 ```
 
-`vector_id` leads back to a row of the corpus: `object_no << 41 | row_no << 13 | chunk_no`, with the objects in
-the newest file of `plan/`. `text_hash` is the 16-byte blake2b of what the model read.
+`vector_id` leads back to a row of the corpus: `object_no << 41 | row_no << 13 | chunk_no`, with the objects
+in the newest file of `plan/`. `text_hash` is the 16-byte blake2b of what the model read.
 """
 
 

@@ -1,4 +1,4 @@
-"""What each published manifest added and removed against the one before: a feed for who follows a data set."""
+"""What each published manifest added and removed against the one before it: the feed of a data set."""
 
 import itertools
 import logging

@@ -18,13 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bge_ray.errors import StorageError
-from bge_ray.formats.rows import Passages
 from bge_ray.records.canonical import to_json
-from bge_ray.records.schemas import embedding_schema, hash_texts
 from bge_ray.records.dataset import DatasetSpec, FileFact, Marker
-from bge_ray.records.ids import FloatArray, split_vector_ids, vector_ids
+from bge_ray.records.ids import split_vector_ids
 from bge_ray.records.plan import Unit
-from bge_ray.records.tokens import PackedTokens
 from bge_ray.storage.objects import Storage, join
 
 logger = logging.getLogger(__name__)
@@ -112,13 +109,14 @@ class ShardWriter:
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), **facts})
         # A dictionary makes the embedding column larger and ten times slower to read (faiss notes, 7).
         text = [f.name for f in table.schema if f.name != "passage_id" and pa.types.is_string(f.type)]
+        outputs = {output.name for output in model.outputs}
         buffer = io.BytesIO()
         pq.write_table(
             table,
             buffer,
             compression=self.compression,
             use_dictionary=text,
-            write_statistics=[n for n in table.column_names if n != "embedding"],
+            write_statistics=[n for n in table.column_names if n not in outputs],
             row_group_size=ROW_GROUP_ROWS,
         )
         return buffer.getvalue()
@@ -141,47 +139,3 @@ def _why_not_adoptable(data: bytes, table: pa.Table, fingerprint: str) -> str | 
     if there.schema.names != table.schema.names or not there["vector_id"].equals(table["vector_id"]):
         return f"its {len(there)} rows are not the {len(table)} rows of this attempt"
     return None
-
-
-def token_table(unit: Unit, passages: Passages, tokens: PackedTokens, instruction: str = "") -> pa.Table:
-    """Return the accepted passages of a unit with their token ids, which travels to the encoder.
-
-    The flat values and the offsets of ``input_ids`` are those of ``tokens``, not copies.
-    """
-    columns = {
-        "vector_id": pa.array(vector_ids(unit.object_no, unit.first_row + passages.rows)),
-        "passage_id": pa.array(passages.passage_ids, pa.string()),
-        "text_hash": hash_texts(instruction + text for text in passages.texts),
-        "n_tokens": pa.array(tokens.lengths),
-        "truncated": pa.array(tokens.truncated),
-        "input_ids": pa.ListArray.from_arrays(pa.array(tokens.offsets), pa.array(tokens.input_ids)),
-    }
-    return pa.table(columns | passages.kept)
-
-
-def packed_tokens(table: pa.Table) -> PackedTokens:
-    """Return the token ids of a `token_table`, as views of its buffers."""
-    column = table["input_ids"]
-    whole = column.num_chunks == 1 and column.chunk(0).offset == 0
-    ids = column.chunk(0) if whole else column.combine_chunks()  # which copies even a single chunk
-    offsets = ids.offsets.to_numpy()
-    return PackedTokens(ids.values.to_numpy()[: offsets[-1]], offsets, table["truncated"].to_numpy())
-
-
-def shard_table(spec: DatasetSpec, table: pa.Table, embeddings: FloatArray) -> pa.Table:
-    """Put the vectors in the place of the token ids.
-
-    Args:
-        spec: gives dtype, dim and the kept columns.
-        table: a `token_table` of n rows.
-        embeddings: (n, dim) float32.
-
-    Returns:
-        n rows of `embedding_schema`.
-    """
-    schema = embedding_schema(spec.model.dim, spec.dtype, spec.columns.kept_schema())
-    kind = schema.field("embedding").type
-    flat = np.ascontiguousarray(embeddings, dtype=spec.dtype).reshape(-1)
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(flat, kind.value_type), type=kind)
-    columns = [vectors if name == "embedding" else table[name] for name in schema.names]
-    return pa.table(columns, schema=schema)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from bge_ray.records.schemas import REJECTED_SCHEMA
 from bge_ray.records.ids import IdArray, vector_ids
+from bge_ray.records.schemas import REJECTED_SCHEMA
 
 MAX_DETAIL_CHARS = 300
 

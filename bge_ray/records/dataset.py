@@ -18,7 +18,6 @@ from bge_ray.records.ids import FORMAT_VERSION
 from bge_ray.records.model import Canary, ModelSpec
 from bge_ray.records.plan import Unit
 
-
 # Where a model lies and what is put before queries change no vector of the data set; canaries follow from
 # the model.
 NOT_DECISIVE = ("model.name", "model.revision", "model.query_instruction", "canaries")

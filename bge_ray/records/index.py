@@ -40,6 +40,18 @@ class TrainedOn:
 
 
 @dataclass(frozen=True)
+class Training:
+    """The trained index that the next build may start from, as training.json says it; ``path`` as above."""
+
+    vector_fingerprint: str
+    factory: str
+    metric: str
+    dim: int
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class IndexDescription:
     """A published index.
 

@@ -5,7 +5,6 @@ from typing import Literal, TypeAlias
 
 import pyarrow as pa
 
-
 OUTPUT_DTYPES = {"float16": pa.float16(), "float32": pa.float32()}
 VALUE_BYTES = {"float16": 2, "float32": 4}
 

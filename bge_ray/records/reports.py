@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from bge_ray.records.canonical import from_json
 from bge_ray.records.dataset import FileFact
-from bge_ray.records.model import ModelSpec
 from bge_ray.records.index import IndexDescription, Recall
+from bge_ray.records.model import ModelSpec
 
 R = TypeVar("R", bound="Report")
 
@@ -118,10 +118,10 @@ class EmbedReport(Report):
 
 @dataclass(frozen=True, kw_only=True)
 class IndexReport(Report):
-    """Of an index build; ``index`` is the content of index.json."""
+    """Of an index build; ``index`` is the content of index.json, None if it came to none."""
 
     output: str
-    index: IndexDescription
+    index: IndexDescription | None
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,7 @@ class Scoring:
 
     model: dict[str, Any]
     pairs_out: int
+    pairs_rejected: int
     pair_tokens: int
     truncated_pairs: int
     padding_waste: float

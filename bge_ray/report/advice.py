@@ -34,6 +34,8 @@ def advise_embed(report: EmbedReport) -> list[str]:
 def advise_index(report: IndexReport) -> list[str]:
     """Return what to change after an index build, most valuable first."""
     index, lines = report.index, []
+    if index is None:
+        return []
     if not index.reached:
         ceiling = (index.ceiling or {}).get("@10")
         bound = f" (this code allows at most {ceiling.value:.4f})" if ceiling else ""

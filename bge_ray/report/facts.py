@@ -88,8 +88,8 @@ def read_receipt(rows: int, noted: Mapping[str, Any]) -> Receipt:
         reasons=reasons,
         examples=tuple(RejectedRow(**example) for example in noted.get("rejected_examples", ())),
         tokens=noted.get("tokens", 0) + queries + pairs,
-        # Of queries, which are few and short, no padding is noted.
-        padded_tokens=noted.get("padded_tokens", 0) + queries,
+        # A reranker notes the padding of its pairs in the place of that of the queries before them.
+        padded_tokens=noted.get("padded_tokens", 0) + (queries if "score_ended" in noted else 0),
         truncated=sum(noted.get(name, 0) for name in ("truncated", "truncated_queries", "truncated_pairs")),
         bytes_in=noted.get("text_bytes", 0),
         bytes_out=noted.get("bytes_out", 0),

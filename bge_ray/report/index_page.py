@@ -24,6 +24,7 @@ from bge_ray.report.sections import (
     Figure,
     advice_section,
     cost_rows,
+    failures_section,
     phase_bars,
     price_figure,
     run_section,
@@ -45,16 +46,20 @@ def index_page(report: IndexReport, sizes: IdArray | None) -> bytes:
     """
     index = report.index
     steps = [(name, seconds, "") for name, seconds in report.stage_s.items()]
+    time_spent = section(
+        "Where the time went", phase_bars(report), *stage_bars(steps, "The steps, one after the other:")
+    )
+    if index is None:
+        parts = [tiles([wall_figure(report), price_figure(report)]), failures_section(report), time_spent]
+        return page("Index", "bad", report.outcome, [*parts, run_section(report, [("Data set", report.output)])])
     parts = [
-        tiles(_figures(report)),
+        tiles(_figures(report, index)),
         advice_section(report),
         section("Recall", paragraph(_measurement(index)), table(_recalls(index), RECALL_HEADER)),
         section("Pictures", pictures(*_pictures(index, sizes))),
         section("Cost", table(cost_rows(report))),
-        section(
-            "Where the time went", phase_bars(report), *stage_bars(steps, "The steps, one after the other:")
-        ),
-        run_section(report, _identity(report, sizes)),
+        time_spent,
+        run_section(report, _identity(report, index, sizes)),
     ]
     return page("Index", "good" if index.reached else "bad", _verdict(index), parts)
 
@@ -75,8 +80,7 @@ def _verdict(index: IndexDescription) -> str:
     return f"recall@{index.tuned_recall.k} of {index.recall_target:g} {reached}{way}"
 
 
-def _figures(report: IndexReport) -> list[Figure]:
-    index = report.index
+def _figures(report: IndexReport, index: IndexDescription) -> list[Figure]:
     found, reranked = index.tuned_recall, index.recall_after_exact_reranking
     return [
         ("Vectors", f"{index.ntotal:,}", f"of {index.dim:,} dimensions, none left out"),
@@ -106,8 +110,7 @@ def _measured(recall: Recall) -> tuple[str, str]:
     return f"{recall.value:.4f}", f"{recall.low:.4f} and {recall.high:.4f}"
 
 
-def _identity(report: IndexReport, sizes: IdArray | None) -> list[tuple[str, str]]:
-    index = report.index
+def _identity(report: IndexReport, index: IndexDescription, sizes: IdArray | None) -> list[tuple[str, str]]:
     rows = [("Data set", report.output), ("Factory", f"{index.factory}, {index.metric}")]
     if sizes is not None:
         longest, empty = int(sizes.max()), int((sizes == 0).sum())

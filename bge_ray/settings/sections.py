@@ -14,8 +14,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bge_ray.errors import SettingsError
-from bge_ray.records.schemas import RESERVED_COLUMNS
 from bge_ray.records.ids import MAX_ROWS_PER_OBJECT
+from bge_ray.records.schemas import RESERVED_COLUMNS
 
 Pooling: TypeAlias = Literal["cls", "mean", "last_token"]
 ComputeDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]

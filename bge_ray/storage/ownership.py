@@ -65,6 +65,14 @@ class OwnedFolder:
     owner: str
     key: str
 
+    def check_owner(self) -> None:
+        """Refuse a folder that is another job's output; reads only.
+
+        Raises:
+            OutputCollisionError: it is.
+        """
+        self._read()
+
     def claim(self) -> None:
         """Write the journal, unless it is there.
 
@@ -151,12 +159,7 @@ class OwnedFolder:
 
     def verify(self, name: str, fact: FileFact) -> bool:
         """Tell whether the file at a name has the size and the sha256 of a fact; reads all its bytes."""
-        there = self.storage.info(join(self.uri, name))
-        return (
-            there is not None
-            and there.size == fact.bytes
-            and digest_object(self.storage, there) == fact.sha256
-        )
+        return holds(self.storage, join(self.uri, name), fact)
 
     def _recognise(self, journal: Journal | None, name: str, there: ObjectInfo | None) -> Content | None:
         """Return the announced content that an object has, if it has one."""
@@ -223,8 +226,14 @@ def open_folder(storage: Storage, uri: str, owner: str, key: str) -> OwnedFolder
         OutputCollisionError: the folder is another job's output.
     """
     folder = OwnedFolder(storage, uri, owner, key)
-    folder._read()
+    folder.check_owner()
     return folder
+
+
+def holds(storage: Storage, uri: str, fact: FileFact) -> bool:
+    """Tell whether an object has the size and the sha256 of a fact; reads all its bytes."""
+    there = storage.info(uri)
+    return there is not None and there.size == fact.bytes and digest_object(storage, there) == fact.sha256
 
 
 def digest_object(storage: Storage, info: ObjectInfo) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from bge_ray.model.encoder import Encoded, Encoder
 from bge_ray.model.feed.tokenizer import Tokenizer
+
 from bge_ray.model.source import resolve_model
 from bge_ray.records.model import ModelSpec
 from bge_ray.settings.sections import ModelSettings

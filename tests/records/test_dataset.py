@@ -11,8 +11,15 @@ from bge_ray.errors import DatasetMismatchError
 from bge_ray.records.canonical import from_json, to_json
 from bge_ray.records.columns import Columns
 from bge_ray.records.dataset import DatasetSpec, FileFact, Manifest, Marker, make_manifest
+from bge_ray.records.ids import (
+    MAX_CHUNKS_PER_ROW,
+    MAX_OBJECTS,
+    MAX_ROWS_PER_OBJECT,
+    id_range,
+    split_vector_ids,
+    vector_ids,
+)
 from bge_ray.records.model import ModelSpec
-from bge_ray.records.ids import MAX_CHUNKS_PER_ROW, MAX_OBJECTS, MAX_ROWS_PER_OBJECT, id_range, split_vector_ids, vector_ids
 from bge_ray.records.plan import CorpusObject, Plan, Span, Unit, unit_fingerprint
 
 MODEL = ModelSpec("m", None, "w", 4, "cls", 16, True, "float32", "q: ", "")

@@ -8,12 +8,12 @@ import pyarrow as pa
 
 from bge_ray.dataset.commit import ShardWriter
 from bge_ray.dataset.folder import Dataset
-from bge_ray.records.schemas import REJECTED_SCHEMA, embedding_schema, hash_texts
 from bge_ray.records.columns import Columns
 from bge_ray.records.dataset import DatasetSpec, Manifest, Marker, make_manifest
-from bge_ray.records.model import ModelSpec
 from bge_ray.records.ids import vector_ids
+from bge_ray.records.model import ModelSpec
 from bge_ray.records.plan import Unit
+from bge_ray.records.schemas import REJECTED_SCHEMA, embedding_schema, hash_texts
 from bge_ray.storage.objects import Storage
 
 MODEL = ModelSpec("synthetic", None, "0" * 64, 32, "cls", 512, True, "float32", "", "")

@@ -1,21 +1,20 @@
 """What a run would do and roughly take, measured on a sample of its own first passages."""
 
+import dataclasses
 import time
 from dataclasses import dataclass
 
 import numpy as np
 import ray
 
-from bge_ray.dataset.folder import Dataset
 from bge_ray.formats.corpus import read_units
 from bge_ray.formats.rows import check_rows
 from bge_ray.model.run.batching import settle_budget
 from bge_ray.model.spec import model_folder, text_feeder
-from bge_ray.pipeline.embed.tasks import SpanTask
-from bge_ray.pipeline.engine.cluster import Sizes
+from bge_ray.pipeline.embed.prepare import Planned
+from bge_ray.pipeline.engine.pools import Pool, Sizes
+from bge_ray.records.model import ModelSpec
 from bge_ray.records.outputs import VALUE_BYTES
-from bge_ray.records.dataset import DatasetSpec
-from bge_ray.records.plan import Plan
 from bge_ray.settings.sections import Settings
 
 SAMPLE_SPANS = 3
@@ -66,84 +65,72 @@ class Estimate:
         return lines + ([f"cost             about {self.cost:,.2f}"] if self.cost is not None else [])
 
 
-def estimate(
-    dataset: Dataset,
-    spec: DatasetSpec,
-    plan: Plan,
-    todo: list[SpanTask],
-    sizes: Sizes | None,
-    settings: Settings,
-) -> Estimate:
+def estimate(planned: Planned, sizes: Sizes | None, settings: Settings) -> Estimate:
     """Estimate a run by reading, tokenising and encoding a sample of what it would do.
 
     Args:
-        dataset: the output.
-        spec: what the data set is.
-        plan: all objects.
-        todo: the spans with something to do.
+        planned: the data set, its plan, and what is to do.
         sizes: of the stages, or None where nothing is to do.
         settings: for the token budget and the price.
     """
-    units = plan.units()
-    rows_todo = sum(task.unit.n_rows for span in todo for task in span.todo)
+    units, todo = planned.plan.units(), planned.todo_units
     base = Estimate(
-        len(plan.objects), len(units), sum(len(s.todo) for s in todo), sum(u.n_rows for u in units), rows_todo
+        objects=len(planned.plan.objects),
+        units=len(units),
+        units_todo=len(todo),
+        rows=sum(unit.n_rows for unit in units),
+        rows_todo=planned.todo_rows,
     )
-    if not todo or sizes is None:
+    texts = _sample(planned)
+    if sizes is None or not texts:
         return base
-    texts = _sample(dataset, spec, todo)
-    if not texts:
-        return base
-    measure = ray.remote(num_cpus=sizes.encoder_cpus, num_gpus=sizes.encoder_gpus)(_measure)
-    tokens_per_row, rate = ray.get(
-        measure.remote(
-            spec,
-            texts,
-            sizes,
-            settle_budget(settings.batching.token_budget, on_gpu=sizes.device != "cpu"),
-            trust_remote_code=settings.model.trust_remote_code,
-        )
-    )
-    tokens = int(tokens_per_row * rows_todo)
-    seconds = tokens / (rate * sizes.num_encoders)
-    vector_bytes = spec.model.dim * VALUE_BYTES[spec.dtype]
-    in_flight = sizes.num_readers + 2 * sizes.num_encoders + sizes.num_writers
-    largest = max(task.unit.n_rows for span in todo for task in span.todo)
+    encoders, model = sizes.pools["encoders"], planned.spec.model
+    budget = settle_budget(settings.batching.token_budget, on_gpu=encoders.gpus > 0)
+    measure = ray.remote(num_cpus=encoders.cpus, num_gpus=encoders.gpus)(measure_task)
+    trust = settings.model.trust_remote_code
+    tokens_per_row, rate = ray.get(measure.remote(model, texts, encoders, budget, trust))
+    tokens = int(tokens_per_row * planned.todo_rows)
+    seconds = tokens / (rate * encoders.count)
+    row_bytes = sum(output.dim * VALUE_BYTES[output.dtype] for output in model.outputs)
+    in_flight = 2 * encoders.count + sum(tasks.count for tasks in sizes.tasks.values())
+    largest = max(unit.unit.n_rows for unit in todo)
     price = settings.report.price_per_hour
-    return Estimate(
-        **{name: getattr(base, name) for name in ("objects", "units", "units_todo", "rows", "rows_todo")},
+    return dataclasses.replace(
+        base,
         tokens=tokens,
-        tokens_per_s=rate * sizes.num_encoders,
+        tokens_per_s=rate * encoders.count,
         seconds=seconds,
-        memory_bytes=int(in_flight * largest * (vector_bytes + 8 * tokens_per_row)),
-        output_bytes=int(rows_todo * (vector_bytes * 0.93 + 40)),
-        num_encoders=sizes.num_encoders,
-        cost=None if price is None else price * sizes.devices * seconds / 3600,
+        memory_bytes=int(in_flight * largest * (row_bytes + 8 * tokens_per_row)),
+        output_bytes=int(planned.todo_rows * (row_bytes * 0.93 + 56)),
+        num_encoders=encoders.count,
+        cost=None if price is None else price * encoders.devices * seconds / 3600,
     )
 
 
-def _sample(dataset: Dataset, spec: DatasetSpec, todo: list[SpanTask]) -> list[str]:
+def _sample(planned: Planned) -> list[str]:
     """Return texts from a few spans spread over the corpus."""
-    chosen = [todo[int(i)] for i in np.unique(np.linspace(0, len(todo) - 1, SAMPLE_SPANS))]
+    todo, storage, columns = planned.todo, planned.dataset.storage, planned.spec.columns
+    if not todo:
+        return []
     texts: list[str] = []
-    for span in chosen:
+    for number in np.unique(np.linspace(0, len(todo) - 1, SAMPLE_SPANS)):
+        span = todo[int(number)]
         first = {span.todo[0].unit.first_row}
-        for _, rows in read_units(dataset.storage, span.corpus_object, span.span, spec.columns, first):
+        for _, rows in read_units(storage, span.corpus_object, span.span, columns, first):
             passages, _ = check_rows(rows)
             texts += passages.texts[:SAMPLE_ROWS]
             break
     return texts
 
 
-def _measure(
-    spec: DatasetSpec, texts: list[str], sizes: Sizes, budget: int, *, trust_remote_code: bool
+def measure_task(
+    spec: ModelSpec, texts: list[str], pool: Pool, budget: int, trust_remote_code: bool
 ) -> tuple[float, float]:
     """Return (tokens a row, tokens/s of one encoder) on sample texts."""
     from bge_ray.model.run.model import Model, Place  # torch, only where there is a model
 
-    tokens = text_feeder(spec.model, trust_remote_code=trust_remote_code).passages(texts)
-    place = Place(sizes.device, sizes.encoder_threads, trust_remote_code)
-    model = Model(spec.model, model_folder(spec.model), place)
+    tokens = text_feeder(spec, trust_remote_code=trust_remote_code).passages(texts)
+    model = Model(spec, model_folder(spec), Place(pool.device, pool.threads, trust_remote_code))
     batches = model.cut(tokens.lengths, budget)
     result = model.empty_result(len(tokens))
     model.run(tokens, batches[:2], result)

@@ -31,7 +31,7 @@ from bge_ray.pipeline.engine.progress import Progress, work_line
 from bge_ray.pipeline.engine.stopping import StopRequest
 from bge_ray.pipeline.engine.telemetry import Telemetry
 from bge_ray.pipeline.work import carry_out
-from bge_ray.records.dataset import Manifest, Marker, make_manifest, marker_of
+from bge_ray.records.dataset import Manifest, make_manifest, marker_of
 from bge_ray.records.reports import EmbedReport, read_report
 from bge_ray.report.advice import advise_embed
 from bge_ray.report.embed_page import embed_page
@@ -93,9 +93,7 @@ def embed_sizes(settings: Settings, planned: Planned, watch: Callable[[], None])
     """Size the stages for the cluster, without what a small job would leave idle."""
     units, spans = len(planned.todo_units), len(planned.todo)
     tasks = [
-        TaskRequest(
-            "writers", min(MAX_WRITERS, units), WRITER_SHARE, WRITER_CPUS, per_gpu=1.0, per_core=1.0
-        ),
+        TaskRequest("writers", min(MAX_WRITERS, units), WRITER_SHARE, WRITER_CPUS, per_gpu=1.0, per_core=1.0),
         TaskRequest(
             "readers",
             spans,
@@ -178,9 +176,7 @@ class EmbedWork:
         # What was planned without the lease is still true if no other run planned since.
         number = planned.previous_number
         if dataset.latest_plan()[0] != number or not dataset.create_plan(number + 1, planned.plan):
-            raise OutputBusyError(
-                f"{dataset.root}: another run has just worked on this output; run again"
-            )
+            raise OutputBusyError(f"{dataset.root}: another run has just worked on this output; run again")
         dataset.create_spec(planned.spec)
         facts.plan(units=len(planned.todo_units), rows=planned.todo_rows)
         if planned.todo:

@@ -9,10 +9,11 @@ import ray.data
 
 from bge_ray.errors import CorpusError, StorageError
 from bge_ray.formats.corpus import ScannedObject, check_columns, list_corpus, scan_object
-from bge_ray.records.columns import Columns
+from bge_ray.pipeline.engine.progress import Step
 from bge_ray.records.canonical import from_json, to_json
-from bge_ray.records.plan import CorpusObject, Plan, UnitLimits
+from bge_ray.records.columns import Columns
 from bge_ray.records.ids import MAX_OBJECTS, MAX_ROWS_PER_OBJECT
+from bge_ray.records.plan import CorpusObject, Plan, UnitLimits
 from bge_ray.settings.sections import CorpusSettings
 from bge_ray.storage.objects import ObjectInfo, Storage
 
@@ -37,14 +38,15 @@ def scan_objects(
     settings: CorpusSettings,
     limits: UnitLimits,
     num_tasks: int,
+    log_interval_s: float,
 ) -> list[ScannedObject]:
-    """Scan objects in Ray tasks, in the order given.
+    """Scan objects in Ray tasks, in the order given, and tell every ``log_interval_s`` how far that is.
 
     Raises:
         CorpusError: one or more objects are unreadable; names the first ones and says how many.
     """
     items = [{"info": to_json(info).decode(), "no": number} for number, info in enumerate(infos)]
-    scanned = (
+    batches = (
         ray.data.from_items(items, override_num_blocks=len(items))
         .map_batches(
             _scan_batch,
@@ -54,8 +56,10 @@ def scan_objects(
             compute=ray.data.TaskPoolStrategy(size=num_tasks),
             fn_kwargs={"storage": storage, "settings": settings, "limits": limits},
         )
-        .take_all()
+        .iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
     )
+    with Step("planning", "corpus objects", len(infos), log_interval_s) as step:
+        scanned = [row for batch in step.each(batches) for row in batch.to_pylist()]
     scanned.sort(key=lambda row: row["no"])
     errors = [row["error"] for row in scanned if row["error"]]
     if errors:

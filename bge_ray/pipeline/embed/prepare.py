@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from dataclasses import dataclass
 
+import pyarrow as pa
 import ray
 
 from bge_ray.dataset.folder import Dataset
@@ -14,10 +15,10 @@ from bge_ray.pipeline.embed.planning import extend_plan, find_changes, scan_obje
 from bge_ray.pipeline.embed.tasks import CorpusUnit, SpanTask
 from bge_ray.pipeline.engine.pools import await_pools, device_of, encoder_request
 from bge_ray.pipeline.engine.tasks import run_tasks
-from bge_ray.records.columns import Columns
-from bge_ray.records.outputs import VALUE_BYTES
+from bge_ray.records.columns import Columns, ColumnType
 from bge_ray.records.dataset import DatasetSpec, Marker
 from bge_ray.records.model import EMBEDDING, Canary, ModelSpec
+from bge_ray.records.outputs import VALUE_BYTES
 from bge_ray.records.plan import Plan, UnitLimits, span_units, unit_fingerprint
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.folders import refuse_collisions, refuse_own_files
@@ -166,5 +167,5 @@ def _same_columns(settings: Settings, there: Columns) -> Columns:
         id=there.id if corpus.id_column == "auto" else corpus.id_column,
         text=corpus.text_column,
         title=there.title if corpus.title_column == "auto" else corpus.title_column,
-        kept={name: there.kept.get(name, TEXT) for name in corpus.keep_columns},
+        kept={name: there.kept.get(name, ColumnType.of(pa.string())) for name in corpus.keep_columns},
     )

@@ -18,9 +18,9 @@ from bge_ray.pipeline.engine.isolation import LETHAL_DEATHS, Attempt
 from bge_ray.pipeline.engine.parcel import Parcel
 from bge_ray.pipeline.engine.rows import Fault, with_faults, with_tokens
 from bge_ray.pipeline.engine.tokenise import load_text_feeder, tokenise
-from bge_ray.records.schemas import TEXT_HASH_BYTES, hash_texts
 from bge_ray.records.ids import IdArray, vector_ids
 from bge_ray.records.plan import Unit
+from bge_ray.records.schemas import TEXT_HASH_BYTES, hash_texts
 from bge_ray.records.tokens import PackedTokens
 
 # Upper edges, in tokens, of the length histogram: half powers of two from 4 to 16384.

@@ -14,9 +14,9 @@ from bge_ray.errors import StorageError
 from bge_ray.pipeline.embed.tasks import CorpusUnit, EmbedJob
 from bge_ray.pipeline.engine.isolation import Attempt
 from bge_ray.pipeline.engine.parcel import Parcel
-from bge_ray.records.schemas import REJECTED_SCHEMA, embedding_schema
 from bge_ray.records.dataset import DatasetSpec
 from bge_ray.records.ids import split_vector_ids
+from bge_ray.records.schemas import REJECTED_SCHEMA, embedding_schema
 from bge_ray.report.facts import EXAMPLES_PER_REASON
 
 MAX_ID_CHARS = 200

@@ -18,6 +18,7 @@ from bge_ray.settings.sections import ResourcesSettings
 
 logger = logging.getLogger(__name__)
 
+LOCAL = "local"
 # What the processes of a local cluster are given to end.
 EXIT_S = 10.0
 
@@ -62,18 +63,23 @@ def connect(settings: ResourcesSettings) -> None:
     _configure_ray_data()
     if ray.is_initialized():
         return
-    address = settings.address or os.environ.get("RAY_ADDRESS") or "local"
+    address = settings.address or os.environ.get("RAY_ADDRESS") or LOCAL
     with _signal_handlers_kept():
-        if address == "local":
+        if address == LOCAL:
             # An address left over from a cluster that died would otherwise be tried first, for minutes.
             ray.init(
-                address="local",
+                address=LOCAL,
                 include_dashboard=False,
                 logging_level="WARNING",
                 _node_ip_address="127.0.0.1",
             )
         else:
             ray.init(address=address, logging_level="WARNING")
+
+
+def is_shared(settings: ResourcesSettings) -> bool:
+    """Tell whether the job joins a cluster, which may grow, instead of starting one on this machine."""
+    return (settings.address or os.environ.get("RAY_ADDRESS") or LOCAL) != LOCAL
 
 
 @contextlib.contextmanager

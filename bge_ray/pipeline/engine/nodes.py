@@ -7,8 +7,10 @@ from collections.abc import Callable
 import ray
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
-from bge_ray.errors import IncompleteRunError
+from bge_ray.errors import IncompleteRunError, SettingsError
+from bge_ray.pipeline.engine.cluster import is_shared
 from bge_ray.pipeline.engine.stopping import POLL_S
+from bge_ray.settings.sections import ResourcesSettings
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +19,7 @@ TOLD_EVERY_S = 30.0
 
 
 def await_nodes(
+    settings: ResourcesSettings,
     key: str,
     count: int | None,
     gpus_each: float | None,
@@ -29,6 +32,7 @@ def await_nodes(
     placement groups, because these, unlike a request to the autoscaler, end with this process.
 
     Args:
+        settings: of the cluster, which may be one that cannot grow.
         key: setting that fixed ``count``, for messages.
         count: actors; None if the cluster is to be taken as it is, once it has a node.
         gpus_each: GPUs of one of them; None or 0 for CPU actors, which share what CPUs there are.
@@ -36,6 +40,7 @@ def await_nodes(
         wait_s: how long nodes may take to come.
 
     Raises:
+        SettingsError: the cluster is this job's own, on one machine, and lacks them.
         IncompleteRunError: they did not come in time.
     """
     have = ray.cluster_resources()
@@ -43,6 +48,11 @@ def await_nodes(
     if have.get("GPU", 0.0) >= gpus * (count or 0) and have.get("CPU", 0.0) >= 1:
         return
     count = count or 1
+    if not is_shared(settings):
+        raise SettingsError(
+            f"{key} {count}: wants {gpus * count:g} GPUs, this machine has {have.get('GPU', 0.0):g}; lower "
+            "it, or join a cluster (resources.address, RAY_ADDRESS)"
+        )
     bundle = {"CPU": 1.0, "GPU": gpus} if gpus else {"CPU": 1.0}
     logger.info("waiting for nodes for %d actors of %s", count, bundle)
     groups = [placement_group([bundle]) for _ in range(count)]

@@ -149,7 +149,7 @@ def await_pools(settings: Settings, pools: Sequence[PoolRequest], watch: Callabl
     """
     connect(settings.resources)
     for pool in pools:
-        await_nodes(pool.key, pool.count, pool.gpus, watch)
+        await_nodes(settings.resources, pool.key, pool.count, pool.gpus, watch)
 
 
 def device_of(settings: Settings, pool: PoolRequest, watch: Callable[[], None]) -> str:

@@ -1,9 +1,7 @@
 """The user's own queries for measuring recall: texts from a file, encoded like the passages."""
 
 import dataclasses
-import hashlib
 import itertools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,8 +10,10 @@ from bge_ray.formats.queries import read_queries
 from bge_ray.model.run.batching import CPU_TOKEN_BUDGET
 from bge_ray.model.spec import model_folder, text_feeder
 from bge_ray.pipeline.engine.tasks import run_tasks
+from bge_ray.records.canonical import digest
+from bge_ray.records.dataset import DatasetSpec
 from bge_ray.records.ids import FloatArray
-from bge_ray.records.model import EMBEDDING, ModelSpec
+from bge_ray.records.model import EMBEDDING
 from bge_ray.settings.sections import IndexSettings, ModelSettings
 from bge_ray.storage.objects import Storage
 
@@ -44,17 +44,17 @@ def given_queries(storage: Storage, settings: IndexSettings) -> Queries | None:
     texts = tuple(itertools.islice(every, settings.num_queries))
     if not texts:
         raise CorpusError(f"index.queries {uri}: holds no query")
-    return Queries(uri, hashlib.sha256(json.dumps(texts).encode()).hexdigest(), texts)
+    return Queries(uri, digest(list(texts)), texts)
 
 
 def encode_given(
-    queries: Queries, spec: ModelSpec, settings: ModelSettings, watch: Callable[[], None]
+    queries: Queries, dataset: DatasetSpec, settings: ModelSettings, watch: Callable[[], None]
 ) -> FloatArray:
     """Encode queries with the instruction and the model of the data set, in a Ray task.
 
     Args:
         queries: n texts.
-        spec: of the data set, with the instruction that its run settled on.
+        dataset: whose model it is, with the instruction that its run settled on.
         settings: says whether remote code may be run, and another instruction if one is wanted.
         watch: called while waiting.
 
@@ -66,23 +66,27 @@ def encode_given(
             vector.
     """
     [(_, vectors)] = run_tasks(
-        encode_task, [(queries.texts, spec, settings)], at_once=1, watch=watch, memory_bytes=ENCODER_BYTES
+        encode_task, [(queries.texts, dataset, settings)], at_once=1, watch=watch, memory_bytes=ENCODER_BYTES
     )
     found: FloatArray = vectors
     return found
 
 
-def encode_task(texts: tuple[str, ...], spec: ModelSpec, settings: ModelSettings) -> FloatArray:
+def encode_task(texts: tuple[str, ...], dataset: DatasetSpec, settings: ModelSettings) -> FloatArray:
     """Encode query texts on a CPU; see `encode_given`."""
-    from bge_ray.model.run.model import Model, Place  # torch, only where there is a model
+    from bge_ray.model.canary import check_canaries  # torch, only where there is a model
+    from bge_ray.model.run.model import Model, Place
 
+    spec = dataset.model
     if settings.query_instruction is not None:
         spec = dataclasses.replace(spec, query_instruction=settings.query_instruction)
     # Half precision is for GPUs; on a CPU the same weights give the same directions in float32.
     spec = dataclasses.replace(spec, dtype="float32").stored_as("float32")
     trust = settings.trust_remote_code
-    tokens = text_feeder(spec, trust_remote_code=trust).queries(texts)
+    feeder = text_feeder(spec, trust_remote_code=trust)
     model = Model(spec, model_folder(spec), Place(trust_remote_code=trust))
+    check_canaries(dataset.canaries, model, feeder)
+    tokens = feeder.queries(texts)
     result = model.empty_result(len(tokens))
     model.run(tokens, model.cut(tokens.lengths, CPU_TOKEN_BUDGET), result)
     if result.faults:

@@ -3,7 +3,6 @@
 Parts and pieces are named by what went into them, so "is it there" is the whole question.
 """
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,13 +38,15 @@ from bge_ray.pipeline.index.tasks import (
     train_task,
     write_sizes,
 )
-from bge_ray.records.canonical import digest
+from bge_ray.records.canonical import digest, from_json, to_json
 from bge_ray.records.dataset import FileFact, Manifest
 from bge_ray.records.ids import IdArray
+from bge_ray.records.index import Training
 from bge_ray.report.facts import RunFacts
 from bge_ray.settings.sections import IndexSettings
 from bge_ray.storage.concatenate import Piece
 from bge_ray.storage.objects import Storage, join
+from bge_ray.storage.ownership import OwnedFolder
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ SEED = 20260101
 class Build:
     """What a build works on: inputs, the checked factory, and where its files go."""
 
-    storage: Storage
+    folder: OwnedFolder
     root: str
     manifest: Manifest
     spec: IndexSpec
@@ -71,13 +72,18 @@ class Build:
     log_interval_s: float
 
     @property
+    def storage(self) -> Storage:
+        """For all requests."""
+        return self.folder.storage
+
+    @property
     def facts(self) -> list[FileFact]:
         """The embedding shards, in order of place."""
         return [marker.embeddings for marker in self.manifest.shards if marker.embeddings is not None]
 
     def uri(self, *parts: str) -> str:
         """Return the URI of a file of the index."""
-        return join(self.root, "index", *parts)
+        return join(self.folder.uri, *parts)
 
     def there(self, *parts: str) -> dict[str, int]:
         """Return the sizes of the files of a folder by name; each is written whole or not at all."""
@@ -131,17 +137,12 @@ def get_trained(build: Build, *, reuse: bool) -> TrainedFile:
         IndexBuildError: training.json is damaged.
     """
     spec = build.spec
-    wanted = {
-        "vector_fingerprint": build.manifest.vector_fingerprint,
-        "factory": spec.factory,
-        "metric": spec.metric.value,
-        "dim": spec.dim,
-    }
-    record = _read_training(build) if reuse else None
-    if record is not None and {key: record.get(key) for key in wanted} == wanted:
-        uri = build.uri(record["path"])
+    what = (build.manifest.vector_fingerprint, spec.factory, spec.metric.value, spec.dim)
+    there = _read_training(build) if reuse else None
+    if there is not None and (there.vector_fingerprint, there.factory, there.metric, there.dim) == what:
+        uri = build.uri(there.path)
         if build.storage.info(uri) is not None:
-            return TrainedFile(uri, record["sha256"], spec.factory, spec.metric.value, spec.dim)
+            return TrainedFile(uri, there.sha256, spec.factory, spec.metric.value, spec.dim)
         logger.warning("%s is gone: training anew", uri)
     if spec.training_rows:
         rows = min(spec.training_rows, build.manifest.vectors)
@@ -163,8 +164,7 @@ def get_trained(build: Build, *, reuse: bool) -> TrainedFile:
         num_gpus=gpus,
         memory_bytes=memory,
     )
-    record = wanted | {"path": path, "sha256": sha256}
-    build.storage.write(build.uri("training.json"), json.dumps(record, indent=1).encode())
+    build.folder.put("training.json", to_json(Training(*what, path, sha256)))
     return TrainedFile(build.uri(path), sha256, spec.factory, spec.metric.value, spec.dim)
 
 
@@ -402,19 +402,15 @@ def group_shards(facts: Sequence[FileFact], max_rows: int) -> list[tuple[FileFac
     return [tuple(group) for group in groups]
 
 
-def _read_training(build: Build) -> dict[str, Any] | None:
+def _read_training(build: Build) -> Training | None:
     uri = build.uri("training.json")
     stored = build.storage.read_optional(uri)
     if stored is None:
         return None
     try:
-        record = dict(json.loads(stored))
-        complete = all(isinstance(record[key], str) for key in ("path", "sha256"))
-    except (ValueError, KeyError, TypeError):
-        complete = False
-    if not complete:
-        raise IndexBuildError(f"{uri}: is damaged; remove it to train anew")
-    return record
+        return from_json(Training, stored)
+    except ValueError as error:
+        raise IndexBuildError(f"{uri}: is damaged; remove it to train anew") from error
 
 
 def _draw_sample(build: Build, wanted: int) -> list[Any]:

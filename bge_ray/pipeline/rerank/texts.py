@@ -16,15 +16,20 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bge_ray.dataset.folder import Dataset
 from bge_ray.dataset.lookup import ShardMap, find_passages, read_shard
+from bge_ray.errors import SettingsError
 from bge_ray.formats.corpus import read_units
 from bge_ray.formats.rows import RawRows, check_rows
+from bge_ray.pipeline.engine.pools import Tasks
+from bge_ray.pipeline.engine.rows import whole
 from bge_ray.pipeline.engine.tasks import run_tasks
-from bge_ray.pipeline.runs.parcels import whole
+from bge_ray.pipeline.runs.source import Source
 from bge_ray.records.columns import Columns
 from bge_ray.records.dataset import FileFact
+from bge_ray.records.ids import IdArray, id_range, vector_ids
 from bge_ray.records.plan import CorpusObject, Span, span_units
-from bge_ray.records.ids import IdArray, vector_ids
+from bge_ray.settings.sections import Settings
 from bge_ray.storage.objects import Storage
 
 TEXT_SCHEMA = pa.schema(
@@ -83,6 +88,34 @@ class TextSource:
             function, arguments, at_once=self.at_once, watch=lambda: None, num_cpus=self.task_cpus
         )
         return (result for _, result in tasks)
+
+
+def open_texts(settings: Settings, source: Source, tasks: Tasks) -> TextSource:
+    """Return where the texts of a data set come from.
+
+    Raises:
+        SettingsError: rerank.texts asks for columns that were not kept.
+    """
+    columns, asked = source.spec.columns, settings.rerank.texts
+    kept = has_kept_texts(columns)
+    if asked == "kept" and not kept:
+        needed = [columns.text] if columns.title is None else [columns.text, columns.title]
+        raise SettingsError(
+            f"rerank.texts kept: the data set keeps the columns {sorted(columns.kept)}, the texts are made "
+            f"of {needed}; embed with corpus.keep_columns, or set rerank.texts to corpus"
+        )
+    use_kept = kept and asked != "corpus"
+    _, plan = Dataset(source.storage, source.root).latest_plan()
+    return TextSource(
+        storage=source.storage,
+        root=source.root,
+        columns=columns,
+        shards=ShardMap.of(source.manifest),
+        objects=() if use_kept or plan is None else plan.objects,
+        kept=use_kept,
+        at_once=max(1, 2 * tasks.count),
+        task_cpus=tasks.cpus,
+    )
 
 
 def has_kept_texts(columns: Columns) -> bool:
@@ -192,6 +225,6 @@ def _span_map(
     objects: tuple[CorpusObject, ...],
 ) -> tuple[IdArray, IdArray, list[tuple[CorpusObject, Span]]]:
     spans = [(o, s) for o in sorted(objects, key=lambda o: o.object_no) for s in o.spans]
-    starts = [int(vector_ids(o.object_no, np.array([s.first_row]))[0]) for o, s in spans]
-    stops = [start + sum(s.unit_rows) for start, (_, s) in zip(starts, spans, strict=True)]
-    return np.array(starts, np.int64), np.array(stops, np.int64), spans
+    ranges = [id_range(o.object_no, s.first_row, sum(s.unit_rows)) for o, s in spans]
+    edges = np.array(ranges, np.int64).reshape(-1, 2)
+    return edges[:, 0].copy(), edges[:, 1].copy(), spans

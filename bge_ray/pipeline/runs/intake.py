@@ -6,14 +6,16 @@ of its groups but the last.
 
 import itertools
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bge_ray.pipeline.runs.parcels import GroupTask, UnitTask, digest, ipc_bytes
+from bge_ray.errors import StorageError
+from bge_ray.pipeline.engine.parcel import Parcel, ipc_buffer
+from bge_ray.pipeline.runs.groups import GroupTask, GroupUnit
+from bge_ray.records.canonical import digest
 from bge_ray.records.reports import RejectedRow
 from bge_ray.storage.objects import Storage, join
 
@@ -63,7 +65,7 @@ class Rejections:
 class Intake:
     """All units of a run in order, and the groups with something to do."""
 
-    units: tuple[UnitTask, ...]
+    units: tuple[GroupUnit, ...]
     groups: tuple[GroupTask, ...]
 
     @property
@@ -103,11 +105,11 @@ def take_in(
         key: of all that decides the outcome of a row beside the row itself.
     """
     finished = finished_parts(storage, folder)
-    units: list[UnitTask] = []
+    units: list[GroupUnit] = []
     groups: list[GroupTask] = []
     for number, (table, edges) in enumerate(_cut(blocks, schema, limits)):
         found = [
-            UnitTask(start, stop - start, digest(key, ipc_bytes(_renumbered(table, start, stop))))
+            GroupUnit(start, stop - start, digest(key, _content(table, start, stop)))
             for start, stop in itertools.pairwise(edges)
         ]
         units += found
@@ -128,17 +130,20 @@ def finished_parts(storage: Storage, folder: str) -> set[str]:
     return {info.uri.rpartition("/")[2].removesuffix(".parquet") for info in listed}
 
 
+def read_group_stage(batch: pa.Table, storage: Storage) -> pa.Table:
+    """Read the rows of a group that are to do."""
+    parcel = Parcel.from_batch(batch)
+    try:
+        return parcel.filled(read_group(storage, parcel.task_as(GroupTask))).to_batch()
+    except StorageError as error:
+        return parcel.failed(str(error)).to_batch()
+
+
 def read_group(storage: Storage, task: GroupTask) -> pa.Table:
     """Return the rows of the units to do; ``row_no`` tells which rows those are."""
     table = pq.read_table(pa.BufferReader(storage.read(task.uri)), use_threads=False)
     parts = [table.slice(unit.first_row, unit.n_rows) for unit in task.todo]
     return pa.concat_tables(parts)
-
-
-def remove_all(storage: Storage, uris: list[str]) -> None:
-    """Remove objects, many at once."""
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda uri: storage.delete([uri]), uris))
 
 
 def _cut(blocks: Iterable[Block], schema: pa.Schema, limits: Limits) -> Iterator[tuple[pa.Table, list[int]]]:
@@ -166,6 +171,10 @@ def _cut(blocks: Iterable[Block], schema: pa.Schema, limits: Limits) -> Iterator
         chars += sum(len(text) for text in block.get("text", ()) if text)
     if size:
         yield close()
+
+
+def _content(table: pa.Table, start: int, stop: int) -> bytes:
+    return bytes(ipc_buffer(_renumbered(table, start, stop)))
 
 
 def _renumbered(table: pa.Table, start: int, stop: int) -> pa.Table:

@@ -10,7 +10,7 @@ import io
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,13 +22,16 @@ import pyarrow.parquet as pq
 
 from bge_ray.errors import CorpusError, IncompleteRunError, StorageError
 from bge_ray.formats.runs import RUN_SCHEMA, encode_trec
+from bge_ray.pipeline.engine.parcel import Parcel
+from bge_ray.pipeline.engine.rows import whole
+from bge_ray.pipeline.runs.groups import CANDIDATE_SCHEMA, GroupTask, GroupUnit, Workplace, part_uri
 from bge_ray.pipeline.runs.intake import Rejections
-from bge_ray.pipeline.runs.parcels import CANDIDATE_SCHEMA, Parcel, UnitTask, Workplace, part_uri, whole
 from bge_ray.records.dataset import FileFact
 from bge_ray.records.reports import RejectedRow
 from bge_ray.report.facts import EXAMPLES_PER_REASON
-from bge_ray.storage.concatenate import Piece, concatenate
+from bge_ray.storage.concatenate import Piece
 from bge_ray.storage.objects import Storage, join
+from bge_ray.storage.ownership import OwnedFolder
 
 PART_SCHEMA = pa.schema([f for f in CANDIDATE_SCHEMA if f.name not in ("query", "text")])
 FACTS_KEY = b"bge_ray.facts"
@@ -36,20 +39,20 @@ FACTS_KEY = b"bge_ray.facts"
 PIECE_BYTES = 16 << 20
 GROUP_ROWS = 200_000
 READ_AHEAD = 8
-REJECTED_SCHEMA = pa.schema([(name, pa.string()) for name in ("query_id", "passage_id", "reason", "detail")])
+LEFT_OUT_SCHEMA = pa.schema([(name, pa.string()) for name in ("query_id", "passage_id", "reason", "detail")])
 
 
-def write_stage(batch: pa.Table, place: Workplace) -> pa.Table:
+def part_stage(batch: pa.Table, place: Workplace) -> pa.Table:
     """Write the part of a unit; what goes on to the driver is a receipt without a table."""
     parcel = Parcel.from_batch(batch)
     if parcel.table is None:
         return batch
-    (unit,) = parcel.task.todo
+    (unit,) = parcel.task_as(GroupTask).todo
     # Every input row is there, with a candidate, a score or a reason.
     counted = pc.count_distinct(parcel.table["row_no"]).as_py()
     if counted != unit.n_rows:
         return parcel.failed(f"{counted} input rows came out, {unit.n_rows} went in").to_batch()
-    facts = parcel.facts | {"written": time.time()}
+    facts = {**parcel.facts, "written": time.time()}
     table = parcel.table.select(PART_SCHEMA.names)
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({FACTS_KEY: json.dumps(facts)}), sink, compression="zstd")
@@ -58,22 +61,22 @@ def write_stage(batch: pa.Table, place: Workplace) -> pa.Table:
     except StorageError as error:
         return parcel.failed(str(error)).to_batch()
     counts = {"queries": pc.count_distinct(table["query_id"]).as_py(), "rows": len(table)}
-    return Parcel(parcel.task, None, facts | counts).to_batch()
+    return parcel.filled(None, **facts, **counts).to_batch()
 
 
 @dataclass(frozen=True)
 class RunOutput:
     """One run to publish: where, under which name, and which column of the parts orders it."""
 
-    folder: str
+    folder: OwnedFolder
     tag: str
-    column: str  # score or logit
+    column: str  # first_score or score
 
     @property
     def schema(self) -> pa.Schema:
         """Columns of run.parquet: those of any run, the vector id, and a reranker's probability."""
         schema = RUN_SCHEMA.append(pa.field("vector_id", pa.int64()))
-        return schema.append(pa.field("probability", pa.float32())) if self.column == "logit" else schema
+        return schema.append(pa.field("probability", pa.float32())) if self.column == "score" else schema
 
 
 @dataclass
@@ -82,6 +85,7 @@ class Totals:
 
     queries: int = 0
     rows: int = 0
+    pairs_rejected: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     examples: list[RejectedRow] = field(default_factory=list)
     files: list[FileFact] = field(default_factory=list)
@@ -94,16 +98,26 @@ class Totals:
 def publish(
     storage: Storage,
     work: str,
-    units: Sequence[UnitTask],
+    units: Sequence[GroupUnit],
     outputs: Sequence[RunOutput],
     rejections: Rejections,
+    check: Callable[[Totals], None],
 ) -> Totals:
     """Put the parts together as run.parquet and run.trec, and what was left out as rejected.parquet.
 
     Memory: a row group, whatever the size of the run.
 
+    Args:
+        storage: for all requests.
+        work: folder of the parts.
+        units: in order.
+        outputs: the runs to write.
+        rejections: what was left out of the input.
+        check: told what the parts add up to before anything appears under a final name; raises to refuse.
+
     Raises:
         IncompleteRunError: a part is not what its name promises.
+        OutputCollisionError: a foreign file has a name of ours.
         StorageError: reading or writing failed for good.
     """
     totals = Totals()
@@ -113,14 +127,15 @@ def publish(
         rejected.write_rejections(rejections)
         for unit, table in zip(units, _read_parts(storage, work, units), strict=True):
             _count(unit, table, totals)
-            left_out = table.filter(pc.is_valid(table["reason"])).select(REJECTED_SCHEMA.names)
+            left_out = table.filter(pc.is_valid(table["reason"])).select(LEFT_OUT_SCHEMA.names)
             rejected.write(left_out)
             totals.examples += _examples(left_out)
             for writer in writers:
                 writer.write(table)
+        check(totals)
         for writer in writers:
             writer.publish(totals)
-        totals.files.append(rejected.publish(join(outputs[0].folder, "rejected.parquet")))
+        totals.files.append(rejected.publish(outputs[0].folder, "rejected.parquet"))
     return totals
 
 
@@ -138,7 +153,7 @@ def rank_rows(table: pa.Table, column: str) -> pa.Table:
 
     Args:
         table: rows of PART_SCHEMA of whole queries.
-        column: score or logit.
+        column: first_score or score.
     """
     table = table.filter(pc.is_valid(table[column]))
     # The numbers of queries in order of appearance: a rerank unit has a row number a pair.
@@ -170,22 +185,25 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     return (0.5 * (1 + np.tanh(0.5 * logits.astype(np.float64)))).astype(np.float32)
 
 
-def _count(unit: UnitTask, table: pa.Table, totals: Totals) -> None:
+def _count(unit: GroupUnit, table: pa.Table, totals: Totals) -> None:
     counted = pc.count_distinct(table["row_no"]).as_py()
     if counted != unit.n_rows:
         raise IncompleteRunError(f"part {unit.fingerprint[:12]}: {counted} rows, {unit.n_rows} were planned")
     totals.queries += pc.count_distinct(table["query_id"]).as_py()
     totals.rows += len(table)
+    without = pc.and_(pc.is_valid(table["reason"]), pc.is_valid(table["passage_id"]))
+    totals.pairs_rejected += pc.sum(without).as_py() or 0
     totals.reasons.update(pc.drop_null(table["reason"]).to_pylist())
     facts = json.loads(table.schema.metadata[FACTS_KEY])
-    times = ("encode_started", "score_started", "score_ended", "written")
-    totals.facts.update({key: value for key, value in facts.items() if key not in times})
+    moments = ("encode_started", "encode_ended", "score_started", "score_ended", "written")
+    amounts = {key: value for key, value in facts.items() if isinstance(value, int | float)}
+    totals.facts.update({key: value for key, value in amounts.items() if key not in moments})
 
 
-def _read_parts(storage: Storage, work: str, units: Sequence[UnitTask]) -> Iterator[pa.Table]:
+def _read_parts(storage: Storage, work: str, units: Sequence[GroupUnit]) -> Iterator[pa.Table]:
     """Yield the parts in order, some of them fetched ahead."""
 
-    def read(unit: UnitTask) -> pa.Table:
+    def read(unit: GroupUnit) -> pa.Table:
         data = storage.read(part_uri(work, unit.fingerprint))
         return pq.read_table(pa.BufferReader(data), use_threads=False)
 
@@ -222,15 +240,16 @@ class _PieceFile(io.RawIOBase):
             self._flush_piece()
         return view.nbytes
 
-    def publish(self, uri: str, rows: int) -> FileFact:
-        """Make the object ``uri`` of all that was written."""
+    def publish(self, folder: OwnedFolder, name: str, rows: int) -> FileFact:
+        """Make a file of all that was written."""
+        sha256 = self._sha.hexdigest()
         if not self._pieces:
-            self._storage.write(uri, bytes(self._held))
+            folder.put(name, bytes(self._held))
         else:
             if self._held:
                 self._flush_piece()
-            concatenate(self._storage, self._pieces, uri)
-        return FileFact(uri, self._bytes, self._sha.hexdigest(), rows)
+            folder.put_pieces(name, self._pieces, sha256)
+        return FileFact(join(folder.uri, name), self._bytes, sha256, rows)
 
     def _flush_piece(self) -> None:
         uri = f"{self._stem}-{len(self._pieces):06d}"
@@ -256,10 +275,10 @@ class _ParquetFile:
         if self._rows >= GROUP_ROWS:
             self._flush()
 
-    def publish(self, uri: str) -> FileFact:
+    def publish(self, folder: OwnedFolder, name: str) -> FileFact:
         self._flush()
         self._writer.close()
-        return self._file.publish(uri, self._all_rows)
+        return self._file.publish(folder, name, self._all_rows)
 
     def _flush(self) -> None:
         if self._rows:
@@ -271,7 +290,7 @@ class _RunWriter:
     """Writes one run in both forms; the TREC form is given up at the first id that it cannot hold."""
 
     def __init__(self, storage: Storage, work: str, output: RunOutput, stack: contextlib.ExitStack) -> None:
-        self._storage, self._output = storage, output
+        self._output = output
         stem = join(work, "pieces", output.column)
         self._parquet = _ParquetFile(storage, f"{stem}-parquet", output.schema, stack)
         self._trec: _PieceFile | None = _PieceFile(storage, f"{stem}-trec")
@@ -291,13 +310,12 @@ class _RunWriter:
 
     def publish(self, totals: Totals) -> None:
         folder, column = self._output.folder, self._output.column
-        totals.files.append(self._parquet.publish(join(folder, "run.parquet")))
-        trec = join(folder, "run.trec")
+        totals.files.append(self._parquet.publish(folder, "run.parquet"))
         if self._trec is not None:
-            totals.files.append(self._trec.publish(trec, self._results))
+            totals.files.append(self._trec.publish(folder, "run.trec", self._results))
         else:
             # An old run.trec beside a new run.parquet would be taken for its twin.
-            self._storage.delete([trec])
+            folder.remove(["run.trec"])
             totals.without_trec.append(self._why_not)
         totals.results[column], totals.answered[column] = self._results, self._answered
 
@@ -306,14 +324,14 @@ class _RejectedWriter:
     """Writes what was left out, with its reason."""
 
     def __init__(self, storage: Storage, work: str, stack: contextlib.ExitStack) -> None:
-        self._file = _ParquetFile(storage, join(work, "pieces", "rejected"), REJECTED_SCHEMA, stack)
+        self._file = _ParquetFile(storage, join(work, "pieces", "rejected"), LEFT_OUT_SCHEMA, stack)
 
     def write_rejections(self, found: Rejections) -> None:
         columns = [found.query_ids, found.passage_ids, found.reasons, found.details]
-        self.write(pa.table(columns, schema=REJECTED_SCHEMA))
+        self.write(pa.table(columns, schema=LEFT_OUT_SCHEMA))
 
     def write(self, table: pa.Table) -> None:
-        self._file.write(table.cast(REJECTED_SCHEMA).replace_schema_metadata(None))
+        self._file.write(table.cast(LEFT_OUT_SCHEMA).replace_schema_metadata(None))
 
-    def publish(self, uri: str) -> FileFact:
-        return self._file.publish(uri)
+    def publish(self, folder: OwnedFolder, name: str) -> FileFact:
+        return self._file.publish(folder, name)

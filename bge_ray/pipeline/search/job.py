@@ -6,91 +6,67 @@ Like the embed job it knows one mode: take in, subtract what is done, do the res
 import dataclasses
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
 from bge_ray.dataset.lookup import ShardMap
-from bge_ray.errors import BgeRayError, DatasetMismatchError, IncompleteRunError, SettingsError
+from bge_ray.errors import DatasetMismatchError, IncompleteRunError, SettingsError
 from bge_ray.formats.queries import read_queries
-from bge_ray.model.reranker_head import settle_reranker
-from bge_ray.model.reranker_spec import RerankerSpec
 from bge_ray.model.run.batching import settle_budget
 from bge_ray.model.source import fetch_model, hash_model
+from bge_ray.model.spec import resolve_reranker
 from bge_ray.pipeline.engine.flow import by_actors, by_tasks, parcels, receipts
-from bge_ray.pipeline.engine.isolation import start_ledger
-from bge_ray.pipeline.engine.pools import Pool, PoolSizes, cluster_pools, compute_dtype
-from bge_ray.pipeline.engine.progress import Step
-from bge_ray.pipeline.engine.stopping import Stopped, StopRequest, make_watch
-from bge_ray.pipeline.engine.telemetry import Telemetry
-from bge_ray.pipeline.index.job import index_files, read_index
+from bge_ray.pipeline.engine.model_stage import ModelJob, ModelStage
+from bge_ray.pipeline.engine.parcel import Parcel
+from bge_ray.pipeline.engine.pools import (
+    Pool,
+    Sizes,
+    cluster_sizes,
+    device_of,
+    encoder_request,
+    reranker_request,
+    searcher_request,
+)
+from bge_ray.pipeline.engine.stopping import StopRequest
+from bge_ray.pipeline.index.published import index_files, read_index
 from bge_ray.pipeline.index.searchers import Searcher
-from bge_ray.pipeline.rerank.job import make_score_job, make_text_source, summarise_scoring
-from bge_ray.pipeline.rerank.stages import ScoreStage, pair_stage, texts_stage
-from bge_ray.pipeline.rerank.texts import TextSource
-from bge_ray.pipeline.runs.follow import (
-    WORK,
-    Source,
-    check_rejected,
-    clear_work,
-    finish_clearing,
-    follow,
-    open_source,
-    publish_report,
-    published_files,
-    read_current,
-)
-from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections, take_in
-from bge_ray.pipeline.runs.parcels import (
-    QUERY_SCHEMA,
-    Device,
-    EncodeJob,
-    GroupTask,
-    Parcel,
-    ScoreJob,
-    Workplace,
-    digest,
-)
-from bge_ray.pipeline.runs.parts import RunOutput, Totals, publish, write_stage
+from bge_ray.pipeline.rerank.score import PairJob, by_reranker, make_score_job, summarise_scoring
+from bge_ray.pipeline.rerank.texts import TextSource, open_texts
+from bge_ray.pipeline.runs.groups import QUERY_SCHEMA, GroupTask, Workplace
+from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections
+from bge_ray.pipeline.runs.parts import RunOutput, Totals, part_stage
+from bge_ray.pipeline.runs.source import Source, open_source
+from bge_ray.pipeline.runs.work import TASKS, Outcome, RunWork, check_rejected, published_files
 from bge_ray.pipeline.search.stages import (
-    QueryEncodeStage,
-    SearchJob,
+    QueryJob,
+    RetrieveJob,
     ShardSearcher,
-    read_stage,
+    read_queries_stage,
     retrieve_stage,
 )
-from bge_ray.records.model import ModelSpec
+from bge_ray.pipeline.work import carry_out
+from bge_ray.records.canonical import digest
 from bge_ray.records.index import IndexDescription
+from bge_ray.records.model import ModelSpec
 from bge_ray.records.reports import SearchedIndex, SearchReport
 from bge_ray.report.advice import advise_search
-from bge_ray.report.facts import RunFacts, summarise
+from bge_ray.report.facts import RunFacts, Workers, summarise
+from bge_ray.report.run_page import search_page
 from bge_ray.run_id import run_id
 from bge_ray.settings.sections import Settings
-from bge_ray.storage.lease import Lease
-from bge_ray.storage.objects import join
+from bge_ray.storage.folders import refuse_collisions
+from bge_ray.storage.objects import Storage, join
+from bge_ray.storage.ownership import OwnedFolder, open_folder
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # A searcher that dies is started again this often, and then the run ends: an index that does not fit
 # in memory would otherwise be tried for ever.
 SEARCHER_RESTARTS = 20
-
-
-@dataclass(frozen=True)
-class _Work:
-    """All that is known before anything is written; ``index`` is None for an exact search."""
-
-    source: Source
-    folder: str
-    model: ModelSpec
-    index: IndexDescription | None
-    reranker: RerankerSpec | None
-    key: str = ""
 
 
 def search(settings: Settings, stop: StopRequest | None = None) -> SearchReport:
@@ -104,116 +80,295 @@ def search(settings: Settings, stop: StopRequest | None = None) -> SearchReport:
         The content of report.json.
 
     Raises:
-        SettingsError, CorpusError, ModelError, DatasetMismatchError, OutputBusyError: nothing was
-            published.
+        SettingsError, CorpusError, ModelError, DatasetMismatchError, OutputCollisionError, OutputBusyError:
+            nothing was published.
         IncompleteRunError, TakenOverError, StorageError: run again to continue.
-        RejectedRowsError: the run is published, but too many queries have no answer.
+        RejectedRowsError: the run is published, but too many queries, or pairs, were left out.
     """
     facts = RunFacts("search", run_id())
-    work = _prepare(settings)
-    storage = work.source.storage
-    current = read_current(storage, work.folder, work.key, SearchReport)
-    if current is not None:
-        finish_clearing(storage, work.folder)
-        logger.info("nothing to do: %s is up to date", work.folder)
-        _check_share(settings, current, work.folder)
-        return dataclasses.replace(current, outcome="nothing to do")
-    work = _with_dtypes(settings, work)
-    stop = stop or StopRequest()
-    with stop.deferred(), Lease(storage, work.folder) as lease:
-        watch = make_watch(lease, stop)
-        rejections = Rejections()
-        place = join(work.folder, WORK)
-        blocks = _blocks(settings, work, rejections, watch)
-        key = _unit_key(settings, work)
-        with Step("reading", "queries", None, settings.report.log_interval_s) as step:
-            intake = take_in(storage, place, step.each(blocks), QUERY_SCHEMA, _limits(settings), key)
-        facts.plan(units=intake.todo_units, rows=intake.todo_rows)
-        facts.book_rejected(Counter(rejections.reasons), rejections.examples())
-        outcome = "failed"
-        totals = Totals()
-        try:
-            if intake.groups:
-                _run(settings, work, intake, facts, watch)
-            lease.check()
-            totals = publish(storage, place, intake.units, _outputs(settings, work), rejections)
-            if totals.queries != intake.rows:
-                raise IncompleteRunError(f"{intake.rows} queries were planned, {totals.queries} came out")
-            facts.book_rejected(totals.reasons, totals.examples)
-            outcome = "complete"
-        except (BgeRayError, Stopped) as error:
-            outcome = f"incomplete: {error}"
-            raise
-        finally:
-            report = _report(settings, work, intake, rejections, facts, totals, outcome)
-            if not lease.lost.is_set():
-                publish_report(storage, work.folder, report)
-        clear_work(storage, work.folder)
-    _check_share(settings, report, work.folder)
+    job = SearchJob(settings)
+    report = carry_out(RunWork(settings, job), facts, stop)
+    _check_share(settings, report)
     return report
 
 
 def plan_search(settings: Settings) -> str:
     """Say what `search` would do, without writing anything (``--dry-run``)."""
-    work = _prepare(settings)
+    job = SearchJob(settings)
     rejections = Rejections()
-    count = sum(len(block["query_id"]) for block in _blocks(settings, work, rejections, lambda: None))
-    done = read_current(work.source.storage, work.folder, work.key, SearchReport) is not None
-    where = f"the {work.index.factory} index" if work.index else "the embedding shards, exactly"
-    again = f", reranked by {work.reranker.name}" if work.reranker else ""
+    count = sum(len(block["query_id"]) for block in job.blocks(rejections, lambda: None))
+    done = RunWork(settings, job).current() is not None
+    where = f"the {job.index.factory} index" if job.index else "the embedding shards, exactly"
+    again = f", reranked by {job.reranker.name}" if job.reranker else ""
     return (
         f"{count:,} queries ({len(rejections):,} left out), {settings.search.k} results each from "
-        f"{work.source.manifest.rows_out:,} vectors by {where}{again}, to {work.folder}: "
+        f"{job.source.manifest.vectors:,} vectors by {where}{again}, to {settings.search.output}: "
         f"{'up to date' if done else 'to be done'}"
     )
 
 
-def search_receipts(
-    encode: EncodeJob,
-    job: SearchJob,
-    score: ScoreJob | None,
-    source: TextSource | None,
-    depth: int,
-    sizes: PoolSizes,
-    groups: tuple[GroupTask, ...],
-) -> Iterator[Parcel]:
-    """The data path: groups of queries in, one receipt a unit out, in the order they finish."""
-    rows = parcels(groups)
-    rows = by_tasks(rows, read_stage, sizes, place=job.place)
-    rows = by_actors(rows, QueryEncodeStage, sizes["encoders"], encode)
-    rows = by_tasks(rows, retrieve_stage, sizes, job=job)
-    if score is not None:
-        rows = by_tasks(rows, texts_stage, sizes, source=source, depth=depth)
-        rows = by_tasks(rows, pair_stage, sizes, job=score)
-        rows = by_actors(rows, ScoreStage, sizes["rerankers"], score)
-    rows = by_tasks(rows, write_stage, sizes, place=job.place)
-    return receipts(rows)
+class SearchJob:
+    """One search, planned; see `runs.work.RunJob`."""
+
+    name, rows, schema = "search", "queries", QUERY_SCHEMA
+    kind = SearchReport
+
+    def __init__(self, settings: Settings) -> None:
+        """Open the data set and its index, and settle the models; reads only."""
+        settings.require("output.uri", "search.queries", "search.output")
+        asked = settings.search
+        refuse_collisions(
+            {
+                "output.uri": settings.output.uri,
+                "search.output": asked.output,
+                "rerank.output": settings.rerank.output if asked.rerank else None,
+            },
+            {"corpus.uri": settings.corpus.uri, "search.queries": asked.queries},
+            {},
+        )
+        self._settings = settings
+        self.source = open_source(settings)
+        if not self.source.spec.model.normalize:
+            raise SettingsError(
+                f"output.uri {self.source.root}: its vectors are not normalised, which a search needs"
+            )
+        self.index = None if asked.exact else read_index(self.storage, self.source.root)
+        if self.index is not None:
+            _check_index(self.index, self.source)
+        elif not asked.exact:
+            logger.info("%s has no index: the embedding shards are searched exactly", self.source.root)
+        self.model = _query_model(settings, self.source)
+        self.reranker = resolve_reranker(settings.rerank, on_gpu=False) if asked.rerank else None
+        self._folders = _folders(settings, self.storage)
+        self._searchers: list[ActorHandle] = []
+
+    @property
+    def storage(self) -> Storage:
+        """For all requests."""
+        return self.source.storage
+
+    @property
+    def key(self) -> str:
+        """A name for all that decides the run; of dtypes what was asked: other devices redo nothing."""
+        settings = self._settings
+        listed = self.storage.list_files(str(settings.search.queries))
+        inputs = [(info.uri, info.size, info.etag) for info in listed]
+        folders = [folder.uri for folder in self._folders]
+        asked = (settings.model.dtype, settings.rerank.dtype, settings.search.tag, folders, inputs)
+        return digest(self._decisive(), *asked)
+
+    def outputs(self) -> list[RunOutput]:
+        """Return the candidates, and the reranked run if there is one."""
+        tag = self._settings.search.tag
+        outputs = [RunOutput(self._folders[0], tag, "first_score")]
+        if self.reranker is not None:
+            outputs.append(RunOutput(self._folders[1], f"{tag}-reranked", "score"))
+        return outputs
+
+    def limits(self) -> Limits:
+        """Return when units and groups are full, in queries; a reranked unit is counted in pairs."""
+        settings = self._settings
+        most = settings.search.unit_queries
+        if not settings.search.rerank:
+            return Limits(most, most)
+        depth = min(settings.rerank.depth, settings.search.k)
+        unit = max(1, min(most, settings.rerank.unit_pairs // depth))
+        return Limits(unit, max(unit, min(most, settings.rerank.join_pairs // depth)))
+
+    def settle(self, watch: Callable[[], None]) -> str:
+        """Settle the compute dtypes, which go by the devices of the cluster."""
+        settings = self._settings
+        dtype: str = settings.model.dtype
+        if dtype == "auto":
+            # Half precision is for GPUs; on a CPU the same weights give the same directions in float32.
+            on_gpu = device_of(settings, encoder_request(settings, 1), watch) == "cuda"
+            dtype = self.source.spec.model.dtype if on_gpu else "float32"
+        self.model = dataclasses.replace(self.model, dtype=dtype)
+        if self.reranker is not None:
+            on_gpu = device_of(settings, reranker_request(settings, 1), watch) == "cuda"
+            self.reranker = resolve_reranker(settings.rerank, on_gpu=on_gpu)
+        reranked_in = self.reranker.dtype if self.reranker is not None else None
+        return digest(self._decisive(), dtype, reranked_in)
+
+    def _decisive(self) -> list[Any]:
+        """Return all that decides the answers of a query beside the query itself and the compute dtypes."""
+        source, settings, asked = self.source, self._settings, self._settings.search
+        index = None
+        if self.index is not None:
+            effort = asked.nprobe or self.index.effort
+            index = [self.index.kind, [file.sha256 for file in self.index.files], effort, asked.rescore]
+        rerank: list[Any] | None = None
+        if self.reranker is not None:
+            spec = dataclasses.replace(self.reranker, name="", revision=None, dtype="")
+            rerank = [dataclasses.asdict(spec), settings.rerank.depth, settings.rerank.texts]
+        queries = [self.model.query_instruction, self.model.max_length]
+        fingerprint = source.spec.vector_fingerprint
+        return ["search", FORMAT_VERSION, fingerprint, source.shard_hashes, index, queries, asked.k, rerank]
+
+    def blocks(self, rejections: Rejections, watch: Callable[[], None]) -> Iterator[Block]:
+        """Yield the queries one by one."""
+        asked = self._settings.search
+        columns = (asked.id_column, asked.text_column)
+        for batch in read_queries(self.storage, str(asked.queries), *columns):
+            watch()
+            for row in batch.rejected:
+                rejections.add(row.passage_id, None, row.reason, f"{batch.uri} row {row.row}: {row.detail}")
+            for query_id, text in zip(batch.query_ids, batch.texts, strict=True):
+                yield {"query_id": [query_id], "query": [text]}
+
+    def receipts(
+        self, place: Workplace, groups: tuple[GroupTask, ...], facts: RunFacts, watch: Callable[[], None]
+    ) -> Callable[[], Iterator[Parcel]]:
+        """Start the actors that hold the index; return what starts the data path."""
+        settings, source, asked = self._settings, self.source, self._settings.search
+        files = index_files(source.root, self.index) if self.index is not None else []
+        shards = ShardMap.of(source.manifest)
+        requests = [
+            encoder_request(settings, len(groups)),
+            searcher_request(settings, len(files) if files else len(shards.facts)),
+        ]
+        if self.reranker is not None:
+            requests.append(reranker_request(settings, sum(len(group.todo) for group in groups)))
+        sizes = cluster_sizes(settings, requests, [TASKS], watch)
+        self._start(facts, sizes)
+        self._searchers = self._start_searchers(files, shards, sizes.pools["searchers"])
+        retrieve = RetrieveJob(
+            place=place,
+            root=source.root,
+            shards=shards,
+            searchers=tuple(self._searchers),
+            k=asked.k,
+            fetched=max(asked.k, asked.rescore if self.index is not None else 0),
+            effort=asked.nprobe or self.index.effort if self.index is not None else None,
+            rescores=self.index is not None and asked.rescore > 0,
+        )
+        texts = open_texts(settings, source, sizes.tasks["tasks"]) if self.reranker is not None else None
+        logger.info("%s queries to answer; %s", f"{facts.rows_planned:,}", sizes)
+        return lambda: self._flow(place, groups, sizes, retrieve, texts)
+
+    def _start(self, facts: RunFacts, sizes: Sizes) -> None:
+        dear = "rerankers" if self.reranker is not None else "encoders"
+        pool = sizes.pools[dear]
+        counts = {name: pool.count for name, pool in sizes.pools.items()}
+        counts |= {name: tasks.count for name, tasks in sizes.tasks.items()}
+        facts.start(Workers(pool.device, pool.devices, counts, model=dear), time.time())
+
+    def _flow(
+        self,
+        place: Workplace,
+        groups: tuple[GroupTask, ...],
+        sizes: Sizes,
+        retrieve: RetrieveJob,
+        texts: TextSource | None,
+    ) -> Iterator[Parcel]:
+        """The data path: groups of queries in, one receipt a unit out, in the order they finish."""
+        settings, tasks, encoders = self._settings, sizes.tasks["tasks"], sizes.pools["encoders"]
+        trust = settings.model.trust_remote_code
+        encode = ModelJob(
+            stage="encode",
+            spec=self.model,
+            device=encoders.device,
+            threads=encoders.threads,
+            token_budget=settle_budget(settings.batching.token_budget, on_gpu=encoders.gpus > 0),
+            trust_remote_code=trust,
+            ledger=place.ledger,
+            max_attempts=place.max_attempts,
+            canaries=self.source.spec.canaries,
+        )
+        rows = parcels([group.parcel() for group in groups])
+        rows = by_tasks(rows, read_queries_stage, tasks, job=QueryJob(place, self.model, trust))
+        rows = by_actors(rows, ModelStage, encoders, encode)
+        rows = by_tasks(rows, retrieve_stage, tasks, job=retrieve)
+        if self.reranker is not None:
+            pair = PairJob(place, self.reranker, settings.rerank.trust_remote_code, settings.rerank.depth)
+            pool = sizes.pools["rerankers"]
+            score = make_score_job(settings, place, self.reranker, pool)
+            rows = by_reranker(rows, tasks, pool, pair, score, texts)
+        rows = by_tasks(rows, part_stage, tasks, place=place)
+        return receipts(rows)
+
+    def _start_searchers(self, files: list[Any], shards: ShardMap, pool: Pool) -> list[ActorHandle]:
+        """Start the actors that share the index, or the shards of an exact search."""
+        options = {
+            "num_cpus": pool.cpus,
+            "max_restarts": SEARCHER_RESTARTS,
+            "max_task_retries": SEARCHER_RESTARTS,
+            # Each holds its share on its own machine.
+            "scheduling_strategy": "SPREAD",
+        }
+        if self.index is None:
+            actor = ray.remote(**options)(ShardSearcher)
+            shares = [shards.facts[i :: pool.count] for i in range(pool.count)]
+            return [actor.remote(self.storage, self.source.root, share, pool.threads) for share in shares]
+        actor = ray.remote(**options)(Searcher)
+        return [actor.remote(self.storage, files[i :: pool.count], pool.threads) for i in range(pool.count)]
+
+    def stop(self) -> None:
+        """End the actors that hold the index."""
+        for searcher in self._searchers:
+            ray.kill(searcher)
+
+    def check(self, intake: Intake, totals: Totals) -> None:
+        """Refuse parts that do not have every query."""
+        if totals.queries != intake.rows:
+            raise IncompleteRunError(f"{intake.rows} queries were planned, {totals.queries} came out")
+
+    def report(self, facts: RunFacts, what: Outcome) -> SearchReport:
+        """Return the report."""
+        settings, asked, totals = self._settings, self._settings.search, what.totals
+        counts = totals.facts if what.complete else facts.counts
+        report = SearchReport(
+            **summarise(facts, ended=time.time(), price_per_hour=settings.report.price_per_hour),
+            key=what.key,
+            complete=what.complete,
+            outcome=what.outcome,
+            files=published_files(self._folders[0], totals),
+            settings=settings.model_dump(mode="json"),
+            queries=str(asked.queries),
+            dataset=self.source.root,
+            model=self.model,
+            index=_searched(self.index, asked.nprobe) if self.index is not None else None,
+            k=asked.k,
+            units=len(what.intake.units),
+            queries_in=what.intake.rows + len(what.rejections),
+            queries_out=totals.answered.get("first_score", 0),
+            results=totals.results.get("first_score", 0),
+            unknown_ids=counts["unknown_ids"],
+            missing_results=counts["missing_results"],
+            doubled_passages=counts["doubled_passages"],
+            query_tokens=counts["query_tokens"],
+            truncated_queries=counts["truncated_queries"],
+            without_trec=tuple(totals.without_trec),
+            scoring=None
+            if self.reranker is None
+            else summarise_scoring(self.reranker, facts, totals, counts),
+        )
+        return dataclasses.replace(report, advice=tuple(advise_search(report)))
+
+    def page(self, report: SearchReport) -> bytes:
+        """Return its page."""
+        return search_page(report)
 
 
-def _check_share(settings: Settings, report: SearchReport, folder: str) -> None:
+def _folders(settings: Settings, storage: Storage) -> list[OwnedFolder]:
+    output = str(settings.search.output)
+    folders = [open_folder(storage, output, "run", "search.output")]
+    if settings.search.rerank:
+        reranked = settings.rerank.output or join(output, "reranked")
+        folders.append(open_folder(storage, reranked, "reranked", "rerank.output"))
+    return folders
+
+
+def _check_share(settings: Settings, report: SearchReport) -> None:
+    folder, reasons = str(settings.search.output), report.rejected_reasons
     share = (report.queries_in - report.queries_out) / max(1, report.queries_in)
     allowed = settings.search.max_rejected_fraction
-    check_rejected(report, folder, share, allowed, "search.max_rejected_fraction")
-
-
-def _prepare(settings: Settings) -> _Work:
-    settings.require("output.uri", "search.queries", "search.output")
-    source = open_source(settings)
-    if not source.spec.model.normalize:
-        raise SettingsError(f"output.uri {source.root}: its vectors are not normalised, which a search needs")
-    index = None if settings.search.exact else read_index(source.storage, source.root)
-    if index is None and not settings.search.exact:
-        logger.info("%s has no index: the embedding shards are searched exactly", source.root)
-    if index is not None:
-        _check_index(index, source)
-    reranker = settle_reranker(settings.rerank) if settings.search.rerank else None
-    work = _Work(source, str(settings.search.output), _query_model(settings, source), index, reranker)
-    listed = source.storage.list_files(str(settings.search.queries))
-    inputs = [(info.uri, info.size, info.etag) for info in listed]
-    outputs = [output.folder for output in _outputs(settings, work)]
-    # The dtypes of a report's key are those asked for: what is there is not made anew on other devices.
-    asked = (settings.model.dtype, settings.rerank.dtype, settings.search.tag, outputs, inputs)
-    return dataclasses.replace(work, key=digest(_unit_key(settings, work), *asked))
+    check_rejected(folder, share, allowed, "search.max_rejected_fraction", reasons)
+    if report.scoring is not None:
+        scored, lost = report.scoring.pairs_out, report.scoring.pairs_rejected
+        allowed = settings.rerank.max_rejected_fraction
+        share = lost / max(1, scored + lost)
+        check_rejected(folder, share, allowed, "rerank.max_rejected_fraction", reasons)
 
 
 def _check_index(index: IndexDescription, source: Source) -> None:
@@ -224,12 +379,12 @@ def _check_index(index: IndexDescription, source: Source) -> None:
             f"{where}: its index was built from vectors of another model or other settings; run index.py "
             "again, or set search.exact"
         )
-    if index.ntotal != source.manifest.rows_out:
+    if index.ntotal != source.manifest.vectors:
         logger.warning(
             "%s: the index holds %d vectors, the data set %d: it is older; run index.py to renew it",
             where,
             index.ntotal,
-            source.manifest.rows_out,
+            source.manifest.vectors,
         )
 
 
@@ -240,11 +395,11 @@ def _query_model(settings: Settings, source: Source) -> ModelSpec:
         DatasetMismatchError: model.name names another model.
         ModelError: the model is not to be had.
     """
-    spec, asked = source.spec.model, settings.model
+    spec, asked = source.spec.model.stored_as("float32"), settings.model
     if "name" in asked.model_fields_set:
         spec = dataclasses.replace(spec, name=asked.name, revision=asked.revision)
     folder, commit = fetch_model(spec.name, spec.revision)
-    if hash_model(str(folder)) != spec.weights_sha256:
+    if hash_model(folder, trust_remote_code=asked.trust_remote_code) != spec.weights_sha256:
         raise DatasetMismatchError(
             f"output.uri {source.root}: was embedded with {source.spec.model.name}, whose files differ from "
             f"those of {spec.name}; queries need the same model"
@@ -256,174 +411,12 @@ def _query_model(settings: Settings, source: Source) -> ModelSpec:
     return dataclasses.replace(spec, revision=commit)
 
 
-def _with_dtypes(settings: Settings, work: _Work) -> _Work:
-    """Settle the compute dtypes, which go by the devices of the cluster."""
-    dtype = compute_dtype(settings, "encoders", settings.model.dtype, work.model.dtype)
-    work = dataclasses.replace(work, model=dataclasses.replace(work.model, dtype=dtype))
-    if work.reranker is None:
-        return work
-    dtype = compute_dtype(settings, "rerankers", settings.rerank.dtype, "float16")
-    return dataclasses.replace(work, reranker=dataclasses.replace(work.reranker, dtype=dtype))
-
-
-def _outputs(settings: Settings, work: _Work) -> list[RunOutput]:
-    """Return the runs to publish: the candidates, and the reranked run if there is one."""
-    outputs = [RunOutput(work.folder, settings.search.tag, "score")]
-    if work.reranker is not None:
-        folder = settings.rerank.output or join(work.folder, "reranked")
-        outputs.append(RunOutput(folder, f"{settings.search.tag}-reranked", "logit"))
-    return outputs
-
-
-def _limits(settings: Settings) -> Limits:
-    """Return when units and groups are full, in queries; a reranked unit is counted in pairs."""
-    most = settings.search.unit_queries
-    if not settings.search.rerank:
-        return Limits(most, most)
-    depth = min(settings.rerank.depth, settings.search.k)
-    unit = max(1, min(most, settings.rerank.unit_pairs // depth))
-    return Limits(unit, max(unit, min(most, settings.rerank.join_pairs // depth)))
-
-
-def _unit_key(settings: Settings, work: _Work) -> str:
-    """Return a name for all that decides the answers of a query beside the query itself."""
-    source, asked = work.source, settings.search
-    shards = [m.embeddings.sha256 for m in source.manifest.shards if m.embeddings is not None]
-    index = None
-    if work.index is not None:
-        effort = asked.nprobe or work.index.effort
-        index = [work.index.kind, [file.sha256 for file in work.index.files], effort, asked.rescore]
-    rerank: list[Any] | None = None
-    if work.reranker is not None:
-        spec = dataclasses.asdict(dataclasses.replace(work.reranker, name="", revision=None))
-        rerank = [spec, settings.rerank.depth, settings.rerank.texts]
-    queries = [work.model.query_instruction, work.model.max_length, work.model.dtype]
-    return digest(
-        "search", FORMAT_VERSION, source.spec.vector_fingerprint, shards, index, queries, asked.k, rerank
-    )
-
-
-def _blocks(
-    settings: Settings, work: _Work, rejections: Rejections, watch: Callable[[], None]
-) -> Iterator[Block]:
-    """Yield the queries one by one."""
-    asked = settings.search
-    columns = (asked.id_column, asked.text_column)
-    for batch in read_queries(work.source.storage, str(asked.queries), *columns):
-        watch()
-        for row in batch.rejected:
-            rejections.add(row.passage_id, None, row.reason, f"{batch.uri} row {row.row}: {row.detail}")
-        for query_id, text in zip(batch.query_ids, batch.texts, strict=True):
-            yield {"query_id": [query_id], "query": [text]}
-
-
-def _run(settings: Settings, work: _Work, intake: Intake, facts: RunFacts, watch: Callable[[], None]) -> None:
-    source = work.source
-    files = index_files(source.root, work.index) if work.index is not None else []
-    shards = ShardMap.of(source.manifest)
-    most = {"encoders": len(intake.groups), "searchers": len(files) if files else len(shards.facts)}
-    if work.reranker is not None:
-        most["rerankers"] = sum(len(group.todo) for group in intake.groups)
-    sizes = cluster_pools(settings, most, watch)
-    facts.start(sizes.workers("rerankers" if work.reranker else "encoders"), time.time())
-    attempts = settings.resources.max_unit_attempts
-    place = Workplace(source.storage, join(work.folder, WORK), attempts, start_ledger())
-    score = texts = None
-    if work.reranker is not None:
-        score = make_score_job(settings, place, work.reranker, sizes["rerankers"])
-        texts = make_text_source(settings.rerank, source, sizes)
-    searchers = _start_searchers(work, files, shards, sizes["searchers"])
-    asked = settings.search
-    job = SearchJob(
-        place=place,
-        root=source.root,
-        shards=shards,
-        searchers=tuple(searchers),
-        k=asked.k,
-        fetched=max(asked.k, asked.rescore if work.index is not None else 0),
-        effort=asked.nprobe or work.index.effort if work.index is not None else None,
-        rescores=work.index is not None and asked.rescore > 0,
-    )
-    encode = _encode_job(settings, place, work.model, sizes["encoders"])
-    logger.info("%s queries to answer; %s", f"{facts.rows_planned:,}", sizes)
-    telemetry = Telemetry("search")
-    telemetry.start(facts)
-    try:
-        follow(
-            lambda: search_receipts(encode, job, score, texts, settings.rerank.depth, sizes, intake.groups),
-            facts,
-            "queries",
-            telemetry,
-            watch,
-            settings.report.log_interval_s,
-        )
-    finally:
-        for searcher in searchers:
-            ray.kill(searcher)
-
-
-def _encode_job(settings: Settings, place: Workplace, spec: ModelSpec, pool: Pool) -> EncodeJob:
-    budget = settle_budget(settings.batching.token_budget, on_gpu=pool.gpus > 0)
-    return EncodeJob(place, spec, Device(pool.device, pool.threads, budget, settings.model.trust_remote_code))
-
-
-def _start_searchers(work: _Work, files: list[Any], shards: ShardMap, pool: Pool) -> list[ActorHandle]:
-    """Start the actors that share the index, or the shards of an exact search."""
-    options = {
-        "num_cpus": pool.cpus,
-        "max_restarts": SEARCHER_RESTARTS,
-        "max_task_retries": SEARCHER_RESTARTS,
-        # Each holds its share on its own machine.
-        "scheduling_strategy": "SPREAD",
-    }
-    storage = work.source.storage
-    if work.index is None:
-        actor = ray.remote(**options)(ShardSearcher)
-        shares = [shards.facts[i :: pool.count] for i in range(pool.count)]
-        return [actor.remote(storage, work.source.root, share, pool.threads) for share in shares]
-    actor = ray.remote(**options)(Searcher)
-    return [actor.remote(storage, files[i :: pool.count], pool.threads) for i in range(pool.count)]
-
-
-def _report(
-    settings: Settings,
-    work: _Work,
-    intake: Intake,
-    rejections: Rejections,
-    facts: RunFacts,
-    totals: Totals,
-    outcome: str,
-) -> SearchReport:
-    complete = outcome == "complete"
-    counts = totals.facts if complete else facts.counts
-    asked = settings.search
-    report = SearchReport(
-        **summarise(facts, ended=time.time(), price_per_hour=settings.report.price_per_hour),
-        key=work.key,
-        complete=complete,
-        outcome=outcome,
-        files=published_files(work.folder, totals),
-        settings=settings.model_dump(mode="json"),
-        queries=str(asked.queries),
-        dataset=work.source.root,
-        model=work.model,
-        index=_searched(work.index, asked.nprobe) if work.index is not None else None,
-        k=asked.k,
-        units=len(intake.units),
-        queries_in=intake.rows + len(rejections),
-        queries_out=totals.answered.get("score", 0),
-        results=totals.results.get("score", 0),
-        unknown_ids=counts["unknown_ids"],
-        missing_results=counts["missing_results"],
-        doubled_passages=counts["doubled_passages"],
-        query_tokens=counts["query_tokens"],
-        truncated_queries=counts["truncated_queries"],
-        without_trec=tuple(totals.without_trec),
-        scoring=summarise_scoring(work.reranker, facts, totals, counts) if work.reranker else None,
-    )
-    return dataclasses.replace(report, advice=tuple(advise_search(report)))
-
-
 def _searched(index: IndexDescription, nprobe: int | None) -> SearchedIndex:
-    effort = nprobe or index.effort
-    return SearchedIndex(index.factory, index.kind, index.ntotal, index.parameter, effort, index.recall)
+    return SearchedIndex(
+        factory=index.factory,
+        kind=index.kind,
+        ntotal=index.ntotal,
+        parameter=index.parameter,
+        effort=nprobe or index.effort,
+        recall=index.recall,
+    )

@@ -4,7 +4,6 @@ A query that cannot be answered ends as one row with its reason; a group that ca
 up with an error; only defects raise.
 """
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,15 +18,16 @@ from bge_ray.dataset.lookup import ShardMap, read_places
 from bge_ray.dataset.read import Vectors, read_vectors
 from bge_ray.errors import BgeRayError, StorageError
 from bge_ray.index.topk import NO_RESULT, Results, exact_topk, rescore
-from bge_ray.model.spec import model_folder, text_feeder
-from bge_ray.pipeline.engine.device import device_or_exit
-from bge_ray.pipeline.engine.isolation import Attempt, run_isolated
+from bge_ray.pipeline.engine.isolation import Attempt
+from bge_ray.pipeline.engine.parcel import Parcel
+from bge_ray.pipeline.engine.rows import whole, with_faults, with_tokens
+from bge_ray.pipeline.engine.tokenise import load_text_feeder, tokenise
 from bge_ray.pipeline.index.searchers import search_all
+from bge_ray.pipeline.runs.groups import CANDIDATE_SCHEMA, GroupTask, Workplace
 from bge_ray.pipeline.runs.intake import read_group
-from bge_ray.pipeline.runs.parcels import CANDIDATE_SCHEMA, EncodeJob, Parcel, Workplace, whole
 from bge_ray.records.dataset import FileFact
 from bge_ray.records.ids import FloatArray, IdArray
-from bge_ray.records.model import EMBEDDING
+from bge_ray.records.model import EMBEDDING, ModelSpec
 from bge_ray.storage.objects import Storage
 
 # Vectors that an exact searcher keeps from one group of queries to the next.
@@ -37,7 +37,7 @@ RESCORED_AT_ONCE = 50_000
 
 
 @dataclass(frozen=True)
-class SearchJob:
+class RetrieveJob:
     """What a search task must know; ``fetched`` results a query are asked for, ``k`` are kept."""
 
     place: Workplace
@@ -50,69 +50,37 @@ class SearchJob:
     rescores: bool
 
 
-def read_stage(batch: pa.Table, place: Workplace) -> pa.Table:
-    """Read the rows of a group that are to do."""
+@dataclass(frozen=True)
+class QueryJob:
+    """What the tasks that read and tokenise queries must know."""
+
+    place: Workplace
+    spec: ModelSpec
+    trust_remote_code: bool
+
+
+def read_queries_stage(batch: pa.Table, job: QueryJob) -> pa.Table:
+    """Read the queries of a group that are to do, and tokenise them."""
     parcel = Parcel.from_batch(batch)
-    try:
-        return parcel.filled(read_group(place.storage, parcel.task)).to_batch()
-    except StorageError as error:
-        return parcel.failed(str(error)).to_batch()
-
-
-class QueryEncodeStage:
-    """An actor that holds one encoder: queries in, their vectors in a column beside them out."""
-
-    def __init__(self, job: EncodeJob) -> None:
-        """Load the model and its tokenizer."""
-        from bge_ray.model.run.model import Model, Place  # torch, only where there is a model
-
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        self._job = job
-        device = job.device
-        place = Place(device.name, device.threads, device.trust_remote_code)
-        self._feeder = text_feeder(job.spec, trust_remote_code=device.trust_remote_code)
-        self._model = Model(job.spec, model_folder(job.spec), place)
-        if device.name != "cpu":
-            self._model.warm_up(device.token_budget)
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Encode the queries of one group."""
-        parcel = Parcel.from_batch(batch)
-        if parcel.table is None:
-            return batch
-        with Attempt(self._job.place.ledger, f"encode {parcel.task.name}") as attempt:
-            if attempt.total_deaths >= self._job.place.max_attempts:
-                return parcel.failed(f"its encoder died {attempt.total_deaths} times").to_batch()
-            return self._encode(parcel, parcel.table, attempt).to_batch()
-
-    def _encode(self, parcel: Parcel, table: pa.Table, attempt: Attempt) -> Parcel:
+    with Attempt(job.place.ledger, f"read {parcel.name}") as attempt:
+        if attempt.total_deaths >= job.place.max_attempts:
+            return parcel.failed(f"its process died {attempt.total_deaths} times").to_batch()
+        try:
+            table = read_group(job.place.storage, parcel.task_as(GroupTask))
+        except StorageError as error:
+            return parcel.failed(str(error)).to_batch()
         started = time.time()
-        tokens = self._feeder.queries(table["query"].to_pylist())
-        result = self._model.empty_result(len(tokens))
-
-        def run(batches: Sequence[IdArray]) -> None:
-            with device_or_exit(f"queries {parcel.task.name}"):
-                self._model.run(tokens, batches, result)
-
-        def reject(i: int, detail: str) -> None:
-            result.faults[i] = ("killed_worker", detail)
-
-        batches = self._model.cut(tokens.lengths, self._job.device.token_budget)
-        run_isolated(attempt, "encoding", batches, run, reject)
-        flat = pa.array(result.array(EMBEDDING).reshape(-1))
-        encoded = table.append_column("vector", pa.FixedSizeListArray.from_arrays(flat, self._job.spec.dim))
-        faults = [result.faults.get(i) for i in range(len(table))]
-        encoded = encoded.append_column("reason", pa.array([f and f[0] for f in faults], pa.string()))
-        encoded = encoded.append_column("detail", pa.array([f and f[1] for f in faults], pa.string()))
-        facts = {
-            "query_tokens": int(tokens.offsets[-1]),
-            "truncated_queries": int(tokens.truncated.sum()),
-            "encode_started": started,
-            "encode_s": time.time() - started,
-            # A reranker puts its own seconds in the place of these, which are then next to nothing.
-            "device_s": result.busy_s,
-        }
-        return parcel.filled(encoded, **facts)
+        feeder = load_text_feeder(job.spec, trust_remote_code=job.trust_remote_code)
+        queries = table["query"].to_pylist()
+        rows, tokens, faults = tokenise(
+            attempt, "tokenising", len(table), lambda piece: feeder.queries([queries[i] for i in piece])
+        )
+    facts = {
+        "tokenise_s": time.time() - started,
+        "query_tokens": int(tokens.offsets[-1]),
+        "truncated_queries": int(tokens.truncated.sum()),
+    }
+    return parcel.filled(with_faults(with_tokens(table, rows, tokens), faults), **facts).to_batch()
 
 
 class ShardSearcher:
@@ -147,7 +115,7 @@ class ShardSearcher:
         return blocks
 
 
-def retrieve_stage(batch: pa.Table, job: SearchJob) -> pa.Table:
+def retrieve_stage(batch: pa.Table, job: RetrieveJob) -> pa.Table:
     """Find the candidates of each query of a group: rows of CANDIDATE_SCHEMA, best first."""
     parcel = Parcel.from_batch(batch)
     if parcel.table is None:
@@ -159,10 +127,10 @@ def retrieve_stage(batch: pa.Table, job: SearchJob) -> pa.Table:
         return parcel.failed(str(error)).to_batch()
 
 
-def _retrieve(parcel: Parcel, table: pa.Table, job: SearchJob, started: float) -> Parcel:
+def _retrieve(parcel: Parcel, table: pa.Table, job: RetrieveJob, started: float) -> Parcel:
     able = table.filter(pc.is_null(table["reason"]))
     unable = table.filter(pc.is_valid(table["reason"]))
-    queries = _matrix(able["vector"])
+    queries = _matrix(able[EMBEDDING])
     scores, ids = np.empty((0, job.k), np.float32), np.empty((0, job.k), np.int64)
     if len(able):
         scores, ids = search_all(job.searchers, queries, job.fetched, job.effort, watch=lambda: None)
@@ -184,7 +152,7 @@ def _retrieve(parcel: Parcel, table: pa.Table, job: SearchJob, started: float) -
     return parcel.filled(rows, search_s=searched - started, resolve_s=time.time() - searched, **facts)
 
 
-def _rescore(job: SearchJob, queries: FloatArray, ids: IdArray) -> Results:
+def _rescore(job: RetrieveJob, queries: FloatArray, ids: IdArray) -> Results:
     """Score candidates again from their stored vectors, some queries at a time."""
 
     def fetch(wanted: IdArray) -> npt.NDArray[np.floating]:
@@ -217,8 +185,8 @@ def _rows(
     found = queries.select(["row_no", "query_id", "query"]).take(pa.array(which))
     found = found.append_column("passage_id", places["passage_id"].take(pa.array(positions)))
     found = found.append_column("vector_id", pa.array(ids[known]))
-    found = found.append_column("score", pa.array(scores[known].astype(np.float64)))
-    order = [("row_no", "ascending"), ("score", "descending"), ("passage_id", "ascending")]
+    found = found.append_column("first_score", pa.array(scores[known].astype(np.float64)))
+    order = [("row_no", "ascending"), ("first_score", "descending"), ("passage_id", "ascending")]
     found = found.sort_by([*order, ("vector_id", "ascending")])
     if not len(found):
         return _as_candidates(found), 0

@@ -1,0 +1,47 @@
+"""The published index of a data set, as searches and the next build read it."""
+
+from dataclasses import dataclass
+
+from bge_ray.errors import StorageError
+from bge_ray.pipeline.index.tasks import WrittenFile
+from bge_ray.records.canonical import from_json
+from bge_ray.records.index import INDEX_FORMAT_VERSION, IndexDescription
+from bge_ray.storage.objects import Storage, join
+
+FOLDER = "index"
+
+
+@dataclass(frozen=True)
+class _Versioned:
+    """The part of index.json that every version has."""
+
+    format_version: int
+
+
+def read_index(storage: Storage, root: str) -> IndexDescription | None:
+    """Return the description of the published index, or None.
+
+    Raises:
+        StorageError: index.json is damaged, or of another version.
+    """
+    uri = join(root, FOLDER, "index.json")
+    data = storage.read_optional(uri)
+    if data is None:
+        return None
+    try:
+        # The version comes first: a description of another version need not look like ours at all.
+        version = from_json(_Versioned, data).format_version
+        if version != INDEX_FORMAT_VERSION:
+            raise StorageError(
+                f"{uri}: is of format {version}, this version reads {INDEX_FORMAT_VERSION}; remove it to "
+                "build the index anew"
+            )
+        return from_json(IndexDescription, data)
+    except ValueError as error:
+        first = " ".join(str(error).split())[:300]
+        raise StorageError(f"{uri}: is damaged ({first}); remove it to build the index anew") from error
+
+
+def index_files(root: str, index: IndexDescription) -> list[WrittenFile]:
+    """Return the files of a published index, with full URIs."""
+    return [WrittenFile(join(root, FOLDER, f.path), f.bytes, f.sha256, f.rows) for f in index.files]
