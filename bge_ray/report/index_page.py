@@ -51,7 +51,9 @@ def index_page(report: IndexReport, sizes: IdArray | None) -> bytes:
     )
     if index is None:
         parts = [tiles([wall_figure(report), price_figure(report)]), failures_section(report), time_spent]
-        return page("Index", "bad", report.outcome, [*parts, run_section(report, [("Data set", report.output)])])
+        return page(
+            "Index", "bad", report.outcome, [*parts, run_section(report, [("Data set", report.output)])]
+        )
     parts = [
         tiles(_figures(report, index)),
         advice_section(report),

@@ -22,7 +22,7 @@ from bge_ray.pipeline.runs.groups import GroupTask, Workplace
 from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections, take_in
 from bge_ray.pipeline.runs.parts import RunOutput, Totals, publish
 from bge_ray.records.dataset import FileFact
-from bge_ray.records.reports import RerankReport, SearchReport, read_report
+from bge_ray.records.reports import Report, read_report
 from bge_ray.report.facts import RunFacts, read_receipt
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.objects import Storage, join
@@ -31,7 +31,7 @@ from bge_ray.storage.sweep import remove_empty_folders
 
 logger = logging.getLogger(__name__)
 
-R = TypeVar("R", SearchReport, RerankReport)
+R = TypeVar("R", bound=Report)
 
 WORK = "work"
 # Files below it that are provably ours: their names hold hashes, or the names of our own pieces.
