@@ -73,9 +73,10 @@ def job(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
     result = embed(settings, stop)
     show_shards(console, settings)
     index = build_index(settings, stop)
-    recall = index.tuned_recall.value
+    recall = index.tuned_recall
     console.print(
-        f"\nindex: {index.factory}, {index.ntotal:,} vectors, recall@{index.tuned_recall.k} {recall:.3f}, measured\n"
+        f"\nindex: {index.factory}, {index.ntotal:,} vectors, "
+        f"recall@{recall.k} {recall.value:.3f}, measured\n"
     )
     search(settings, stop)
     show_answers(console, settings)
