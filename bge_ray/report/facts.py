@@ -286,7 +286,7 @@ def summarise(facts: RunFacts, *, ended: float, price_per_hour: float | None) ->
         startup_s=(facts.first_work or ended) - facts.started,
         steady_s=steady,
         phase_s=_phases(facts, ended),
-        stage_s=dict(sorted(facts.stage_s.items())),
+        stage_s=dict(facts.stage_s),
         units_planned=facts.units_planned,
         units_done=facts.units_done,
         rows_planned=facts.rows_planned,

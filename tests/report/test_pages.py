@@ -42,7 +42,7 @@ def test_every_page_says_how_long_what_it_cost_and_what_to_change(job: str) -> N
     for words in (
         "Wall time",
         "40.0 s",
-        "10.0 s until the first unit",
+        "10.0 s of it start-up",
         "What to change next",
         "Price",
         "0.08",
@@ -67,7 +67,8 @@ def test_the_accounts_of_each_job() -> None:
     assert "10 queries = 9 answered + 1 left out, with 90 results" in PAGES["search"].decode()
     assert "42 pairs = 40 scored + 2 left out, of 9 queries" in PAGES["rerank"].decode()
     assert "9 of 10 queries" in PAGES["search"].decode()
-    assert "40 of 42 pairs" in PAGES["rerank"].decode()
+    many = rerank_page(rerank_report(pairs_in=1_234_567, pairs_out=1_234_000)).decode()
+    assert "Complete: 1,234,000 of 1,234,567 pairs" in many
 
 
 def test_pictures_are_there_where_there_is_something_to_draw() -> None:
