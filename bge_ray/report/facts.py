@@ -11,6 +11,8 @@ from bge_ray.report.start import take_start
 
 EXAMPLES_PER_REASON = 5
 TIMELINE_BINS = 60
+# Of a bin's width.
+LEAST_BIN = 1e-6
 # Of what a stage notes, seconds that are a part of another stage's.
 PARTS_OF_STAGES = ("device_s", "waited_s")
 # Stages that a model's actors run: what they note as begun and ended is the work of the run.
@@ -284,7 +286,7 @@ def summarise(facts: RunFacts, *, ended: float, price_per_hour: float | None) ->
         startup_s=(facts.first_work or ended) - facts.started,
         steady_s=steady,
         phase_s=_phases(facts, ended),
-        stage_s=dict(sorted(facts.stage_s.items())),
+        stage_s=dict(facts.stage_s),
         units_planned=facts.units_planned,
         units_done=facts.units_done,
         rows_planned=facts.rows_planned,
@@ -338,8 +340,9 @@ def _throughput(facts: RunFacts) -> Throughput:
     tokens, rows = [0.0] * TIMELINE_BINS, [0.0] * TIMELINE_BINS
     for unit in facts.timeline:
         first, last = (unit.began - facts.started) / width, (unit.ended - facts.started) / width
-        # A unit of no length lies in one bin.
-        last = max(last, first + 1e-9)
+        # A unit of no length lies in one bin, the last one at most.
+        first = min(first, TIMELINE_BINS - LEAST_BIN)
+        last = max(last, first + LEAST_BIN)
         for k in range(max(0, int(first)), min(TIMELINE_BINS, int(last) + 1)):
             share = max(0.0, min(last, k + 1) - max(first, k)) / (last - first)
             tokens[k] += unit.tokens * share

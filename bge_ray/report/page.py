@@ -150,13 +150,13 @@ th,td{text-align:left;vertical-align:top;padding:.3rem 1.1rem .3rem 0;min-width:
 border-bottom:1px solid var(--line)}
 th{font-weight:600}tbody th{overflow-wrap:normal}td:nth-child(n+3){min-width:9rem}
 thead th{color:var(--muted);font-weight:400}
-.bars div{display:grid;grid-template-columns:9rem minmax(4rem,18rem) 2.6rem 1fr;gap:0 .9rem;padding:.3rem 0;
+.bars div{display:grid;grid-template-columns:9rem minmax(4rem,18rem) 3rem 1fr;gap:0 .9rem;padding:.3rem 0;
 border-bottom:1px solid var(--line)}
 .bars dt{font-weight:600}.bars dd{margin:0;overflow-wrap:anywhere}.bars .bar+dd{text-align:right}
 .bars i{display:block;height:.9rem;margin-top:.25rem;min-width:1px;background:var(--accent)}
-@media(max-width:40rem){.bars div{grid-template-columns:9rem 1fr 2.6rem}
+@media(max-width:40rem){.bars div{grid-template-columns:9rem 1fr 3rem}
 .remark{grid-column:1/-1;color:var(--muted)}}
-.pictures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1rem}
+.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr));gap:1rem}
 figure{margin:0}figcaption{font-weight:600;margin:.4rem 0}svg{display:block;width:100%;height:auto}
 svg text{font-family:inherit!important}
 details{margin:.6rem 0}summary{cursor:pointer;color:var(--accent)}

@@ -37,7 +37,8 @@ def search_page(report: SearchReport) -> bytes:
         f"that the data set no longer has, {report.doubled_passages:,} of ids that stand twice; "
         f"{count(report.missing_results, 'place')} stayed empty."
     )
-    return _page("Search run", report, "queries", figures, accounts, _searched(report))
+    done = f"{report.queries_out:,} of {report.queries_in:,} queries"
+    return _page("Search run", report, "queries", done, figures, accounts, _searched(report))
 
 
 def rerank_page(report: RerankReport) -> bytes:
@@ -56,13 +57,15 @@ def rerank_page(report: RerankReport) -> bytes:
         "out whole."
     )
     identity = [("Candidates", report.candidates), ("Reranker", _model(report.scoring))]
-    return _page("Rerank run", report, "pairs", figures, accounts, identity)
+    done = f"{report.pairs_out:,} of {report.pairs_in:,} pairs"
+    return _page("Rerank run", report, "pairs", done, figures, accounts, identity)
 
 
 def _page(
     title: str,
     report: SearchReport | RerankReport,
     rows: str,
+    done: str,
     figures: list[Figure],
     accounts: str,
     identity: list[tuple[str, str]],
@@ -76,8 +79,7 @@ def _page(
         section("Where the time went", *_time(report, rows)),
         run_section(report, identity),
     ]
-    lead = f"{report.outcome}: {figures[0][1]} {figures[0][2].partition(',')[0]} {rows}"
-    return page(title, "good" if report.complete else "bad", lead, parts)
+    return page(title, "good" if report.complete else "bad", f"{report.outcome}: {done}", parts)
 
 
 REJECTED = "rejected.parquet"

@@ -44,11 +44,7 @@ Figure = tuple[str, str, str]
 
 def wall_figure(report: Report) -> Figure:
     """Return how long the run took, and how much of that was no work."""
-    return (
-        "Wall time",
-        duration(report.wall_s),
-        f"{duration(report.startup_s)} until the first unit was at work",
-    )
+    return "Wall time", duration(report.wall_s), f"{duration(report.startup_s)} of it start-up"
 
 
 def left_out_figure(report: Report, left_out: int) -> Figure:
@@ -106,8 +102,11 @@ def left_out(report: Report, folder: str, everything: str) -> list[Html]:
     """
     reasons = sorted(report.rejected_reasons.items(), key=lambda entry: -entry[1])
     counts = bars((reason, rows, _meaning(reason, rows)) for reason, rows in reasons)
-    header = ("reason", "id", "what was wrong", "where")
-    shown = table((_example(row, folder) for row in report.rejected_examples), header)
+    examples = [_example(row, folder) for row in report.rejected_examples]
+    # Rows of a search or rerank run have no place, or tell it among what was wrong.
+    columns = 4 if any(example[-1] for example in examples) else 3
+    header = ("reason", "id", "what was wrong", "where")[:columns]
+    shown = table((example[:columns] for example in examples), header)
     if not shown:
         return [counts]
     return [counts, paragraph(f"Some of them; {everything} names every one. Rows are counted from 0."), shown]

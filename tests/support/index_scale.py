@@ -196,7 +196,7 @@ def measure(
 
             index = json.loads(Storage(30).read(f"{root}/index/index.json"))
             queue = context.Queue()
-            alone = context.Process(target=one_process, args=(root, index.factory, queue))
+            alone = context.Process(target=one_process, args=(root, index["factory"], queue))
             began = time.monotonic()
             alone.start()
             baseline = queue.get()

@@ -1,4 +1,4 @@
-"""The pages of a real run in a real browser: nothing is fetched, nothing runs, everything can be read."""
+"""The pages of real runs in a real browser: nothing is fetched, nothing runs, everything can be read."""
 
 import json
 import os
@@ -11,10 +11,14 @@ import pytest
 from bge_ray.errors import RejectedRowsError
 from bge_ray.pipeline.embed.job import embed
 from bge_ray.pipeline.index.job import build_index
+from bge_ray.pipeline.rerank.job import rerank
+from bge_ray.pipeline.search.job import search
 from bge_ray.settings.sections import parse_settings
 from bge_ray.storage.objects import Storage
 from tests.support.browser import Browser, find_browser
 from tests.support.corpora import docstrings, jsonl_bytes
+from tests.support.models import make_cross_encoder
+from tests.support.searches import jsonl, settings_for
 
 pytestmark = [
     pytest.mark.ray,
@@ -50,7 +54,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def pages(ray_cluster: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Report pages by name: of a good run, of its index, and of a run with too many hostile rows."""
+    """Report pages by name: of a good run, its index, a search, a rerank, and a run with hostile rows."""
     root = tmp_path_factory.mktemp("pages")
     good = docstrings(400)
     bad = [{"id": f"{HOSTILE}{i}", "text": " "} for i in range(8)] + [{"id": HOSTILE, "text": "a text"}] * 3
@@ -75,11 +79,28 @@ def pages(ray_cluster: None, tiny_model: Path, tmp_path_factory: pytest.TempPath
     build_index(settings["good"])
     with pytest.raises(RejectedRowsError):
         embed(settings["bad"])
+    records = [{"_id": f"q{i}", "text": f"how to {p['title']}"} for i, p in enumerate(good[::8])]
+    records.append({"_id": HOSTILE, "text": " "})
+    STORAGE.write(f"{root}/queries.jsonl", jsonl(records))
+    shared = {
+        "output__uri": f"{root}/out-good",
+        "search__queries": f"{root}/queries.jsonl",
+        "search__max_rejected_fraction": 0.5,
+        "rerank__model": str(make_cross_encoder(tmp_path_factory.mktemp("ce"), positions=128)),
+        "report__price_per_hour": 2.5,
+    }
+    search(settings_for(**shared, search__output=f"{root}/run", search__unit_queries=10))
+    reranking = {"rerank__candidates": f"{root}/run", "rerank__unit_pairs": 100, "rerank__depth": 20}
+    rerank(settings_for(**shared, **reranking, rerank__output=f"{root}/reranked"))
     places = {"good": "out-good", "index": "out-good/index", "bad": "out-bad"}
+    places |= {"search": "run", "rerank": "reranked"}
     return {name: root / place / "report.html" for name, place in places.items()}
 
 
-@pytest.mark.parametrize("name", ["good", "index", "bad"])
+PICTURES = {"good": 2, "index": 2, "bad": 2, "search": 1, "rerank": 1}
+
+
+@pytest.mark.parametrize("name", PICTURES)
 def test_the_page_can_be_read_and_fetches_nothing(
     browser: Browser, pages: dict[str, Path], name: str, tmp_path: Path
 ) -> None:
@@ -94,7 +115,7 @@ def test_the_page_can_be_read_and_fetches_nothing(
             sizes = browser.evaluate(
                 "[...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().toJSON())"
             )
-            assert len(sizes) == 2
+            assert len(sizes) == PICTURES[name]
             assert all(s["width"] > 300 and s["height"] > 120 and s["right"] <= width for s in sizes)
             assert [c for c in browser.evaluate(COLOURS) if contrast(*c) < 4.5] == []
             shot = browser.screenshot(kept / f"{name}-{scheme}-{width}.png")
@@ -118,8 +139,34 @@ def test_the_page_of_a_run_shows_its_facts(browser: Browser, pages: dict[str, Pa
     for heading in ("What to change next", "Rows", "Cost", "Where the time went", "Texts", "The run"):
         assert f"\n{heading}\n" in text
     bars = browser.evaluate("[...document.querySelectorAll('.bars i')].map(i => i.offsetWidth)")
-    assert len(bars) == 4 + 3 + 4
+    assert len(bars) == 5 + 3 + 4
     assert max(bars) > 100
+
+
+def test_the_pages_of_the_other_jobs_show_their_facts(browser: Browser, pages: dict[str, Path]) -> None:
+    for name, words in {
+        "index": ("Recall@10", "400", "IVF8,Flat", "searching exactly", "adding"),
+        "search": ("Queries answered", "51 queries = 50 answered + 1 left out", "search", "encode"),
+        "rerank": ("50 queries", "Pairs scored", "score"),
+    }.items():
+        browser.open(pages[name], 1200)
+        text = browser.evaluate("document.body.innerText")
+        report = json.loads(pages[name].with_name("report.json").read_text())
+        # All of the time is told, the launch of Python and of Ray included.
+        assert sum(report["phase_s"].values()) == pytest.approx(report["wall_s"])
+        assert report["rows_in"] == report["rows_planned"] or name == "index"
+        assert report["cost"] == pytest.approx(2.5 * report["devices"] * report["wall_s"] / 3600)
+        for word in (
+            *words,
+            "Wall time",
+            "Price",
+            "launching",
+            "planning",
+            "starting",
+            "working",
+            "finishing",
+        ):
+            assert word in text, (name, word)
 
 
 def test_text_of_the_corpus_stays_text(browser: Browser, pages: dict[str, Path]) -> None:

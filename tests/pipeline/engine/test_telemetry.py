@@ -14,6 +14,7 @@ import pytest
 import requests
 
 from bge_ray.pipeline.engine.telemetry import COUNTERS, GAUGES, PREFIX, TAGS, Telemetry
+from bge_ray.report.facts import RunFacts, read_receipt
 from bge_ray.storage.objects import Storage
 from tests.infra.head import RayHead, free_ports
 from tests.support.corpora import docstrings, jsonl_bytes
@@ -24,7 +25,7 @@ OBSERVABILITY = REPOSITORY / "infra" / "observability"
 DISCOVERY_FILE = "/tmp/ray/prom_metrics_service_discovery.json"  # where Ray's head writes it by default
 EXPORTED = {f"ray_{PREFIX}{name}_total" for name in COUNTERS} | {f"ray_{PREFIX}{name}" for name in GAUGES}
 # What Grafana puts in the place of its variables.
-VARIABLES = {"$bge_job": ".*", "$run_id": ".*", "$__rate_interval": "1m"}
+VARIABLES = {"$bge_job": ".*", "$__rate_interval": "1m"}
 
 
 def dashboard_queries() -> list[str]:
@@ -43,10 +44,10 @@ def test_every_query_of_the_dashboard_is_about_metrics_that_exist() -> None:
 
 
 def test_metrics_never_fail_a_run(caplog: pytest.LogCaptureFixture) -> None:
-    telemetry = Telemetry("embed", "run")
-    telemetry.start(units=2, encoders=1)
-    telemetry.finish_unit({"rows": "not a number"}, {})  # type: ignore[dict-item]
-    telemetry.finish_unit({"rows": 1.0}, {"empty_text": 1})
+    telemetry = Telemetry("embed")
+    telemetry.start(RunFacts("embed"))
+    telemetry.finish_unit(read_receipt(1, {"rows_out": "not a number"}))
+    telemetry.finish_unit(read_receipt(2, {"reasons": {"empty_text": 1}}))
     telemetry.fail_unit()
     assert [r.message for r in caplog.records if "no metrics of this run" in r.message] != []
     assert len(caplog.records) == 1
@@ -54,13 +55,13 @@ def test_metrics_never_fail_a_run(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.ray
 def test_metrics_cost_next_to_nothing(ray_cluster: None) -> None:
-    telemetry = Telemetry("embed", "cost")
-    telemetry.start(units=1000, encoders=1)
-    amounts = dict.fromkeys(COUNTERS, 1.0)
-    del amounts["rejected_rows"]
+    telemetry = Telemetry("embed")
+    telemetry.start(RunFacts("embed", units_planned=1000))
+    names = ("tokens", "padded_tokens", "truncated", "text_bytes", "bytes_out", "device_s", "waited_s")
+    unit = read_receipt(2, dict.fromkeys(names, 1) | {"reasons": {"empty_text": 1}})
     started = time.perf_counter()
     for _ in range(1000):
-        telemetry.finish_unit(amounts, {"empty_text": 1})
+        telemetry.finish_unit(unit)
     assert (time.perf_counter() - started) / 1000 < 0.005  # a unit costs some 0.045 s of scheduling
 
 
@@ -139,7 +140,7 @@ def test_prometheus_has_the_figures_of_the_report(
     assert (report["rows_out"], report["rows_rejected"]) == (601, 4)
 
     # The driver is gone; what it counted last must have reached Prometheus all the same.
-    label = f'{{bge_job="embed",run_id="{report["run_id"]}"}}'
+    label = '{bge_job="embed"}'
     wait_until(lambda: prometheus.sum(f"ray_bge_units_total{label}") == report["units_done"], 30)
     seen = {name: prometheus.sum(f"ray_{PREFIX}{name}_total{label}") for name in COUNTERS}
     assert seen["rows"] == report["rows_out"]
@@ -150,11 +151,18 @@ def test_prometheus_has_the_figures_of_the_report(
     by_reason = prometheus.query(f"ray_bge_rejected_rows_total{label}")
     assert {s["metric"]["reason"]: float(s["value"][1]) for s in by_reason} == report["rejected_reasons"]
     assert 1 - seen["tokens"] / seen["padded_tokens"] == pytest.approx(report["padding_waste"])
-    encoder_s = report["steady_s"] * report["num_encoders"]
+    encoder_s = report["steady_s"] * report["workers"]["encoders"]
     assert seen["device_busy_seconds"] == pytest.approx(report["utilisation"] * encoder_s)
     assert seen["queue_wait_seconds"] == pytest.approx(report["waiting"] * encoder_s)
+    (began,) = prometheus.query(f"max_over_time(ray_bge_run_started_seconds{label}[10m])")
+    assert float(began["value"][1]) == pytest.approx(report["started"], abs=1e-3)
     left = prometheus.query(f"min_over_time(ray_bge_units_left{label}[10m])")
     assert [float(series["value"][1]) for series in left] == [0.0]
+
+    # A run is no label: one a night would be a new series for ever.
+    series = prometheus.query('{__name__=~"ray_bge_.*"}')
+    assert series
+    assert not any("run_id" in found["metric"] for found in series)
 
     for query in dashboard_queries():
         for variable, value in VARIABLES.items():

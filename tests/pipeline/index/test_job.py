@@ -23,6 +23,7 @@ from bge_ray.index.topk import merge_topk
 from bge_ray.index.train import load_trained
 from bge_ray.index.vectors import check_vectors
 from bge_ray.pipeline.index.job import build_index, index_files, plan_index, read_index
+from bge_ray.records.index import IndexDescription
 from bge_ray.settings.sections import Settings, parse_settings
 from bge_ray.storage.lease import Lease
 from bge_ray.storage.objects import Storage, join
@@ -382,8 +383,8 @@ def test_damaged_parts_and_trainings_are_named_and_nothing_is_overwritten(bucket
     made = make_dataset(bucket, [4000, 4000], DIM)
     settings = settings_for(bucket, "index.factory=IVF16,SQ8")
     first = build_index(settings)
-    part = f"{bucket}/index/{first['parts'][0]}"
-    training = f"{bucket}/index/{first['training']['path']}"
+    part = f"{bucket}/index/{first.parts[0]}"
+    training = f"{bucket}/index/{first.training.path}"
     made.put(2, clustered(500, DIM, seed=2))
     made.publish()
     for uri, at, match in [
@@ -409,8 +410,8 @@ def test_a_part_of_another_training_is_refused(bucket: str) -> None:
     other = f"{bucket}/other"
     make_dataset(other, [3000], DIM)
     foreign = build_index(settings_for(other, "index.factory=IVF16,SQ8"))
-    part = f"{bucket}/index/{first['parts'][0]}"
-    STORAGE.write(part, STORAGE.read(f"{other}/index/{foreign['parts'][0]}"))
+    part = f"{bucket}/index/{first.parts[0]}"
+    STORAGE.write(part, STORAGE.read(f"{other}/index/{foreign.parts[0]}"))
     STORAGE.delete([f"{bucket}/index/index.json"])
     with pytest.raises(IndexBuildError, match="was made with the trained index"):
         build_index(settings)
@@ -419,7 +420,7 @@ def test_a_part_of_another_training_is_refused(bucket: str) -> None:
 def test_a_training_that_is_gone_is_made_again(bucket: str) -> None:
     make_dataset(bucket, [4000], DIM)
     first = build_index(settings_for(bucket, "index.factory=IVF16,SQ8"))
-    STORAGE.delete([f"{bucket}/index/{first['training']['path']}"])
+    STORAGE.delete([f"{bucket}/index/{first.training.path}"])
     again = build_index(settings_for(bucket, "index.factory=IVF16,SQ8", "index.recall_target=0.9"))
     assert again.ntotal == 4000
 

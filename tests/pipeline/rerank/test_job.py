@@ -18,6 +18,8 @@ from bge_ray.model.reranker import Reranker
 from bge_ray.model.reranker_spec import resolve_reranker
 from bge_ray.pipeline.embed.job import embed
 from bge_ray.pipeline.rerank.job import plan_rerank, rerank
+from bge_ray.records.dataset import from_json
+from bge_ray.records.reports import RerankReport
 from tests.support.corpora import docstrings, mixed_objects
 from tests.support.models import make_cross_encoder, make_encoder
 from tests.support.s3 import S3Server
@@ -285,9 +287,9 @@ def test_bad_candidates_are_named_and_counted_and_the_rest_is_done(
         ],
         key=str,
     )
-    report = json.loads(STORAGE.read(f"{bucket}/out/report.json"))
+    report = from_json(RerankReport, STORAGE.read(f"{bucket}/out/report.json"))
     assert report.pairs_in == report.pairs_out + 602  # unknown ids, and the one that stands twice
-    assert report.truncated_pairs >= 1
+    assert report.scoring.truncated_pairs >= 1
     assert sum(report.rejected_reasons.values()) == 610
 
 

@@ -20,6 +20,8 @@ from bge_ray.model.source import resolve_model
 from bge_ray.pipeline.embed.job import embed
 from bge_ray.pipeline.index.job import build_index, read_index
 from bge_ray.pipeline.search.job import plan_search, search
+from bge_ray.records.dataset import from_json
+from bge_ray.records.reports import SearchReport
 from bge_ray.settings.sections import ModelSettings
 from bge_ray.storage.objects import join
 from tests.support.corpora import csv_bytes, docstrings, jsonl_bytes, mixed_objects, parquet_bytes
@@ -215,7 +217,7 @@ def test_queries_that_cannot_be_answered_are_named_and_the_rest_is_done(root: st
     assert reasons == sorted(
         ["null_text", "empty_text", "non_string_text", "null_id", "duplicate_id", "malformed_line"]
     )
-    report = json.loads(STORAGE.read(f"{bucket}/run/report.json"))
+    report = from_json(SearchReport, STORAGE.read(f"{bucket}/run/report.json"))
     assert (report.queries_in, report.queries_out, report.truncated_queries) == (27, 21, 1)
 
 

@@ -1,0 +1,143 @@
+"""Facts and reports of small runs, with hostile text wherever a page shows text of the user's."""
+
+import dataclasses
+from typing import Any
+
+from bge_ray.records.dataset import FileFact, ModelSpec
+from bge_ray.records.index import CurvePoint, IndexDescription, Recall, TrainedOn
+from bge_ray.records.reports import (
+    EmbedReport,
+    IndexReport,
+    RerankReport,
+    Scoring,
+    SearchedIndex,
+    SearchReport,
+)
+from bge_ray.report.facts import Receipt, RunFacts, Workers, read_receipt, summarise, text_lengths
+from bge_ray.settings.sections import Settings
+
+EDGES = (8, 16)
+HOSTILE = "<script>alert('x')</script>"
+MODEL = ModelSpec(HOSTILE, None, "f", 8, "cls", 16, True, "float32", "", "")
+ENDED = 140.0
+
+
+def receipt(n: int, start: float, end: float) -> Receipt:
+    """A unit of n + 1 rows as the stages of an embed run note it; one row has no text."""
+    example = {"passage_id": HOSTILE, "reason": "empty_text", "detail": HOSTILE, "uri": HOSTILE, "row": 3}
+    noted: dict[str, Any] = {"read_s": 1.0, "tokenise_s": 2.0, "write_s": 0.5, "written": end + 1}
+    noted |= {"encode_started": start, "encode_ended": end, "device_s": end - start, "waited_s": 1.0}
+    noted |= {"padded_tokens": 12 * n, "lengths": [n, 0, 0], "text_bytes": 50 * n, "memory_splits": 0}
+    noted |= {"rows_out": n, "tokens": 10 * n, "truncated": 2, "reasons": {"empty_text": 1}, "bytes_out": 100}
+    return read_receipt(n + 1, noted | {"rejected_examples": [example], "encoder": "host:7"})
+
+
+def facts_of_two(job: str = "embed") -> RunFacts:
+    """Two units done: at work from 110 to 130, by two encoders; launched at 100, entered at 101."""
+    facts = RunFacts(job, "run-7", started=100.0, entered=101.0, length_edges=EDGES)
+    facts.plan(units=2, rows=42)
+    model = "encoders" if job in ("embed", "index") else "rerankers"
+    facts.start(Workers("cpu", 2.0, {model: 2, "readers": 1, "writers": 1}, model), 104.0)
+    facts.book(receipt(10, 110.0, 120.0))
+    facts.book(receipt(30, 115.0, 130.0))
+    return facts
+
+
+def common(facts: RunFacts, **changes: Any) -> dict[str, Any]:
+    given = {**summarise(facts, ended=ENDED, price_per_hour=3.6), "key": "k", "complete": True}
+    given |= {"outcome": "complete", "files": (), "settings": Settings().model_dump(mode="json")}
+    return given | changes
+
+
+def embed_report(facts: RunFacts | None = None, **changes: Any) -> EmbedReport:
+    facts = facts or facts_of_two()
+    report = EmbedReport(
+        **common(facts),
+        output="s3://b/out",
+        corpus="s3://b/in",
+        plan=1,
+        model=MODEL,
+        dataset_fingerprint="f",
+        readers_busy=0.3,
+        lengths=text_lengths(facts),
+    )
+    return dataclasses.replace(report, **changes)
+
+
+def index_description(**changes: Any) -> IndexDescription:
+    recall = Recall(10, 0.96, 0.95, 0.97)
+    index = IndexDescription(
+        inputs="k",
+        dataset_fingerprint="f",
+        factory=HOSTILE,
+        kind="ivf",
+        metric="l2",
+        dim=8,
+        ntotal=100,
+        nlist=8,
+        files=(FileFact("a/index.faiss", 1000, "f", 100),),
+        training=TrainedOn("trained/f.faiss", "f"),
+        parts=("parts/f.part",),
+        parameter="nprobe",
+        effort=2,
+        recall_target=0.95,
+        reached=True,
+        queries=HOSTILE,
+        num_queries=10,
+        recall={"@10": recall},
+        ceiling={"@10": recall},
+        ceiling_queries=10,
+        recall_after_exact_reranking=recall,
+        gain_of_exact_reranking=0.0,
+        curve=(CurvePoint(1, {"@10": 0.9}), CurvePoint(2, {"@10": 0.96})),
+        imbalance=1.2,
+        drift=0.0,
+        seconds=5.0,
+    )
+    return dataclasses.replace(index, **changes)
+
+
+def index_report(**changes: Any) -> IndexReport:
+    index = index_description(**changes)
+    return IndexReport(**common(facts_of_two("index"), files=index.files), output="s3://b/out", index=index)
+
+
+SCORING = Scoring({"name": HOSTILE}, 40, 4000, 0, 0.05, 400.0, 2, 0.9)
+
+
+def search_report(**changes: Any) -> SearchReport:
+    report = SearchReport(
+        **common(facts_of_two("search"), steady_s=70.0),
+        units=2,
+        without_trec=(),
+        queries=HOSTILE,
+        dataset="s3://b/out",
+        model=MODEL,
+        index=SearchedIndex(HOSTILE, "ivf", 100, "nprobe", 2, {"@10": Recall(10, 0.96, 0.95, 0.97)}),
+        k=10,
+        queries_in=10,
+        queries_out=9,
+        results=90,
+        unknown_ids=0,
+        missing_results=0,
+        doubled_passages=0,
+        query_tokens=100,
+        truncated_queries=0,
+        scoring=SCORING,
+    )
+    return dataclasses.replace(report, **changes)
+
+
+def rerank_report(**changes: Any) -> RerankReport:
+    report = RerankReport(
+        **common(facts_of_two("rerank"), steady_s=70.0),
+        units=2,
+        without_trec=(),
+        candidates=HOSTILE,
+        queries=9,
+        pairs_in=42,
+        pairs_out=40,
+        lists_rejected=0,
+        scoring=SCORING,
+    )
+    return dataclasses.replace(report, **changes)

@@ -1,0 +1,97 @@
+"""The advice follows the figures, begins at its threshold, and is silent where nothing is wrong."""
+
+from typing import Any
+
+import pytest
+
+from bge_ray.records.reports import EmbedReport
+from bge_ray.report import advice
+from bge_ray.report.advice import advise_embed, advise_index, advise_rerank, advise_search
+from tests.report.samples import SCORING, embed_report, index_report, rerank_report, search_report
+
+LONG = {"steady_s": 600.0, "wall_s": 610.0}
+
+
+def quiet(**changes: Any) -> EmbedReport:
+    return embed_report(**{"padding_waste": 0.01, "truncated": 0, "rows_rejected": 0} | changes)
+
+
+def scoring(**changes: Any) -> dict[str, Any]:
+    return {"scoring": type(SCORING)(**(vars(SCORING) | changes))}
+
+
+def test_good_figures_need_no_advice() -> None:
+    assert advise_embed(quiet()) == []
+    assert advise_index(index_report()) == []
+    assert advise_index(index_report(effort=6)) == []  # of 8 lists
+    assert advise_search(search_report()) == []
+    assert advise_rerank(rerank_report()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {**LONG, "utilisation": 0.4, "waiting": 0.5},
+            ["40%", "waited for input 50%", "num_readers above 1"],
+        ),
+        ({**LONG, "utilisation": 0.4, "waiting": 0.01}, ["too few units", "batching.unit_rows"]),
+        ({"units_done": 100, "rows_in": 4_000_000}, ["0.25 s", "raise batching.unit_rows above 50,000"]),
+        ({"units_done": 100, "rows_in": 100}, ["merge the corpus objects"]),
+        ({"memory_splits": 3}, ["halved: 3", "batching.token_budget"]),
+        ({"padding_waste": 0.3}, ["30%", "batching.unit_rows"]),
+        ({"truncated": 30}, ["75%", "cut at 16 tokens", "model.max_length"]),
+        ({"rows_rejected": 2, "rows_in": 300}, ["3 are allowed", "corpus.max_rejected_fraction"]),
+        ({"wall_s": 600.0, "startup_s": 400.0}, ["67%", "start-up"]),
+    ],
+)
+def test_advice_on_an_embed_run(change: dict[str, Any], words: list[str]) -> None:
+    (line,) = advise_embed(quiet(**change))
+    for word in words:
+        assert word in line
+
+
+def test_advice_begins_at_its_threshold() -> None:
+    just = advice.HIGH_PADDING
+    assert advise_embed(quiet(padding_waste=just)) == []
+    assert len(advise_embed(quiet(padding_waste=just + 1e-6))) == 1
+    waiting = {**LONG, "waiting": 0.5}
+    assert advise_embed(quiet(**waiting, utilisation=advice.LOW_UTILISATION)) == []
+    assert len(advise_embed(quiet(**waiting, utilisation=advice.LOW_UTILISATION - 1e-6))) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"reached": False}, "search.rescore"),
+        ({"imbalance": 3.0}, "uneven"),
+        ({"effort": 96, "nlist": 128}, "75% of the lists"),
+        ({"drift": 0.25}, "index.max_drift"),
+    ],
+)
+def test_advice_on_an_index(change: dict[str, Any], word: str) -> None:
+    (line,) = advise_index(index_report(**change))
+    assert word in line
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"unknown_ids": 5}, "Run index.py"),
+        ({"missing_results": 5}, "search.nprobe"),
+        ({"doubled_passages": 5}, "an id of its own"),
+        ({"truncated_queries": 5}, "model.max_length"),
+        (scoring(truncated_pairs=30), "rerank.max_length"),
+        (scoring(utilisation=0.3), "rerank.num_rerankers"),
+        (scoring(padding_waste=0.3), "rerank.unit_pairs"),
+        ({"wall_s": 600.0, "startup_s": 400.0}, "start-up"),
+    ],
+)
+def test_advice_on_a_search(change: dict[str, Any], word: str) -> None:
+    (line,) = advise_search(search_report(**change))
+    assert word in line
+
+
+def test_advice_on_a_rerank_run_is_that_on_its_rerankers() -> None:
+    (line,) = advise_rerank(rerank_report(**scoring(utilisation=0.3)))
+    assert "rerank.num_rerankers" in line

@@ -1,0 +1,117 @@
+"""The pages show what the reports say, and whatever text stands in them stays text."""
+
+import re
+
+import numpy as np
+import pytest
+
+from bge_ray.records.reports import RejectedRow
+from bge_ray.report.embed_page import embed_page
+from bge_ray.report.facts import RunFacts
+from bge_ray.report.index_page import index_page
+from bge_ray.report.run_page import rerank_page, search_page
+from bge_ray.report.sections import MAX_FAILURES, PHASES
+from tests.report.samples import (
+    HOSTILE,
+    embed_report,
+    facts_of_two,
+    index_report,
+    rerank_report,
+    search_report,
+)
+
+PAGES = {
+    "embed": embed_page(embed_report(outcome=f"incomplete: {HOSTILE}", complete=False, failures=(HOSTILE,))),
+    "index": index_page(index_report(), np.array([10, 20, 70])),
+    "search": search_page(search_report(complete=False, units_done=1, failures=(HOSTILE,))),
+    "rerank": rerank_page(rerank_report(without_trec=(HOSTILE,))),
+}
+
+
+@pytest.mark.parametrize("job", PAGES)
+def test_what_a_page_shows_is_escaped(job: str) -> None:
+    page = PAGES[job].decode()
+    assert "<script" not in page.lower()
+    assert page.count("&lt;script&gt;") >= 2
+    assert "default-src 'none'" in page
+
+
+@pytest.mark.parametrize("job", PAGES)
+def test_every_page_says_how_long_what_it_cost_and_what_to_change(job: str) -> None:
+    page = PAGES[job].decode()
+    for words in (
+        "Wall time",
+        "40.0 s",
+        "10.0 s of it start-up",
+        "What to change next",
+        "Price",
+        "0.08",
+    ):
+        assert words in page
+    for name, _ in PHASES.values():
+        assert f">{name}<" in page
+    assert "0.022: 2 for 40.0 s" in page
+    assert "batching.unit_rows" in page  # among all settings
+
+
+@pytest.mark.parametrize("job", ["embed", "search", "rerank"])
+def test_what_was_left_out_is_shown_by_reason_with_examples(job: str) -> None:
+    page = PAGES[job].decode()
+    assert "empty_text" in page
+    assert "2 rows: nothing but white space" in page
+    assert "row 3" in page
+
+
+def test_the_accounts_of_each_job() -> None:
+    assert "42 in = 40 embedded + 2 rejected, in 2 of 2 planned units" in PAGES["embed"].decode()
+    assert "10 queries = 9 answered + 1 left out, with 90 results" in PAGES["search"].decode()
+    assert "42 pairs = 40 scored + 2 left out, of 9 queries" in PAGES["rerank"].decode()
+    assert "9 of 10 queries" in PAGES["search"].decode()
+    many = rerank_page(rerank_report(pairs_in=1_234_567, pairs_out=1_234_000)).decode()
+    assert "Complete: 1,234,000 of 1,234,567 pairs" in many
+
+
+def test_pictures_are_there_where_there_is_something_to_draw() -> None:
+    assert {job: page.count(b"<svg") for job, page in PAGES.items()} == {
+        "embed": 2,
+        "index": 2,
+        "search": 1,
+        "rerank": 1,
+    }
+    flat = index_report(parameter=None, effort=1, curve=(), ceiling=None, nlist=0)
+    assert index_page(flat, None).count(b"<svg") == 0
+
+
+def test_a_run_with_nothing_done_has_a_page_too() -> None:
+    page = embed_page(embed_report(RunFacts("embed", started=100.0, entered=100.0)))
+    assert b"Complete" in page
+    assert b"Nothing to say: no unit was done" in page
+    assert b"No text was tokenised" in page
+
+
+def test_what_is_not_done_is_shown_up_to_a_number() -> None:
+    facts = facts_of_two()
+    facts.plan(units=100, rows=1000)
+    for number in range(MAX_FAILURES + 7):
+        facts.book_failure(f"unit-{number} fell")
+    page = embed_page(embed_report(facts, complete=False)).decode()
+    assert "98 of 100 units, 958 of 1,000 rows" in page
+    assert len(re.findall(r"unit-\d+ fell", page)) == MAX_FAILURES
+    assert "and 7 more" in page
+
+
+def test_examples_name_what_they_have() -> None:
+    rows = (
+        RejectedRow("null_id", "missing", uri="file:///corpus/a.jsonl", row=1234),
+        RejectedRow("unknown_passage", "gone", query_id="q1", passage_id="p1"),
+    )
+    page = embed_page(embed_report(corpus="/corpus", rejected_examples=rows)).decode()
+    assert ">a.jsonl, row 1,234<" in page
+    assert ">q1, p1<" in page
+
+
+def test_no_price_is_said() -> None:
+    report = search_report(price_per_hour=None, cost=None, cost_per_million_tokens=None)
+    page = search_page(report).decode()
+    assert "CPU core hours" in page
+    assert "report.price_per_hour takes that of a CPU core hour" in page
