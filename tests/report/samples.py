@@ -57,7 +57,7 @@ def embed_report(facts: RunFacts | None = None, **changes: Any) -> EmbedReport:
         corpus="s3://b/in",
         plan=1,
         model=MODEL,
-        dataset_fingerprint="f",
+        vector_fingerprint="f",
         readers_busy=0.3,
         lengths=text_lengths(facts),
     )
@@ -68,7 +68,7 @@ def index_description(**changes: Any) -> IndexDescription:
     recall = Recall(10, 0.96, 0.95, 0.97)
     index = IndexDescription(
         inputs="k",
-        dataset_fingerprint="f",
+        vector_fingerprint="f",
         factory=HOSTILE,
         kind="ivf",
         metric="l2",

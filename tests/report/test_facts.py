@@ -8,7 +8,8 @@ from typing import Any
 import psutil
 import pytest
 
-from bge_ray.records.dataset import FileFact, from_json, to_json
+from bge_ray.records.canonical import from_json, to_json
+from bge_ray.records.dataset import FileFact
 from bge_ray.records.index import IndexDescription
 from bge_ray.records.reports import (
     PHASES,

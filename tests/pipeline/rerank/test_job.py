@@ -10,15 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from bge_ray.model.reranker import Reranker
+from bge_ray.model.reranker_spec import resolve_reranker
 from safetensors.torch import load_file, save_file
 
 from bge_ray.errors import CorpusError, ModelError, RejectedRowsError, SettingsError
 from bge_ray.model.feed.pairs import PairTokenizer
-from bge_ray.model.reranker import Reranker
-from bge_ray.model.reranker_spec import resolve_reranker
 from bge_ray.pipeline.embed.job import embed
 from bge_ray.pipeline.rerank.job import plan_rerank, rerank
-from bge_ray.records.dataset import from_json
+from bge_ray.records.canonical import from_json
 from bge_ray.records.reports import RerankReport
 from tests.support.corpora import docstrings, mixed_objects
 from tests.support.models import make_cross_encoder, make_encoder

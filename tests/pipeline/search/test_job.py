@@ -20,7 +20,7 @@ from bge_ray.model.source import resolve_model
 from bge_ray.pipeline.embed.job import embed
 from bge_ray.pipeline.index.job import build_index, read_index
 from bge_ray.pipeline.search.job import plan_search, search
-from bge_ray.records.dataset import from_json
+from bge_ray.records.canonical import from_json
 from bge_ray.records.reports import SearchReport
 from bge_ray.settings.sections import ModelSettings
 from bge_ray.storage.objects import join
