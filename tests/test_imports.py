@@ -15,7 +15,8 @@ TASKS = (
     "embed.write",
     "search.stages",
     "runs.parts",
-    "rerank.stages",
+    "rerank.score",
+    "engine.model_stage",
     "rerank.texts",
     "index.tasks",
 )

@@ -12,6 +12,7 @@ from bge_ray.formats.rows import (
     rejected_table,
     take_passages,
 )
+from bge_ray.records.ids import split_vector_ids
 from bge_ray.records.schemas import REJECTED_SCHEMA
 
 ANYTHING = st.one_of(
@@ -47,9 +48,8 @@ def test_every_row_ends_in_one_place(rows: list[tuple], titled: bool) -> None:
         (passage_id + text).encode()
     table = rejected_table(1, 50, rejected)
     assert table.schema == REJECTED_SCHEMA
-    assert (split_vector_ids(table["vector_id"].to_numpy()).row_no - 50).tolist() == sorted(
-        r.row for r in rejected
-    )
+    there = split_vector_ids(table["vector_id"].to_numpy()).row_no - 50
+    assert there.tolist() == sorted(r.row for r in rejected)
     assert all(len(d) <= MAX_DETAIL_CHARS for d in table["detail"].to_pylist())
 
 

@@ -1,67 +1,142 @@
-"""Stages are sized so that no cluster, however small, can wait for itself."""
+"""Pools and tasks are sized so that no cluster, however small, can wait for itself."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bge_ray.errors import SettingsError
-from bge_ray.pipeline.engine.cluster import cap_sizes, size_stages
-from bge_ray.settings.sections import ResourcesSettings
+from bge_ray.pipeline.embed.job import READERS_PER_CORE, READERS_PER_GPU, WRITER_CPUS, WRITER_SHARE
+from bge_ray.pipeline.engine.pools import (
+    PoolRequest,
+    Sizes,
+    TaskRequest,
+    encoder_request,
+    reranker_request,
+    searcher_request,
+    size_pools,
+)
+from bge_ray.pipeline.runs.work import TASKS
+from bge_ray.settings.sections import Settings, parse_settings
+
+TASK_STAGES = 5
+ANY = st.none() | st.integers(1, 500)
+REQUESTS = st.lists(
+    st.sampled_from([encoder_request, searcher_request, reranker_request]), min_size=1, unique=True
+)
+
+
+def embed_tasks(spans: int = 10_000, units: int = 10_000) -> list[TaskRequest]:
+    return [
+        TaskRequest("writers", min(32, units), WRITER_SHARE, WRITER_CPUS, per_gpu=1.0, per_core=1.0),
+        TaskRequest("readers", spans, 1.0, per_gpu=READERS_PER_GPU, per_core=READERS_PER_CORE),
+    ]
+
+
+def encoders(count: int | None = None, gpus: float | None = None, most: int = 10_000) -> PoolRequest:
+    return PoolRequest("encoders", "resources.num_encoders", most, count, gpus)
+
+
+def embed(pool: PoolRequest, cpus: float, gpus: float, node: float | None = None) -> Sizes:
+    return size_pools([pool], embed_tasks(), cpus, gpus, node_cpus=node)
 
 
 @given(st.integers(1, 512), st.integers(0, 64))
 def test_every_pool_fits_at_once(cpus: int, gpus: int) -> None:
     """What encoders, one reader and one writer reserve together is there, so none blocks the others."""
     try:
-        sizes = size_stages(ResourcesSettings(), cpus, gpus)
+        sizes = embed(encoders(), cpus, gpus)
     except SettingsError:
         assert gpus * 0.25 > cpus - 0.2  # refused only where the CPUs are truly used up
         return
-    reserved = (
-        sizes.num_encoders * sizes.encoder_cpus
-        + sizes.num_readers * sizes.reader_cpus
-        + sizes.num_writers * sizes.writer_cpus
-    )
+    pool, readers, writers = sizes.pools["encoders"], sizes.tasks["readers"], sizes.tasks["writers"]
+    reserved = pool.count * pool.cpus + readers.count * readers.cpus + writers.count * writers.cpus
     assert reserved <= cpus + 1e-6
-    assert min(sizes.num_encoders, sizes.num_readers, sizes.num_writers) >= 1
-    assert sizes.num_encoders == (gpus or cpus)
-    assert (sizes.device == "cuda") == (gpus > 0)
+    assert min(pool.count, readers.count, writers.count) >= 1
+    assert pool.count == (gpus or cpus)
+    assert (pool.device == "cuda") == (gpus > 0)
     # Ray fuses a task into an actor stage of equal size, and would then tokenise inside the encoder.
-    assert sizes.reader_cpus != sizes.encoder_cpus or sizes.encoder_gpus
+    assert readers.cpus != pool.cpus or pool.gpus
 
 
 @given(st.integers(2, 256), st.integers(1, 256))
-def test_cpu_threads_do_not_exceed_the_cores(cpus: int, num_encoders: int) -> None:
-    sizes = size_stages(ResourcesSettings(num_encoders=num_encoders), cpus, 0)
-    assert sizes.num_encoders == num_encoders
-    assert sizes.encoder_threads * num_encoders <= max(cpus, num_encoders)
+def test_cpu_threads_do_not_exceed_the_cores(cpus: int, count: int) -> None:
+    pool = embed(encoders(count), cpus, 0).pools["encoders"]
+    assert pool.count == count
+    assert pool.threads * count <= max(cpus, count)
 
 
 @given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 128) | st.none())
-def test_nothing_waits_for_a_core_that_no_node_has(cores: int, nodes: int, num_encoders: int | None) -> None:
+def test_nothing_waits_for_a_core_that_no_node_has(cores: int, nodes: int, count: int | None) -> None:
     """An encoder fits on a node; tasks go on however the encoders lie, and after a node was lost."""
-    sizes = size_stages(ResourcesSettings(num_encoders=num_encoders), cores * nodes, 0, node_cpus=cores)
-    assert sizes.encoder_cpus <= cores
-    assert (sizes.reader_cpus, sizes.writer_cpus) == (0, 0)
+    sizes = embed(encoders(count), cores * nodes, 0, cores)
+    assert sizes.pools["encoders"].cpus <= cores
+    assert {tasks.cpus for tasks in sizes.tasks.values()} == {0.0}
+
+
+@given(REQUESTS, ANY, ANY, st.integers(1, 2000), st.integers(0, 64), st.integers(1, 128))
+def test_pools_of_a_search_always_fit_beside_each_other(
+    requests: list, most: int | None, fixed: int | None, cpus: int, gpus: int, node: int
+) -> None:
+    settings = parse_settings(None, [] if fixed is None else [f"search.num_searchers={fixed}"])
+    pools = [request(settings, most or 10_000) for request in requests]
+    try:
+        sizes = size_pools(pools, [TASKS] * TASK_STAGES, float(cpus), float(gpus), node_cpus=min(node, cpus))
+    except SettingsError:
+        assert gpus * 0.25 > cpus / 2 - 1  # GPUs without the CPUs to feed them
+        return
+    used = sum(p.count * p.cpus for p in sizes.pools.values())
+    assert sum(p.count * p.gpus for p in sizes.pools.values()) <= gpus + 1e-6
+    # One task of each stage fits beside all actors, or a stage would wait for ever.
+    tasks = sizes.tasks["tasks"]
+    assert tasks.count >= 1
+    assert used + TASK_STAGES * tasks.cpus <= cpus + 1e-3
+    for pool in pools:
+        sized = sizes.pools[pool.name]
+        assert 1 <= sized.count <= pool.most
+        assert 0 < sized.cpus <= min(node, cpus)
+        assert (sized.device == "cuda") == (gpus > 0 and pool.name != "searchers")
 
 
 def test_tasks_reserve_cores_only_where_encoders_take_whole_ones() -> None:
-    roomy = size_stages(ResourcesSettings(), 16, 2, node_cpus=8)
-    assert (roomy.encoder_cpus, roomy.reader_cpus) == (1.0, 1.0)
-    tight = size_stages(ResourcesSettings(), 2, 2, node_cpus=1)
-    assert (tight.encoder_cpus, tight.reader_cpus) == (0.25, 0.0)
+    roomy = embed(encoders(), 16, 2, 8)
+    assert (roomy.pools["encoders"].cpus, roomy.tasks["readers"].cpus) == (1.0, 1.0)
+    tight = embed(encoders(), 2, 2, 1)
+    assert (tight.pools["encoders"].cpus, tight.tasks["readers"].cpus) == (0.25, 0.0)
 
 
 def test_gpus_are_shared_where_asked() -> None:
-    sizes = size_stages(ResourcesSettings(gpus_per_encoder=0.5), 32, 4)
-    assert (sizes.num_encoders, sizes.encoder_gpus) == (8, 0.5)
+    pool = embed(encoders(gpus=0.5), 32, 4).pools["encoders"]
+    assert (pool.count, pool.gpus) == (8, 0.5)
 
 
-def test_too_many_encoders_for_the_cpus_are_refused() -> None:
+def test_both_models_share_a_single_gpu() -> None:
+    settings = Settings()
+    pools = [encoder_request(settings, 100), searcher_request(settings, 4), reranker_request(settings, 100)]
+    sizes = size_pools(pools, [TASKS], 16.0, 1.0).pools
+    assert (sizes["encoders"].count, sizes["encoders"].gpus) == (1, 0.25)
+    assert (sizes["rerankers"].count, sizes["rerankers"].gpus) == (1, 0.75)
+    alone = size_pools([reranker_request(settings, 100)], [TASKS], 64.0, 8.0).pools
+    assert (alone["rerankers"].count, alone["rerankers"].gpus) == (8, 1.0)
+
+
+def test_what_does_not_fit_is_refused_with_the_keys_to_change() -> None:
     with pytest.raises(SettingsError, match=r"resources\.num_encoders"):
-        size_stages(ResourcesSettings(num_encoders=8), 2, 8)
+        embed(encoders(8), 2, 8)
+    settings = parse_settings(None, ["rerank.num_rerankers=3", "rerank.gpus_per_reranker=1"])
+    with pytest.raises(
+        SettingsError, match=r"rerank\.num_rerankers: the actors need 3 GPUs, the cluster has 2"
+    ):
+        size_pools([reranker_request(settings, 10)], [TASKS], 16.0, 2.0)
 
 
 def test_a_small_job_starts_no_idle_actor() -> None:
-    sizes = cap_sizes(size_stages(ResourcesSettings(), 64, 8), spans=1, units=3)
-    assert (sizes.num_encoders, sizes.num_readers, sizes.num_writers) == (3, 1, 3)
+    sizes = size_pools([encoders(most=3)], embed_tasks(spans=1, units=3), 64, 8)
+    assert sizes.pools["encoders"].count == 3
+    assert (sizes.tasks["readers"].count, sizes.tasks["writers"].count) == (1, 3)
+
+
+def test_two_cores_without_a_gpu_are_shared_as_they_always_were() -> None:
+    sizes = embed(encoders(), 2, 0)
+    pool = sizes.pools["encoders"]
+    assert (pool.count, pool.cpus, pool.threads) == (2, 0.5, 1)
+    assert (sizes.tasks["readers"].count, sizes.tasks["writers"].count) == (1, 2)

@@ -22,7 +22,8 @@ from bge_ray.index.search import load_index, search
 from bge_ray.index.topk import merge_topk
 from bge_ray.index.train import load_trained
 from bge_ray.index.vectors import check_vectors
-from bge_ray.pipeline.index.job import build_index, index_files, plan_index, read_index
+from bge_ray.pipeline.index.job import build_index, plan_index
+from bge_ray.pipeline.index.published import index_files, read_index
 from bge_ray.records.index import IndexDescription
 from bge_ray.settings.sections import Settings, parse_settings
 from bge_ray.storage.lease import Lease

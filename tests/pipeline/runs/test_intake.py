@@ -1,4 +1,4 @@
-"""Input cut into units and groups; the sizes of pools; sums that must hold for any cluster."""
+"""Input cut into units and groups, which a rerun finds again."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +10,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from bge_ray.errors import SettingsError
-from bge_ray.pipeline.engine.pools import TASK_STAGES, size_pools
+from bge_ray.pipeline.runs.groups import CANDIDATE_SCHEMA, QUERY_SCHEMA, part_uri
 from bge_ray.pipeline.runs.intake import Block, Limits, read_group, take_in
-from bge_ray.pipeline.runs.parcels import CANDIDATE_SCHEMA, QUERY_SCHEMA, part_uri
-from bge_ray.settings.sections import Settings, parse_settings
 from bge_ray.storage.objects import Storage
 
 STORAGE = Storage(5)
@@ -64,7 +61,7 @@ def test_finished_units_are_not_taken_in_again_and_a_longer_input_keeps_its_begi
 
 
 def test_long_texts_close_a_group_early(tmp_path: Path) -> None:
-    nothing = {name: [None] for name in ("vector_id", "score", "logit", "reason", "detail")}
+    nothing = {name: [None] for name in ("vector_id", "first_score", "score", "reason", "detail")}
 
     def long_lists() -> Iterator[Block]:
         for i in range(8):
@@ -78,46 +75,3 @@ def test_long_texts_close_a_group_early(tmp_path: Path) -> None:
     intake = take_in(STORAGE, str(tmp_path), long_lists(), CANDIDATE_SCHEMA, Limits(1, 1000), "key")
     assert [len(group.todo) for group in intake.groups] == [4, 4]
     assert pq.read_schema(pa.BufferReader(STORAGE.read(intake.groups[0].uri))).names == CANDIDATE_SCHEMA.names
-
-
-POOLS = st.fixed_dictionaries(
-    {},
-    optional={
-        "encoders": st.integers(1, 500),
-        "searchers": st.integers(1, 500),
-        "rerankers": st.integers(1, 500),
-    },
-).filter(bool)
-
-
-@given(most=POOLS, cpus=st.integers(1, 2000), gpus=st.integers(0, 64), node=st.integers(1, 128))
-def test_pools_and_tasks_always_fit_beside_each_other(
-    most: dict[str, int], cpus: int, gpus: int, node: int
-) -> None:
-    sizes = size_pools(Settings(), most, float(cpus), float(gpus), float(min(node, cpus)))
-    assert set(sizes.pools) == set(most)
-    used = sum(p.count * p.cpus for p in sizes.pools.values())
-    assert sum(p.count * p.gpus for p in sizes.pools.values()) <= gpus + 1e-6
-    assert 0 < sizes.task_cpus <= 1
-    # One task of each stage fits beside all actors, or a stage would wait for ever.
-    assert used + TASK_STAGES * sizes.task_cpus <= cpus + 1e-3
-    for name, pool in sizes.pools.items():
-        assert 1 <= pool.count <= most[name]
-        assert 0 < pool.cpus <= min(node, cpus)
-        if gpus and name != "searchers":
-            assert pool.device == "cuda"
-
-
-def test_what_does_not_fit_is_refused_with_the_keys_to_change() -> None:
-    settings = parse_settings(None, ["rerank.num_rerankers=3", "rerank.gpus_per_reranker=1"])
-    with pytest.raises(SettingsError, match="need 3 GPUs, the cluster has 2"):
-        size_pools(settings, {"rerankers": 10}, 16.0, 2.0, 16.0)
-
-
-def test_both_models_share_a_single_gpu() -> None:
-    most = {"encoders": 100, "searchers": 4, "rerankers": 100}
-    sizes = size_pools(Settings(), most, 16.0, 1.0, 16.0)
-    assert (sizes["encoders"].count, sizes["encoders"].gpus) == (1, 0.25)
-    assert (sizes["rerankers"].count, sizes["rerankers"].gpus) == (1, 0.75)
-    alone = size_pools(Settings(), {"rerankers": 100}, 64.0, 8.0, 64.0)
-    assert (alone["rerankers"].count, alone["rerankers"].gpus) == (8, 1.0)
