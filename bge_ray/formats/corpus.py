@@ -185,10 +185,10 @@ def _settle_type(name: str, filled: Sequence[ScannedObject]) -> ColumnType:
     plain = [plain_type(kind) for kind in found]
     unified = unify_all(plain)
     if unified is None:
-        rigid = [
-            s for s, kind in zip(filled, plain, strict=True) if s.format == "parquet" and not is_text(kind)
-        ]
-        if any(s.columns[name].name != "null" for s in rigid):
+        if any(
+            s.format == "parquet" and not _is_text_or_null(kind)
+            for s, kind in zip(filled, plain, strict=True)
+        ):
             raise CorpusError(_disagreement(name, filled, plain))
         unified = pa.string()
     extensions = sorted({extension for kind in found for extension in extension_names(kind)})
@@ -197,7 +197,9 @@ def _settle_type(name: str, filled: Sequence[ScannedObject]) -> ColumnType:
 
 
 def _disagreement(name: str, filled: Sequence[ScannedObject], plain: Sequence[pa.DataType]) -> str:
-    last = next(n for n in range(len(plain)) if unify_all(plain[: n + 1]) is None)
+    so_far, last = pa.null(), 0
+    while (unified := unify_types(so_far, plain[last])) is not None:
+        so_far, last = unified, last + 1
     first = next((n for n in range(last) if unify_types(plain[n], plain[last]) is None), 0)
     return (
         f"kept column {name!r} is {plain[first]} in {filled[first].info.uri} and {plain[last]} in "

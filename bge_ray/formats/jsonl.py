@@ -46,13 +46,15 @@ def scan_jsonl(
     """
     cutter = UnitCutter(limits)
     keys = _Keys(sought)
+    row = 0
     with open_lines(storage, uri, size, compression) as file:
         for start, stop, line in iter_lines(file):
             if line is not None and not line.strip():
                 continue
-            if line is not None and (cutter.total < SAMPLE_ROWS or keys.may_grow_by(line)):
-                keys.add(parse_line(line)[0] or {}, sample=cutter.total < SAMPLE_ROWS)
+            if line is not None and (row < SAMPLE_ROWS or keys.may_grow_by(line)):
+                keys.add(parse_line(line)[0] or {}, sample=row < SAMPLE_ROWS)
             cutter.add(start, stop, 1, stop - start)
+            row += 1
     return cutter.as_stream(size) if compression else cutter.as_pieces(), keys.columns()
 
 
@@ -106,7 +108,12 @@ class _Keys:
 
     def may_grow_by(self, line: bytes) -> bool:
         """Tell whether the line must be parsed: types need every value, a missing key its first."""
-        return bool(self._kept) or any(trace in line for trace in self._traces)
+        if self._kept:
+            return True
+        for trace in self._traces:  # noqa: SIM110 - a generator costs as much as the search
+            if trace in line:
+                return True
+        return False
 
     def add(self, record: dict[str, Any], *, sample: bool) -> None:
         for name, values in self._kept.items():
@@ -128,9 +135,10 @@ class _Keys:
         return columns | {name: values.arrow_type() for name, values in self._kept.items() if values.is_seen}
 
     def _find_traces(self) -> list[bytes]:
-        """Return what a line holds that has a missing key: the key as it is, or an escape of a character."""
+        """Return what a line with a missing key holds: the key as it is, or an escape that may hide it."""
         names = [json.dumps(name, ensure_ascii=False).encode() for group in self._missing for name in group]
-        return [*names, b"\\u", b"\\/"] if names else []
+        escapes = [b"\\u", b"\\/"] if any(b"/" in name for name in names) else [b"\\u"]
+        return [*names, *escapes] if names else []
 
 
 def _plain(value: object) -> str | None:

@@ -16,11 +16,6 @@ class UnitCutter:
         self._start, self._stop, self._first = 0, 0, 0
         self._rows, self._bytes = 0, 0
 
-    @property
-    def total(self) -> int:
-        """Rows so far."""
-        return self._first + self._rows
-
     def add(self, start: int, stop: int, n_rows: int, n_bytes: int) -> None:
         """Add the next piece: its place, its rows, and the bytes of its texts."""
         limits = self._limits

@@ -44,7 +44,11 @@ class DatasetSpec:
 
     def decisive(self) -> dict[str, Any]:
         """Return all that decides the rows of the data set, by dotted name."""
-        flat = flatten(dataclasses.asdict(self))
+        facts = dataclasses.asdict(self)
+        facts["model"]["outputs"] = {o["name"]: o for o in facts["model"]["outputs"]}
+        # The name says all of a type, the same in every version of Arrow.
+        facts["columns"]["kept"] = {name: kind.name for name, kind in self.columns.kept.items()}
+        flat = flatten(facts)
         return {key: value for key, value in flat.items() if key not in NOT_DECISIVE}
 
     def check_same(self, other: "DatasetSpec", uri: str) -> None:

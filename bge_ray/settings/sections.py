@@ -53,7 +53,9 @@ class CorpusSettings(Section):
         "auto",
         description="column joined in front of the text; auto takes `title` if any object has it; null: none",
     )
-    keep_columns: tuple[str, ...] = Field((), description="metadata columns copied into the embedding shards")
+    keep_columns: tuple[str, ...] = Field(
+        (), description="metadata columns copied into the embedding shards, in their own types"
+    )
     max_rejected_fraction: float = Field(
         0.01, ge=0, le=1, description="share of rows that may be rejected before the run counts as failed"
     )

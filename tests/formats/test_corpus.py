@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,10 @@ import zstandard
 
 from bge_ray.errors import CorpusError, StorageError
 from bge_ray.formats import lines
-from bge_ray.formats.corpus import check_columns, list_corpus
+from bge_ray.formats.corpus import ScannedObject, check_columns, list_corpus
 from bge_ray.formats.rows import check_rows
 from bge_ray.records.columns import Columns
-from bge_ray.records.plan import UnitLimits
+from bge_ray.records.dataset import UnitLimits, from_json, to_json
 from bge_ray.settings.sections import CorpusSettings
 from bge_ray.storage.objects import Storage, join
 from tests.support.reading import (
@@ -247,7 +248,7 @@ def test_few_requests_for_parquet(storage: Storage, bucket: str, faulty) -> None
 MEMORY = """
 import sys, psutil, pyarrow as pa
 from bge_ray.storage.objects import Storage
-from bge_ray.records.plan import UnitLimits
+from bge_ray.records.dataset import UnitLimits, from_json, to_json
 from tests.support.reading import scan, resolve
 from bge_ray.formats.corpus import read_units
 storage = Storage(5.0)
@@ -586,6 +587,82 @@ def test_twice_the_same_column_is_refused(storage: Storage, tmp_path: Path) -> N
     table = pa.Table.from_arrays([pa.array(["1"])] * 3, names=["id", "text", "text"])
     with pytest.raises(CorpusError, match="a column name stands twice"):
         scan(storage, put(tmp_path, "a.parquet", parquet_bytes(table)))
+
+
+def test_keys_of_late_rows_are_found(storage: Storage, tmp_path: Path) -> None:
+    """However far from the beginning a title or a kept column begins, and however its name is escaped."""
+    plain = [{"id": str(i), "text": f"text {i}"} for i in range(300)]
+    late = {"id": "late", "text": "x", "title": "a title", "l/g": "en", "größe": 3}
+    whole = json.dumps(late, ensure_ascii=False)
+    for n, line in enumerate(
+        (whole, json.dumps(late), whole.replace("title", "t\\u0069tle").replace("/", "\\/"))
+    ):
+        for place in (0, 150, 300):
+            rows = jsonl_bytes(plain[:place]) + line.encode() + b"\n" + jsonl_bytes(plain[place:])
+            uri = put(tmp_path, f"{n}.jsonl", rows)
+            assert resolve(scan(storage, uri)[0]).title == "title"
+            found = read_all(storage, uri)
+            titles = [None] * place + ["a title"] + [None] * (300 - place)
+            assert found.titles == titles
+            keep = {"keep_columns": ("l/g", "größe"), "title_column": "l/g", "text_column": "title"}
+            assert read_all(storage, uri, **keep).kept["größe"].to_pylist() == [t and 3 for t in titles]
+            assert read_all(storage, uri, title_column="größe").titles == [t and 3 for t in titles]
+            assert read_all(storage, uri, title_column="l/g").titles == [t and "en" for t in titles]
+
+
+def test_a_late_id_key_is_no_id_column(storage: Storage, tmp_path: Path) -> None:
+    """What the first rows have decides, whether or not later rows are parsed for another reason."""
+    rows = [{"id": str(i), "text": "x"} for i in range(200)] + [
+        {"_id": "z", "id": "200", "text": "x", "n": 1}
+    ]
+    uri = put(tmp_path, "a.jsonl", jsonl_bytes(rows))
+    for keep in ((), ("n",)):
+        assert resolve(scan(storage, uri, keep_columns=keep)[0], keep_columns=keep).id == "id"
+
+
+def test_names_that_are_no_utf8_are_said_to_be_so(storage: Storage, tmp_path: Path) -> None:
+    latin = put(tmp_path, "a.csv", "id,text,größe\n1,x,2\n".encode("latin-1"))
+    wide = put(tmp_path, "b.csv", "id,text\n1,x\n".encode("utf-16"))
+    for uri in (latin, wide):
+        with pytest.raises(CorpusError, match=r"\.csv: the header .* is not UTF-8; write the file anew"):
+            scan(storage, uri)
+    key = put(
+        tmp_path, "c.jsonl", b'{"id": "1", "text": "x", "\\ud800k": 1}\n{"id": "2", "text": "y", "\xff": 1}'
+    )
+    scanned, _ = scan(storage, key)
+    assert from_json(ScannedObject, to_json(scanned)) == scanned
+    assert read_all(storage, key).texts == ["x", "y"]
+
+
+def test_tabs_separate_whatever_the_compression(storage: Storage, tmp_path: Path) -> None:
+    rows = [{"id": str(i), "text": f"a, b, {i}"} for i in range(5)]
+    for ending in ("", ".gz", ".zst", ".zstd", ".ZSTD"):
+        data = compress(csv_bytes(rows, "\t"), ending.lower()[:4])
+        assert read_all(storage, put(tmp_path, f"a.tsv{ending}", data)).texts == [r["text"] for r in rows]
+
+
+def test_uuids_and_decimals_are_ids(storage: Storage, tmp_path: Path) -> None:
+    keys = [uuid.UUID(int=i * 7**40) for i in range(3)]
+    numbers = [decimal.Decimal(12345678901234567890 + i) for i in range(3)]
+    ids = {
+        "uuid": (pa.array([key.bytes for key in keys], pa.uuid()), [str(key) for key in keys]),
+        "decimal": (pa.array(numbers, pa.decimal128(38, 0)), [str(n) for n in numbers]),
+        "scaled": (pa.array(numbers, pa.decimal128(38, 2)), [f"{n}.00" for n in numbers]),
+        "small": (pa.array([decimal.Decimal("0.0000001")] * 3, pa.decimal128(9, 7)), ["0.0000001"] * 3),
+        "integers": (pa.array([1, 2, 3]).dictionary_encode(), ["1", "2", "3"]),
+    }
+    for name, (column, truth) in ids.items():
+        table = pa.table({"id": column, "text": ["x", "y", "z"]})
+        rows = read_all(
+            storage, put(tmp_path, f"{name}.parquet", parquet_bytes(table)), UnitLimits(2, 9999, 0)
+        )
+        assert [str(i) for i in rows.ids] == truth
+        if name != "small":
+            assert check_rows(rows)[0].passage_ids == truth
+    raw = pa.table({"id": pa.array([b"0" * 16], pa.binary(16)), "text": ["x"]})
+    scanned, _ = scan(storage, put(tmp_path, "raw.parquet", parquet_bytes(raw)))
+    with pytest.raises(CorpusError, match=r"id column 'id' is fixed_size_binary\[16\], expected text"):
+        resolve(scanned)
 
 
 # --- between plan and read -------------------------------------------------------------------------
