@@ -387,7 +387,10 @@ class Owners(RuleBasedStateMachine):
         dead = data.draw(st.sets(st.sampled_from(sorted(self.shards)))) if self.shards else set()
         self.clock += passed
         self.attempt(lambda f: retire(f.storage, self.folder, sorted(dead), 50.0, self.clock), death)
-        self.shards = {n for n in self.shards if self.storage.info(join(self.folder, n)) is not None}
+        self.shards = set(self.dead_shards())
+
+    def dead_shards(self) -> list[str]:
+        return sorted(n for n in self.shards if self.storage.info(join(self.folder, n)) is not None)
 
     @invariant()
     def foreign_bytes_never_change(self) -> None:
@@ -405,7 +408,7 @@ class Owners(RuleBasedStateMachine):
             return
         mine(self.storage, self.folder).remove(NAMES)
         for passed in (0, 50):
-            retire(self.storage, self.folder, sorted(self.shards), 50.0, self.clock + passed)
+            retire(self.storage, self.folder, self.dead_shards(), 50.0, self.clock + passed)
         below = {i.uri.partition(f"{self.folder}/")[2] for i in self.storage.list_files(self.folder)}
         assert below == set(self.foreign), "in the end nothing of ours is left but the journal"
         assert self.storage.read_optional(join(self.folder, RETIRED)) is None
