@@ -20,7 +20,7 @@ from bge_ray.storage.reports import last_report
 logger = logging.getLogger("bge_ray")
 
 Job = Callable[[Settings, bool, StopRequest], str]
-OUTCOMES = {0: "done", 1: "incomplete", 2: "refused"}
+OUTCOMES = {0: "done", 1: "incomplete", 2: "refused", 75: "busy"}
 
 
 class JsonFormatter(logging.Formatter):
@@ -121,7 +121,7 @@ def run_job(
     outcome = OUTCOMES.get(code, "stopped")
     # A run that failed tells of a report only if it has come to write one: an older one is of another run.
     told = place if code == 0 else last_report()
-    if code == 2 and not told:
+    if code in (2, 75) and not told:
         outcome += ", nothing was written"
     where = f"; report at {told}" if told else ""
     logger.info("%s: %s; exit code %d%s", name, outcome, code, where)

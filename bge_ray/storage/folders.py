@@ -84,7 +84,8 @@ def refuse_collisions(
     Args:
         outputs: the folders to be written, by the setting that names them; those not set are None.
         listed: inputs that are a file, a folder with all below it, or a glob.
-        picked: inputs that are a file, or a folder of which single files are taken.
+        picked: inputs that are a file, or a folder of which single files are taken. They may well be the
+            output of another job, but not that of their own section.
 
     Raises:
         OutputCollisionError: names both settings.
@@ -93,11 +94,14 @@ def refuse_collisions(
     for number, (key, uri) in enumerate(folders):
         for other, other_uri in folders[:number]:
             _refuse_outputs((other, other_uri), (key, uri))
-    for inputs, whole in ((listed, True), (picked, False)):
-        for name, source in inputs.items():
-            for key, uri in folders:
-                if source is not None:
-                    _refuse_input((name, source), (key, uri), whole=whole)
+    for key, uri in folders:
+        for name, source in listed.items():
+            if source is not None:
+                _refuse_input((name, source), (key, uri))
+                _refuse_listing((name, source), (key, uri))
+        for name, source in picked.items():
+            if source is not None and _section(name) == _section(key):
+                _refuse_input((name, source), (key, uri))
 
 
 def refuse_own_files(setting: str, uris: Iterable[str], outputs: Mapping[str, str | None]) -> None:
@@ -124,9 +128,7 @@ def refuse_own_files(setting: str, uris: Iterable[str], outputs: Mapping[str, st
 
 def _refuse_outputs(one: tuple[str, str], two: tuple[str, str]) -> None:
     if same_place(one[1], two[1]):
-        raise OutputCollisionError(
-            f"{one[0]} and {two[0]}: both are {two[1]}; each needs a folder of its own"
-        )
+        raise OutputCollisionError(f"{one[0]} and {two[0]}: both are {two[1]}; choose another {two[0]}")
     for (key, uri), (outer_key, outer) in ((one, two), (two, one)):
         if _is_own(_below(place(uri), place(outer))):
             raise OutputCollisionError(
@@ -134,7 +136,7 @@ def _refuse_outputs(one: tuple[str, str], two: tuple[str, str]) -> None:
             )
 
 
-def _refuse_input(given: tuple[str, str], output: tuple[str, str], *, whole: bool) -> None:
+def _refuse_input(given: tuple[str, str], output: tuple[str, str]) -> None:
     (name, source), (key, uri) = given, output
     where, folder = place(source), place(uri)
     if where == folder:
@@ -146,11 +148,20 @@ def _refuse_input(given: tuple[str, str], output: tuple[str, str], *, whole: boo
             f"{name} {source}: lies where {key} {uri} has files of its own, which would be replaced; choose "
             f"another {key}"
         )
-    if whole and (_lists(where, folder) or (is_glob(source) and _matches(source, folder))):
+
+
+def _refuse_listing(given: tuple[str, str], output: tuple[str, str]) -> None:
+    (name, source), (key, uri) = given, output
+    folder = place(uri)
+    if _lists(place(source), folder) or (is_glob(source) and _matches(source, folder)):
         raise OutputCollisionError(
             f"{key} {uri}: lies inside {name} {source}, which would list what is written there; choose "
             f"another {key}"
         )
+
+
+def _section(setting: str) -> str:
+    return setting.partition(".")[0]
 
 
 def _below(inner: Place, outer: Place) -> tuple[str, ...]:

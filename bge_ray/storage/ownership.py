@@ -120,8 +120,7 @@ class OwnedFolder:
 
         def add(journal: Journal) -> Journal:
             full = len(journal.files.get(name, ())) >= KEPT_CONTENTS
-            there = self.storage.info(join(self.uri, name)) if full else None
-            return journal.with_content(name, new, self._recognise(journal, name, there))
+            return journal.with_content(name, new, self._look(name)[1] if full else None)
 
         self._update(add)
 
@@ -131,8 +130,8 @@ class OwnedFolder:
         Raises:
             OutputCollisionError: a foreign file has the name.
         """
-        there = self.storage.info(join(self.uri, name))
-        if there is not None and self._recognise(self._read(), name, there) is None:
+        there, content = self._look(name)
+        if there is not None and content is None:
             raise OutputCollisionError(
                 f"{join(self.uri, name)}: is in the way and was not written by this project, or was changed "
                 f"since; move it away, or choose another {self.key}"
@@ -149,8 +148,8 @@ class OwnedFolder:
         for name in names:
             gone = False
             while not gone:
-                there = self.storage.info(join(self.uri, name))
-                if there is not None and self._recognise(self._read(), name, there) is None:
+                there, content = self._look(name)
+                if there is not None and content is None:
                     logger.warning("%s: was not written by this project, and stays", join(self.uri, name))
                     left.append(name)
                     break
@@ -161,12 +160,24 @@ class OwnedFolder:
         """Tell whether the file at a name has the size and the sha256 of a fact; reads all its bytes."""
         return holds(self.storage, join(self.uri, name), fact)
 
-    def _recognise(self, journal: Journal | None, name: str, there: ObjectInfo | None) -> Content | None:
-        """Return the announced content that an object has, if it has one."""
-        known = journal.files.get(name, ()) if journal is not None else ()
-        possible = {c.sha256: c for c in known if there is not None and c.bytes == there.size}
-        # A size that no content of ours has settles it without reading.
-        return possible.get(digest_object(self.storage, there)) if there is not None and possible else None
+    def _look(self, name: str) -> tuple[ObjectInfo | None, Content | None]:
+        """Return what has a name, and which of the contents announced for it that is, if one."""
+        uri = join(self.uri, name)
+        while (there := self.storage.info(uri)) is not None:
+            journal = self._read()
+            known = journal.files.get(name, ()) if journal is not None else ()
+            possible = {c.sha256: c for c in known if c.bytes == there.size}
+            # A size that no content of ours has settles it without reading.
+            try:
+                content = possible.get(digest_object(self.storage, there)) if possible else None
+            except StorageError:
+                if self.storage.info(uri) == there:
+                    raise
+                continue
+            # Bytes of two objects are read where one replaces the other meanwhile.
+            if content is not None or self.storage.info(uri) == there:
+                return there, content
+        return None, None
 
     def _read(self) -> Journal | None:
         """Return the journal, or None where there is none.

@@ -6,12 +6,14 @@ import os
 import signal
 import threading
 import time
+from dataclasses import dataclass
 
 import fsspec
+import psutil
 import pytest
 
 from bge_ray.errors import OutputBusyError, TakenOverError
-from bge_ray.storage.lease import PATIENCE_RENEWALS, Lease
+from bge_ray.storage.lease import PATIENCE_RENEWALS, Lease, Leases
 from bge_ray.storage.objects import Storage, join
 
 FORKSERVER = multiprocessing.get_context("forkserver")
@@ -82,8 +84,6 @@ def test_a_killed_holder_on_this_machine_is_followed_at_once(storage: Storage, t
 
 def test_a_zombie_is_dead(storage: Storage, tmp_path) -> None:
     child = os.posix_spawn("/bin/sleep", ["sleep", "60"], os.environ)
-    import psutil
-
     leave_behind(storage, str(tmp_path), pid=child, process_started=psutil.Process(child).create_time())
     os.kill(child, signal.SIGKILL)
     while psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
@@ -141,6 +141,140 @@ def test_the_loser_finds_out_by_itself(storage: Storage, root: str) -> None:
     with Lease(storage, root, RENEW_S) as lease:
         storage.write(join(root, "lease.json"), b'{"run_id": "newer"}')
         assert lease.lost.wait(8 * RENEW_S)
+
+
+@dataclass(frozen=True)
+class Standing(Storage):
+    """Its process stops itself after it has looked, and before it replaces or removes what it looked at."""
+
+    verb: str = ""
+
+    def replace(self, uri: str, data: bytes, etag: str) -> bool:
+        if self.verb == "replace":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().replace(uri, data, etag)
+
+    def delete_seen(self, uri: str, etag: str) -> bool:
+        if self.verb == "delete":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().delete_seen(uri, etag)
+
+
+def _hold_until_told(root: str, verb: str, pipe) -> None:
+    renew_s = 60.0 if verb == "delete" else RENEW_S
+    with Lease(Standing(20.0, verb), root, renew_s) as lease:
+        pipe.send("held")
+        if verb == "delete":
+            return  # stopped while it gives back
+        lost = lease.lost.wait(60)
+        try:
+            lease.check()
+            pipe.send((lost, "no error"))
+        except TakenOverError as error:
+            pipe.send((lost, str(error)))
+        time.sleep(3 * RENEW_S)
+
+
+@pytest.mark.parametrize("verb", ["", "replace", "delete"])
+def test_a_holder_that_stood_still_past_its_patience_touches_nothing(
+    storage: Storage, root: str, verb: str
+) -> None:
+    """Stopped anywhere, or just between its look and its write: its successor's lease stays as it is."""
+    ours, theirs = FORKSERVER.Pipe()
+    process = FORKSERVER.Process(target=_hold_until_told, args=(root, verb, theirs))
+    process.start()
+    assert ours.poll(60)
+    assert ours.recv() == "held"
+    if not verb:
+        os.kill(process.pid, signal.SIGSTOP)
+    deadline = time.monotonic() + 30
+    while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED and time.monotonic() < deadline:
+        time.sleep(0.01)
+    try:
+        with Lease(storage, root, RENEW_S) as successor:
+            os.kill(process.pid, signal.SIGCONT)
+            if verb != "delete":
+                assert ours.poll(30)
+                lost, said = ours.recv()
+                assert lost
+                assert "a newer run took this output over" in said
+            process.join(60)
+            assert process.exitcode == 0
+            time.sleep(2 * RENEW_S)
+            successor.check()
+            assert not successor.lost.is_set()
+            assert holder(storage, root)["pid"] == os.getpid()
+    finally:
+        process.kill()
+    assert storage.read_optional(join(root, "lease.json")) is None
+
+
+def test_several_folders_are_held_and_given_back_together(storage: Storage, root: str) -> None:
+    folders = [join(root, "b"), join(root, "a"), join(root, "b") + "/", join(root, "c", "reranked")]
+    with Leases(storage, folders, RENEW_S) as leases:
+        leases.check()
+        for name in ("a", "b", "c/reranked"):
+            with (
+                pytest.raises(OutputBusyError, match="is writing this output") as caught,
+                Lease(storage, join(root, name), RENEW_S),
+            ):
+                pass
+            assert join(root, name) in str(caught.value)
+        assert not leases.lost.is_set()
+    assert storage.list_files(root) == []
+
+
+def test_of_several_folders_all_are_held_or_none(storage: Storage, root: str) -> None:
+    folders = [join(root, name) for name in "abc"]
+    with Lease(storage, folders[1], RENEW_S) as other:
+        with pytest.raises(OutputBusyError), Leases(storage, folders, RENEW_S):
+            pass
+        other.check()
+        assert [info.uri for info in storage.list_files(root)] == [
+            storage.info(join(folders[1], "lease.json")).uri
+        ]
+    with Leases(storage, folders, RENEW_S) as leases:
+        leases.check()
+
+
+def test_jobs_with_two_common_folders_do_not_wait_for_each_other(storage: Storage, root: str) -> None:
+    won, refused = [], []
+    done = threading.Event()
+
+    def run(names: str) -> None:
+        try:
+            with Leases(storage, [join(root, name) for name in names], RENEW_S) as leases:
+                won.append(names)
+                done.wait(20)
+                leases.check()
+        except OutputBusyError:
+            refused.append(names)
+
+    threads = [threading.Thread(target=run, args=(names,)) for names in ("ab", "ba", "bca", "acb")]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 15
+    while len(refused) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert (len(won), len(refused)) == (1, 3)
+    assert storage.list_files(root) == []
+
+
+def test_one_folder_lost_ends_the_run_and_the_others_are_given_back(storage: Storage, root: str) -> None:
+    folders = [join(root, name) for name in "abc"]
+    with Leases(storage, folders, RENEW_S) as leases:
+        storage.write(join(folders[1], "lease.json"), b'{"run_id": "newer"}')
+        assert leases.lost.wait(10)
+        with pytest.raises(TakenOverError, match=folders[1]):
+            leases.check()
+    assert [info.size for info in storage.list_files(root)] == [len(b'{"run_id": "newer"}')]
+
+
+def test_a_busy_output_has_an_exit_code_by_which_schedulers_try_again() -> None:
+    assert OutputBusyError.exit_code == os.EX_TEMPFAIL
 
 
 def test_of_many_that_find_a_dead_holder_one_goes_on(storage: Storage, tmp_path) -> None:

@@ -83,6 +83,87 @@ def test_one_of_many_processes_creates(storage: Storage, root: str) -> None:
         assert storage.read(join(root, f"{i:03d}")) == f"process {winners[0]}".encode()
 
 
+def test_replace_and_delete_hit_only_what_was_seen(storage: Storage, root: str) -> None:
+    uri = join(root, "a", "b.json")
+    assert not storage.replace(uri, b"new", "an etag"), "nothing is there"
+    assert storage.info(uri) is None
+    assert storage.delete_seen(uri, "an etag"), "nothing is left"
+    storage.write(uri, b"first")
+    seen = storage.info(uri).etag
+    assert storage.replace(uri, b"second", seen)
+    assert storage.read(uri) == b"second"
+    assert not storage.replace(uri, b"third", seen)
+    assert storage.replace(uri, b"second", seen), "the same bytes are what a retry finds after a lost answer"
+    assert not storage.delete_seen(uri, seen)
+    assert storage.read(uri) == b"second"
+    assert storage.delete_seen(uri, storage.info(uri).etag)
+    assert storage.info(uri) is None
+    assert not storage.replace(uri, b"third", seen)
+    assert storage.info(uri) is None
+
+
+def test_a_store_without_conditions_is_written_as_before(storage: Storage) -> None:
+    uri = "memory://conditions/a"
+    assert not storage.replace(uri, b"new", "-")
+    storage.write(uri, b"first")
+    assert storage.replace(uri, b"second", storage.info(uri).etag)
+    assert storage.read(uri) == b"second"
+    assert not storage.replace(uri, b"third", "another")
+    assert not storage.delete_seen(uri, "another")
+    assert storage.delete_seen(uri, storage.info(uri).etag)
+    assert storage.info(uri) is None
+
+
+def test_one_of_many_threads_replaces(storage: Storage, root: str) -> None:
+    uri = join(root, "a")
+    storage.write(uri, b"first")
+    for turn in range(8):
+        seen = storage.info(uri).etag
+        contents = [f"turn {turn} writer {i}".encode() for i in range(8)]
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(storage.replace, [uri] * 8, contents, [seen] * 8))
+        assert sum(won) == 1
+        assert storage.read(uri) == contents[won.index(True)]
+    if root.startswith("/"):
+        assert os.listdir(root) == ["a"], "no lock stays behind"
+
+
+@pytest.mark.parametrize("kind", ["503", "lost", "mute", "cut"])
+def test_conditions_survive_a_bad_line(storage: Storage, bucket: str, faulty, kind: str) -> None:
+    uri = f"{bucket}/a"
+    proxy = faulty(lambda number, *_: kind if number % 3 == 0 else "")
+    storage.write(uri, b"0")
+    for turn in range(1, 6):
+        stale, data = storage.info(uri).etag, b"%d" % turn
+        assert storage.replace(uri, data, stale)
+        assert not storage.replace(uri, b"late", stale)
+        assert not storage.delete_seen(uri, stale)
+        assert storage.read(uri) == data
+    assert storage.delete_seen(uri, storage.info(uri).etag)
+    assert storage.info(uri) is None
+    assert proxy.faults >= 5
+
+
+def test_a_replacement_under_way_is_waited_for_and_named(storage: Storage, tmp_path: Path) -> None:
+    """The lock is the kernel's: it goes with whoever holds it, and stays with one that was stopped."""
+    uri = tmp_path / "a"
+    uri.write_bytes(b"first")
+    seen = storage.info(str(uri)).etag
+    hold = "import sys, time; from pathlib import Path; from bge_ray.storage.objects import _locked\n"
+    hold += "with _locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", hold, str(uri)], stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    try:
+        with pytest.raises(StorageError, match=r"cannot replace .*another process is replacing it"):
+            Storage(0.5).replace(str(uri), b"second", seen)
+        assert uri.read_bytes() == b"first"
+    finally:
+        holder.kill()
+        holder.wait()
+    assert storage.replace(str(uri), b"second", seen)
+    assert os.listdir(tmp_path) == ["a"]
+
+
 FILL = """
 import sys
 from bge_ray.errors import StorageError
