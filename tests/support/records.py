@@ -7,8 +7,10 @@ import pyarrow as pa
 
 from bge_ray.dataset.commit import ShardWriter, shard_table, token_table
 from bge_ray.formats.rows import Passages, Rejected, rejected_table
-from bge_ray.records.dataset import Columns, DatasetSpec, FileFact, Marker, ModelSpec, Unit
-from bge_ray.records.ids import PackedTokens
+from bge_ray.records.dataset import Columns, DatasetSpec, FileFact, Marker, Unit
+from bge_ray.records.model import ModelSpec
+from bge_ray.records.outputs import Output
+from bge_ray.records.tokens import PackedTokens
 from bge_ray.storage.objects import Storage
 
 DIM = 8
@@ -18,7 +20,8 @@ FINGERPRINT = "f" * 64
 
 def make_spec(dtype: str = "float32", kept: dict[str, str] | None = None, **model: object) -> DatasetSpec:
     facts = ModelSpec(
-        name="a/model", revision="abc", weights_sha256="0" * 64, dim=DIM, pooling="cls", max_length=16,
+        name="a/model", revision="abc", weights_sha256="0" * 64, family="dense",
+        outputs=(Output("embedding", "dense", DIM, dtype),), pooling="cls", max_length=16,
         normalize=True, dtype="float32", query_instruction="query: ", passage_instruction="",
     )  # fmt: skip
     return DatasetSpec(dataclasses.replace(facts, **model), Columns("id", "text", "title", kept or {}), dtype)

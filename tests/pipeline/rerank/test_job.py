@@ -13,11 +13,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from bge_ray.errors import CorpusError, ModelError, RejectedRowsError, SettingsError
-from bge_ray.model.feed.pairs import PairTokenizer
-from bge_ray.model.reranker import Reranker
-from bge_ray.model.reranker_spec import resolve_reranker
+from bge_ray.model.run.model import Model, Place
+from bge_ray.model.spec import model_folder, pair_feeder, resolve_reranker
 from bge_ray.pipeline.embed.job import embed
 from bge_ray.pipeline.rerank.job import plan_rerank, rerank
+from bge_ray.records.model import SCORE
+from bge_ray.settings.sections import RerankSettings
 from tests.support.corpora import docstrings, mixed_objects
 from tests.support.models import make_cross_encoder, make_encoder
 from tests.support.s3 import S3Server
@@ -57,12 +58,12 @@ def text_of(record: dict[str, str]) -> str:
 
 
 def scores_here(folder: Path, pairs: list[tuple[str, str]]) -> list[float]:
-    spec = resolve_reranker(str(folder), on_gpu=False)
-    reranker = Reranker(spec, device="cpu")
-    rows = PairTokenizer(folder, spec.max_length).tokenise([q for q, _ in pairs], [p for _, p in pairs])
-    result = reranker.empty_result(len(pairs))
-    reranker.score(rows, reranker.cut(rows.tokens.lengths, 1024), result)
-    return result.scores.tolist()
+    spec = resolve_reranker(RerankSettings(model=str(folder)), on_gpu=False)
+    rows = pair_feeder(spec).pairs([q for q, _ in pairs], [p for _, p in pairs])
+    model = Model(spec, model_folder(spec), Place())
+    result = model.empty_result(len(pairs))
+    model.run(rows, model.cut(rows.lengths, 1024), result)
+    return result.array(SCORE).tolist()
 
 
 def lists(seed: int, count: int, size: int) -> list[dict[str, object]]:
