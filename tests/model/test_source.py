@@ -244,3 +244,17 @@ def test_names_that_are_no_hub_ids() -> None:
     for name in ("not a model", "a" * 200):
         with pytest.raises(ModelError, match=r"model\.name"):
             fetch_model(name, None)
+
+
+def test_length_of_a_folder_that_keeps_it_with_its_tokenizer(copy: Path) -> None:
+    """As sentence-transformers 6 does; a tokenizer's limit alone says nothing about the training."""
+    edit(copy / "tokenizer_config.json", model_max_length=48)
+    assert resolve(copy).max_length == 48
+    edit(copy / "tokenizer_config.json", model_max_length=10**30)
+    assert resolve(copy).max_length == 128
+    edit(copy / "tokenizer_config.json", model_max_length=48)
+    edit(copy / "sentence_bert_config.json", max_seq_length=64)
+    assert resolve(copy).max_length == 64
+    (copy / "sentence_bert_config.json").unlink()
+    (copy / "modules.json").unlink()
+    assert resolve(copy).max_length == 128
