@@ -1,8 +1,11 @@
 """Fixtures shared by all tests: a real S3 server and both kinds of store, small models, one Ray a session."""
 
+import atexit
 import os
 import re
 import secrets
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +26,10 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
 )
+# What a node keeps of models; a run of the tests leaves nothing behind and finds nothing there.
+if "BGE_RAY_CACHE" not in os.environ:
+    os.environ["BGE_RAY_CACHE"] = tempfile.mkdtemp(prefix="bge-ray-tests-")
+    atexit.register(shutil.rmtree, os.environ["BGE_RAY_CACHE"], ignore_errors=True)
 
 # A deadline for one example is a test of how busy the machine is.
 hypothesis.settings.register_profile("bge-ray", deadline=None)

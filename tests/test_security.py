@@ -23,19 +23,19 @@ import pyarrow.parquet as pq
 import pytest
 import ray.cloudpickle
 import zstandard
-from bge_ray.pipeline.embed.encode import EncodeStage
-from bge_ray.pipeline.rerank.stages import ScoreStage
-from bge_ray.pipeline.runs.parcels import Device, EncodeJob, Workplace
 
 from bge_ray.dataset.commit import ShardWriter
 from bge_ray.errors import BgeRayError, ModelError, SettingsError
 from bge_ray.index.factory import Metric, check_factory
-from bge_ray.model.run.load import load_model
-from bge_ray.model.source import FILE_PATTERNS, fetch_model, resolve_model
+from bge_ray.model.run.load import Loading, load_encoder
+from bge_ray.model.source import FILE_PATTERNS, fetch_model
+from bge_ray.model.spec import resolve_encoder
+from bge_ray.pipeline.embed.encode import EncodeStage
 from bge_ray.pipeline.embed.tasks import EmbedJob
 from bge_ray.pipeline.index.steps import Build
-from bge_ray.records.columns import Columns
-from bge_ray.records.dataset import DatasetSpec, Manifest
+from bge_ray.pipeline.rerank.stages import ScoreStage
+from bge_ray.pipeline.runs.parcels import Device, EncodeJob, Workplace
+from bge_ray.records.dataset import Columns, DatasetSpec, Manifest
 from bge_ray.settings.sections import ModelSettings, Settings, parse_settings
 from bge_ray.storage.lease import Lease
 from bge_ray.storage.objects import Storage
@@ -287,11 +287,11 @@ def test_what_goes_to_other_processes_carries_no_secret(
         monkeypatch.setenv(name, value)
     storage = Storage(20)
     storage.write(f"{bucket}/x", b"1")  # a client with credentials exists in this process now
-    model = resolve_model(ModelSettings(name=str(tiny_model)), on_gpu=False)
+    model = resolve_encoder(ModelSettings(name=str(tiny_model)), on_gpu=False)
     spec = DatasetSpec(model, Columns("id", "text", None), "float32")
     place = Workplace(storage, bucket, 3, None)  # type: ignore[arg-type]  # the ledger is Ray's own handle
     device = Device("cpu", 1, 1024, trust_remote_code=False)
-    manifest = Manifest(spec.vector_fingerprint, 0, 0, 0, 0, 0, 0, ())
+    manifest = Manifest(spec.fingerprint, 0, 0, 0, 0, 0, ())
     index_spec = check_factory("Flat", 32, Metric.L2)
     shipped = {
         "settings": parse_settings(None, [f"corpus.uri={bucket}", f"output.uri={bucket}/out"]),
@@ -384,10 +384,10 @@ def test_a_pickle_in_a_model_folder_is_never_opened(tiny_model: Path, tmp_path: 
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(pickle.dumps(Bomb(boom)))
     with pytest.raises(ModelError, match=r"no \.safetensors|cannot be loaded"):
-        spec = resolve_model(ModelSettings(name=str(folder)), on_gpu=False)
+        spec = resolve_encoder(ModelSettings(name=str(folder)), on_gpu=False)
         import torch
 
-        load_model(Path(spec.name), torch.float32, "encoder", trust_remote_code=False)
+        load_encoder(Path(spec.name), Loading(torch.float32))
     assert not boom.exists()
 
 
@@ -398,8 +398,8 @@ def test_a_pickle_beside_the_weights_is_left_alone(tiny_model: Path, tmp_path: P
     shutil.copytree(tiny_model, folder)
     for name in ("pytorch_model.bin", "optimizer.pt", "tokenizer.pkl", "training_args.bin"):
         (folder / name).write_bytes(pickle.dumps(Bomb(boom)))
-    spec = resolve_model(ModelSettings(name=str(folder)), on_gpu=False)
-    load_model(fetch_model(spec.name, None)[0], torch.float32, "encoder", trust_remote_code=False)
+    spec = resolve_encoder(ModelSettings(name=str(folder)), on_gpu=False)
+    load_encoder(fetch_model(spec.name, None)[0], Loading(torch.float32))
     assert not boom.exists()
     assert not any(pattern.endswith((".bin", ".pt", ".pkl", "*")) for pattern in FILE_PATTERNS)
 

@@ -44,12 +44,21 @@ def locked(name: str) -> Iterator[Path]:
     """Hold the lock of one name on this node and yield the cache folder; freed when its holder dies, too.
 
     Raises:
-        ModelError: there is no folder for it.
+        ModelError: there is no folder for it, or its file system has no locks.
     """
     folder = cache_folder()
-    (folder / "locks").mkdir(exist_ok=True)
-    with filelock.FileLock(folder / "locks" / f"{name}.lock"):
+    lock = filelock.FileLock(folder / "locks" / f"{name}.lock")
+    try:
+        (folder / "locks").mkdir(exist_ok=True)
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        raise ModelError(
+            f"{folder}: cannot be locked: {error}; set {VARIABLE} to a folder on a disk of this node"
+        ) from error
+    try:
         yield folder
+    finally:
+        lock.release()
 
 
 def _is_ours(folder: Path) -> bool:

@@ -1,7 +1,7 @@
-"""Canaries: what a model makes of fixed texts, by which a later run sees that it still makes the same of them.
+"""Canaries: what a model makes of fixed texts, by which a later run sees that it still makes the same.
 
-The hash of the weights cannot tell that another version of a tokenizer or of transformers reads the same files
-in another way; the vectors can.
+The hash of the weights cannot tell that another version of a tokenizer or of transformers reads the same
+files in another way; the vectors can.
 """
 
 from collections.abc import Sequence
@@ -69,10 +69,10 @@ def check_canaries(stored: Sequence[Canary], model: Model, feeder: TextFeeder) -
         least = LEAST_COSINE if exact else LEAST_COSINE_HALF
         if not cosine >= least:
             raise DatasetMismatchError(
-                f"{model.spec.name}: has the weights that the data set was made with, and makes other vectors: "
-                f"{canary.output} of {canary.text[:60]!r} has cosine {cosine:.6f} with the stored one, and at "
-                f"least {least} is due. Another version of transformers or tokenizers is the likely cause: take "
-                "the version the data set was made with, or embed anew into another folder"
+                f"{model.spec.name}: has the weights that the data set was made with, and makes other "
+                f"vectors: {canary.output} of {canary.text[:60]!r} has cosine {cosine:.6f} with the stored "
+                f"one, where at least {least} is due. Another version of transformers or tokenizers is the "
+                "likely cause: take the one the data set was made with, or embed anew into another folder"
             )
 
 

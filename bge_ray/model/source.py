@@ -7,6 +7,7 @@ only with ``trust_remote_code``.
 import fnmatch
 import hashlib
 import json
+import logging
 import shutil
 import time
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any, Literal, TypeAlias
 from bge_ray.errors import ModelError, StorageError
 from bge_ray.model.cache import cache_folder, locked
 from bge_ray.storage.objects import ObjectInfo, Storage
+
+logger = logging.getLogger(__name__)
 
 # The setting that names a model, for messages.
 Setting: TypeAlias = Literal["model.name", "rerank.model"]
@@ -107,6 +110,8 @@ def _fetch_uri(uri: str, setting: Setting) -> Path:
             partial = cache / "models" / f"{key}.partial"
             if not folder.is_dir():
                 shutil.rmtree(partial, ignore_errors=True)
+                size = sum(info.size for info in files.values())
+                logger.info("fetching %s, %s bytes in %d files, to %s", uri, f"{size:,}", len(files), folder)
                 for name, info in files.items():
                     _fetch_file(info, partial / name)
                 if _version(uri, _model_files(uri)) != key:

@@ -73,7 +73,9 @@ class CorpusSettings(Section):
 class ModelSettings(Section):
     """Which model makes the vectors, and how."""
 
-    name: str = Field("BAAI/bge-small-en-v1.5", description="hub id or local folder")
+    name: str = Field(
+        "BAAI/bge-small-en-v1.5", description="hub id, local folder, or URI of a folder (s3://, gs://, az://)"
+    )
     revision: str | None = Field(
         None, description="hub commit, tag or branch; resolved to a commit and pinned in dataset.json"
     )
@@ -290,7 +292,7 @@ class RerankSettings(Section):
     """Which candidates are scored again, by which cross-encoder, and where the run goes."""
 
     model: str = Field(
-        "BAAI/bge-reranker-base", description="hub id or local folder of a cross-encoder with one output"
+        "BAAI/bge-reranker-base", description="hub id, folder or URI of a cross-encoder with one output"
     )
     revision: str | None = Field(None, description="hub commit, tag or branch")
     max_length: int | None = Field(

@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel
 
 from bge_ray.bench.machine import count_flop, matrix_rate
-from bge_ray.model.feed.rows import Rows
 from bge_ray.model.run.inputs import packed_inputs
 from bge_ray.model.run.last_layer import keep_one_token
 from bge_ray.model.run.packed import ATTENTION, register
@@ -31,10 +30,10 @@ def test_the_flop_of_a_forward_pass_are_those_that_torch_counts(tiny_model: Path
 def test_the_flop_of_one_token_a_row_are_those_of_our_packed_forward_pass(tiny_model: Path) -> None:
     register()
     model = AutoModel.from_pretrained(tiny_model, attn_implementation=ATTENTION, add_pooling_layer=False)
-    keep_one_token(model, "cls")
+    keep_one_token(model, {"first_token"})
     offsets = np.cumsum([0, *LENGTHS]).astype(np.int32)
     tokens = PackedTokens(np.ones(offsets[-1], np.int32), offsets, np.zeros(len(LENGTHS), np.bool_))
-    inputs = packed_inputs(Rows(tokens), np.arange(len(LENGTHS)), model.config, torch.device("cpu"))
+    inputs = packed_inputs(tokens, np.arange(len(LENGTHS)), model.config, torch.device("cpu"))
     # The CPU's flash kernel is not among those that torch counts.
     math = sdpa_kernel(SDPBackend.MATH)
     with math, torch.inference_mode(), FlopCounterMode(display=False) as counter:

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bge_ray.model.encoder import Encoded, Encoder
-from bge_ray.model.feed.tokenizer import Tokenizer
 
-from bge_ray.model.source import resolve_model
-from bge_ray.records.model import ModelSpec
+from bge_ray.model.run.model import Model, Place
+from bge_ray.model.run.result import Result
+from bge_ray.model.spec import model_folder, resolve_encoder, text_feeder
+from bge_ray.records.model import EMBEDDING, ModelSpec
+from bge_ray.records.tokens import PackedTokens
 from bge_ray.settings.sections import ModelSettings
 from tests.support.models import SENTENCES, make_cross_encoder, make_encoder
 
@@ -68,24 +69,29 @@ def texts() -> list[str]:
 
 
 def resolve(folder: Path, **changes: object) -> ModelSpec:
-    return resolve_model(ModelSettings(name=str(folder), **changes), on_gpu=False)
+    return resolve_encoder(ModelSettings(name=str(folder), **changes), on_gpu=False)
+
+
+def load(spec: ModelSpec, device: str = "cpu", packed: bool | None = None) -> Model:
+    return Model(spec, model_folder(spec), Place(device), packed)
+
+
+def run(model: Model, tokens: PackedTokens, budget: int = 512) -> Result:
+    result = model.empty_result(len(tokens))
+    model.run(tokens, model.cut(tokens.lengths, budget), result)
+    return result
 
 
 def encode(
-    folder: Path,
-    texts: Sequence[str],
-    *,
-    instruction: str = "",
-    budget: int = 512,
-    packed: bool | None = None,
-    **changes: object,
-) -> Encoded:
-    spec = resolve(folder, **changes)
-    encoder = Encoder(spec, device="cpu", packed=packed)
-    tokens = Tokenizer(folder, spec.max_length).tokenise(texts, instruction=instruction)
-    result = encoder.empty_result(len(texts))
-    encoder.encode(tokens, encoder.cut(tokens.lengths, budget), result)
-    return result
+    folder: Path, texts: Sequence[str], *, budget: int = 512, packed: bool | None = None, **changes: object
+) -> Result:
+    """Run texts as passages; vectors stay float32, also where they are computed in half precision."""
+    spec = resolve(folder, **changes).stored_as("float32")
+    return run(load(spec, packed=packed), text_feeder(spec).passages(texts), budget)
+
+
+def vectors(result: Result) -> np.ndarray:
+    return result.array(EMBEDDING)
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -12,10 +12,11 @@ import torch
 
 from bge_ray.errors import ModelError
 from bge_ray.model.cards import CHINESE_INSTRUCTION, ENGLISH_INSTRUCTION
-from bge_ray.model.encoder import Encoder
-from bge_ray.model.feed.tokenizer import Tokenizer
+from bge_ray.model.feed.texts import TextFeeder
+from bge_ray.model.run.model import Model, Place
 from bge_ray.model.source import fetch_model, hash_model
-from tests.model.conftest import MakeModel, resolve
+from bge_ray.model.spec import model_folder
+from tests.model.conftest import MakeModel, load, resolve
 from tests.support.models import write_pooling
 
 
@@ -70,13 +71,13 @@ def test_pickled_weights_are_not_opened(copy: Path, tmp_path: Path) -> None:
 
     torch.save(Trap(), copy / "pytorch_model.bin")
     spec = resolve(copy)
-    Encoder(spec, device="cpu")  # safetensors are there, too
+    load(spec)  # safetensors are there, too
     (copy / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"no \.safetensors file; convert the weights first"):
         resolve(copy)
     (copy / "other.safetensors").write_bytes(b"")
     with pytest.raises(ModelError):
-        Encoder(resolve(copy), device="cpu")
+        load(resolve(copy))
     assert not trap.exists()
 
 
@@ -166,18 +167,18 @@ def test_saved_by_this_sentence_transformers(encoder_folder: MakeModel, tmp_path
 
 
 def test_hash(copy: Path) -> None:
-    first = hash_model(str(copy))
+    first = hash_model(copy)
     (copy / "README.md").write_text("words")
     (copy / "onnx").mkdir()
     (copy / "onnx" / "model.onnx").write_bytes(b"x")
-    assert hash_model(str(copy)) == first, "a file that decides no vector changed the hash"
+    assert hash_model(copy) == first, "a file that decides no vector changed the hash"
     moved = copy.rename(copy.with_name("moved"))
-    assert hash_model(str(moved)) == first
+    assert hash_model(moved) == first
     write_pooling(moved, "mean", 32)
-    second = hash_model(str(moved))
+    second = hash_model(moved)
     assert second != first
     edit(moved / "tokenizer_config.json", do_lower_case=False)
-    assert hash_model(str(moved)) not in (first, second)
+    assert hash_model(moved) not in (first, second)
 
 
 EVIL = "import os, pathlib\npathlib.Path(os.environ['TRAP']).mkdir()\n"
@@ -191,15 +192,16 @@ def test_code_in_the_folder_is_not_run(copy: Path, tmp_path: Path, monkeypatch: 
     code = {"AutoConfig": "evil.EvilConfig", "AutoModel": "evil.EvilModel"}
     edit(copy / "config.json", auto_map=code)
     edit(copy / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "evil.EvilTokenizer"]})
-    Encoder(resolve(copy), device="cpu")  # a BERT in transformers' own code, whatever else the folder offers
-    Tokenizer(copy, 16)
+    load(resolve(copy))  # a BERT in transformers' own code, whatever else the folder offers
+    TextFeeder(copy, 16)
     edit(copy / "config.json", model_type="evil")
     spec = resolve(copy)
     with pytest.raises(ModelError, match="trust_remote_code"):
-        Encoder(spec, device="cpu")
+        load(spec)
     assert not trap.exists()
-    with pytest.raises(ModelError):
-        Encoder(spec, device="cpu", trust_remote_code=True)
+    spec = resolve(copy, trust_remote_code=True)
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        Model(spec, model_folder(spec), Place(trust_remote_code=True))
     assert trap.exists(), "the trap does not work"
 
 
@@ -219,6 +221,7 @@ def test_hub_out_of_reach_names_the_ways_out(tmp_path: Path, offline: str) -> No
         "PATH": "/usr/bin",
         "HF_HOME": str(tmp_path),
         "HF_HUB_OFFLINE": offline,
+        "BGE_RAY_CACHE": str(tmp_path),
         "HF_ENDPOINT": "http://127.0.0.1:9",  # nothing listens there
     }
     done = subprocess.run(
@@ -241,3 +244,17 @@ def test_names_that_are_no_hub_ids() -> None:
     for name in ("not a model", "a" * 200):
         with pytest.raises(ModelError, match=r"model\.name"):
             fetch_model(name, None)
+
+
+def test_length_of_a_folder_that_keeps_it_with_its_tokenizer(copy: Path) -> None:
+    """As sentence-transformers 6 does; a tokenizer's limit alone says nothing about the training."""
+    edit(copy / "tokenizer_config.json", model_max_length=48)
+    assert resolve(copy).max_length == 48
+    edit(copy / "tokenizer_config.json", model_max_length=10**30)
+    assert resolve(copy).max_length == 128
+    edit(copy / "tokenizer_config.json", model_max_length=48)
+    edit(copy / "sentence_bert_config.json", max_seq_length=64)
+    assert resolve(copy).max_length == 64
+    (copy / "sentence_bert_config.json").unlink()
+    (copy / "modules.json").unlink()
+    assert resolve(copy).max_length == 128

@@ -21,8 +21,10 @@ from bge_ray.records.ids import (
 )
 from bge_ray.records.model import ModelSpec
 from bge_ray.records.plan import CorpusObject, Plan, Span, Unit, unit_fingerprint
+from bge_ray.records.outputs import Output
 
-MODEL = ModelSpec("m", None, "w", 4, "cls", 16, True, "float32", "q: ", "")
+OUTPUT = Output("embedding", "dense", 4, "float32")
+MODEL = ModelSpec("m", None, "w", "dense", (OUTPUT,), "cls", 16, True, "float32", "q: ", "")
 SPEC = DatasetSpec(MODEL, Columns("id", "text", None, {"lang": "string"}), "float32")
 OBJECT = CorpusObject(3, "s3://b/x", 10, "e", "jsonl", "", (Span(0, 9, 0, (4, 3)), Span(9, 10, 7, (2,))))
 
@@ -80,7 +82,8 @@ def test_a_fingerprint_changes_with_everything_that_decides_vectors() -> None:
         "normalize": False,
         "dtype": "float16",
     }
-    changes |= {"passage_instruction": "p: ", "dim": 5}
+    changes |= {"passage_instruction": "p: ", "family": "m3"}
+    changes |= {"outputs": (dataclasses.replace(OUTPUT, dim=5),)}
     for name, value in changes.items():
         spec = dataclasses.replace(SPEC, model=dataclasses.replace(MODEL, **{name: value}))
         others.append(unit_fingerprint(spec.rows_fingerprint, OBJECT, unit))
@@ -103,13 +106,15 @@ def test_what_decides_no_vector_changes_no_fingerprint(change: dict[str, str]) -
 
 
 def test_a_mismatch_names_each_field_with_both_values() -> None:
-    spec = dataclasses.replace(SPEC, dtype="float16", model=dataclasses.replace(MODEL, pooling="mean"))
+    model = dataclasses.replace(MODEL, pooling="mean").stored_as("float16")
+    spec = dataclasses.replace(SPEC, dtype="float16", model=model)
     with pytest.raises(DatasetMismatchError) as caught:
         spec.check_same(SPEC, "s3://b/out")
     for part in (
         "s3://b/out",
         "dtype: there 'float32', now 'float16'",
         "model.pooling: there 'cls', now 'mean'",
+        "model.outputs.embedding.dtype: there 'float32', now 'float16'",
     ):
         assert part in str(caught.value)
 

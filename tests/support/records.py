@@ -11,6 +11,7 @@ from bge_ray.records.columns import Columns, ColumnType
 from bge_ray.records.dataset import DatasetSpec, FileFact, Marker
 from bge_ray.records.model import ModelSpec
 from bge_ray.records.plan import Unit
+from bge_ray.records.outputs import Output
 from bge_ray.records.tokens import PackedTokens
 from bge_ray.storage.objects import Storage
 
@@ -23,7 +24,8 @@ def make_spec(
     dtype: str = "float32", kept: dict[str, pa.DataType] | None = None, **model: object
 ) -> DatasetSpec:
     facts = ModelSpec(
-        name="a/model", revision="abc", weights_sha256="0" * 64, dim=DIM, pooling="cls", max_length=16,
+        name="a/model", revision="abc", weights_sha256="0" * 64, family="dense",
+        outputs=(Output("embedding", "dense", DIM, dtype),), pooling="cls", max_length=16,
         normalize=True, dtype="float32", query_instruction="query: ", passage_instruction="",
     )  # fmt: skip
     types = {name: ColumnType.of(kind) for name, kind in (kept or {}).items()}

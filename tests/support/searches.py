@@ -7,10 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bge_ray.model.encoder import Encoder
-from bge_ray.model.feed.queries import encode_queries
-from bge_ray.model.feed.tokenizer import Tokenizer
-from bge_ray.model.source import resolve_model
+from bge_ray.model.run.model import Model, Place
+from bge_ray.model.spec import model_folder, resolve_encoder, text_feeder
+from bge_ray.records.model import EMBEDDING
 from bge_ray.settings.sections import ModelSettings, Settings, parse_settings
 from bge_ray.storage.objects import Storage, join
 
@@ -61,9 +60,12 @@ def read_rejected(folder: str) -> list[tuple[str, str, str]]:
 
 def query_vectors(model: Path, texts: list[str], **settings: object) -> np.ndarray:
     """Encode queries in this process."""
-    spec = resolve_model(ModelSettings(name=str(model), **settings), on_gpu=False)
-    tokenizer = Tokenizer(model, spec.max_length)
-    return encode_queries(texts, tokenizer, Encoder(spec, device="cpu"), token_budget=1024).embeddings
+    spec = resolve_encoder(ModelSettings(name=str(model), **settings), on_gpu=False)
+    tokens = text_feeder(spec).queries(texts)
+    loaded = Model(spec, model_folder(spec), Place())
+    result = loaded.empty_result(len(texts))
+    loaded.run(tokens, loaded.cut(tokens.lengths, 1024), result)
+    return result.array(EMBEDDING)
 
 
 def brute_force(queries: np.ndarray, vectors: dict[str, np.ndarray], k: int) -> list[list[tuple[str, float]]]:

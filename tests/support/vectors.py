@@ -14,9 +14,11 @@ from bge_ray.records.ids import vector_ids
 from bge_ray.records.model import ModelSpec
 from bge_ray.records.plan import Unit
 from bge_ray.records.schemas import REJECTED_SCHEMA, embedding_schema, hash_texts
+from bge_ray.records.outputs import Output
 from bge_ray.storage.objects import Storage
 
-MODEL = ModelSpec("synthetic", None, "0" * 64, 32, "cls", 512, True, "float32", "", "")
+OUTPUT = Output("embedding", "dense", 32, "float32")
+MODEL = ModelSpec("synthetic", None, "0" * 64, "dense", (OUTPUT,), "cls", 512, True, "float32", "", "")
 
 
 def clustered(rows: int, dim: int, seed: int, *, clusters: int = 50, centres_seed: int = 0) -> np.ndarray:
@@ -33,9 +35,9 @@ class VectorDataset:
     """A data set below ``root`` whose shards a test sets, replaces and removes, until ``publish``."""
 
     def __init__(self, root: str, dim: int = 32, dtype: str = "float32", **model: object) -> None:
-        self.spec = DatasetSpec(
-            dataclasses.replace(MODEL, dim=dim, **model), Columns("id", "text", None), dtype
-        )
+        outputs = (dataclasses.replace(OUTPUT, dim=dim, dtype=dtype),)
+        made = dataclasses.replace(MODEL, **({"outputs": outputs} | model))
+        self.spec = DatasetSpec(made, Columns("id", "text", None), dtype)
         self.dataset = Dataset(Storage(30), root)
         self.dataset.create_spec(self.spec)
         self._markers: dict[int, Marker] = {}

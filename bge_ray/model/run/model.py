@@ -24,7 +24,7 @@ from bge_ray.records.tokens import PackedTokens
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model runs: torch device, CPU threads of this process, whether its folder's code may run."""
+    """Where a model runs: a torch device, CPU threads of this process, and whether the folder's code runs."""
 
     device: str = "cpu"
     threads: int = 1

@@ -127,7 +127,7 @@ class Result:
 
 def _stored(block: Block, good: npt.NDArray[np.bool_], output: Output) -> Block:
     """Return the good rows of a ragged block in the stored dtype."""
-    lengths = block.lengths if block.lengths is not None else np.zeros(len(good), np.int64)
+    lengths = np.asarray(block.lengths)
     kept = np.repeat(good, lengths)
     indices = None if block.indices is None else block.indices[kept]
     return Block(block.values[kept].astype(output.dtype), lengths[good], indices)

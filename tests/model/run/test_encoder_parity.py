@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 
 from bge_ray.model.cards import CHINESE_INSTRUCTION, ENGLISH_INSTRUCTION
-from bge_ray.model.encoder import Encoder
-from bge_ray.model.feed.queries import encode_queries
-from bge_ray.model.feed.tokenizer import Tokenizer
-from tests.model.conftest import MakeModel, cosines, encode, resolve
+from bge_ray.model.spec import text_feeder
+from tests.model.conftest import MakeModel, cosines, encode, load, resolve, run, vectors
 
 pytestmark = pytest.mark.parity
 
@@ -39,7 +37,7 @@ def test_passages_equal_flagembedding(
     for packed in (False, True):
         ours = encode(folder, texts, max_length=max_length, packed=packed)
         assert not ours.faults
-        np.testing.assert_allclose(ours.embeddings, theirs, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(vectors(ours), theirs, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("instruction", [ENGLISH_INSTRUCTION, CHINESE_INSTRUCTION])
@@ -50,10 +48,10 @@ def test_queries_equal_flagembedding(
     folder = encoder_folder(kind, "cls")
     theirs = flag_model(folder, "cls", 128, instruction).encode_queries(texts)
     spec = resolve(folder, query_instruction=instruction)
-    ours = encode_queries(texts, Tokenizer(folder, 128), Encoder(spec, device="cpu"), token_budget=300)
-    np.testing.assert_allclose(ours.embeddings, theirs, atol=1e-5, rtol=0)
+    ours = run(load(spec), text_feeder(spec).queries(texts), 300)
+    np.testing.assert_allclose(vectors(ours), theirs, atol=1e-5, rtol=0)
     plain = encode(folder, texts)
-    assert (cosines(ours.embeddings, plain.embeddings) < 0.999).any(), "the instruction changed nothing"
+    assert (cosines(vectors(ours), vectors(plain)) < 0.999).any(), "the instruction changed nothing"
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -67,7 +65,7 @@ def test_equal_sentence_transformers(
     folder = encoder_folder(kind, pooling)
     theirs = SentenceTransformer(str(folder), device="cpu").encode(texts, show_progress_bar=False)
     ours = encode(folder, texts, packed=packed)
-    np.testing.assert_allclose(ours.embeddings, theirs, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(vectors(ours), theirs, atol=1e-5, rtol=0)
 
 
 def test_real_weights_equal_sentence_transformers(texts: list[str]) -> None:
@@ -78,7 +76,7 @@ def test_real_weights_equal_sentence_transformers(texts: list[str]) -> None:
     theirs = SentenceTransformer(str(folder), device="cpu").encode(texts, show_progress_bar=False)
     for packed in (False, True):
         ours = encode(folder, texts, packed=packed, budget=1024)
-        np.testing.assert_allclose(ours.embeddings, theirs, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(vectors(ours), theirs, atol=1e-5, rtol=0)
 
 
 def test_without_normalisation(encoder_folder: MakeModel, texts: list[str]) -> None:
@@ -89,4 +87,4 @@ def test_without_normalisation(encoder_folder: MakeModel, texts: list[str]) -> N
         str(folder), use_fp16=False, devices="cpu", normalize_embeddings=False, passage_max_length=128
     )
     ours = encode(folder, texts, normalize=False)
-    np.testing.assert_allclose(ours.embeddings, model.encode_corpus(texts), atol=1e-5, rtol=0)
+    np.testing.assert_allclose(vectors(ours), model.encode_corpus(texts), atol=1e-5, rtol=0)

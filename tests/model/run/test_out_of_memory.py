@@ -1,6 +1,7 @@
 """Real lack of memory: a child process with a limit on its address space, no mock."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,33 +14,33 @@ CHILD = """
 import json, os, resource, sys
 import numpy as np
 import torch
-from bge_ray.model.encoder import Encoder
-from bge_ray.model.source import resolve_model
+from bge_ray.model.run.model import Model, Place
+from bge_ray.model.spec import model_folder, resolve_encoder
 from bge_ray.records.tokens import PackedTokens
 from bge_ray.settings.sections import ModelSettings
 
 folder, packed, spare, lengths = sys.argv[1], sys.argv[2] == "True", int(sys.argv[3]), json.loads(sys.argv[4])
-spec = resolve_model(ModelSettings(name=folder), on_gpu=False)
-encoder = Encoder(spec, device="cpu", packed=packed)
+spec = resolve_encoder(ModelSettings(name=folder), on_gpu=False)
+model = Model(spec, model_folder(spec), Place(), packed)
 offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 ids = (np.arange(offsets[-1]) * 7919 % 50 + 5).astype(np.int32)
 tokens = PackedTokens(ids, offsets, np.zeros(len(lengths), np.bool_))
-small = encoder.empty_result(len(lengths))
-encoder.encode(tokens, [np.array([i]) for i in range(len(lengths)) if lengths[i] < 500][:20], small)
+small = model.empty_result(len(lengths))
+model.run(tokens, [np.array([i]) for i in range(len(lengths)) if lengths[i] < 500][:20], small)
 
 size = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 everything = [np.arange(len(lengths))]
-result = encoder.empty_result(len(lengths))
+result = model.empty_result(len(lengths))
 resource.setrlimit(resource.RLIMIT_AS, (size + spare, resource.RLIM_INFINITY))
-encoder.encode(tokens, everything, result)
+model.run(tokens, everything, result)
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 good = [i for i in range(len(lengths)) if i not in result.faults]
-free = encoder.empty_result(len(lengths))
-encoder.encode(tokens, [np.array(good)], free)
+free = model.empty_result(len(lengths))
+model.run(tokens, [np.array(good)], free)
 print(json.dumps({
     "faults": result.faults, "batches": result.batches, "free_batches": free.batches,
-    "difference": float(np.abs(result.embeddings[good] - free.embeddings[good]).max()),
+    "difference": float(np.abs(result.array("embedding")[good] - free.array("embedding")[good]).max()),
 }))
 """
 
@@ -51,7 +52,12 @@ def run_child(folder: Path, packed: bool, spare: int, lengths: list[int]) -> dic
         text=True,
         check=False,
         timeout=120,
-        env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin", "HF_HUB_OFFLINE": "1"},
+        env={
+            "OMP_NUM_THREADS": "1",
+            "PATH": "/usr/bin",
+            "HF_HUB_OFFLINE": "1",
+            "BGE_RAY_CACHE": os.environ["BGE_RAY_CACHE"],
+        },
         cwd=Path(__file__).parents[3],
     )
     assert done.returncode == 0, [

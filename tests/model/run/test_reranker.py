@@ -8,14 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from bge_ray.errors import ModelError
-from bge_ray.model.feed.pairs import PairTokenizer
-from bge_ray.model.reranker import Reranker, Scored
-from bge_ray.model.reranker_spec import resolve_reranker
-from tests.model.conftest import MakeModel
+from bge_ray.model.feed.pairs import PairFeeder
+from bge_ray.model.run.load import Loading, load_cross_encoder
+from bge_ray.model.run.result import Result
+from bge_ray.model.spec import pair_feeder, resolve_reranker
+from bge_ray.records.model import SCORE, ModelSpec
+from bge_ray.settings.sections import RerankSettings
+from tests.model.conftest import MakeModel, load, run
 from tests.support.models import SENTENCES
 
 RerankerFolder = Callable[[str], Path]
@@ -35,6 +39,14 @@ def pairs() -> list[tuple[str, str]]:
     return [(query, text(n)) for query in queries for n in (1, 3, 20, 60, 120, 126, 400)]
 
 
+def resolve(folder: Path, *, on_gpu: bool = False, **changes: object) -> ModelSpec:
+    return resolve_reranker(RerankSettings(model=str(folder), **changes), on_gpu=on_gpu)
+
+
+def scores(result: Result) -> np.ndarray:
+    return result.array(SCORE)
+
+
 def score(
     folder: Path,
     pairs: list[tuple[str, str]],
@@ -42,13 +54,10 @@ def score(
     budget: int = 600,
     packed: bool | None = None,
     **changes: object,
-) -> Scored:
-    spec = resolve_reranker(str(folder), on_gpu=False, **changes)
-    reranker = Reranker(spec, device="cpu", packed=packed)
-    rows = PairTokenizer(folder, spec.max_length).tokenise([q for q, _ in pairs], [p for _, p in pairs])
-    result = reranker.empty_result(len(pairs))
-    reranker.score(rows, reranker.cut(rows.tokens.lengths, budget), result)
-    return result
+) -> Result:
+    spec = resolve(folder, **changes)
+    rows = pair_feeder(spec).pairs([q for q, _ in pairs], [p for _, p in pairs])
+    return run(load(spec, packed=packed), rows, budget)
 
 
 @pytest.mark.parity
@@ -66,12 +75,12 @@ def test_scores_equal_flag_reranker(
     for packed in (False, True):
         ours = score(folder, pairs, max_length=max_length, packed=packed)
         assert not ours.faults
-        np.testing.assert_allclose(ours.scores, theirs, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(scores(ours), theirs, atol=1e-4, rtol=0)
         assert (
-            np.argsort(-ours.scores, kind="stable").tolist()
+            np.argsort(-scores(ours), kind="stable").tolist()
             == np.argsort(-np.array(theirs), kind="stable").tolist()
         )
-    assert np.ptp(ours.scores) > 0.1, "the scores do not tell pairs apart"
+    assert np.ptp(scores(ours)) > 0.1, "the scores do not tell pairs apart"
 
 
 @pytest.mark.parametrize("max_length", [24, 60])
@@ -90,7 +99,7 @@ def test_pairs_against_transformers(
         ("为这个句子生成" * 9, "é ü [SEP] </s> zq zq" * 9),
         ("fo" * 70, "fox"),
     ]
-    rows = PairTokenizer(folder, max_length).tokenise(*map(list, zip(*pairs, *odd, strict=True)))
+    rows = PairFeeder(folder, max_length).pairs(*map(list, zip(*pairs, *odd, strict=True)))
     for row, (query, passage) in enumerate([*pairs, *odd]):
         backend.no_truncation()
         q_all = backend.encode(query, add_special_tokens=False)
@@ -102,16 +111,16 @@ def test_pairs_against_transformers(
         q.truncate(max_length * 3 // 4)
         backend.enable_truncation(max_length, strategy="only_second")
         joined = backend.post_process(q, p)
-        a, b = rows.tokens.offsets[row : row + 2]
-        assert rows.tokens.input_ids[a:b].tolist() == joined.ids
+        a, b = rows.offsets[row : row + 2]
+        assert rows.input_ids[a:b].tolist() == joined.ids
         if kind == "bert":
             starts = rows.type_starts[row]
             assert [int(i >= starts) for i in range(b - a)] == joined.type_ids
         specials = tokenizer.num_special_tokens_to_add(pair=True)
-        assert rows.tokens.truncated[row] == (len(q_all.ids) + len(p_all.ids) + specials > b - a)
+        assert rows.truncated[row] == (len(q_all.ids) + len(p_all.ids) + specials > b - a)
     assert (rows.type_starts is None) == (kind == "xlm-roberta")
-    assert rows.tokens.truncated.any() and not rows.tokens.truncated.all()
-    assert rows.tokens.lengths.max() == max_length
+    assert rows.truncated.any() and not rows.truncated.all()
+    assert rows.lengths.max() == max_length
 
 
 @KINDS
@@ -121,17 +130,17 @@ def test_batching_does_not_change_scores(
     folder = reranker_folder(kind)
     alone = score(folder, pairs, budget=1)
     assert alone.batches == len(pairs)
-    np.testing.assert_allclose(score(folder, pairs, budget=5000).scores, alone.scores, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(scores(score(folder, pairs, budget=5000)), scores(alone), atol=1e-5, rtol=0)
     shuffled = list(np.random.default_rng(0).permutation(len(pairs)))
-    again = score(folder, [pairs[i] for i in shuffled]).scores
-    np.testing.assert_allclose(again, alone.scores[shuffled], atol=1e-5, rtol=0)
+    again = scores(score(folder, [pairs[i] for i in shuffled]))
+    np.testing.assert_allclose(again, scores(alone)[shuffled], atol=1e-5, rtol=0)
 
 
 def test_no_pairs(reranker_folder: RerankerFolder) -> None:
     result = score(reranker_folder("bert"), [])
-    assert result.scores.shape == (0,) and not result.faults
+    assert scores(result).shape == (0,) and not result.faults
     with pytest.raises(ValueError, match="no pairs"):
-        PairTokenizer(reranker_folder("bert"), 64).tokenise(["a"], [])
+        PairFeeder(reranker_folder("bert"), 64).pairs(["a"], [])
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -140,10 +149,10 @@ def test_half_precision_is_close(
     reranker_folder: RerankerFolder, pairs: list[tuple[str, str]], dtype: str, packed: bool
 ) -> None:
     folder = reranker_folder("bert")
-    exact = score(folder, pairs).scores
+    exact = scores(score(folder, pairs))
     half = score(folder, pairs, dtype=dtype, packed=packed)
     assert not half.faults
-    assert np.corrcoef(half.scores, exact)[0, 1] > 0.998
+    assert np.corrcoef(scores(half), exact)[0, 1] > 0.998
 
 
 def test_nan_is_a_fault_of_its_pair_only(reranker_folder: RerankerFolder, tmp_path: Path) -> None:
@@ -157,42 +166,52 @@ def test_nan_is_a_fault_of_its_pair_only(reranker_folder: RerankerFolder, tmp_pa
     result = score(folder, pairs, dtype="float16")
     assert {row: reason for row, (reason, _) in result.faults.items()} == {1: "non_finite", 2: "non_finite"}
     whole = score(clean, pairs, dtype="float16")
-    np.testing.assert_allclose(result.scores[[0, 3]], whole.scores[[0, 3]], atol=2e-2)
+    np.testing.assert_allclose(scores(result)[[0, 3]], scores(whole)[[0, 3]], atol=2e-2)
 
 
 def test_folders_that_are_no_rerankers(
     reranker_folder: RerankerFolder, encoder_folder: MakeModel, tmp_path: Path
 ) -> None:
-    def load(folder: Path) -> Reranker:
-        return Reranker(resolve_reranker(str(folder), on_gpu=False), device="cpu")
-
-    with pytest.raises(ModelError, match="has 2 outputs where a reranker has 1"):
-        load(encoder_folder("bert", "cls"))
+    with pytest.raises(ModelError, match=r"rerank\.model .*no classification head; it is an encoder"):
+        resolve(encoder_folder("bert", "cls"))
     for kind, head in (("bert", "classifier.weight"), ("xlm-roberta", "classifier.dense.weight")):
         folder = Path(shutil.copytree(reranker_folder(kind), tmp_path / f"{kind}-headless"))
         weights = load_file(folder / "model.safetensors")
         kept = {k: v for k, v in weights.items() if not k.startswith("classifier")}
         save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match="no classification head; it is an encoder"):
+            resolve(folder)
         with pytest.raises(ModelError, match=r"would be random, such as classifier\."):
-            load(folder)
+            load_cross_encoder(folder, Loading(torch.float32))
         assert head in weights
-    folder = Path(shutil.copytree(reranker_folder("bert"), tmp_path / "poolerless"))
-    weights = load_file(folder / "model.safetensors")
-    kept = {k: v for k, v in weights.items() if "pooler" not in k}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"would be random, such as bert\.pooler"):
-        load(folder)
+    for gone in ("bert.pooler.dense.weight", "classifier.bias"):
+        folder = Path(shutil.copytree(reranker_folder("bert"), tmp_path / gone))
+        weights = load_file(folder / "model.safetensors")
+        del weights[gone]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=f"would be random, such as {gone.removeprefix('bert.')}"):
+            resolve(folder)
+        with pytest.raises(ModelError, match=f"would be random, such as {gone}"):
+            load_cross_encoder(folder, Loading(torch.float32))
+    folder = Path(shutil.copytree(reranker_folder("bert"), tmp_path / "two"))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"rerank\.model .*has 2 outputs where a reranker has 1"):
+        resolve(folder)
+    with pytest.raises(ModelError, match="has 2 outputs where a reranker has 1"):
+        load_cross_encoder(folder, Loading(torch.float32))
 
 
 def test_limits(reranker_folder: RerankerFolder, tmp_path: Path) -> None:
     folder = reranker_folder("bert")
-    assert resolve_reranker(str(folder), on_gpu=False).max_length == 128
-    assert resolve_reranker(str(folder), on_gpu=True).dtype == "float16"
-    with pytest.raises(ModelError, match="has positions for 128 tokens"):
-        resolve_reranker(str(folder), max_length=129, on_gpu=False)
+    assert resolve(folder).max_length == 128
+    assert resolve(folder, on_gpu=True).dtype == "float16"
+    with pytest.raises(ModelError, match=r"rerank\.max_length 129: .*has positions for 128 tokens"):
+        resolve(folder, max_length=129)
     with pytest.raises(ModelError, match="leaves no room for a passage"):
-        PairTokenizer(folder, 12)
-    PairTokenizer(folder, 13)
+        PairFeeder(folder, 12)
+    PairFeeder(folder, 13)
 
 
 def test_template_of_another_kind_is_refused(reranker_folder: RerankerFolder, tmp_path: Path) -> None:
@@ -202,10 +221,9 @@ def test_template_of_another_kind_is_refused(reranker_folder: RerankerFolder, tm
     content["post_processor"]["pair"] = pair[:1] + pair[3:4] + pair[2:3] + pair[1:2] + pair[4:]
     (folder / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ModelError, match="joins pairs in a way that is not supported"):
-        PairTokenizer(folder, 64)
+        PairFeeder(folder, 64)
 
 
 @KINDS
 def test_a_warm_up_runs_the_longest_pairs(reranker_folder: RerankerFolder, kind: str) -> None:
-    spec = resolve_reranker(str(reranker_folder(kind)), on_gpu=False)
-    Reranker(spec, device="cpu").warm_up(1000)
+    load(resolve(reranker_folder(kind))).warm_up(1000)

@@ -16,7 +16,7 @@ from bge_ray.errors import (
     RejectedRowsError,
     SettingsError,
 )
-from bge_ray.model.source import resolve_model
+from bge_ray.model.spec import resolve_encoder
 from bge_ray.pipeline.embed.job import embed
 from bge_ray.pipeline.index.job import build_index, read_index
 from bge_ray.pipeline.search.job import plan_search, search
@@ -94,9 +94,9 @@ def test_four_range_shards_equal_the_single_file_and_all_lists_equal_exact_searc
     root: str, bucket: str, tiny_model: Path
 ) -> None:
     """160,000 vectors, because the smallest file of a range has 5 MB; of a model that can be asked."""
-    model = resolve_model(ModelSettings(name=str(tiny_model)), on_gpu=False)
+    model = resolve_encoder(ModelSettings(name=str(tiny_model)), on_gpu=False)
     data = f"{bucket}/data"
-    made = VectorDataset(data, **{k: v for k, v in dataclasses.asdict(model).items() if k != "dim"}, dim=32)
+    made = VectorDataset(data, **{f.name: getattr(model, f.name) for f in dataclasses.fields(model)})
     for number in range(4):
         made.put(number, clustered(40_000, 32, seed=number))
     made.publish()

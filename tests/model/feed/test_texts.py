@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-import bge_ray.model.feed.tokenizer as module
+import bge_ray.model.feed.texts as module
 from bge_ray.errors import ModelError
-from bge_ray.model.feed.tokenizer import Tokenizer
+from bge_ray.model.feed.texts import TextFeeder
 from tests.model.conftest import MakeModel
 from tests.support.models import SENTENCES
 
@@ -63,7 +63,7 @@ def check(folder: Path, texts: list[str], max_length: int) -> None:
     reference = AutoTokenizer.from_pretrained(folder)
     expected = reference(texts, truncation=True, max_length=max_length)["input_ids"] if texts else []
     whole = reference(texts, truncation=False, verbose=False)["input_ids"] if texts else []
-    got = Tokenizer(folder, max_length).tokenise(texts)
+    got = TextFeeder(folder, max_length).passages(texts)
     assert got.input_ids.dtype == np.int32 and got.offsets.dtype == np.int32
     assert len(got) == len(texts) and got.offsets[0] == 0
     rows = [got.input_ids[a:b].tolist() for a, b in zip(got.offsets[:-1], got.offsets[1:], strict=True)]
@@ -108,13 +108,13 @@ def test_long_texts_without_spaces(folder: Path, eager_prefixes: None, data: st.
 
 
 def test_ten_megabytes_of_prose_cost_what_a_page_costs(folder: Path) -> None:
-    tokenizer = Tokenizer(folder, 128)
+    feeder = TextFeeder(folder, 128)
     page = " ".join(SENTENCES) + " "
     book = page * (10_000_000 // len(page))
     started = time.perf_counter()
-    tokens = tokenizer.tokenise([book, "a", book])
+    tokens = feeder.passages([book, "a", book])
     assert time.perf_counter() - started < 0.5
-    short = tokenizer.tokenise([page * 10])
+    short = feeder.passages([page * 10])
     assert tokens.truncated.tolist() == [True, False, True]
     np.testing.assert_array_equal(tokens.input_ids[:128], short.input_ids)
     np.testing.assert_array_equal(tokens.input_ids[-128:], short.input_ids)
@@ -123,13 +123,13 @@ def test_ten_megabytes_of_prose_cost_what_a_page_costs(folder: Path) -> None:
 HUGE = """
 import json, resource, sys, time
 from pathlib import Path
-from bge_ray.model.feed.tokenizer import Tokenizer
-tokenizer = Tokenizer(Path(sys.argv[1]), 512)
+from bge_ray.model.feed.texts import TextFeeder
+feeder = TextFeeder(Path(sys.argv[1]), 512)
 n = 10_000_000
 texts = {"spaces": " " * n + "fox", "chinese": "为这个句子生成" * (n // 7)}
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 started = time.perf_counter()
-tokens = tokenizer.tokenise([texts[sys.argv[2]]])
+tokens = feeder.passages([texts[sys.argv[2]]])
 print(json.dumps({
     "n": len(tokens.input_ids), "truncated": bool(tokens.truncated[0]), "s": time.perf_counter() - started,
     "mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
@@ -154,14 +154,14 @@ def test_ten_megabytes_of_anything_stay_bounded(
 
 
 def test_instruction_is_put_before_each_text(folder: Path) -> None:
-    tokenizer = Tokenizer(folder, 64)
-    with_it = tokenizer.tokenise(["the fox", ""], instruction="a corpus: ")
-    by_hand = tokenizer.tokenise(["a corpus: the fox", "a corpus: "])
-    np.testing.assert_array_equal(with_it.input_ids, by_hand.input_ids)
+    feeder = TextFeeder(folder, 64, query_instruction="a query: ", passage_instruction="a corpus: ")
+    for with_it, instruction in ((feeder.passages, "a corpus: "), (feeder.queries, "a query: ")):
+        by_hand = TextFeeder(folder, 64).passages([f"{instruction}the fox", instruction])
+        np.testing.assert_array_equal(with_it(["the fox", ""]).input_ids, by_hand.input_ids)
 
 
 def test_empty_list(folder: Path) -> None:
-    tokens = Tokenizer(folder, 16).tokenise([])
+    tokens = TextFeeder(folder, 16).passages([])
     assert len(tokens) == 0 and tokens.offsets.tolist() == [0] and tokens.input_ids.dtype == np.int32
 
 
@@ -180,12 +180,12 @@ def test_left_truncation_is_followed(encoder_folder: MakeModel, tmp_path: Path, 
 def test_refusals(encoder_folder: MakeModel, tmp_path: Path) -> None:
     folder = encoder_folder("bert", "cls")
     with pytest.raises(ModelError, match="leaves no room"):
-        Tokenizer(folder, 2)
+        TextFeeder(folder, 2)
     empty = tmp_path / "m"
     empty.mkdir()
     shutil.copy(folder / "config.json", empty)
     with pytest.raises(ModelError, match="has no tokenizer files"):
-        Tokenizer(empty, 16)
+        TextFeeder(empty, 16)
     (empty / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="cannot be loaded"):
-        Tokenizer(empty, 16)
+        TextFeeder(empty, 16)

@@ -1,0 +1,38 @@
+"""Rows of tokens laid end to end."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bge_ray.records.tokens import PackedTokens
+
+ROWS = st.lists(st.lists(st.integers(0, 99), max_size=4), max_size=5)
+
+
+def pack(rows: list[list[int]], *, types: bool = False) -> PackedTokens:
+    return PackedTokens(
+        np.array([i for row in rows for i in row], np.int32),
+        np.cumsum([0, *map(len, rows)]).astype(np.int32),
+        np.array([len(row) > 2 for row in rows], np.bool_),
+        np.array([len(row) // 2 for row in rows], np.int32) if types else None,
+    )
+
+
+@given(st.lists(ROWS, max_size=4), st.booleans())
+def test_parts_end_to_end_are_the_rows_of_all(parts: list[list[list[int]]], types: bool) -> None:
+    rows = [row for part in parts for row in part]
+    joined, whole = PackedTokens.concatenate([pack(p, types=types) for p in parts]), pack(rows, types=types)
+    assert len(joined) == len(rows)
+    for name in ("input_ids", "offsets", "truncated"):
+        a, b = getattr(joined, name), getattr(whole, name)
+        assert a.dtype == b.dtype and a.tolist() == b.tolist()
+    if types and parts:
+        assert joined.type_starts.tolist() == whole.type_starts.tolist()
+    chosen = np.arange(len(rows))[::-1]
+    assert joined.lengths_of(chosen).tolist() == [len(row) for row in rows][::-1]
+
+
+def test_parts_of_two_models_are_refused() -> None:
+    with pytest.raises(ValueError, match="1 of 2 parts have segments"):
+        PackedTokens.concatenate([pack([[1]]), pack([[1]], types=True)])
