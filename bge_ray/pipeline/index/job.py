@@ -109,6 +109,7 @@ def build_index(settings: Settings, stop: StopRequest | None = None) -> IndexDes
             _sweep(storage, root, current)
             return current
         at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        facts.plan(units=0, rows=inputs.manifest.rows_out)  # its tasks are counted step by step
         facts.start(_workers(settings, at_once), time.time())
         build = Build(
             storage=storage,
@@ -226,6 +227,7 @@ def _workers(settings: Settings, at_once: int) -> Workers:
 
 
 def _report(settings: Settings, root: str, facts: RunFacts, index: IndexDescription) -> IndexReport:
+    facts.rows_in = facts.rows_out = index.ntotal
     recall = index.tuned_recall
     reached = "reached" if index.reached else "not reached"
     report = IndexReport(
