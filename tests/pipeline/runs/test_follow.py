@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from bge_ray.pipeline.runs.follow import publish_report, published_files, read_current
-from bge_ray.pipeline.runs.parts import Totals
+from bge_ray.pipeline.runs.parts import REJECTED_SCHEMA, Totals, _examples
 from bge_ray.records.dataset import FileFact
 from bge_ray.records.reports import RerankReport, SearchReport
+from bge_ray.report.facts import EXAMPLES_PER_REASON
 from bge_ray.storage.objects import Storage
 from tests.report.samples import rerank_report, search_report
 
@@ -70,3 +73,13 @@ def test_an_incomplete_report_and_one_of_another_version_vouch_for_nothing(
 def test_each_job_has_its_page(tmp_path: Path) -> None:
     publish_report(STORAGE, str(tmp_path), dataclasses.replace(rerank_report(), files=()))
     assert b"Rerank run" in (tmp_path / "report.html").read_bytes()
+
+
+def test_parts_with_many_rows_left_out_give_few_examples() -> None:
+    reasons = ["killed_worker"] * 30 + ["no_result"] * 2
+    ids = [str(k) for k in range(len(reasons))]
+    table = pa.table([ids, ids, reasons, reasons], schema=REJECTED_SCHEMA)
+    first = _examples(table, [])
+    assert Counter(row.reason for row in first) == {"killed_worker": EXAMPLES_PER_REASON, "no_result": 2}
+    assert (first[0].query_id, first[0].passage_id) == ("0", "0")
+    assert Counter(row.reason for row in _examples(table, first)) == {"no_result": 2}
