@@ -142,7 +142,7 @@ h1{font-size:1.6rem;margin:0 0 .5rem}h2{font-size:1.15rem;margin:0 0 .6rem}secti
 p,ul{margin:.5rem 0;max-width:46rem}li{margin:.35rem 0}p,li,th,td{overflow-wrap:anywhere}
 .lead{font-size:1.1rem;padding:.6rem .9rem;background:var(--card);border-left:.3rem solid var(--muted)}
 .lead.good{border-color:var(--good)}.lead.bad{border-color:var(--bad)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.7rem;margin:1.2rem 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(8rem,1fr));gap:.7rem;margin:1.2rem 0}
 .tile{background:var(--card);padding:.6rem .8rem;border-radius:.3rem}
 .tile b{display:block;font-size:1.3rem;line-height:1.3}.tile span{color:var(--muted);font-size:.85rem}
 .wide{overflow-x:auto}table{border-collapse:collapse;margin:.5rem 0}

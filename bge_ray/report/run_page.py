@@ -22,7 +22,7 @@ from bge_ray.report.words import count, short
 
 def search_page(report: SearchReport) -> bytes:
     """Return the page of a search, reranked or not."""
-    lost = report.queries_in - report.queries_out
+    lost = report.queries_in - report.queries_out if report.complete else report.rows_rejected
     figures = [
         ("Queries answered", f"{report.queries_out:,}", f"of {report.queries_in:,}"),
         ("Results", short(report.results), f"up to {report.k:,} a query"),
@@ -43,7 +43,7 @@ def search_page(report: SearchReport) -> bytes:
 
 def rerank_page(report: RerankReport) -> bytes:
     """Return the page of a rerank run."""
-    lost = report.pairs_in - report.pairs_out
+    lost = report.pairs_in - report.pairs_out if report.complete else report.rows_rejected
     figures = [
         ("Pairs scored", f"{report.pairs_out:,}", f"of {report.pairs_in:,}, {report.queries:,} queries"),
         wall_figure(report),
@@ -70,6 +70,11 @@ def _page(
     accounts: str,
     identity: list[tuple[str, str]],
 ) -> bytes:
+    if not report.complete:
+        accounts = (
+            f"Nothing of this run is published. {report.rows_in:,} of {report.rows_planned:,} {rows} that "
+            "were to do are done and kept for the next run."
+        )
     parts = [
         tiles(figures),
         advice_section(report),
@@ -79,7 +84,8 @@ def _page(
         section("Where the time went", *_time(report, rows)),
         run_section(report, identity),
     ]
-    return page(title, "good" if report.complete else "bad", f"{report.outcome}: {done}", parts)
+    lead = f"{report.outcome}: {done}" if report.complete else report.outcome
+    return page(title, "good" if report.complete else "bad", lead, parts)
 
 
 REJECTED = "rejected.parquet"

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -87,8 +88,11 @@ def failures_section(report: Report) -> Html:
         f"{left:,} of {report.units_planned:,} units, {rows:,} of {report.rows_planned:,} rows. Run the job "
         "again: it does these and nothing else."
     )
-    more = f"and {len(report.failures) - MAX_FAILURES:,} more; report.json has all"
-    shown = [*report.failures[:MAX_FAILURES], *([more] if len(report.failures) > MAX_FAILURES else [])]
+    # One cause may stand for all units of a group.
+    causes = Counter(report.failures)
+    shown = [f"{cause} ({n:,} units)" if n > 1 else cause for cause, n in list(causes.items())[:MAX_FAILURES]]
+    if len(causes) > MAX_FAILURES:
+        shown.append(f"and {len(causes) - MAX_FAILURES:,} more causes; report.json has all")
     return section("Not done", paragraph(words), bullets(shown))
 
 

@@ -73,8 +73,16 @@ def _autoscaling(gcs_address: str, resources: dict[str, float]) -> dict[str, obj
 class RayHead:
     """`ray start --head --block` as a process group of its own; ``kill`` takes only what it started."""
 
-    def __init__(self, num_cpus: int = 4, grows_by: dict[str, float] | None = None) -> None:
-        """Start it; with ``grows_by`` it is autoscaled by nodes of these resources, all on this machine."""
+    def __init__(
+        self,
+        num_cpus: int = 4,
+        grows_by: dict[str, float] | None = None,
+        variables: dict[str, str] | None = None,
+    ) -> None:
+        """Start it; with ``grows_by`` it is autoscaled by nodes of these resources, all on this machine.
+
+        ``variables`` are set in its environment alone, and not in that of what is submitted.
+        """
         # A short path of its own: Ray puts sockets there, and the address that "auto" finds.
         self.folder = Path(tempfile.mkdtemp(prefix="head-", dir="/tmp"))
         gcs, dashboard, client, agent, agent_grpc, runtime_env, metrics = free_ports(7)
@@ -88,7 +96,7 @@ class RayHead:
         command += [f"--ray-client-server-port={client}", f"--metrics-export-port={metrics}"]
         command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"]
         command += [f"--runtime-env-agent-port={runtime_env}", f"--object-store-memory={256 << 20}"]
-        environment = self.environment
+        environment = self.environment | (variables or {})
         if grows_by is not None:
             config = self.folder / "autoscaling.json"
             config.write_text(json.dumps(_autoscaling(self.gcs_address, grows_by)))

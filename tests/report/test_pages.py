@@ -23,7 +23,7 @@ from tests.report.samples import (
 PAGES = {
     "embed": embed_page(embed_report(outcome=f"incomplete: {HOSTILE}", complete=False, failures=(HOSTILE,))),
     "index": index_page(index_report(), np.array([10, 20, 70])),
-    "search": search_page(search_report(complete=False, units_done=1, failures=(HOSTILE,))),
+    "search": search_page(search_report()),
     "rerank": rerank_page(rerank_report(without_trec=(HOSTILE,))),
 }
 
@@ -97,7 +97,23 @@ def test_what_is_not_done_is_shown_up_to_a_number() -> None:
     page = embed_page(embed_report(facts, complete=False)).decode()
     assert "98 of 100 units, 958 of 1,000 rows" in page
     assert len(re.findall(r"unit-\d+ fell", page)) == MAX_FAILURES
-    assert "and 7 more" in page
+    assert "and 7 more causes" in page
+
+
+def test_one_cause_of_many_units_is_shown_once_and_an_incomplete_run_claims_no_answers() -> None:
+    failed = {
+        "complete": False,
+        "outcome": "incomplete: gone",
+        "units_planned": 5,
+        "failures": (HOSTILE,) * 3,
+    }
+    page = search_page(search_report(**failed, queries_out=0, rows_planned=100)).decode()
+    assert page.count("alert(&#x27;x&#x27;)&lt;/script&gt; (3 units)") == 1
+    assert "<script" not in page.lower()
+    assert "Nothing of this run is published. 42 of 100 queries" in page
+    assert "answered +" not in page
+    page = rerank_page(rerank_report(**failed, pairs_out=0, rows_planned=100)).decode()
+    assert "Nothing of this run is published. 42 of 100 pairs" in page
 
 
 def test_examples_name_what_they_have() -> None:

@@ -117,13 +117,13 @@ def work_line(facts: RunFacts, rows: str) -> list[str]:
         f"ETA {eta}",
         f"{short(rows_per_s)} {rows}/s",
     ]
-    if tokens_per_s:
-        parts.append(f"{short(tokens_per_s)} tokens/s")
     if facts.workers.models:
         computed = sum(unit.device_s * _inside(unit.began, unit.ended, now - WINDOW_S) for unit in recent)
         busy = min(1.0, computed / since / facts.workers.models)
         told = f"{facts.workers.models} {facts.workers.model}"
         parts.append(f"{told} {busy:.0%} busy" if computed else told)
+    if tokens_per_s:
+        parts.append(f"{short(tokens_per_s)} tokens/s")
     if facts.failures:
         parts.append(f"{len(facts.failures):,} units given up")
     parts.append(f"{facts.units_done:,} of {facts.units_planned:,} units")

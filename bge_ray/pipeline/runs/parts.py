@@ -129,7 +129,7 @@ def publish(
             _count(unit, table, totals)
             left_out = table.filter(pc.is_valid(table["reason"])).select(LEFT_OUT_SCHEMA.names)
             rejected.write(left_out)
-            totals.examples += _examples(left_out)
+            totals.examples += _examples(left_out, totals.examples)
             for writer in writers:
                 writer.write(table)
         check(totals)
@@ -139,13 +139,14 @@ def publish(
     return totals
 
 
-def _examples(left_out: pa.Table) -> list[RejectedRow]:
-    """Return a few rows of each reason."""
+def _examples(left_out: pa.Table, there: Sequence[RejectedRow]) -> list[RejectedRow]:
+    """Return a few rows of each reason, fewer where some are there."""
+    shown = Counter(example.reason for example in there)
     chosen = [
-        left_out.filter(pc.equal(left_out["reason"], reason)).slice(0, EXAMPLES_PER_REASON).to_pylist()
+        left_out.filter(pc.equal(left_out["reason"], reason)).slice(0, EXAMPLES_PER_REASON - shown[reason])
         for reason in pc.unique(left_out["reason"]).to_pylist()
     ]
-    return [RejectedRow(**row) for rows in chosen for row in rows]
+    return [RejectedRow(**row) for rows in chosen for row in rows.to_pylist()]
 
 
 def rank_rows(table: pa.Table, column: str) -> pa.Table:

@@ -108,7 +108,7 @@ class Prometheus:
 
 @pytest.fixture(scope="module")
 def head(s3_server: S3Server) -> Iterator[RayHead]:
-    started = RayHead(RAY_metrics_report_interval_ms="1000")
+    started = RayHead(variables={"RAY_metrics_report_interval_ms": "1000"})
     yield started
     started.kill()
 

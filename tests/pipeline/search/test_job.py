@@ -1,6 +1,7 @@
 """The search job on a real Ray and a real S3 server: truth is brute force over the stored vectors."""
 
 import dataclasses
+import hashlib
 import json
 import secrets
 from pathlib import Path
@@ -85,6 +86,12 @@ def test_exact_search_equals_numpy(root: str, bucket: str, tiny_model: Path, que
         assert_same_ranking(ours, best)
     assert (report.queries_in, report.queries_out, report.results) == (45, 45, 450)
     assert report.index is None
+    assert (report.rows_planned, report.rows_in, report.units_done) == (45, 45, report.units)
+    assert sum(report.phase_s.values()) == pytest.approx(report.wall_s)
+    assert {file.path for file in report.files} == {"run.parquet", "run.trec", "rejected.parquet"}
+    for file in report.files:
+        data = STORAGE.read(join(bucket, file.path))
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (file.bytes, file.sha256)
     assert read_rejected(bucket) == []
     assert STORAGE.list_files(f"{bucket}/work") == []
 
