@@ -23,6 +23,9 @@ import pyarrow.parquet as pq
 import pytest
 import ray.cloudpickle
 import zstandard
+from bge_ray.pipeline.embed.encode import EncodeStage
+from bge_ray.pipeline.rerank.stages import ScoreStage
+from bge_ray.pipeline.runs.parcels import Device, EncodeJob, Workplace
 
 from bge_ray.dataset.commit import ShardWriter
 from bge_ray.errors import BgeRayError, ModelError, SettingsError
@@ -30,12 +33,10 @@ from bge_ray.index.factory import Metric, check_factory
 from bge_ray.model.run.load import Loading, load_encoder
 from bge_ray.model.source import FILE_PATTERNS, fetch_model
 from bge_ray.model.spec import resolve_encoder
-from bge_ray.pipeline.embed.encode import EncodeStage
 from bge_ray.pipeline.embed.tasks import EmbedJob
 from bge_ray.pipeline.index.steps import Build
-from bge_ray.pipeline.rerank.stages import ScoreStage
-from bge_ray.pipeline.runs.parcels import Device, EncodeJob, Workplace
-from bge_ray.records.dataset import Columns, DatasetSpec, Manifest
+from bge_ray.records.columns import Columns
+from bge_ray.records.dataset import DatasetSpec, Manifest
 from bge_ray.settings.sections import ModelSettings, Settings, parse_settings
 from bge_ray.storage.lease import Lease
 from bge_ray.storage.objects import Storage
@@ -288,10 +289,10 @@ def test_what_goes_to_other_processes_carries_no_secret(
     storage = Storage(20)
     storage.write(f"{bucket}/x", b"1")  # a client with credentials exists in this process now
     model = resolve_encoder(ModelSettings(name=str(tiny_model)), on_gpu=False)
-    spec = DatasetSpec(model, Columns("id", "text", None), "float32")
+    spec = DatasetSpec(model, Columns("id", "text", None))
     place = Workplace(storage, bucket, 3, None)  # type: ignore[arg-type]  # the ledger is Ray's own handle
     device = Device("cpu", 1, 1024, trust_remote_code=False)
-    manifest = Manifest(spec.fingerprint, 0, 0, 0, 0, 0, ())
+    manifest = Manifest(spec.vector_fingerprint, 0, 0, 0, 0, 0, ())
     index_spec = check_factory("Flat", 32, Metric.L2)
     shipped = {
         "settings": parse_settings(None, [f"corpus.uri={bucket}", f"output.uri={bucket}/out"]),

@@ -20,8 +20,9 @@ from bge_ray.errors import CorpusError, StorageError
 from bge_ray.formats import lines
 from bge_ray.formats.corpus import ScannedObject, check_columns, list_corpus
 from bge_ray.formats.rows import check_rows
+from bge_ray.records.canonical import from_json, to_json
 from bge_ray.records.columns import Columns
-from bge_ray.records.dataset import UnitLimits, from_json, to_json
+from bge_ray.records.plan import UnitLimits
 from bge_ray.settings.sections import CorpusSettings
 from bge_ray.storage.objects import Storage, join
 from tests.support.reading import (
@@ -248,7 +249,8 @@ def test_few_requests_for_parquet(storage: Storage, bucket: str, faulty) -> None
 MEMORY = """
 import sys, psutil, pyarrow as pa
 from bge_ray.storage.objects import Storage
-from bge_ray.records.dataset import UnitLimits, from_json, to_json
+from bge_ray.records.canonical import from_json, to_json
+from bge_ray.records.plan import UnitLimits
 from tests.support.reading import scan, resolve
 from bge_ray.formats.corpus import read_units
 storage = Storage(5.0)

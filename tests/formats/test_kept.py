@@ -25,9 +25,11 @@ from bge_ray.errors import CorpusError
 from bge_ray.formats.corpus import check_columns
 from bge_ray.formats.inference import MAX_DEPTH, MAX_EXACT_INT, MAX_NODES
 from bge_ray.formats.rows import check_rows
+from bge_ray.records.canonical import from_json, to_json
 from bge_ray.records.columns import Columns
-from bge_ray.records.dataset import DatasetSpec, Unit, UnitLimits, from_json, to_json
-from bge_ray.records.ids import PackedTokens
+from bge_ray.records.dataset import DatasetSpec
+from bge_ray.records.plan import Unit, UnitLimits
+from bge_ray.records.tokens import PackedTokens
 from bge_ray.storage.objects import Storage
 from tests.support.reading import compress, csv_bytes, jsonl_bytes, parquet_bytes, read, resolve, scan
 from tests.support.records import DIM, make_spec, make_writer
@@ -47,7 +49,7 @@ def through_a_shard(objects: dict[str, bytes], *names: str) -> pa.Table:
             found.append(scan(STORAGE, str(Path(folder) / name), LIMITS, **keep))
         spec = make_spec()
         columns = resolve([scanned for scanned, _ in found], **keep)
-        spec = from_json(DatasetSpec, to_json(DatasetSpec(spec.model, columns, spec.dtype)))
+        spec = from_json(DatasetSpec, to_json(DatasetSpec(spec.model, columns)))
         assert spec.columns == columns, "as another process reads it in dataset.json"
         shards = []
         for number, (_, corpus_object) in enumerate(found):

@@ -3,13 +3,14 @@
 import dataclasses
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bge_ray.errors import DatasetMismatchError
 from bge_ray.records.canonical import from_json, to_json
-from bge_ray.records.columns import Columns
+from bge_ray.records.columns import Columns, ColumnType
 from bge_ray.records.dataset import DatasetSpec, FileFact, Manifest, Marker, make_manifest
 from bge_ray.records.ids import (
     MAX_CHUNKS_PER_ROW,
@@ -20,12 +21,13 @@ from bge_ray.records.ids import (
     vector_ids,
 )
 from bge_ray.records.model import ModelSpec
-from bge_ray.records.plan import CorpusObject, Plan, Span, Unit, unit_fingerprint
 from bge_ray.records.outputs import Output
+from bge_ray.records.plan import CorpusObject, Plan, Span, Unit, unit_fingerprint
 
+TEXT = ColumnType.of(pa.string())
 OUTPUT = Output("embedding", "dense", 4, "float32")
 MODEL = ModelSpec("m", None, "w", "dense", (OUTPUT,), "cls", 16, True, "float32", "q: ", "")
-SPEC = DatasetSpec(MODEL, Columns("id", "text", None, {"lang": "string"}), "float32")
+SPEC = DatasetSpec(MODEL, Columns("id", "text", None, {"lang": TEXT}))
 OBJECT = CorpusObject(3, "s3://b/x", 10, "e", "jsonl", "", (Span(0, 9, 0, (4, 3)), Span(9, 10, 7, (2,))))
 
 
@@ -94,7 +96,8 @@ def test_a_fingerprint_changes_with_everything_that_decides_vectors() -> None:
     ):
         spec = dataclasses.replace(SPEC, columns=columns)
         others.append(unit_fingerprint(spec.rows_fingerprint, OBJECT, unit))
-    others.append(unit_fingerprint(dataclasses.replace(SPEC, dtype="float16").rows_fingerprint, OBJECT, unit))
+    halves = dataclasses.replace(SPEC, model=MODEL.stored_as("float16"))
+    others.append(unit_fingerprint(halves.rows_fingerprint, OBJECT, unit))
     assert len({base, *others}) == 1 + len(others)
 
 
@@ -112,7 +115,7 @@ def test_a_mismatch_names_each_field_with_both_values() -> None:
         spec.check_same(SPEC, "s3://b/out")
     for part in (
         "s3://b/out",
-        "dtype: there 'float32', now 'float16'",
+        "model.outputs.embedding.dtype: there 'float32', now 'float16'",
         "model.pooling: there 'cls', now 'mean'",
         "model.outputs.embedding.dtype: there 'float32', now 'float16'",
     ):
@@ -136,7 +139,9 @@ def test_a_manifest_counts_and_sorts() -> None:
 
 
 def test_columns_decide_rows_and_not_vectors() -> None:
-    spec = dataclasses.replace(SPEC, columns=Columns("id", "text", "title", {"lang": "string", "n": "int64"}))
+    spec = dataclasses.replace(
+        SPEC, columns=Columns("id", "text", "title", {"lang": TEXT, "n": ColumnType.of(pa.int64())})
+    )
     assert spec.vector_fingerprint == SPEC.vector_fingerprint
     assert spec.rows_fingerprint != SPEC.rows_fingerprint
     other = dataclasses.replace(SPEC, model=dataclasses.replace(MODEL, max_length=17))

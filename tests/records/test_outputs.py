@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pytest
 
-from bge_ray.records.dataset import from_json, to_json
+from bge_ray.records.canonical import from_json, to_json
 from bge_ray.records.model import Canary, ModelSpec
 from bge_ray.records.outputs import Output
 

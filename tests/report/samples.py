@@ -3,8 +3,9 @@
 import dataclasses
 from typing import Any
 
-from bge_ray.records.dataset import FileFact, ModelSpec
+from bge_ray.records.dataset import FileFact
 from bge_ray.records.index import CurvePoint, IndexDescription, Recall, TrainedOn
+from bge_ray.records.model import ModelSpec
 from bge_ray.records.reports import (
     EmbedReport,
     IndexReport,

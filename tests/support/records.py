@@ -5,14 +5,15 @@ import dataclasses
 import numpy as np
 import pyarrow as pa
 
-from bge_ray.dataset.commit import ShardWriter, shard_table, token_table
-from bge_ray.formats.rows import Passages, Rejected, rejected_table
+from bge_ray.dataset.commit import ShardWriter
+from bge_ray.formats.rows import Rejected, rejected_table
 from bge_ray.records.columns import Columns, ColumnType
 from bge_ray.records.dataset import DatasetSpec, FileFact, Marker
-from bge_ray.records.model import ModelSpec
-from bge_ray.records.plan import Unit
+from bge_ray.records.ids import vector_ids
+from bge_ray.records.model import EMBEDDING, ModelSpec
 from bge_ray.records.outputs import Output
-from bge_ray.records.tokens import PackedTokens
+from bge_ray.records.plan import Unit
+from bge_ray.records.schemas import embedding_schema, hash_texts
 from bge_ray.storage.objects import Storage
 
 DIM = 8
@@ -29,7 +30,7 @@ def make_spec(
         normalize=True, dtype="float32", query_instruction="query: ", passage_instruction="",
     )  # fmt: skip
     types = {name: ColumnType.of(kind) for name, kind in (kept or {}).items()}
-    return DatasetSpec(dataclasses.replace(facts, **model), Columns("id", "text", "title", types), dtype)
+    return DatasetSpec(dataclasses.replace(facts, **model), Columns("id", "text", "title", types))
 
 
 def make_vectors(seed: int = 0) -> np.ndarray:
@@ -48,13 +49,19 @@ def make_tables(
         else pa.array(good).cast(field.type)
         for field in spec.columns.kept_schema()
     }
-    passages = Passages(good, [f"p{i}" for i in good], [f"text {i}" for i in good], kept)
-    lengths = (good % 5 + 2).astype(np.int32)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    tokens = PackedTokens(np.arange(offsets[-1], dtype=np.int32), offsets, good % 3 == 0)
-    shard = shard_table(
-        spec, token_table(UNIT, passages, tokens), (make_vectors() if vectors is None else vectors)[good]
-    )
+    schema = embedding_schema(spec.model.outputs, spec.columns.kept_schema())
+    some = (make_vectors() if vectors is None else vectors)[good].astype(spec.model.output(EMBEDDING).dtype)
+    kind = schema.field(EMBEDDING).type
+    columns = {
+        "vector_id": vector_ids(UNIT.object_no, UNIT.first_row + good),
+        "passage_id": [f"p{i}" for i in good],
+        "text_hash": hash_texts(f"text {i}" for i in good),
+        "n_tokens": (good % 5 + 2).astype(np.int32),
+        "truncated": good % 3 == 0,
+        EMBEDDING: pa.FixedSizeListArray.from_arrays(pa.array(some.reshape(-1), kind.value_type), type=kind),
+        **kept,
+    }
+    shard = pa.table([columns[name] for name in schema.names], schema=schema)
     rejected = [Rejected(i, f"p{i}", "empty_text" if i % 2 else "null_text", "why") for i in bad]
     return shard, rejected_table(UNIT.object_no, UNIT.first_row, rejected)
 
@@ -64,4 +71,4 @@ def make_writer(storage: Storage, root: str, spec: DatasetSpec | None = None) ->
 
 
 def make_marker(unit: Unit, *files: FileFact) -> Marker:
-    return Marker(unit, FINGERPRINT, unit.n_rows, 0, 5, 0, {}, files[0] if files else None, None)
+    return Marker(unit, FINGERPRINT, unit.n_rows, 0, unit.n_rows, 5, 0, {}, files[0] if files else None, None)

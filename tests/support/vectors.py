@@ -12,9 +12,9 @@ from bge_ray.records.columns import Columns
 from bge_ray.records.dataset import DatasetSpec, Manifest, Marker, make_manifest
 from bge_ray.records.ids import vector_ids
 from bge_ray.records.model import ModelSpec
+from bge_ray.records.outputs import Output
 from bge_ray.records.plan import Unit
 from bge_ray.records.schemas import REJECTED_SCHEMA, embedding_schema, hash_texts
-from bge_ray.records.outputs import Output
 from bge_ray.storage.objects import Storage
 
 OUTPUT = Output("embedding", "dense", 32, "float32")
@@ -37,7 +37,7 @@ class VectorDataset:
     def __init__(self, root: str, dim: int = 32, dtype: str = "float32", **model: object) -> None:
         outputs = (dataclasses.replace(OUTPUT, dim=dim, dtype=dtype),)
         made = dataclasses.replace(MODEL, **({"outputs": outputs} | model))
-        self.spec = DatasetSpec(made, Columns("id", "text", None), dtype)
+        self.spec = DatasetSpec(made, Columns("id", "text", None))
         self.dataset = Dataset(Storage(30), root)
         self.dataset.create_spec(self.spec)
         self._markers: dict[int, Marker] = {}
@@ -58,14 +58,14 @@ class VectorDataset:
     def publish(self) -> Manifest:
         manifest = make_manifest(self.spec.vector_fingerprint, self._markers.values())
         self.dataset.publish(manifest)
-        self.dataset.sweep(manifest)
+        self.dataset.sweep(self.spec, manifest, 0)
         return manifest
 
 
 def write_shard(dataset: Dataset, spec: DatasetSpec, object_no: int, vectors: np.ndarray) -> Marker:
     rows = len(vectors)
-    schema = embedding_schema(spec.model.dim, spec.dtype, pa.schema([]))
-    flat = pa.array(np.ascontiguousarray(vectors, dtype=spec.dtype).reshape(-1))
+    schema = embedding_schema(spec.model.outputs, pa.schema([]))
+    flat = pa.array(np.ascontiguousarray(vectors, dtype=spec.model.output("embedding").dtype).reshape(-1))
     table = pa.table(
         [
             pa.array(vector_ids(object_no, np.arange(rows))),

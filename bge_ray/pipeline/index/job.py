@@ -178,6 +178,7 @@ class IndexWork:
         await_pools(settings, [], watch)
         await_nodes(settings.resources, "index.gpus_per_task", 1 if gpus else None, gpus, watch)
         at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        facts.plan(units=0, rows=self.inputs.manifest.vectors)  # its tasks are counted step by step
         facts.start(_workers(settings, at_once), time.time())
         build = Build(
             folder=self._folder,

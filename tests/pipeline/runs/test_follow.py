@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-
 from bge_ray.pipeline.runs.follow import publish_report, published_files, read_current
+
 from bge_ray.pipeline.runs.parts import REJECTED_SCHEMA, Totals, _examples
 from bge_ray.records.dataset import FileFact
 from bge_ray.records.reports import RerankReport, SearchReport
