@@ -14,14 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bge_ray.dataset.commit import marker_path, packed_tokens, token_table
+from bge_ray.dataset.commit import marker_path
 from bge_ray.dataset.folder import Dataset, marker_files
 from bge_ray.errors import StorageError
 from bge_ray.records.canonical import from_json
 from bge_ray.records.dataset import Marker, make_manifest
 from bge_ray.records.ids import vector_ids
-from bge_ray.records.plan import Unit
-from bge_ray.records.tokens import PackedTokens
 from bge_ray.storage.objects import Storage, join
 from tests.support.records import FINGERPRINT, UNIT, make_spec, make_tables, make_vectors, make_writer
 
@@ -163,7 +161,7 @@ def test_an_attempt_that_rejected_other_rows_is_not_mixed_in(
     dataset = Dataset(storage, root)
     manifest = make_manifest(spec.vector_fingerprint, [marker])
     dataset.publish(manifest)
-    dataset.sweep(manifest)
+    dataset.sweep(spec, manifest, 0)
     left = {
         i.uri.rpartition("/")[2]
         for f in ("embeddings", "rejected")
@@ -285,24 +283,3 @@ def test_hugging_face_datasets_reads_it(written, tmp_path) -> None:
     )
     columns = [found[name] for name in ("vector_id", "passage_id", "embedding", "lang", "year")]
     check_values(*map(list, columns), written)
-
-
-def test_token_ids_travel_without_a_copy() -> None:
-    from bge_ray.formats.rows import Passages
-
-    tokens = PackedTokens(
-        np.arange(7, dtype=np.int32), np.array([0, 3, 3, 7], np.int32), np.zeros(3, np.bool_)
-    )
-    passages = Passages(np.array([0, 2, 5]), ["a", "b", "c"], ["", "", ""], {"n": pa.array([1, 2, 3])})
-    table = token_table(Unit(1, 10, 6), passages, tokens)
-    assert table["vector_id"].to_pylist() == [(1 << 41) + (i << 13) for i in (10, 12, 15)]
-    back = packed_tokens(table)
-    assert back.input_ids.ctypes.data == tokens.input_ids.ctypes.data
-    assert back.offsets.tolist() == tokens.offsets.tolist()
-    assert len(packed_tokens(table.slice(0, 0))) == 0
-    for part in (table.slice(0, 2), table.slice(1), pa.concat_tables([table.slice(2), table.slice(0, 1)])):
-        some = packed_tokens(part)
-        texts = [some.input_ids[a:b].tolist() for a, b in zip(some.offsets, some.offsets[1:], strict=False)]
-        assert texts == part["input_ids"].to_pylist()
-        assert some.offsets[0] == 0
-        assert some.offsets[-1] == len(some.input_ids)

@@ -140,10 +140,10 @@ def test_sweep_removes_only_what_the_manifest_does_not_need(dataset: Dataset) ->
         dataset.storage.write(join(dataset.root, name), b"keep")
     manifest = make_manifest("d" * 64, live)
     dataset.publish(manifest)
-    assert dataset.sweep(manifest) == 2
+    assert dataset.sweep(make_spec(), manifest, 0) == 2
     plans = [f"plan/{n:06d}.json" for n in range(4, KEPT_PLANS + 4)]
     assert names(dataset) == sorted([*others, "manifest.json", *plans, *(m.embeddings.path for m in live)])
-    assert dataset.sweep(manifest) == 0
+    assert dataset.sweep(make_spec(), manifest, 0) == 0
     assert dataset.finished() == {m.unit.name: m for m in live}
 
 
@@ -153,7 +153,7 @@ def test_sweep_removes_what_killed_writers_left(storage: Storage, tmp_path) -> N
     left.parent.mkdir()
     left.write_bytes(b"half a shard")
     os.utime(left, (1, 1))
-    dataset.sweep(make_manifest("d" * 64, []))
+    dataset.sweep(make_spec(), make_manifest("d" * 64, []), 0)
     assert not left.exists()
 
 

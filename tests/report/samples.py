@@ -6,6 +6,7 @@ from typing import Any
 from bge_ray.records.dataset import FileFact
 from bge_ray.records.index import CurvePoint, IndexDescription, Recall, TrainedOn
 from bge_ray.records.model import ModelSpec
+from bge_ray.records.outputs import Output
 from bge_ray.records.reports import (
     EmbedReport,
     IndexReport,
@@ -19,7 +20,19 @@ from bge_ray.settings.sections import Settings
 
 EDGES = (8, 16)
 HOSTILE = "<script>alert('x')</script>"
-MODEL = ModelSpec(HOSTILE, None, "f", 8, "cls", 16, True, "float32", "", "")
+MODEL = ModelSpec(
+    HOSTILE,
+    None,
+    "f",
+    "dense",
+    (Output("embedding", "dense", 8, "float32"),),
+    "cls",
+    16,
+    True,
+    "float32",
+    "",
+    "",
+)
 ENDED = 140.0
 
 
@@ -137,6 +150,7 @@ def rerank_report(**changes: Any) -> RerankReport:
         candidates=HOSTILE,
         queries=9,
         pairs_in=42,
+        pairs_rejected=0,
         pairs_out=40,
         lists_rejected=0,
         scoring=SCORING,

@@ -1,0 +1,51 @@
+"""Token ids and reasons as columns: nothing is copied that need not be, and no row is lost."""
+
+import numpy as np
+import pyarrow as pa
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bge_ray.pipeline.engine.rows import able_rows, packed_tokens, with_faults, with_tokens, without_tokens
+from bge_ray.records.tokens import PackedTokens
+
+TEXTS = st.lists(st.none() | st.lists(st.integers(0, 99), min_size=1, max_size=5), max_size=12)
+
+
+def tokens_of(texts: list[list[int]], *, types: bool = False) -> PackedTokens:
+    offsets = np.concatenate([[0], np.cumsum([len(t) for t in texts])]).astype(np.int32)
+    ids = np.array([i for text in texts for i in text], np.int32)
+    starts = np.array([len(t) // 2 for t in texts], np.int32) if types else None
+    return PackedTokens(ids, offsets, np.zeros(len(texts), np.bool_), starts)
+
+
+@given(TEXTS, st.booleans(), st.integers(0, 3))
+def test_every_text_comes_back_under_its_row(texts: list, types: bool, cut: int) -> None:
+    rows = np.array([i for i, text in enumerate(texts) if text is not None], np.int64)
+    given_texts = [text for text in texts if text is not None]
+    table = with_tokens(pa.table({"n": range(len(texts))}), rows, tokens_of(given_texts, types=types))
+    for some, first in ((table, 0), (table.slice(cut), min(cut, len(texts)))):
+        found, tokens = packed_tokens(some)
+        back = [
+            tokens.input_ids[a:b].tolist() for a, b in zip(tokens.offsets, tokens.offsets[1:], strict=False)
+        ]
+        expected = [(i - first, text) for i, text in enumerate(texts) if text is not None and i >= first]
+        assert list(zip(found.tolist(), back, strict=True)) == expected
+        if types and expected:
+            assert tokens.type_starts.tolist() == [len(text) // 2 for _, text in expected]
+    assert without_tokens(table).column_names == ["n"]
+
+
+def test_token_ids_travel_without_a_copy() -> None:
+    tokens = tokens_of([[1, 2, 3], [4], [5, 6, 7]])
+    table = with_tokens(pa.table({"n": [0, 1, 2]}), np.arange(3), tokens)
+    _, back = packed_tokens(table)
+    assert back.input_ids.ctypes.data == tokens.input_ids.ctypes.data
+
+
+def test_faults_are_added_to_those_that_are_there() -> None:
+    table = with_faults(pa.table({"n": [0, 1, 2]}), {})
+    assert table["reason"].null_count == 3
+    table = with_faults(with_faults(table, {1: ("a", "why")}), {2: ("b", "how")})
+    assert table["reason"].to_pylist() == [None, "a", "b"]
+    assert table["detail"].to_pylist() == [None, "why", "how"]
+    assert able_rows(table).tolist() == [0]
