@@ -3,9 +3,9 @@
 `python tools/ways.py` prints them with their lines, `--markdown` writes them into the decision record.
 
 A way names the functions of this package that its subject passes through in the ordinary case, in the order
-in which they are first entered; each is counted once, its whole body with docstring and comments. What happens
-once a run or once a process is left out (planning, sizing, loading a tokenizer or a model, leases), and so is
-what only a failure enters.
+in which they are first entered; each is counted once, its whole body with docstring and comments. Left out is
+what happens once a run or once a process (planning, sizing, loading a tokenizer or a model, leases), and what
+only a failure enters.
 """
 
 import argparse
@@ -279,8 +279,8 @@ def to_markdown() -> str:
     common = row & query & pair
     lines += [
         "",
-        f"A row, a query and a pair have {_lines_of(common)} lines in {len({s.file for s in common})} files in "
-        f"common. Who has followed a row reads {_lines_of(query - row)} more for a query, and then "
+        f"A row, a query and a pair have {_lines_of(common)} lines in {len({s.file for s in common})} files "
+        f"in common. Who has followed a row reads {_lines_of(query - row)} more for a query, and then "
         f"{_lines_of(pair - query - row)} more for a pair.",
     ]
     for name, steps in counted.items():
