@@ -4,8 +4,8 @@
 
 A way names the functions of this package that its subject passes through in the ordinary case, in the order
 in which they are first entered; each is counted once, its whole body with docstring and comments. Left out is
-what happens once a run or once a process (planning, sizing, loading a tokenizer or a model, leases), and what
-only a failure enters.
+what happens once a run or once a process (planning, sizing, loading a tokenizer or a model, leases), what
+only a failure enters, and helpers of a few lines that only answer a question.
 """
 
 import argparse
@@ -29,9 +29,14 @@ PARCEL = (
 )
 ATTEMPT = ("pipeline.engine.isolation:Attempt.__enter__ Attempt.__exit__ run_isolated",)
 READ_PARQUET = (
-    "formats.corpus:read_units _read _check_count _check_unchanged",
+    "formats.corpus:read_units",
+    "records.plan:span_units",
+    "formats.corpus:_check_unchanged",
+    "storage.objects:Storage.info Storage.attempt",
+    "formats.corpus:_read",
     "formats.parquet:read_parquet open_parquet _to_rows _ids _texts",
-    "storage.objects:Storage.open RangeFile.read Storage.read_range Storage.attempt",
+    "storage.objects:Storage.open RangeFile.read Storage.read_range",
+    "formats.corpus:_check_count",
     "formats.rows:check_rows _passage_id _passage_text _unicode_fault",
 )
 TEXT_TOKENS = (
@@ -44,11 +49,16 @@ TEXT_TOKENS = (
 MODEL = (
     "pipeline.engine.model_stage:ModelStage.__call__ ModelStage._run _placed",
     "pipeline.engine.rows:packed_tokens whole without_tokens",
-    "model.run.model:Model.cut Model.run",
+    "model.run.model:Model.empty_result Model.cut",
+    "model.run.result:Result.__init__",
     "model.run.batching:token_budget_batches",
-    "model.run.executor:Executor.run Executor._try_launch Executor._launch",
+    "pipeline.engine.device:device_or_exit",
+    "model.run.model:Model.run",
+    "model.run.executor:Executor.run Executor._try_launch _none_if_out_of_memory Executor._launch",
     "model.run.inputs:packed_inputs _gather _to",
-    "model.run.packed:positions equal_runs packed_attention attend _heads_first",
+    "model.run.packed:positions equal_runs",
+    "model.run.prepack:PrepackedLinear.forward",
+    "model.run.packed:packed_attention attend _heads_first",
     "model.run.last_layer:OneTokenLayer.forward",
 )
 RESULT = (
@@ -89,6 +99,7 @@ WAYS: Mapping[str, Sequence[str]] = {
         *ATTEMPT,
         *READ_PARQUET,
         "formats.parquet:_keep",
+        "pipeline.embed.tasks:CorpusUnit.parcel",
         "pipeline.embed.read:_tokenised",
         "model.feed.texts:TextFeeder.passages",
         *TEXT_TOKENS,
