@@ -162,7 +162,8 @@ class Dataset:
         with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
             list(pool.map(lambda uri: self.storage.delete([uri]), doomed))
         self.storage.remove_temporaries(self.root)
-        remove_empty_folders(self.storage, join(self.root, "done"))
+        for folder in ("done", "rejected", "embeddings"):
+            remove_empty_folders(self.storage, join(self.root, folder))
         shards = [m.embeddings.path for m in manifest.shards if m.embeddings is not None]
         card = make_card(self.root, spec, manifest, only_live=shards if swept.waiting else ())
         try:
