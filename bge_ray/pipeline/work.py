@@ -19,7 +19,7 @@ from bge_ray.report.facts import RunFacts
 from bge_ray.storage.lease import Leases, is_leased
 from bge_ray.storage.objects import Storage
 from bge_ray.storage.ownership import OwnedFolder
-from bge_ray.storage.reports import retract_report, write_report
+from bge_ray.storage.reports import check_report, retract_report, write_report
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,9 @@ def carry_out(work: Work[R], facts: RunFacts, stop: StopRequest | None) -> R:
         if found is not None:
             work.sweep()
             return _nothing_to_do(found, uris[0])
+        # All are looked at before the first is claimed: what is refused is left as it was.
+        for folder in work.folders:
+            check_report(folder)
         for folder in work.folders:
             folder.claim()
             retract_report(folder)

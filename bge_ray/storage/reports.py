@@ -20,6 +20,16 @@ def write_report(folder: OwnedFolder, page: bytes, facts: bytes) -> None:
     _written.append(join(folder.uri, "report.html"))
 
 
+def check_report(folder: OwnedFolder) -> None:
+    """Refuse a folder whose report could not be replaced; reads only.
+
+    Raises:
+        OutputCollisionError: a foreign file has one of its names.
+    """
+    for name in REPORT_FILES:
+        folder.check_replaceable(name)
+
+
 def retract_report(folder: OwnedFolder) -> None:
     """Remove the report of an earlier run, before anything of a new one appears under a final name.
 
@@ -28,8 +38,7 @@ def retract_report(folder: OwnedFolder) -> None:
     Raises:
         OutputCollisionError: a foreign file has one of the names.
     """
-    for name in REPORT_FILES:
-        folder.check_replaceable(name)
+    check_report(folder)
     folder.remove(REPORT_FILES)
 
 
