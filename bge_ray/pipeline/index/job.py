@@ -115,7 +115,9 @@ class IndexWork:
         self._settings = settings
         self._storage = Storage(settings.output.storage_timeout_s)
         self._root = str(settings.output.uri)
-        self._folder = open_folder(self._storage, join(self._root, FOLDER), "index", "output.uri")
+        self._folder = open_folder(
+            self._storage, join(self._root, FOLDER), "index", "output.uri", ("index.json",)
+        )
         self.inputs: Inputs = self._read_inputs()
         self._index: IndexDescription | None = None
         self._sizes: IdArray | None = None

@@ -39,6 +39,7 @@ FACTS_KEY = b"bge_ray.facts"
 PIECE_BYTES = 16 << 20
 GROUP_ROWS = 200_000
 READ_AHEAD = 8
+RUN_FILES = ("run.parquet", "run.trec", "rejected.parquet")
 LEFT_OUT_SCHEMA = pa.schema([(name, pa.string()) for name in ("query_id", "passage_id", "reason", "detail")])
 
 
