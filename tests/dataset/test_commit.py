@@ -18,7 +18,8 @@ from bge_ray.dataset.commit import marker_path, packed_tokens, token_table
 from bge_ray.dataset.folder import Dataset, marker_files
 from bge_ray.errors import StorageError
 from bge_ray.records.dataset import Marker, Unit, from_json, make_manifest
-from bge_ray.records.ids import PackedTokens, vector_ids
+from bge_ray.records.ids import vector_ids
+from bge_ray.records.tokens import PackedTokens
 from bge_ray.storage.objects import Storage, join
 from tests.support.records import FINGERPRINT, UNIT, make_spec, make_tables, make_vectors, make_writer
 
