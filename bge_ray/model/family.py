@@ -33,7 +33,6 @@ class Asked:
     name: str
     max_length: int | None
     dtype: ComputeDtype | Auto
-    trust_remote_code: bool
     pooling: Pooling | Auto = "auto"
     normalize: bool = True
     query_instruction: str | None = None

@@ -33,7 +33,6 @@ def resolve_encoder(settings: ModelSettings, *, on_gpu: bool) -> ModelSpec:
         name=settings.name,
         max_length=settings.max_length,
         dtype=settings.dtype,
-        trust_remote_code=settings.trust_remote_code,
         pooling=settings.pooling,
         normalize=settings.normalize,
         query_instruction=settings.query_instruction,
@@ -57,7 +56,6 @@ def resolve_reranker(settings: RerankSettings, *, on_gpu: bool) -> ModelSpec:
         name=settings.model,
         max_length=settings.max_length,
         dtype=settings.dtype,
-        trust_remote_code=settings.trust_remote_code,
     )
     for family in FAMILIES:
         if family.ROLE == "reranker" and family.recognises(folder):

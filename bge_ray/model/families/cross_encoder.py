@@ -48,7 +48,7 @@ def resolve(folder: ModelFolder, asked: Asked, *, on_gpu: bool) -> ModelSpec:
         ModelError: a weight of the head is missing and would be drawn at random, and every score with it; or
             it has several outputs.
     """
-    weights_sha256 = hash_model(folder.path, trust_remote_code=asked.trust_remote_code)
+    weights_sha256 = hash_model(folder.path)
     if folder.n_labels != 1:
         raise ModelError(
             f"{asked.section}.model {asked.name}: has {folder.n_labels} outputs where a reranker has 1"

@@ -44,7 +44,7 @@ def resolve(folder: ModelFolder, asked: Asked, *, on_gpu: bool) -> ModelSpec:
     return ModelSpec(
         name=asked.name,
         revision=folder.revision,
-        weights_sha256=hash_model(folder.path, trust_remote_code=asked.trust_remote_code),
+        weights_sha256=hash_model(folder.path),
         family=NAME,
         outputs=(Output(EMBEDDING, "dense", dim, "float32" if dtype == "float32" else "float16"),),
         pooling=_pooling(folder, asked, card),

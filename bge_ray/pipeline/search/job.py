@@ -414,7 +414,7 @@ def _query_model(settings: Settings, source: Source) -> ModelSpec:
     if "name" in asked.model_fields_set:
         spec = dataclasses.replace(spec, name=asked.name, revision=asked.revision)
     folder, commit = fetch_model(spec.name, spec.revision)
-    if hash_model(folder, trust_remote_code=asked.trust_remote_code) != spec.weights_sha256:
+    if hash_model(folder) != spec.weights_sha256:
         raise DatasetMismatchError(
             f"output.uri {source.root}: was embedded with {source.spec.model.name}, whose files differ from "
             f"those of {spec.name}; queries need the same model"
