@@ -21,6 +21,7 @@ from bge_ray.records.canonical import from_json, to_json
 from bge_ray.records.dataset import DatasetSpec, FileFact, Manifest, Marker
 from bge_ray.records.ids import FORMAT_VERSION
 from bge_ray.records.plan import Plan
+from bge_ray.storage.folders import same_place
 from bge_ray.storage.objects import ObjectInfo, Storage, join
 from bge_ray.storage.ownership import OwnedFolder
 from bge_ray.storage.sweep import Swept, remove_empty_folders, retire
@@ -161,7 +162,8 @@ class Dataset:
         with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
             list(pool.map(lambda uri: self.storage.delete([uri]), doomed))
         self.storage.remove_temporaries(self.root)
-        remove_empty_folders(self.storage, join(self.root, "done"))
+        for folder in ("done", "rejected", "embeddings"):
+            remove_empty_folders(self.storage, join(self.root, folder))
         shards = [m.embeddings.path for m in manifest.shards if m.embeddings is not None]
         card = make_card(self.root, spec, manifest, only_live=shards if swept.waiting else ())
         try:
@@ -198,9 +200,16 @@ class Dataset:
         return sorted(int(match.group(1)) for match in found if match is not None)
 
     def _listing(self, folder: str) -> dict[str, ObjectInfo]:
-        """Return the files of one folder of the data set by path below the root."""
-        found = self.storage.list_files(join(self.root, folder))
-        return {f"{folder}/{PurePosixPath(info.uri).name}": info for info in found}
+        """Return the files right in one folder of the data set, none below, by path below the root."""
+        uri = join(self.root, folder)
+        found = self.storage.list_files(uri)
+        parents = {info.uri.rpartition("/")[0] for info in found}
+        right_there = {parent for parent in parents if same_place(parent, uri)}
+        return {
+            f"{folder}/{PurePosixPath(info.uri).name}": info
+            for info in found
+            if info.uri.rpartition("/")[0] in right_there
+        }
 
     def _read_markers(self, paths: Iterable[str]) -> list[Marker]:
         with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:

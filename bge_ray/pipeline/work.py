@@ -94,6 +94,7 @@ def carry_out(work: Work[R], facts: RunFacts, stop: StopRequest | None) -> R:
         if found is not None:
             work.sweep()
             return _nothing_to_do(found, uris[0])
+        # All are looked at before the first is claimed: what is refused is left as it was.
         for folder in work.folders:
             folder.refuse_foreign((*folder.names, *REPORT_FILES))
         for folder in work.folders:

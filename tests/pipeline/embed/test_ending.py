@@ -1,13 +1,10 @@
 """A run that is killed while it ends, after it published: the next one finishes the ending."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from bge_ray.pipeline.runs.follow import finish_clearing
 from bge_ray.storage.objects import Storage, join
 from tests.support.corpora import docstrings, jsonl_bytes
 from tests.support.datasets import check_nothing_left_over, read_manifest, vectors_by_id
@@ -19,8 +16,8 @@ STORAGE = Storage(30)
 # The last things a run does, in this order.
 STEPS = [
     ("PUT", "manifest.json"),
-    ("DELETE", "/embeddings/"),
     ("PUT", "report.json"),
+    ("DELETE", "/embeddings/"),
     ("DELETE", "lease.json"),
 ]
 
@@ -51,6 +48,7 @@ def test_killed_at_any_step_of_its_end_nothing_is_left_over(
         STORAGE.write(join(bucket, "corpus", name), jsonl_bytes(rows))
     root = f"{bucket}/out"
     keys = {"corpus.uri": f"{bucket}/corpus", "output.uri": root, "model.name": tiny_model}
+    keys |= {"output.grace_s": 0}
     assert JobProcess(tmp_path / "first", keys).wait() == 0
 
     for step in STEPS:
@@ -66,16 +64,3 @@ def test_killed_at_any_step_of_its_end_nothing_is_left_over(
     again = JobProcess(tmp_path / "again", keys)
     assert again.wait() == 0
     assert "nothing to do" in again.log()
-
-
-def test_what_a_search_left_that_was_cut_off_is_cleared_up(tmp_path: Path) -> None:
-    die_holding_the_lease = (
-        "import os, sys\nfrom bge_ray.storage.lease import Lease\n"
-        "from bge_ray.storage.objects import Storage\n"
-        "Lease(Storage(10), sys.argv[1]).__enter__(); os._exit(9)"
-    )
-    assert subprocess.run([sys.executable, "-c", die_holding_the_lease, str(tmp_path)]).returncode == 9
-    (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "part").write_bytes(b"left")
-    finish_clearing(STORAGE, str(tmp_path))
-    assert STORAGE.list_files(str(tmp_path)) == []

@@ -33,6 +33,7 @@ def keys_for(root: str, model: Path, **more: object) -> dict[str, object]:
         "model.name": model,
         "resources.num_encoders": 2,
         "report.log_interval_s": 2,
+        "output.grace_s": 0,
     }
     return keys | {name.replace("__", "."): value for name, value in more.items()}
 
@@ -61,7 +62,7 @@ def test_twenty_thousand_rows_survive_kills_of_driver_actor_node_and_store(
     run = JobProcess(log, keys)  # an encoder, then the store
     done = markers(bucket)
     wait_until(lambda: markers(bucket) > done)
-    run.actors("EncodeStage")[0].kill()
+    run.actors("ModelStage")[0].kill()
     done = markers(bucket)
     wait_until(lambda: markers(bucket) > done + 2)
     s3_server.kill()

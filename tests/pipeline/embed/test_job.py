@@ -18,6 +18,7 @@ from bge_ray.errors import (
     RejectedRowsError,
 )
 from bge_ray.pipeline.embed.job import embed, plan_only
+from bge_ray.records.ids import split_vector_ids
 from bge_ray.settings.sections import Settings, parse_settings
 from bge_ray.storage.objects import Storage, join
 from tests.support.corpora import docstrings, jsonl_bytes, mixed_objects, parquet_bytes
@@ -43,6 +44,7 @@ def settings_for(root: str, model: Path, *overrides: str) -> Settings:
         "batching.unit_rows": 60,
         "resources.num_encoders": 2,
         "output.storage_timeout_s": 20,
+        "output.grace_s": 0,
     }
     return parse_settings(None, [f"{k}={v}" for k, v in keys.items()] + list(overrides))
 
@@ -152,7 +154,9 @@ def test_each_bad_row_is_rejected_with_its_reason_and_the_rest_is_done(bucket: s
     result = embed(settings_for(bucket, tiny_model, "corpus.max_rejected_fraction=0.5"))
     assert (result.report.rows_in, result.report.rows_out) == (len(lines), len(good))
     rejected = read_shards(f"{bucket}/out", "rejected").to_pylist()
-    assert [(r["vector_id"], r["reason"]) for r in rejected] == [
+    places = split_vector_ids(np.array([r["vector_id"] for r in rejected]))
+    assert (set(places.object_no), set(places.chunk_no)) == ({0}, {0})
+    assert [(row, r["reason"]) for row, r in zip(places.row_no, rejected, strict=True)] == [
         (20 + i, reason) for i, (_, reason) in enumerate(BAD_LINES)
     ]
     table = read_shards(f"{bucket}/out")
