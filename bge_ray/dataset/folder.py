@@ -48,7 +48,7 @@ class Dataset:
     @property
     def folder(self) -> OwnedFolder:
         """The folder as this project's."""
-        return OwnedFolder(self.storage, self.root, OWNER, "output.uri")
+        return OwnedFolder(self.storage, self.root, OWNER, "output.uri", ("manifest.json",))
 
     def read_spec(self) -> DatasetSpec | None:
         """Return what the data set is, or None where there is none yet.

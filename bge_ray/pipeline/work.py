@@ -19,7 +19,7 @@ from bge_ray.report.facts import RunFacts
 from bge_ray.storage.lease import Leases, is_leased
 from bge_ray.storage.objects import Storage
 from bge_ray.storage.ownership import OwnedFolder
-from bge_ray.storage.reports import retract_report, write_report
+from bge_ray.storage.reports import REPORT_FILES, retract_report, write_report
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,7 @@ def carry_out(work: Work[R], facts: RunFacts, stop: StopRequest | None) -> R:
         if found is not None:
             work.sweep()
             return _nothing_to_do(found, uris[0])
+        _refuse_foreign(work.folders)
         for folder in work.folders:
             folder.claim()
             retract_report(folder)
@@ -109,6 +110,13 @@ def carry_out(work: Work[R], facts: RunFacts, stop: StopRequest | None) -> R:
             raise
         work.sweep()
     return report
+
+
+def _refuse_foreign(folders: Sequence[OwnedFolder]) -> None:
+    """Refuse what is not ours at a name that will be written: before anything is, not after hours of work."""
+    for folder in folders:
+        for name in (*REPORT_FILES, *folder.names):
+            folder.check_replaceable(name)
 
 
 def _nothing_to_do(found: R, folder: str) -> R:

@@ -58,12 +58,16 @@ class Journal:
 
 @dataclass(frozen=True)
 class OwnedFolder:
-    """A folder that one job writes; ``key`` is the setting that names it. The journal keeps all state."""
+    """A folder that one job writes; ``key`` is the setting that names it. The journal keeps all state.
+
+    ``names`` are the fixed names that the job publishes there, beside those of its report.
+    """
 
     storage: Storage
     uri: str
     owner: str
     key: str
+    names: tuple[str, ...] = ()
 
     def check_owner(self) -> None:
         """Refuse a folder that is another job's output; reads only.
@@ -224,7 +228,7 @@ class OwnedFolder:
                 written = self.storage.replace(uri, data, info.etag)
 
 
-def open_folder(storage: Storage, uri: str, owner: str, key: str) -> OwnedFolder:
+def open_folder(storage: Storage, uri: str, owner: str, key: str, names: tuple[str, ...] = ()) -> OwnedFolder:
     """Return a folder to write to; nothing is written yet.
 
     Args:
@@ -232,11 +236,12 @@ def open_folder(storage: Storage, uri: str, owner: str, key: str) -> OwnedFolder
         uri: of the folder, which need not exist.
         owner: the kind of output, such as ``dataset`` or ``run``.
         key: the setting that names the folder, for messages.
+        names: the fixed names that will be published there.
 
     Raises:
         OutputCollisionError: the folder is another job's output.
     """
-    folder = OwnedFolder(storage, uri, owner, key)
+    folder = OwnedFolder(storage, uri, owner, key, names)
     folder.check_owner()
     return folder
 
