@@ -198,7 +198,7 @@ class RunWork(Generic[R]):
     def sweep(self) -> None:
         """Remove stored inputs and parts."""
         listed = self.storage.list_files(self._place)
-        own = [info.uri for info in listed if _OWN_WORK.search(info.uri) is not None]
+        own = [i.uri for i in listed if _OWN_WORK.fullmatch(i.uri.rpartition(f"/{WORK}/")[2]) is not None]
         with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
             list(pool.map(lambda uri: self.storage.delete([uri]), own))
         remove_empty_folders(self.storage, self._place)

@@ -37,7 +37,7 @@ from bge_ray.pipeline.rerank.score import PairJob, by_reranker, make_score_job, 
 from bge_ray.pipeline.rerank.texts import TextSource, open_texts
 from bge_ray.pipeline.runs.groups import QUERY_SCHEMA, GroupTask, Workplace
 from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections
-from bge_ray.pipeline.runs.parts import RUN_FILES, RunOutput, Totals, part_stage
+from bge_ray.pipeline.runs.parts import LEFT_OUT, RUN_FILES, RunOutput, Totals, part_stage
 from bge_ray.pipeline.runs.source import Source, open_source
 from bge_ray.pipeline.runs.work import TASKS, Outcome, RunWork, check_rejected, published_files
 from bge_ray.pipeline.search.stages import (
@@ -367,9 +367,9 @@ class SearchJob:
 
 def _folders(settings: Settings, storage: Storage) -> list[OwnedFolder]:
     output = str(settings.search.output)
-    folders = [open_folder(storage, output, "run", "search.output", RUN_FILES)]
+    folders = [open_folder(storage, output, "run", "search.output", (*RUN_FILES, LEFT_OUT))]
     if settings.search.rerank:
-        reranked = settings.rerank.output or join(output, RERANKED)
+        reranked = settings.rerank.output or join(output, "reranked")
         folders.append(open_folder(storage, reranked, "reranked", "rerank.output", RUN_FILES))
     return folders
 
