@@ -61,6 +61,7 @@ class OwnedFolder:
     """A folder that one job writes; ``key`` is the setting that names it. The journal keeps all state.
 
     ``names`` are the files that a run puts there when all is done; a foreign one is refused before that.
+    What is put into another job's folder as a guest has a ``journal`` of its own.
     """
 
     storage: Storage
@@ -68,6 +69,7 @@ class OwnedFolder:
     owner: str
     key: str
     names: tuple[str, ...] = ()
+    journal: str = JOURNAL
 
     def check_owner(self) -> None:
         """Refuse a folder that is another job's output; reads only.
@@ -201,7 +203,7 @@ class OwnedFolder:
         Raises:
             OutputCollisionError: it is another job's, or not one that this version can read.
         """
-        uri = join(self.uri, JOURNAL)
+        uri = join(self.uri, self.journal)
         data = self.storage.read_optional(uri)
         if data is None:
             return None
@@ -225,7 +227,7 @@ class OwnedFolder:
 
     def _update(self, change: Callable[[Journal], Journal]) -> None:
         """Change the journal; what another run wrote into it meanwhile is kept."""
-        uri = join(self.uri, JOURNAL)
+        uri = join(self.uri, self.journal)
         written = False
         while not written:
             # The etag is older than the content: a journal that changes in between is read again.
