@@ -209,9 +209,12 @@ def test_a_rerank_into_the_reranked_folder_is_undone_by_the_next_search(place: P
     rerank(settings_for(**other | {"rerank__depth": 2}))
     assert len(ranked(reranked)) == QUERIES * 2
     assert (reranked / "report.json").exists()
+    assert (reranked / "rejected.parquet").exists()
     assert search(settings_for(**keys)).outcome == "complete"
     assert ranked(reranked) == first
-    assert not (reranked / "report.json").exists()  # the rerank job's; a search tells of both folders in one
+    # Those were the rerank job's; a search tells of both folders in its own.
+    assert not (reranked / "report.json").exists()
+    assert not (reranked / "rejected.parquet").exists()
 
 
 def test_a_search_without_reranking_leaves_no_reranked_run_of_an_earlier_one(
