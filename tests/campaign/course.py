@@ -158,7 +158,10 @@ class Course:
         self.told.codes.append(code)
         self.told.blows.append([f"{what} @ {when}" for what, when in strikes.struck])
         self.told.noise += strikes.noise
-        self._note(f"=== ended with {code}: {self.told.blows[-1]}")
+        seconds = time.time() - self._last_start
+        self._note(
+            f"=== ended with {code} after {strikes.requests} requests, {seconds:.0f} s: {self.told.blows[-1]}"
+        )
         moved = []
         if code == 2:
             with self._log.open() as log:

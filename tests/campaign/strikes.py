@@ -21,7 +21,7 @@ class Strikes:
         self._waiting = list(life.blows)
         self._lock = threading.Lock()
         self._seen: Counter[tuple[str, str]] = Counter()
-        self._requests = 0
+        self.requests = 0
         self._held = threading.local()
         self._restarts: list[threading.Thread] = []
         self.run: JobProcess | None = None
@@ -32,7 +32,7 @@ class Strikes:
     def fault(self, _: int, method: str, path: str) -> str:
         """Decide about one request; called by the proxy in the thread that serves it."""
         with self._lock:
-            self._requests += 1
+            self.requests += 1
             for step in {b.when.step for b in self._life.blows if b.when.step}:
                 self._seen[step] += method == step[0] and step[1] in path
             due = [b for b in self._waiting if self._is_due(b, method, path)]
@@ -78,7 +78,7 @@ class Strikes:
             return (
                 method == when.step[0] and when.step[1] in path and self._seen[when.step] == when.occurrence
             )
-        return when.request is not None and self._requests == when.request
+        return when.request is not None and self.requests == when.request
 
     def _draw_noise(self) -> str:
         if self._rng.random() >= self._life.noise:
