@@ -12,11 +12,15 @@ from bge_ray.formats.candidates import read_candidate_lists
 from bge_ray.formats.qrels import read_qrels
 from bge_ray.metrics import Comparison, PerQuery, Qrels, compare, mean, measure, metric_names
 from bge_ray.settings.sections import Settings
-from bge_ray.storage.objects import Storage, join
+from bge_ray.storage.objects import Storage
+from bge_ray.storage.ownership import OwnedFolder
 
 logger = logging.getLogger(__name__)
 
 SIGNIFICANT = 0.05
+FILES = ("metrics.json", "metrics.md", "metrics.svg")
+# Metrics may well lie beside the run that they are of, whose folder has a journal of that job.
+JOURNAL = "_bge_ray_metrics.json"
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     Raises:
         SettingsError: a run is named twice.
         CorpusError: a run or the judgements cannot be read, or have no query in common.
+        OutputCollisionError: a foreign file has one of the names; none was written.
     """
     settings.require("evaluate.run", "evaluate.qrels")
     storage = Storage(settings.output.storage_timeout_s)
@@ -59,9 +64,11 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     metrics = _as_json(runs, qrels, settings)
     if asked.output is not None:
         text = json.dumps(metrics, indent=1, ensure_ascii=False) + "\n"
-        storage.write(join(asked.output, "metrics.json"), text.encode())
-        storage.write(join(asked.output, "metrics.md"), to_markdown(metrics).encode())
-        storage.write(join(asked.output, "metrics.svg"), to_svg(metrics))
+        folder = OwnedFolder(storage, asked.output, "metrics", "evaluate.output", FILES, JOURNAL)
+        contents = (text.encode(), to_markdown(metrics).encode(), to_svg(metrics))
+        folder.refuse_foreign(FILES)
+        for name, data in zip(FILES, contents, strict=True):
+            folder.put(name, data)
     return metrics
 
 

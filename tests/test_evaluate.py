@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from bge_ray.errors import CorpusError, SettingsError
+from bge_ray.errors import CorpusError, OutputCollisionError, SettingsError
 from bge_ray.evaluate import evaluate, short_names, to_markdown
 from bge_ray.metrics import compare, mean, measure, metric_names
 from bge_ray.settings.sections import Settings, parse_settings
+from bge_ray.storage.objects import Storage
+from bge_ray.storage.ownership import open_folder
 
 CUTS = (1, 3, 10)
 PASSAGE = st.sampled_from([f"p{i}" for i in range(25)])
@@ -154,3 +156,21 @@ def test_what_is_no_run_is_refused_and_a_bad_line_is_counted(tmp_path: Path) -> 
 )
 def test_names_tell_runs_apart(uris: tuple[str, ...], names: list[str]) -> None:
     assert short_names(uris) == names
+
+
+def test_metrics_lie_beside_their_run_and_replace_no_file_of_others(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = str(folder / "run.trec")
+    folder.mkdir()
+    (folder / "run.trec").write_text("q1 Q0 d1 1 2.0 t\n")
+    (tmp_path / "qrels.tsv").write_text("q1 0 d1 1\n")
+    open_folder(Storage(), str(folder), "run", "search.output").claim()
+    settings = settings_for(run=run, qrels=str(tmp_path / "qrels.tsv"), output=str(folder))
+    evaluate(settings)
+    evaluate(settings)
+    (folder / "metrics.md").write_text("somebody's own notes")
+    before = (folder / "metrics.json").read_bytes()
+    with pytest.raises(OutputCollisionError, match=r"metrics\.md: is in the way .* evaluate\.output"):
+        evaluate(settings)
+    assert (folder / "metrics.json").read_bytes() == before
+    assert (folder / "metrics.md").read_text() == "somebody's own notes"

@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import psutil
@@ -23,9 +24,6 @@ import pyarrow.parquet as pq
 import pytest
 import ray.cloudpickle
 import zstandard
-from bge_ray.pipeline.embed.encode import EncodeStage
-from bge_ray.pipeline.rerank.stages import ScoreStage
-from bge_ray.pipeline.runs.parcels import Device, EncodeJob, Workplace
 
 from bge_ray.dataset.commit import ShardWriter
 from bge_ray.errors import BgeRayError, ModelError, SettingsError
@@ -34,12 +32,17 @@ from bge_ray.model.run.load import Loading, load_encoder
 from bge_ray.model.source import FILE_PATTERNS, fetch_model
 from bge_ray.model.spec import resolve_encoder
 from bge_ray.pipeline.embed.tasks import EmbedJob
+from bge_ray.pipeline.engine.model_stage import ModelJob, ModelStage
 from bge_ray.pipeline.index.steps import Build
+from bge_ray.pipeline.runs.groups import Workplace
+from bge_ray.pipeline.search.stages import QueryJob
 from bge_ray.records.columns import Columns
 from bge_ray.records.dataset import DatasetSpec, Manifest
+from bge_ray.report.facts import RunFacts
 from bge_ray.settings.sections import ModelSettings, Settings, parse_settings
 from bge_ray.storage.lease import Lease
 from bge_ray.storage.objects import Storage
+from bge_ray.storage.ownership import open_folder
 from tests.support.corpora import docstrings, jsonl_bytes, parquet_bytes
 from tests.support.proxy import FaultyProxy
 from tests.support.runs import REPOSITORY, JobProcess
@@ -290,18 +293,21 @@ def test_what_goes_to_other_processes_carries_no_secret(
     storage.write(f"{bucket}/x", b"1")  # a client with credentials exists in this process now
     model = resolve_encoder(ModelSettings(name=str(tiny_model)), on_gpu=False)
     spec = DatasetSpec(model, Columns("id", "text", None))
-    place = Workplace(storage, bucket, 3, None)  # type: ignore[arg-type]  # the ledger is Ray's own handle
-    device = Device("cpu", 1, 1024, trust_remote_code=False)
-    manifest = Manifest(spec.vector_fingerprint, 0, 0, 0, 0, 0, ())
+    ledger: Any = None  # Ray's own handle
+    place = Workplace(storage, bucket, 3, ledger)
+    manifest = Manifest(spec.vector_fingerprint, 0, 0, 0, 0, 0, 0, ())
     index_spec = check_factory("Flat", 32, Metric.L2)
+    folder = open_folder(storage, f"{bucket}/index", "index", "output.uri")
     shipped = {
         "settings": parse_settings(None, [f"corpus.uri={bucket}", f"output.uri={bucket}/out"]),
-        "embed": EmbedJob(storage, bucket, spec, "zstd", 1024, "cpu", 1, False, 3, None),  # type: ignore[arg-type]
-        "encode stage": EncodeStage,
-        "score stage": ScoreStage,
-        "search": EncodeJob(place, model, device),
+        "embed": EmbedJob(storage, bucket, spec, "zstd", False, 3, ledger),
+        "model": ModelJob("encode", model, "cpu", 1, 1024, False, ledger, 3),
+        "model stage": ModelStage,
+        "search": QueryJob(place, model, False),
         "writer": ShardWriter(storage, bucket, spec, "zstd"),
-        "index": Build(storage, bucket, manifest, index_spec, Settings().index, 1, dict),
+        "index": Build(
+            folder, bucket, manifest, index_spec, Settings().index, 1, dict, RunFacts("index", "run"), 1.0
+        ),
     }
     pickled = {name: ray.cloudpickle.dumps(thing) for name, thing in shipped.items()}
     assert leaks(pickled, [*planted_values(environment), ACCESS_KEY, SECRET_KEY]) == []

@@ -41,7 +41,7 @@ _MARKER_NAME = re.compile(r"done/\d{8}-\d{10}\.json")
 
 @dataclass(frozen=True)
 class Dataset:
-    """Reads and writes the small files below ``root``; `io.shards` writes the large ones."""
+    """Reads and writes the small files below ``root``; `dataset.commit` writes the large ones."""
 
     storage: Storage
     root: str
@@ -49,7 +49,7 @@ class Dataset:
     @property
     def folder(self) -> OwnedFolder:
         """The folder as this project's."""
-        return OwnedFolder(self.storage, self.root, OWNER, "output.uri")
+        return OwnedFolder(self.storage, self.root, OWNER, "output.uri", ("manifest.json",))
 
     def read_spec(self) -> DatasetSpec | None:
         """Return what the data set is, or None where there is none yet.

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from bge_ray.records.ids import IdArray, vector_ids
-from bge_ray.records.schemas import REJECTED_SCHEMA
+from bge_ray.records.ids import IdArray
 
 MAX_DETAIL_CHARS = 300
 
@@ -93,19 +92,6 @@ def take_passages(passages: Passages, keep: IdArray) -> Passages:
         texts=[passages.texts[i] for i in keep],
         kept={name: column.take(pa.array(keep)) for name, column in passages.kept.items()},
     )
-
-
-def rejected_table(object_no: int, first_row: int, rejected: list[Rejected]) -> pa.Table:
-    """Return the rejected rows of one unit as a table of REJECTED_SCHEMA, in row order."""
-    ordered = sorted(rejected, key=lambda r: r.row)
-    rows = np.asarray([first_row + r.row for r in ordered], dtype=np.int64)
-    columns = [
-        pa.array(vector_ids(object_no, rows)),
-        pa.array([r.passage_id for r in ordered], pa.string()),
-        pa.array([r.reason for r in ordered], pa.string()),
-        pa.array([r.detail for r in ordered], pa.string()),
-    ]
-    return pa.table(columns, schema=REJECTED_SCHEMA)
 
 
 def _passage_id(value: object) -> tuple[str | None, tuple[str, str] | None]:

@@ -1,16 +1,15 @@
-"""What is asked of a model, and what a family is: the one place that knows a kind of checkpoint."""
+"""What a family is, the one place that knows a kind of checkpoint, and what all of them settle alike."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from bge_ray.errors import ModelError
 from bge_ray.model.feed.pairs import PairFeeder
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.folder import ModelFolder
 from bge_ray.records.model import ModelSpec
-from bge_ray.settings.sections import Auto, ComputeDtype, Pooling
+from bge_ray.settings.sections import Auto, ComputeDtype
 
 if TYPE_CHECKING:  # a family is asked for its spec and its feeder where there is no torch
     import torch
@@ -22,39 +21,21 @@ Role: TypeAlias = Literal["encoder", "reranker"]
 Feeder: TypeAlias = TextFeeder | PairFeeder
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What the settings ask of a model; ``section`` is where they stand, for messages.
+def settle_dtype(asked: ComputeDtype | Auto, *, on_gpu: bool) -> ComputeDtype:
+    """Return what to compute in; automatic goes by the device."""
+    if asked != "auto":
+        return asked
+    return "float16" if on_gpu else "float32"
 
-    A pooling, a normalisation or an instruction is asked of an encoder only.
+
+def check_length(setting: str, asked: int | None, limit: int | None, name: str) -> None:
+    """Refuse more tokens than the model of a name has positions for.
+
+    Raises:
+        ModelError: names the setting and the limit.
     """
-
-    section: Literal["model", "rerank"]
-    name: str
-    max_length: int | None
-    dtype: ComputeDtype | Auto
-    trust_remote_code: bool
-    pooling: Pooling | Auto = "auto"
-    normalize: bool = True
-    query_instruction: str | None = None
-    passage_instruction: str | None = None
-
-    def compute_dtype(self, *, on_gpu: bool) -> ComputeDtype:
-        """Return what to compute in; automatic goes by the device."""
-        if self.dtype != "auto":
-            return self.dtype
-        return "float16" if on_gpu else "float32"
-
-    def check_length(self, limit: int | None) -> None:
-        """Refuse more tokens than the model has positions for.
-
-        Raises:
-            ModelError: names the setting and the limit.
-        """
-        if self.max_length is not None and limit is not None and self.max_length > limit:
-            raise ModelError(
-                f"{self.section}.max_length {self.max_length}: {self.name} has positions for {limit} tokens"
-            )
+    if asked is not None and limit is not None and asked > limit:
+        raise ModelError(f"{setting} {asked}: {name} has positions for {limit} tokens")
 
 
 class Family(Protocol):
@@ -66,8 +47,13 @@ class Family(Protocol):
     def recognises(self, folder: ModelFolder) -> bool:
         """Tell whether a folder, asked for in this role, is of this kind."""
 
-    def resolve(self, folder: ModelFolder, asked: Asked, *, on_gpu: bool) -> ModelSpec:
+    def resolve(self, folder: ModelFolder, settings: Any, *, on_gpu: bool) -> ModelSpec:
         """Settle everything that decides the outputs.
+
+        Args:
+            folder: the model's.
+            settings: the section that asks for it: ModelSettings of an encoder, RerankSettings of a reranker.
+            on_gpu: whether it will run on GPUs.
 
         Raises:
             ModelError: the model is not usable as asked.

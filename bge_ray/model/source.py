@@ -166,20 +166,23 @@ def _fetch_file(info: ObjectInfo, path: Path) -> None:
             target.write(chunk)
 
 
-def hash_model(folder: Path, *, trust_remote_code: bool = False) -> str:
+def hash_model(folder: Path) -> str:
     """Return the hex sha256 over the files of a model folder that decide its outputs.
 
     It is computed once a node: a later call, in this process or another, finds it in the node's cache as long
     as no file has another size or time.
 
     Args:
-        folder: a folder that `fetch_model` returned.
-        trust_remote_code: whether Python code of the folder is run, and so decides, too.
+        folder: a folder that `fetch_model` returned. Its Python code is part of the model where its
+            configuration names it, whether it may be run or not: the hash is the same either way.
 
     Raises:
         ModelError: there are no safetensors weights, or a file cannot be read.
     """
-    patterns = DECISIVE_FILES + (CODE_FILES if trust_remote_code else ())
+    try:
+        patterns = DECISIVE_FILES + (CODE_FILES if _names_code(folder) else ())
+    except OSError as error:
+        raise ModelError(f"{folder}: {error}") from error
     files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
     if not any(path.suffix == ".safetensors" for path in files):
         raise ModelError(
@@ -202,6 +205,11 @@ def hash_model(folder: Path, *, trust_remote_code: bool = False) -> str:
             return digest
     except OSError as error:
         raise ModelError(f"{folder}: {error}") from error
+
+
+def _names_code(folder: Path) -> bool:
+    files = [folder / name for name in ("config.json", "tokenizer_config.json")]
+    return any(b'"auto_map"' in path.read_bytes() for path in files if path.is_file())
 
 
 def _facts(files: list[Path]) -> list[tuple[str, int, int, int]]:

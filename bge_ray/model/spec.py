@@ -4,7 +4,7 @@ from pathlib import Path
 
 from bge_ray.errors import ModelError
 from bge_ray.model.families import FAMILIES
-from bge_ray.model.family import Asked, Family
+from bge_ray.model.family import Family
 from bge_ray.model.feed.pairs import PairFeeder
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.folder import ModelFolder
@@ -28,19 +28,8 @@ def resolve_encoder(settings: ModelSettings, *, on_gpu: bool) -> ModelSpec:
     """
     path, revision = fetch_model(settings.name, settings.revision)
     folder = ModelFolder(path, revision)
-    asked = Asked(
-        section="model",
-        name=settings.name,
-        max_length=settings.max_length,
-        dtype=settings.dtype,
-        trust_remote_code=settings.trust_remote_code,
-        pooling=settings.pooling,
-        normalize=settings.normalize,
-        query_instruction=settings.query_instruction,
-        passage_instruction=settings.passage_instruction,
-    )
     encoders = (family for family in FAMILIES if family.ROLE == "encoder" and family.recognises(folder))
-    return next(encoders).resolve(folder, asked, on_gpu=on_gpu)
+    return next(encoders).resolve(folder, settings, on_gpu=on_gpu)
 
 
 def resolve_reranker(settings: RerankSettings, *, on_gpu: bool) -> ModelSpec:
@@ -52,16 +41,9 @@ def resolve_reranker(settings: RerankSettings, *, on_gpu: bool) -> ModelSpec:
     """
     path, revision = fetch_model(settings.model, settings.revision, "rerank.model")
     folder = ModelFolder(path, revision)
-    asked = Asked(
-        section="rerank",
-        name=settings.model,
-        max_length=settings.max_length,
-        dtype=settings.dtype,
-        trust_remote_code=settings.trust_remote_code,
-    )
     for family in FAMILIES:
         if family.ROLE == "reranker" and family.recognises(folder):
-            return family.resolve(folder, asked, on_gpu=on_gpu)
+            return family.resolve(folder, settings, on_gpu=on_gpu)
     raise ModelError(
         f"rerank.model {settings.model}: among its {len(folder.weights)} weights there is no classification "
         "head; it is an encoder, not a reranker"

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
-from bge_ray.errors import BgeRayError, StorageError
+from bge_ray.errors import BgeRayError, OutputCollisionError, StorageError
 from bge_ray.pipeline.engine.stopping import Stopped, StopRequest, make_watch
 from bge_ray.records.canonical import to_json
 from bge_ray.records.reports import Report
@@ -19,7 +19,7 @@ from bge_ray.report.facts import RunFacts
 from bge_ray.storage.lease import Leases, is_leased
 from bge_ray.storage.objects import Storage
 from bge_ray.storage.ownership import OwnedFolder
-from bge_ray.storage.reports import check_report, retract_report, write_report
+from bge_ray.storage.reports import REPORT_FILES, retract_report, write_report
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +96,10 @@ def carry_out(work: Work[R], facts: RunFacts, stop: StopRequest | None) -> R:
             return _nothing_to_do(found, uris[0])
         # All are looked at before the first is claimed: what is refused is left as it was.
         for folder in work.folders:
-            check_report(folder)
+            folder.refuse_foreign((*folder.names, *REPORT_FILES))
         for folder in work.folders:
             folder.claim()
+        for folder in work.folders:
             retract_report(folder)
         try:
             work.do(facts, make_watch(leases, stop))
@@ -123,5 +124,5 @@ def _tell_failure(work: Work[R], report: R) -> None:
     """Write the report of a failed run; what failed the run may refuse the report, too."""
     try:
         write_report(work.folders[0], work.page(report), to_json(report))
-    except StorageError as error:
+    except (StorageError, OutputCollisionError) as error:
         logger.error("no report of this run: %s", error)  # noqa: TRY400 - the run's own error follows

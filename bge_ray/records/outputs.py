@@ -8,6 +8,9 @@ import pyarrow as pa
 OUTPUT_DTYPES = {"float16": pa.float16(), "float32": pa.float32()}
 VALUE_BYTES = {"float16": 2, "float32": 4}
 
+# What a passage of some length has, where it decides: vectors of a multi output, weights of a sparse one.
+TYPICAL_TOKENS = 128
+
 OutputKind: TypeAlias = Literal["dense", "sparse", "multi", "scalar"]
 
 
@@ -30,6 +33,14 @@ class Output:
             raise ValueError(f"output {self.name}: dtype {self.dtype} is none of {', '.join(OUTPUT_DTYPES)}")
         if self.dim < 1:
             raise ValueError(f"output {self.name}: dim {self.dim} is less than 1")
+
+    @property
+    def row_bytes(self) -> int:
+        """About how many bytes the value of a row takes, uncompressed."""
+        number = VALUE_BYTES[self.dtype]
+        if self.kind == "sparse":
+            return TYPICAL_TOKENS * (number + 4)
+        return number * self.dim * (TYPICAL_TOKENS if self.kind == "multi" else 1)
 
     def field(self) -> pa.Field:
         """Return the column of a table in which every row has this output."""

@@ -69,11 +69,6 @@ def same_place(a: str, b: str) -> bool:
     return place(a) == place(b)
 
 
-def is_inside(inner: str, outer: str) -> bool:
-    """Tell whether a file or folder lies below a folder, at any depth; no folder lies inside itself."""
-    return bool(_below(place(inner), place(outer)))
-
-
 def refuse_collisions(
     outputs: Mapping[str, str | None],
     listed: Mapping[str, str | None],

@@ -58,12 +58,18 @@ class Journal:
 
 @dataclass(frozen=True)
 class OwnedFolder:
-    """A folder that one job writes; ``key`` is the setting that names it. The journal keeps all state."""
+    """A folder that one job writes; ``key`` is the setting that names it. The journal keeps all state.
+
+    ``names`` are the files that a run puts there when all is done; a foreign one is refused before that.
+    What is put into another job's folder as a guest has a ``journal`` of its own.
+    """
 
     storage: Storage
     uri: str
     owner: str
     key: str
+    names: tuple[str, ...] = ()
+    journal: str = JOURNAL
 
     def check_owner(self) -> None:
         """Refuse a folder that is another job's output; reads only.
@@ -80,6 +86,19 @@ class OwnedFolder:
             OutputCollisionError: the folder became another job's since it was opened.
         """
         self._update(lambda journal: journal)
+
+    def refuse_foreign(self, names: Iterable[str]) -> None:
+        """Refuse names that foreign files have, as far as their sizes tell: only the journal is read.
+
+        Raises:
+            OutputCollisionError: names the first.
+        """
+        journal = self._read()
+        for name in names:
+            there = self.storage.info(join(self.uri, name))
+            known = journal.files.get(name, ()) if journal is not None else ()
+            if there is not None and there.size not in {content.bytes for content in known}:
+                raise self._collision(name)
 
     def put(self, name: str, data: bytes) -> None:
         """Write a file in one step where nothing, or one of ours, has its name.
@@ -132,11 +151,14 @@ class OwnedFolder:
         """
         there, content = self._look(name)
         if there is not None and content is None:
-            raise OutputCollisionError(
-                f"{join(self.uri, name)}: is in the way and was not written by this project, or was changed "
-                f"since; move it away, or choose another {self.key}"
-            )
+            raise self._collision(name)
         return there
+
+    def _collision(self, name: str) -> OutputCollisionError:
+        return OutputCollisionError(
+            f"{join(self.uri, name)}: is in the way and was not written by this project, or was changed "
+            f"since; move it away, or choose another {self.key}"
+        )
 
     def remove(self, names: Iterable[str]) -> list[str]:
         """Remove the files that are provably ours.
@@ -155,10 +177,6 @@ class OwnedFolder:
                     break
                 gone = there is None or self.storage.delete_seen(there.uri, there.etag)
         return left
-
-    def verify(self, name: str, fact: FileFact) -> bool:
-        """Tell whether the file at a name has the size and the sha256 of a fact; reads all its bytes."""
-        return holds(self.storage, join(self.uri, name), fact)
 
     def _look(self, name: str) -> tuple[ObjectInfo | None, Content | None]:
         """Return what has a name, and which of the contents announced for it that is, if one."""
@@ -185,7 +203,7 @@ class OwnedFolder:
         Raises:
             OutputCollisionError: it is another job's, or not one that this version can read.
         """
-        uri = join(self.uri, JOURNAL)
+        uri = join(self.uri, self.journal)
         data = self.storage.read_optional(uri)
         if data is None:
             return None
@@ -209,7 +227,7 @@ class OwnedFolder:
 
     def _update(self, change: Callable[[Journal], Journal]) -> None:
         """Change the journal; what another run wrote into it meanwhile is kept."""
-        uri = join(self.uri, JOURNAL)
+        uri = join(self.uri, self.journal)
         written = False
         while not written:
             # The etag is older than the content: a journal that changes in between is read again.
@@ -224,7 +242,7 @@ class OwnedFolder:
                 written = self.storage.replace(uri, data, info.etag)
 
 
-def open_folder(storage: Storage, uri: str, owner: str, key: str) -> OwnedFolder:
+def open_folder(storage: Storage, uri: str, owner: str, key: str, names: tuple[str, ...] = ()) -> OwnedFolder:
     """Return a folder to write to; nothing is written yet.
 
     Args:
@@ -232,11 +250,12 @@ def open_folder(storage: Storage, uri: str, owner: str, key: str) -> OwnedFolder
         uri: of the folder, which need not exist.
         owner: the kind of output, such as ``dataset`` or ``run``.
         key: the setting that names the folder, for messages.
+        names: of the files that a run puts there when all is done.
 
     Raises:
         OutputCollisionError: the folder is another job's output.
     """
-    folder = OwnedFolder(storage, uri, owner, key)
+    folder = OwnedFolder(storage, uri, owner, key, names)
     folder.check_owner()
     return folder
 

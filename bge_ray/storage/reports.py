@@ -20,16 +20,6 @@ def write_report(folder: OwnedFolder, page: bytes, facts: bytes) -> None:
     _written.append(join(folder.uri, "report.html"))
 
 
-def check_report(folder: OwnedFolder) -> None:
-    """Refuse a folder whose report could not be replaced; reads only.
-
-    Raises:
-        OutputCollisionError: a foreign file has one of its names.
-    """
-    for name in REPORT_FILES:
-        folder.check_replaceable(name)
-
-
 def retract_report(folder: OwnedFolder) -> None:
     """Remove the report of an earlier run, before anything of a new one appears under a final name.
 
@@ -38,7 +28,8 @@ def retract_report(folder: OwnedFolder) -> None:
     Raises:
         OutputCollisionError: a foreign file has one of the names.
     """
-    check_report(folder)
+    for name in REPORT_FILES:
+        folder.check_replaceable(name)
     folder.remove(REPORT_FILES)
 
 

@@ -17,13 +17,14 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from tests.campaign.corpus import CHANGES, corpus
+from tests.campaign.corpus import CHANGES, corpus, queries
+from tests.campaign.jobs import Models
 from tests.campaign.references import References
 from tests.campaign.schedule import draw
 from tests.campaign.site import Site
 from tests.campaign.summary import as_markdown, summarise
 from tests.campaign.trial import run_trial
-from tests.support.models import make_encoder
+from tests.support.models import make_cross_encoder, make_encoder
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,24 +63,22 @@ def main(argv: list[str] | None = None) -> int:
 def _run(numbers: list[int], seed: int, parallel: int, out: Path) -> Iterator[dict[str, Any]]:
     """Run trials, so many at once, and yield their lines as they end."""
     (out / "logs").mkdir(parents=True, exist_ok=True)
-    model = out / "model"
-    if not (model / "modules.json").exists():  # no two tokenizers are trained alike: this one is kept
-        make_encoder(model)
+    models = Models(out / "models" / "encoder", out / "models" / "reranker")
+    # No two tokenizers are trained alike: these are kept.
+    if not models.encoder.exists():
+        make_encoder(models.encoder)
+    if not models.reranker.exists():
+        make_cross_encoder(models.reranker)
     for state in ("base", *CHANGES):
         corpus(state)  # here, because Python 3.11 parses source in one thread only
-    references = References(out / "references", model)
+    queries()
+    references = References(out / "references", models)
     free: queue.SimpleQueue[Site] = queue.SimpleQueue()
 
     def one(number: int) -> dict[str, Any]:
         site = free.get()
         try:
-            return run_trial(
-                site,
-                draw(seed, number),
-                model,
-                lambda history: references.get(site, history),
-                out / "logs" / str(number),
-            )
+            return run_trial(site, draw(seed, number), models, references, out / "logs" / str(number))
         finally:
             free.put(site)
 

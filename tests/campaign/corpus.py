@@ -1,4 +1,4 @@
-"""The corpus of a campaign: real texts in mixed formats, some bad rows, and how it changes."""
+"""The texts of a campaign: a corpus in mixed formats with some bad rows, how it changes, and queries."""
 
 import hashlib
 import json
@@ -19,6 +19,13 @@ BAD_LINES = b'{"id": "half a line, "text"\n' + b"".join(
     )
 )
 CHANGES = ("changed", "new", "removed")
+QUERIES = 60
+BAD_QUERIES = (
+    b'{"_id": "q-half", "text"\n'
+    b'{"_id": "q-blank", "text": "  "}\n'
+    b'{"_id": null, "text": "a query without an id"}\n'
+)
+QUERY_LINES = QUERIES + BAD_QUERIES.count(b"\n")
 
 
 @lru_cache
@@ -38,9 +45,22 @@ def corpus(state: str = "base") -> dict[str, bytes]:
     return objects
 
 
+@lru_cache
+def queries() -> bytes:
+    """Return the queries as JSONL: titles of passages, or their first sentences, and some bad lines."""
+    records = docstrings(ROWS + SPARE)[:ROWS]
+    lines = []
+    for number, record in enumerate(records[:: ROWS // QUERIES]):
+        text = record["title"] if number % 2 else record["text"].strip().partition(".")[0]
+        lines.append({"_id": f"q-{number:02d}", "text": text or record["title"]})
+    good = [json.dumps(line).encode() + b"\n" for line in lines]
+    middle = len(good) // 2
+    return b"".join([*good[:middle], BAD_QUERIES, *good[middle:]])
+
+
 def corpus_hash(state: str = "base") -> str:
     """Name the content of a state, to tell a reference made from other texts."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(queries())
     for name, data in sorted(corpus(state).items()):
         digest.update(name.encode() + hashlib.sha256(data).digest())
     return digest.hexdigest()[:16]

@@ -1,51 +1,82 @@
-"""Clean runs to compare with: one for each history of the corpus, made when first asked for, and kept."""
+"""Clean runs to compare with: one for each history of the corpus and question, made when first asked for."""
 
+import dataclasses
+import hashlib
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.campaign.check import snapshot
+from tests.campaign.checks.dataset import snapshot
+from tests.campaign.checks.runs import run_snapshot
 from tests.campaign.corpus import corpus_hash
+from tests.campaign.jobs import Asked, Models, dataset_settings, run_settings
+from tests.campaign.moments import EMBED, INDEX
 from tests.campaign.site import Site
-from tests.campaign.trial import settings
 from tests.support.runs import JobProcess
 
 ROOT = "out/reference"
 
+History = tuple[str, ...]
+
 
 class References:
-    """The clean runs of a campaign, below one folder."""
+    """The clean runs of a campaign, kept below one folder."""
 
-    def __init__(self, folder: Path, model: Path) -> None:
-        self._folder, self._model = folder, model
+    def __init__(self, folder: Path, models: Models) -> None:
+        self._folder, self._models = folder, models
         self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
 
-    def get(self, site: Site, history: tuple[str, ...]) -> dict[str, Any]:
+    def dataset(self, site: Site, history: History) -> dict[str, Any]:
         """Return the `snapshot` of a data set that was embedded in each of these states, then indexed."""
-        path = self._folder / ("-".join(f"{state}-{corpus_hash(state)}" for state in history) + ".json")
+        return self._kept(f"{_name(history)}.json", lambda: snapshot(site.fs, self._dataset(site, history)))
+
+    def run(self, site: Site, history: History, asked: Asked) -> dict[str, Any]:
+        """Return the `run_snapshot` of a search, or a rerank, over that data set."""
+        asked = asked.content
+        named = json.dumps(dataclasses.asdict(asked), sort_keys=True).encode()
+        name = f"{_name(history)}-{asked.job}-{hashlib.sha256(named).hexdigest()[:16]}.json"
+        return self._kept(name, lambda: self._run(site, history, asked))
+
+    def _kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what a file says, made first if it is not there; what is made is read back, too."""
+        path = self._folder / name
         with self._lock:
             if not path.exists():
-                path.write_text(json.dumps(self._make(site, history)))
+                made = json.dumps(make())
+                path.write_text(made)
             return json.loads(path.read_text())
 
-    def _make(self, site: Site, history: tuple[str, ...]) -> dict[str, Any]:
-        site.remove(ROOT)
-        for state in history:
-            site.set_corpus(state)
-            self._run(site, "embed")
-        self._run(site, "index")
-        reference = snapshot(site.fs, ROOT)
-        site.remove(ROOT)
-        return reference
+    def _dataset(self, site: Site, history: History) -> str:
+        """Return the root of a clean data set in the store of a site, which keeps the last one made."""
+        root = f"{ROOT}/{'-'.join(history)}"
+        if not site.fs.exists(f"{root}/dataset/index/report.json"):
+            site.remove(ROOT)
+            for state in history:
+                site.set_corpus(state)
+                self._start(site, EMBED, dataset_settings(EMBED, root, self._models, encoders=1, grace_s=0))
+            self._start(site, INDEX, dataset_settings(INDEX, root, self._models, encoders=1, grace_s=0))
+        return f"{root}/dataset"
 
-    def _run(self, site: Site, job: str) -> None:
+    def _run(self, site: Site, history: History, asked: Asked) -> dict[str, Any]:
+        root = self._dataset(site, history).removesuffix("/dataset")
+        site.remove(f"{root}/run")
+        for step in ([asked.over] if asked.over is not None else []) + [asked]:
+            self._start(site, step.job, run_settings(step, root, self._models))
+        return run_snapshot(site.fs, asked, root)
+
+    def _start(self, site: Site, job: str, settings: dict[str, object]) -> None:
         run = JobProcess(
             self._folder / "log",
-            settings(ROOT, self._model, job),
+            settings,
             environment={**site.environment, "RAY_ADDRESS": site.cluster().address},
             job=job,
         )
         if run.wait() != 0:
             raise RuntimeError(f"the clean {job} run failed:\n{run.log()}")
+
+
+def _name(history: History) -> str:
+    return "-".join(f"{state}-{corpus_hash(state)}" for state in history)

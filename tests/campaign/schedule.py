@@ -1,67 +1,28 @@
-"""What is done to a trial: drawn from the campaign's seed and the trial's number, before anything runs."""
+"""What is done in a trial: drawn from the campaign's seed and the trial's number, before anything runs."""
 
+import dataclasses
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+from tests.campaign.corpus import CHANGES
+from tests.campaign.foreign import Foreign, draw_foreign
+from tests.campaign.jobs import Asked
+from tests.campaign.moments import EMBED, INDEX, RERANK, SEARCH, Moment, draw_moment
 
 # How the store fails in between; weights by how often a real one does.
 NOISE = {"503": 6, "500": 3, "lost": 3, "mute": 3, "cut": 3, "torn": 2, "slow": 1}
 RATES = (0.0, 0.0, 0.01, 0.05, 0.1)
 
-# (method, piece of the path): the requests at which a run changes from one state to the next.
-EMBED_STEPS = (
-    ("GET", "/corpus/"),
-    ("PUT", "/lease.json"),
-    ("PUT", "/dataset.json"),
-    ("PUT", "/plan/"),
-    ("PUT", "/embeddings/"),
-    ("PUT", "/rejected/"),
-    ("PUT", "/done/"),
-    ("PUT", "/manifest.json"),
-    ("DELETE", "/done/"),
-    ("DELETE", "/embeddings/"),
-    ("PUT", "/report.json"),
-    ("DELETE", "/lease.json"),
-)
-INDEX_STEPS = (
-    ("GET", "/embeddings/"),
-    ("PUT", "/index/trained/"),
-    ("PUT", "/index/training.json"),
-    ("PUT", ".part"),
-    ("PUT", "/sizes"),
-    ("PUT", "/piece-"),
-    ("PUT", "index.faiss"),
-    ("POST", "index.faiss"),
-    ("PUT", "/index/index.json"),
-    ("DELETE", "/index/"),
-    ("DELETE", "/index/lease.json"),
-)
-REPEATED = ("/corpus/", "/embeddings/", "/done/", ".part")
-
-# Requests and seconds of an undisturbed run; the moments are spread over these.
-REQUESTS = {"embed": 160, "index": 150}
-SECONDS = {"embed": 14.0, "index": 12.0}
-
-ALONE = {"driver": 5, "sigterm": 2, "encoder": 5, "worker": 4, "store": 3, "raylet": 1}
-CLUSTER = {"driver": 4, "sigterm": 2, "encoder": 4, "worker": 3, "store": 3, "node": 6}
-
-
-@dataclass(frozen=True)
-class Moment:
-    """When: at a request by number, at the n-th request of a kind, or so many seconds after the start."""
-
-    request: int | None = None
-    step: tuple[str, str] | None = None
-    occurrence: int = 1
-    answered: bool = False
-    seconds: float | None = None
-
-    def __str__(self) -> str:
-        if self.seconds is not None:
-            return f"{self.seconds:.1f} s"
-        if self.request is not None:
-            return f"request {self.request}"
-        side = "after" if self.answered else "before"
-        return f"{side} {' '.join(self.step)} no. {self.occurrence}"
+ALONE = {"driver": 5, "sigterm": 2, "worker": 4, "store": 3, "raylet": 1}
+CLUSTER = {"driver": 4, "sigterm": 2, "worker": 3, "store": 3, "node": 6}
+# Actors that a job has beside its workers.
+ACTORS = {
+    EMBED: {"model": 5},
+    INDEX: {"searcher": 3},
+    SEARCH: {"model": 3, "searcher": 3},
+    RERANK: {"model": 5},
+}
 
 
 @dataclass(frozen=True)
@@ -82,16 +43,44 @@ class Life:
 
 
 @dataclass(frozen=True)
+class Leg:
+    """A search or rerank asked one way: its lives, after which it is run calmly to its end and checked."""
+
+    asked: Asked
+    lives: tuple[Life, ...]
+
+
+@dataclass(frozen=True)
 class Trial:
-    """All that is done in one trial; ``change`` is made to the corpus after the first life."""
+    """All that is done in one trial.
+
+    ``change`` is made to the corpus before the last life of embed; then come the index, if there are lives
+    of it, and the legs.
+    """
 
     number: int
     seed: str
     cluster: bool
     encoders: int
-    lives: tuple[Life, ...]
+    grace_s: int
+    embeds: tuple[Life, ...]
     change: str | None
+    indexes: tuple[Life, ...]
+    legs: tuple[Leg, ...]
+    foreign: tuple[Foreign, ...]
     further_run: bool
+
+    def lives(self) -> Iterator[Life]:
+        """Yield all lives, in their order."""
+        yield from self.embeds
+        yield from self.indexes
+        for leg in self.legs:
+            yield from leg.lives
+
+    def jobs(self) -> list[str]:
+        """Return what each life is of, as the summary counts it."""
+        legs = [leg.asked.title for leg in self.legs for _ in leg.lives]
+        return [*(life.job for life in (*self.embeds, *self.indexes)), *legs]
 
 
 def draw(seed: int, number: int) -> Trial:
@@ -99,34 +88,69 @@ def draw(seed: int, number: int) -> Trial:
     name = f"{seed}-{number}"
     rng = random.Random(name)
     cluster = rng.random() < 0.6
-    encoders = rng.choice((1, 1, 2))
-    lives = [_life(rng, "embed", cluster) for _ in range(rng.choice((1, 1, 1, 1, 2)))]
-    change = rng.choice(("changed", "new", "removed")) if rng.random() < 0.35 else None
-    if change:
-        lives.append(_life(rng, "embed", cluster))
-    if rng.random() < 0.35:
-        lives.append(_life(rng, "index", cluster))
-    return Trial(number, name, cluster, encoders, tuple(lives), change, rng.random() < 0.25)
+    change = rng.choice(CHANGES) if rng.random() < 0.35 else None
+    # Where runs are what the trial is about, the data set below them has few lives.
+    runs = rng.random() < 0.6
+    embeds = rng.choice((1, 1, 2)) + (change is not None and not runs)
+    indexed = rng.random() < (0.5 if runs else 0.35)
+    legs = tuple(_legs(rng, cluster, indexed=indexed)) if runs else ()
+    jobs = {EMBED, *([INDEX] if indexed else []), *(leg.asked.job for leg in legs)}
+    jobs |= {RERANK for leg in legs if leg.asked.reranks}
+    outside = any(leg.asked.outside for leg in legs)
+    return Trial(
+        number=number,
+        seed=name,
+        cluster=cluster,
+        encoders=rng.choice((1, 1, 2)),
+        grace_s=rng.choice((0, 0, 0, 5)),
+        embeds=tuple(_life(rng, EMBED, cluster) for _ in range(embeds)),
+        change=change,
+        indexes=(_life(rng, INDEX, cluster),) if indexed else (),
+        legs=legs,
+        foreign=draw_foreign(rng, jobs, outside=outside),
+        further_run=rng.random() < 0.25,
+    )
+
+
+def _legs(rng: random.Random, cluster: bool, *, indexed: bool) -> Iterator[Leg]:
+    """Yield one search, or the same with another setting after it, and maybe a rerank of what it found."""
+    reranks = rng.random() < 0.4
+    first = Asked(
+        SEARCH, exact=not indexed, reranks=reranks, outside=rng.random() < 0.5 if reranks else False
+    )
+    searches = [first, *([_otherwise(rng, first)] if rng.random() < 0.6 else [])]
+    yield from (_leg(rng, asked, cluster) for asked in searches)
+    if reranks or rng.random() < 0.4:
+        return
+    found = searches[-1]
+    over = Asked(RERANK, exact=found.exact, k=found.k, outside=rng.random() < 0.5, over=found)
+    yield _leg(rng, over, cluster)
+    if rng.random() < 0.5:
+        yield _leg(rng, _otherwise(rng, over), cluster)
+
+
+def _otherwise(rng: random.Random, asked: Asked) -> Asked:
+    """Return the same with one setting changed: a run of its own, in the same folders."""
+    changes: list[dict[str, object]] = [{"tag": "other"}, {"max_length": 24}]
+    if asked.job == SEARCH:
+        changes.append({"k": asked.k + 5})
+    if asked.job == RERANK or asked.reranks:
+        changes.append({"depth": asked.depth + 2})
+    return dataclasses.replace(asked, **rng.choice(changes))
+
+
+def _leg(rng: random.Random, asked: Asked, cluster: bool) -> Leg:
+    lives = rng.choice((1, 1, 1, 2))
+    return Leg(asked, tuple(_life(rng, asked.job, cluster) for _ in range(lives)))
 
 
 def _life(rng: random.Random, job: str, cluster: bool) -> Life:
-    kinds = CLUSTER if cluster else ALONE
+    kinds = (CLUSTER if cluster else ALONE) | ACTORS[job]
     blows = []
     for _ in range(rng.choice((1, 1, 2, 2, 3))):
-        when = _moment(rng, job)
+        when = draw_moment(rng, job)
         if when.step is not None and rng.random() < 0.4:
             blows.append(Blow("requester", when))
         else:
             blows.append(Blow(rng.choices(list(kinds), list(kinds.values()))[0], when))
     return Life(job, rng.choice(RATES), tuple(blows))
-
-
-def _moment(rng: random.Random, job: str) -> Moment:
-    kind = rng.random()
-    if kind < 0.35:
-        return Moment(request=rng.randint(1, REQUESTS[job]))
-    if kind < 0.6:
-        return Moment(seconds=rng.uniform(0.0, SECONDS[job]))
-    step = rng.choice(EMBED_STEPS if job == "embed" else INDEX_STEPS)
-    occurrence = rng.randint(1, 10) if step[1] in REPEATED else 1
-    return Moment(step=step, occurrence=occurrence, answered=rng.random() < 0.5)

@@ -12,11 +12,11 @@ import psutil
 
 from bge_ray.pipeline.engine.cluster import LOCAL_RAY
 from tests.campaign.cluster import RayCluster
-from tests.campaign.corpus import corpus
+from tests.campaign.corpus import corpus, queries
+from tests.campaign.jobs import CORPUS, QUERIES
 from tests.support.proxy import FaultyProxy
 from tests.support.s3 import S3Server
 
-CORPUS = "corpus/campaign"
 MARK = "BGE_RAY_CAMPAIGN"
 
 
@@ -73,6 +73,8 @@ class Site:
 
     def set_corpus(self, state: str) -> None:
         """Make the corpus be in a state, touching only what differs."""
+        if not self._corpus:
+            self.fs.pipe_file(QUERIES, queries())
         wanted = corpus(state)
         for name in self._corpus.keys() - wanted.keys():
             self.fs.rm_file(f"{CORPUS}/{name}")
@@ -104,7 +106,7 @@ class Site:
             psutil.wait_procs(left, timeout=5)
 
     def remove(self, root: str) -> None:
-        """Remove a data set."""
+        """Remove a folder of the store."""
         if self.fs.exists(root):
             self.fs.rm(root, recursive=True)
 

@@ -4,15 +4,17 @@ import dataclasses
 import os
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from bge_ray.dataset.commit import marker_path
+from bge_ray.dataset.commit import FINGERPRINT_KEY, marker_path
 from bge_ray.dataset.folder import KEPT_PLANS, Dataset
 from bge_ray.errors import DatasetMismatchError, StorageError
 from bge_ray.records.canonical import to_json
 from bge_ray.records.dataset import FileFact, Marker, make_manifest
 from bge_ray.records.plan import CorpusObject, Plan, Span, Unit
 from bge_ray.storage.objects import TEMPORARY_SUFFIX, Storage, join
+from bge_ray.storage.sweep import Swept
 from tests.support.records import make_marker, make_spec
 
 
@@ -121,7 +123,7 @@ def test_finished_takes_the_marker_that_is_true(dataset: Dataset) -> None:
     folded = add_unit(dataset, 0, mark=False)
     dataset.publish(make_manifest("d" * 64, [folded]))
     assert dataset.finished() == {folded.unit.name: folded}
-    gone = FileFact("embeddings/gone.parquet", 7, "1" * 64, 10)
+    gone = FileFact(f"embeddings/{folded.unit.name}-{'1' * 12}.parquet", 7, "1" * 64, 10)
     late = dataclasses.replace(folded, embeddings=gone)
     dataset.storage.write(join(dataset.root, marker_path(folded.unit)), to_json(late))
     assert dataset.finished() == {folded.unit.name: folded}
@@ -129,21 +131,40 @@ def test_finished_takes_the_marker_that_is_true(dataset: Dataset) -> None:
     assert dataset.finished() == {folded.unit.name: late}, "newer, and its file is there"
 
 
-def test_sweep_removes_only_what_the_manifest_does_not_need(dataset: Dataset) -> None:
+def write_shard(dataset: Dataset, path: str, metadata: dict[bytes, bytes]) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"x": [1]}).replace_schema_metadata(metadata), sink)
+    dataset.storage.write(join(dataset.root, path), sink.getvalue().to_pybytes())
+
+
+def test_sweep_removes_only_what_is_ours_and_the_manifest_does_not_need(dataset: Dataset) -> None:
     live = [add_unit(dataset, n) for n in range(3)]
-    add_unit(dataset, 7)
-    dataset.storage.write(join(dataset.root, "rejected", "x.parquet"), b"dead")
+    ours = {FINGERPRINT_KEY: b"f" * 64}
+    dead = [f"{folder}/{Unit(0, 70, 10).name}.parquet" for folder in ("embeddings", "rejected")]
+    for path in dead:
+        write_shard(dataset, path, ours)
+    foreign = [
+        "rejected/x.parquet",
+        f"embeddings/{Unit(0, 80, 10).name}.parquet",
+        "embeddings/part-0.parquet",
+    ]
+    for path in foreign:
+        write_shard(dataset, path, {b"author": b"a person"})
     for number in range(1, KEPT_PLANS + 4):
         dataset.create_plan(number, Plan((), number))
-    others = ["dataset.json", "index/index.faiss", "report.json", "embeddings.txt"]
+    others = ["dataset.json", "index/index.faiss", "report.json", "embeddings.txt", "done/notes.json"]
     for name in others:
         dataset.storage.write(join(dataset.root, name), b"keep")
     manifest = make_manifest("d" * 64, live)
     dataset.publish(manifest)
-    assert dataset.sweep(make_spec(), manifest, 0) == 2
     plans = [f"plan/{n:06d}.json" for n in range(4, KEPT_PLANS + 4)]
-    assert names(dataset) == sorted([*others, "manifest.json", *plans, *(m.embeddings.path for m in live)])
-    assert dataset.sweep(make_spec(), manifest, 0) == 0
+    kept = [*others, *foreign, *plans, *(m.embeddings.path for m in live)]
+    written = ["manifest.json", "README.md", "changes/000001.json"]
+    assert dataset.sweep(make_spec(), manifest, 3600) == Swept(0, 2)
+    assert names(dataset) == sorted([*kept, *written, *dead])
+    assert dataset.sweep(make_spec(), manifest, 0) == Swept(2, 0)
+    assert names(dataset) == sorted([*kept, *written])
+    assert dataset.sweep(make_spec(), manifest, 0) == Swept(0, 0)
     assert dataset.finished() == {m.unit.name: m for m in live}
 
 

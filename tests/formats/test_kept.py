@@ -20,16 +20,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bge_ray.dataset.commit import shard_table, token_table
 from bge_ray.errors import CorpusError
 from bge_ray.formats.corpus import check_columns
 from bge_ray.formats.inference import MAX_DEPTH, MAX_EXACT_INT, MAX_NODES
 from bge_ray.formats.rows import check_rows
+from bge_ray.pipeline.embed.read import unit_table
+from bge_ray.pipeline.embed.write import split_rows
 from bge_ray.records.canonical import from_json, to_json
 from bge_ray.records.columns import Columns
 from bge_ray.records.dataset import DatasetSpec
 from bge_ray.records.plan import Unit, UnitLimits
-from bge_ray.records.tokens import PackedTokens
 from bge_ray.storage.objects import Storage
 from tests.support.reading import compress, csv_bytes, jsonl_bytes, parquet_bytes, read, resolve, scan
 from tests.support.records import DIM, make_spec, make_writer
@@ -58,12 +58,11 @@ def through_a_shard(objects: dict[str, bytes], *names: str) -> pa.Table:
                 assert not rejected
                 n = len(passages.rows)
                 unit = Unit(number, first_row, n)
-                tokens = PackedTokens(
-                    np.zeros(n, np.int32), np.arange(n + 1, dtype=np.int32), np.zeros(n, bool)
-                )
-                table = _through_ipc(token_table(unit, passages, tokens))
-                shard = shard_table(spec, table, np.zeros((n, DIM), np.float32))
-                empty = pa.table({"reason": pa.array([], pa.string())})
+                table = _through_ipc(unit_table(unit, passages, [], ""))
+                table = table.append_column("n_tokens", pa.array(np.ones(n, np.int32)))
+                table = table.append_column("truncated", pa.array(np.zeros(n, np.bool_)))
+                vectors = pa.array([[0.0] * DIM] * n, pa.list_(pa.float32(), DIM))
+                shard, empty = split_rows(spec, table.append_column("embedding", vectors))
                 marker = make_writer(STORAGE, folder, spec).commit(unit, "f", shard, empty)
                 shards.append(pq.read_table(Path(folder) / marker.embeddings.path).select(list(names)))
         table = pa.concat_tables(shards)

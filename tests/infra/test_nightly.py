@@ -75,7 +75,7 @@ def test_three_nights(bucket: str, s3_server: S3Server, tiny_model: Path, tmp_pa
         put(bucket, f"{i:03d}.parquet", pieces[i])
     sections = {
         "corpus": {"uri": f"{bucket}/corpus"},
-        "output": {"uri": f"{bucket}/out"},
+        "output": {"uri": f"{bucket}/out", "grace_s": 0},
         "model": {"name": str(tiny_model)},
         "batching": {"unit_rows": UNIT_ROWS},
         "resources": {"num_encoders": 2},

@@ -161,12 +161,9 @@ def test_a_hash_is_computed_once_a_node(tiny_model: Path, tmp_path: Path, cache:
 def test_only_what_decides_an_output_is_hashed(tiny_model: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_model, tmp_path / "m"))
     digest = hash_model(folder)
-    trusted = hash_model(folder, trust_remote_code=True)
-    assert trusted == digest
     for name in ("trainer_state.json", "README.md", "all_results.json", "requirements.txt", "code.py"):
         (folder / name).write_text("{}")
     assert hash_model(folder) == digest
-    assert hash_model(folder, trust_remote_code=True) != digest, "code that may run decides"
     for name in source.DECISIVE_FILES:
         path = folder / name.replace("*", "extra")
         if not path.exists():
@@ -174,6 +171,11 @@ def test_only_what_decides_an_output_is_hashed(tiny_model: Path, tmp_path: Path)
             assert hash_model(folder) != digest, name
             path.unlink()
     assert hash_model(folder) == digest
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace("{", '{"auto_map": {"AutoModel": "code.Model"},', 1))
+    named = hash_model(folder)
+    (folder / "code.py").write_text("other code")
+    assert hash_model(folder) not in (digest, named), "code that the configuration names decides"
 
 
 def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,7 @@ def index_report(**changes: Any) -> IndexReport:
     return IndexReport(**common(facts_of_two("index"), files=index.files), output="s3://b/out", index=index)
 
 
-SCORING = Scoring({"name": HOSTILE}, 40, 4000, 0, 0.05, 400.0, 2, 0.9)
+SCORING = Scoring({"name": HOSTILE}, 40, 2, 4000, 0, 0.05, 400.0, 2, 0.9)
 
 
 def search_report(**changes: Any) -> SearchReport:
@@ -150,7 +150,6 @@ def rerank_report(**changes: Any) -> RerankReport:
         candidates=HOSTILE,
         queries=9,
         pairs_in=42,
-        pairs_rejected=0,
         pairs_out=40,
         lists_rejected=0,
         scoring=SCORING,

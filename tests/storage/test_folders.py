@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bge_ray.errors import OutputCollisionError
-from bge_ray.storage.folders import is_inside, place, refuse_collisions, refuse_own_files, same_place
+from bge_ray.storage.folders import place, refuse_collisions, refuse_own_files, same_place
 from bge_ray.storage.objects import Storage, join
 
 SAME = [
@@ -30,6 +30,12 @@ DIFFERENT = [
     ("/b/x", "s3://b/x"),
     ("memory://b/x", "/b/x"),
 ]
+
+
+def is_inside(inner: str, outer: str) -> bool:
+    below, above = place(inner), place(outer)
+    n = len(above.parts)
+    return below.protocol == above.protocol and len(below.parts) > n and below.parts[:n] == above.parts
 
 
 @pytest.mark.parametrize(("a", "b"), SAME)

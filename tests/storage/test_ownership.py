@@ -15,7 +15,7 @@ from bge_ray.records.dataset import FileFact
 from bge_ray.storage import ownership
 from bge_ray.storage.concatenate import Piece
 from bge_ray.storage.objects import Storage, join
-from bge_ray.storage.ownership import JOURNAL, KEPT_CONTENTS, OwnedFolder, digest_object, open_folder
+from bge_ray.storage.ownership import JOURNAL, KEPT_CONTENTS, OwnedFolder, digest_object, holds, open_folder
 from bge_ray.storage.reports import REPORT_FILES, last_report, retract_report, write_report
 from bge_ray.storage.sweep import RETIRED, retire
 from tests.storage.doubles import Died, dying, once
@@ -87,12 +87,16 @@ def test_what_is_ours_is_replaced_verified_and_removed(storage: Storage, root: s
     for data in (b"first", b"second", b"", b"first", b"third"):
         folder.put("deep/run.trec", data)
         assert storage.read(join(root, "deep/run.trec")) == data
-        assert folder.verify("deep/run.trec", FileFact("deep/run.trec", len(data), sha256(data), 0))
-        assert not folder.verify("deep/run.trec", FileFact("deep/run.trec", len(data), sha256(b"no"), 0))
-        assert not folder.verify("deep/run.trec", FileFact("deep/run.trec", 77, sha256(data), 0))
+        assert holds(
+            storage, join(root, "deep/run.trec"), FileFact("deep/run.trec", len(data), sha256(data), 0)
+        )
+        assert not holds(
+            storage, join(root, "deep/run.trec"), FileFact("deep/run.trec", len(data), sha256(b"no"), 0)
+        )
+        assert not holds(storage, join(root, "deep/run.trec"), FileFact("deep/run.trec", 77, sha256(data), 0))
     assert mine(storage, root).remove(["deep/run.trec", "never-there"]) == []
     assert storage.info(join(root, "deep/run.trec")) is None
-    assert not folder.verify("deep/run.trec", FileFact("deep/run.trec", 5, sha256(b"third"), 0))
+    assert not holds(storage, join(root, "deep/run.trec"), FileFact("deep/run.trec", 5, sha256(b"third"), 0))
     folder.put("deep/run.trec", b"again")
     assert storage.read(join(root, "deep/run.trec")) == b"again"
 
@@ -435,3 +439,13 @@ def test_whatever_happens_on_a_local_disk(tmp_path: Path) -> None:
 
 def test_whatever_happens_on_s3(bucket: str) -> None:
     run_owners(bucket, 4)
+
+
+def test_a_foreign_file_at_a_name_to_come_is_refused_by_its_size(storage: Storage, root: str) -> None:
+    folder = mine(storage, root)
+    folder.refuse_foreign(["run.parquet", "run.trec"])
+    folder.put("run.parquet", b"ours")
+    folder.refuse_foreign(["run.parquet", "run.trec"])
+    storage.write(join(root, "run.trec"), FOREIGN)
+    with pytest.raises(OutputCollisionError, match=r"run\.trec: is in the way"):
+        folder.refuse_foreign(["run.parquet", "run.trec"])

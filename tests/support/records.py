@@ -6,14 +6,13 @@ import numpy as np
 import pyarrow as pa
 
 from bge_ray.dataset.commit import ShardWriter
-from bge_ray.formats.rows import Rejected, rejected_table
 from bge_ray.records.columns import Columns, ColumnType
 from bge_ray.records.dataset import DatasetSpec, FileFact, Marker
 from bge_ray.records.ids import vector_ids
 from bge_ray.records.model import EMBEDDING, ModelSpec
 from bge_ray.records.outputs import Output
 from bge_ray.records.plan import Unit
-from bge_ray.records.schemas import embedding_schema, hash_texts
+from bge_ray.records.schemas import REJECTED_SCHEMA, embedding_schema, hash_texts
 from bge_ray.storage.objects import Storage
 
 DIM = 8
@@ -62,8 +61,12 @@ def make_tables(
         **kept,
     }
     shard = pa.table([columns[name] for name in schema.names], schema=schema)
-    rejected = [Rejected(i, f"p{i}", "empty_text" if i % 2 else "null_text", "why") for i in bad]
-    return shard, rejected_table(UNIT.object_no, UNIT.first_row, rejected)
+    places = vector_ids(UNIT.object_no, UNIT.first_row + np.array(bad, np.int64))
+    rejected = [
+        {"vector_id": place, "passage_id": f"p{i}", "reason": "empty_text" if i % 2 else "null_text"}
+        for i, place in zip(bad, places.tolist(), strict=True)
+    ]
+    return shard, pa.Table.from_pylist([{**row, "detail": "why"} for row in rejected], schema=REJECTED_SCHEMA)
 
 
 def make_writer(storage: Storage, root: str, spec: DatasetSpec | None = None) -> ShardWriter:

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bge_ray.errors import ModelError
-from bge_ray.model.family import Asked, Role
+from bge_ray.model.family import Role, check_length, settle_dtype
 from bge_ray.model.feed.pairs import PairFeeder
 from bge_ray.model.folder import ModelFolder
 from bge_ray.model.source import hash_model
 from bge_ray.records.model import SCORE, ModelSpec
 from bge_ray.records.outputs import Output
+from bge_ray.settings.sections import RerankSettings
 
 if TYPE_CHECKING:
     import torch
@@ -41,17 +42,17 @@ def recognises(folder: ModelFolder) -> bool:
     return any(name.startswith(HEAD_NAMES) for name in folder.weights)
 
 
-def resolve(folder: ModelFolder, asked: Asked, *, on_gpu: bool) -> ModelSpec:
+def resolve(folder: ModelFolder, settings: RerankSettings, *, on_gpu: bool) -> ModelSpec:
     """Settle length and dtype, and that the head is there whole with one output.
 
     Raises:
         ModelError: a weight of the head is missing and would be drawn at random, and every score with it; or
             it has several outputs.
     """
-    weights_sha256 = hash_model(folder.path, trust_remote_code=asked.trust_remote_code)
+    weights_sha256 = hash_model(folder.path)
     if folder.n_labels != 1:
         raise ModelError(
-            f"{asked.section}.model {asked.name}: has {folder.n_labels} outputs where a reranker has 1"
+            f"rerank.model {settings.model}: has {folder.n_labels} outputs where a reranker has 1"
         )
     needed = [
         f"{layer}.{part}"
@@ -61,20 +62,20 @@ def resolve(folder: ModelFolder, asked: Asked, *, on_gpu: bool) -> ModelSpec:
     missing = [n for n in needed if not any(w == n or w.endswith(f".{n}") for w in folder.weights)]
     if missing:
         raise ModelError(
-            f"{asked.section}.model {asked.name}: {len(missing)} weights of its head are not in its files "
+            f"rerank.model {settings.model}: {len(missing)} weights of its head are not in its files "
             f"and would be random, such as {missing[0]}; save it again whole, or name another reranker"
         )
-    asked.check_length(folder.positions)
+    check_length("rerank.max_length", settings.max_length, folder.positions, settings.model)
     return ModelSpec(
-        name=asked.name,
+        name=settings.model,
         revision=folder.revision,
         weights_sha256=weights_sha256,
         family=NAME,
         outputs=(Output(SCORE, "scalar", 1, "float32"),),
         pooling="cls",
-        max_length=asked.max_length or min(DEFAULT_MAX_LENGTH, folder.positions or DEFAULT_MAX_LENGTH),
+        max_length=settings.max_length or min(DEFAULT_MAX_LENGTH, folder.positions or DEFAULT_MAX_LENGTH),
         normalize=False,
-        dtype=asked.compute_dtype(on_gpu=on_gpu),
+        dtype=settle_dtype(settings.dtype, on_gpu=on_gpu),
         query_instruction="",
         passage_instruction="",
     )

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from bge_ray.errors import ModelError
 from bge_ray.model.cards import ModelCard, find_card
-from bge_ray.model.family import Asked, Role
+from bge_ray.model.family import Role, check_length, settle_dtype
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.folder import ModelFolder
 from bge_ray.model.source import hash_model
 from bge_ray.records.model import EMBEDDING, ModelSpec
 from bge_ray.records.outputs import Output
+from bge_ray.settings.sections import ModelSettings
 
 if TYPE_CHECKING:
     import torch
@@ -32,24 +33,24 @@ def recognises(folder: ModelFolder) -> bool:  # noqa: ARG001 - the last of the t
     return True
 
 
-def resolve(folder: ModelFolder, asked: Asked, *, on_gpu: bool) -> ModelSpec:
+def resolve(folder: ModelFolder, settings: ModelSettings, *, on_gpu: bool) -> ModelSpec:
     """Settle pooling, length, instructions and dtypes as asked, else as the folder or its card says."""
-    card = find_card(asked.name)
+    card = find_card(settings.name)
     dim = folder.hidden_size
     if card is not None and card.dim != dim:
         logger.warning("%s: its vectors have %d dimensions, %s has %d", folder.path, dim, card.id, card.dim)
     folder.check_modules()
-    dtype = asked.compute_dtype(on_gpu=on_gpu)
-    query, passage = _instructions(folder, asked, card)
+    dtype = settle_dtype(settings.dtype, on_gpu=on_gpu)
+    query, passage = _instructions(folder, settings, card)
     return ModelSpec(
-        name=asked.name,
+        name=settings.name,
         revision=folder.revision,
-        weights_sha256=hash_model(folder.path, trust_remote_code=asked.trust_remote_code),
+        weights_sha256=hash_model(folder.path),
         family=NAME,
         outputs=(Output(EMBEDDING, "dense", dim, "float32" if dtype == "float32" else "float16"),),
-        pooling=_pooling(folder, asked, card),
-        max_length=_max_length(folder, asked, card),
-        normalize=asked.normalize,
+        pooling=_pooling(folder, settings, card),
+        max_length=_max_length(folder, settings, card),
+        normalize=settings.normalize,
         dtype=dtype,
         query_instruction=query,
         passage_instruction=passage,
@@ -76,9 +77,9 @@ def load(spec: ModelSpec, folder: Path, how: "Loading") -> "tuple[torch.nn.Modul
     return load_encoder(folder, how), (head,)
 
 
-def _pooling(folder: ModelFolder, asked: Asked, card: ModelCard | None) -> str:
-    if asked.pooling != "auto":
-        return asked.pooling
+def _pooling(folder: ModelFolder, settings: ModelSettings, card: ModelCard | None) -> str:
+    if settings.pooling != "auto":
+        return settings.pooling
     pooling = folder.pooling() or (card.pooling if card else None)
     if pooling is None:
         raise ModelError(
@@ -88,17 +89,17 @@ def _pooling(folder: ModelFolder, asked: Asked, card: ModelCard | None) -> str:
     return pooling
 
 
-def _max_length(folder: ModelFolder, asked: Asked, card: ModelCard | None) -> int:
+def _max_length(folder: ModelFolder, settings: ModelSettings, card: ModelCard | None) -> int:
     limit = folder.positions or (card.max_length if card else DEFAULT_MAX_LENGTH)
-    asked.check_length(limit)
+    check_length("model.max_length", settings.max_length, limit, settings.name)
     wanted = folder.trained_length() or (card.max_length if card else limit)
-    return asked.max_length or min(wanted, limit)
+    return settings.max_length or min(wanted, limit)
 
 
-def _instructions(folder: ModelFolder, asked: Asked, card: ModelCard | None) -> tuple[str, str]:
+def _instructions(folder: ModelFolder, settings: ModelSettings, card: ModelCard | None) -> tuple[str, str]:
     """Return what is put before a query and before a passage."""
     prompts = folder.prompts()
-    query, passage = asked.query_instruction, asked.passage_instruction
+    query, passage = settings.query_instruction, settings.passage_instruction
     if query is None:
         # sentence-transformers writes an empty prompt by default, which says nothing about the model.
         query = prompts.get("query") or (card.query_instruction if card else "")

@@ -46,7 +46,7 @@ class Model:
         Raises:
             ModelError: the weights here are not those of the spec, or some would stay random.
         """
-        if hash_model(folder, trust_remote_code=place.trust_remote_code) != spec.weights_sha256:
+        if hash_model(folder) != spec.weights_sha256:
             raise ModelError(
                 f"{folder}: its files differ from those the run was planned with; "
                 "give every node the same model folder"

@@ -14,7 +14,6 @@ from bge_ray.model.spec import model_folder, text_feeder
 from bge_ray.pipeline.embed.prepare import Planned
 from bge_ray.pipeline.engine.pools import Pool, Sizes
 from bge_ray.records.model import ModelSpec
-from bge_ray.records.outputs import VALUE_BYTES
 from bge_ray.settings.sections import Settings
 
 SAMPLE_SPANS = 3
@@ -91,7 +90,7 @@ def estimate(planned: Planned, sizes: Sizes | None, settings: Settings) -> Estim
     tokens_per_row, rate = ray.get(measure.remote(model, texts, encoders, budget, trust))
     tokens = int(tokens_per_row * planned.todo_rows)
     seconds = tokens / (rate * encoders.count)
-    row_bytes = sum(output.dim * VALUE_BYTES[output.dtype] for output in model.outputs)
+    row_bytes = sum(output.row_bytes for output in model.outputs)
     in_flight = 2 * encoders.count + sum(tasks.count for tasks in sizes.tasks.values())
     largest = max(unit.unit.n_rows for unit in todo)
     price = settings.report.price_per_hour

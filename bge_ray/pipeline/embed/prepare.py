@@ -18,7 +18,6 @@ from bge_ray.pipeline.engine.tasks import run_tasks
 from bge_ray.records.columns import Columns, ColumnType
 from bge_ray.records.dataset import DatasetSpec, Marker
 from bge_ray.records.model import EMBEDDING, Canary, ModelSpec
-from bge_ray.records.outputs import VALUE_BYTES
 from bge_ray.records.plan import Plan, UnitLimits, span_units, unit_fingerprint
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.folders import refuse_collisions, refuse_own_files
@@ -64,7 +63,7 @@ def prepare(settings: Settings) -> Planned:
     canaries = spec_there.canaries if spec_there is not None else ()
     if changed and _must_be_tried(model, spec_there):
         canaries = _try_model(settings, model)
-    row_bytes = sum(o.dim * VALUE_BYTES[o.dtype] for o in model.outputs)
+    row_bytes = sum(output.row_bytes for output in model.outputs)
     limits = UnitLimits(settings.batching.unit_rows, settings.batching.unit_bytes, row_bytes)
     scanned = []
     if changed:

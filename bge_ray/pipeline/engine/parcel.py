@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from bge_ray.pipeline.engine.rows import whole
 from bge_ray.records.canonical import from_json, to_json
 
 T = TypeVar("T")
@@ -66,11 +67,10 @@ class Parcel:
         """Rebuild the parcel; its table is a view of the batch."""
         if batch.num_rows != 1:
             raise ValueError(f"expected one parcel a batch, got {batch.num_rows}")
-        cell = batch["table"][0]
         return Parcel(
             name=batch["name"][0].as_py(),
             task=batch["task"][0].as_py(),
-            table=pa.ipc.open_stream(cell.as_buffer()).read_all() if cell.is_valid else None,
+            table=_table(whole(batch["table"])),
             facts=json.loads(batch["facts"][0].as_py()),
             error=batch["error"][0].as_py(),
         )
@@ -82,6 +82,15 @@ def ipc_buffer(table: pa.Table) -> pa.Buffer:
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table.combine_chunks())
     return sink.getvalue()
+
+
+def _table(cell: pa.Array) -> pa.Table | None:
+    if cell.null_count:
+        return None
+    # cell[0].as_buffer() would copy: a scalar owns its bytes.
+    _, offsets, data = cell.buffers()
+    start, stop = np.frombuffer(offsets, np.int64)[cell.offset : cell.offset + 2]
+    return pa.ipc.open_stream(data.slice(start, stop - start)).read_all()
 
 
 def _cell(table: pa.Table | None) -> pa.Array:

@@ -14,7 +14,6 @@ from bge_ray.errors import SettingsError
 from bge_ray.pipeline.engine.cluster import connect
 from bge_ray.pipeline.engine.nodes import await_nodes
 from bge_ray.pipeline.engine.tasks import largest_node
-from bge_ray.report.facts import Workers
 from bge_ray.settings.sections import Settings
 
 # Of the CPUs of a machine without GPUs this share is left to tasks, at least one core: reading, joining,
@@ -99,18 +98,6 @@ class Sizes:
 
     pools: Mapping[str, Pool]
     tasks: Mapping[str, Tasks]
-
-    def workers(self, model: str) -> Workers:
-        """Return the pools as a report counts them.
-
-        Args:
-            model: the pool whose time is dear.
-        """
-        on_gpus = [pool for pool in self.pools.values() if pool.gpus]
-        counts = {name: pool.count for name, pool in self.pools.items()}
-        if on_gpus:
-            return Workers("cuda", sum(pool.count * pool.gpus for pool in on_gpus), counts, model)
-        return Workers("cpu", sum(pool.count * pool.threads for pool in self.pools.values()), counts, model)
 
     def __str__(self) -> str:
         pools = [f"{name} {pool}" for name, pool in self.pools.items()]

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -74,12 +73,6 @@ def packed_tokens(table: pa.Table) -> tuple[IdArray, PackedTokens]:
 def without_tokens(table: pa.Table) -> pa.Table:
     """Return the table without its token ids."""
     return table.drop_columns([name for name in TOKEN_COLUMNS if name in table.column_names])
-
-
-def able_rows(table: pa.Table) -> IdArray:
-    """Return the (m,) ascending numbers of the rows that have no reason to be left out."""
-    able: npt.NDArray[np.bool_] = pc.is_null(table["reason"]).to_numpy()
-    return np.flatnonzero(able).astype(np.int64)
 
 
 def with_faults(table: pa.Table, faults: Mapping[int, Fault]) -> pa.Table:

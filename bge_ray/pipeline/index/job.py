@@ -15,7 +15,7 @@ from dataclasses import replace
 import ray
 
 from bge_ray.dataset.folder import PARALLEL_REQUESTS, Dataset
-from bge_ray.errors import IndexBuildError, RecallError
+from bge_ray.errors import IndexBuildError, RecallError, StorageError
 from bge_ray.index.factory import index_bytes
 from bge_ray.pipeline.engine.nodes import await_nodes
 from bge_ray.pipeline.engine.pools import await_pools
@@ -41,6 +41,7 @@ from bge_ray.storage.sweep import is_due, remove_empty_folders, retire
 
 logger = logging.getLogger(__name__)
 
+NAMES = ("index.json", "training.json")
 # Files below the folder whose names only a build makes: those that searches read, and what they are made of.
 _SEARCHED = re.compile(r"[0-9a-f]{16}/(index|range-\d{5}|shard-\d{5})\.faiss")
 _BUILT = re.compile(
@@ -115,7 +116,7 @@ class IndexWork:
         self._settings = settings
         self._storage = Storage(settings.output.storage_timeout_s)
         self._root = str(settings.output.uri)
-        self._folder = open_folder(self._storage, join(self._root, FOLDER), "index", "output.uri")
+        self._folder = open_folder(self._storage, join(self._root, FOLDER), "index", "output.uri", NAMES)
         self.inputs: Inputs = self._read_inputs()
         self._index: IndexDescription | None = None
         self._sizes: IdArray | None = None
@@ -146,7 +147,12 @@ class IndexWork:
 
     def published(self) -> IndexDescription | None:
         """Return the published index if it is of these inputs and its files are there."""
-        there = read_index(self._storage, self._root)
+        try:
+            there = read_index(self._storage, self._root)
+        except StorageError:
+            # Nobody is told to remove a file that is not ours.
+            self._folder.check_replaceable("index.json")
+            raise
         if there is None or there.inputs != self.inputs.key:
             return None
         for file in index_files(self._root, there):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from bge_ray.errors import StorageError
+from bge_ray.errors import DatasetMismatchError, StorageError
 from bge_ray.pipeline.index.tasks import WrittenFile
 from bge_ray.records.canonical import from_json
 from bge_ray.records.index import INDEX_FORMAT_VERSION, IndexDescription
@@ -22,7 +22,8 @@ def read_index(storage: Storage, root: str) -> IndexDescription | None:
     """Return the description of the published index, or None.
 
     Raises:
-        StorageError: index.json is damaged, or of another version.
+        DatasetMismatchError: index.json is of another version.
+        StorageError: it is damaged.
     """
     uri = join(root, FOLDER, "index.json")
     data = storage.read_optional(uri)
@@ -32,7 +33,7 @@ def read_index(storage: Storage, root: str) -> IndexDescription | None:
         # The version comes first: a description of another version need not look like ours at all.
         version = from_json(_Versioned, data).format_version
         if version != INDEX_FORMAT_VERSION:
-            raise StorageError(
+            raise DatasetMismatchError(
                 f"{uri}: is of format {version}, this version reads {INDEX_FORMAT_VERSION}; remove it to "
                 "build the index anew"
             )

@@ -68,13 +68,13 @@ class Quality:
 
 def hold_out(build: Build, given: FloatArray | None) -> HeldOut:
     """Search all shards exactly, side by side, for the given (n, dim) queries or for rows drawn as such."""
-    rows = sum(fact.rows for fact in build.facts)
+    rows = sum(fact.rows for fact in build.shards)
     queries, own = (given, None) if given is not None else _draw(build)
     if rows == 1:
         own = None  # beside its own row there is nothing to find
     k = min(MEASURED_K, rows) + (own is not None)
     shared = ray.put(queries)
-    groups = _even_groups(build.facts, EXACT_TASKS_PER_CPU * build.at_once)
+    groups = _even_groups(build.shards, EXACT_TASKS_PER_CPU * build.at_once)
     arguments = ((build.storage, build.root, group, shared, k) for group in groups)
     best: Results | None = None
     with build.step("searching exactly", "groups of shards", len(groups)) as step:
@@ -172,13 +172,13 @@ def _even_groups(facts: Sequence[FileFact], count: int) -> list[tuple[FileFact, 
 
 def _draw(build: Build) -> tuple[FloatArray, IdArray]:
     rng = np.random.default_rng(SEED + 1)
-    rows = np.array([fact.rows for fact in build.facts])
+    rows = np.array([fact.rows for fact in build.shards])
     places = np.sort(
         rng.choice(int(rows.sum()), min(build.settings.num_queries, int(rows.sum())), replace=False)
     )
     starts = np.cumsum(rows) - rows
     tasks = []
-    for fact, start in zip(build.facts, starts.tolist(), strict=True):
+    for fact, start in zip(build.shards, starts.tolist(), strict=True):
         groups: dict[int, list[int]] = {}
         for row in (places[(places >= start) & (places < start + fact.rows)] - start).tolist():
             groups.setdefault(row // ROW_GROUP_ROWS, []).append(row % ROW_GROUP_ROWS)

@@ -77,7 +77,7 @@ class Build:
         return self.folder.storage
 
     @property
-    def facts(self) -> list[FileFact]:
+    def shards(self) -> list[FileFact]:
         """The embedding shards, in order of place."""
         return [marker.embeddings for marker in self.manifest.shards if marker.embeddings is not None]
 
@@ -149,7 +149,7 @@ def get_trained(build: Build, *, reuse: bool) -> TrainedFile:
         logger.info("training %s on %s rows", spec.factory, f"{rows:,}")
     else:
         logger.info("%s needs no training", spec.factory)
-    path = f"trained/{key_of(spec.factory, spec.metric.value, [f.sha256 for f in build.facts])}.faiss"
+    path = f"trained/{key_of(spec.factory, spec.metric.value, [f.sha256 for f in build.shards])}.faiss"
     cpus = max(1, int(largest_node("CPU")))
     sample = _draw_sample(build, spec.training_rows)
     gpus = build.settings.gpus_per_task if spec.kind is Kind.IVF else 0.0
@@ -170,7 +170,7 @@ def get_trained(build: Build, *, reuse: bool) -> TrainedFile:
 
 def add_parts(build: Build, trained: TrainedFile) -> list[StoredPart]:
     """Encode all shards into parts, in order of place."""
-    groups = group_shards(build.facts, build.settings.part_bytes // (build.spec.code_size + 8))
+    groups = group_shards(build.shards, build.settings.part_bytes // (build.spec.code_size + 8))
     names = [f"{key_of(trained.sha256, [f.sha256 for f in group])}.part" for group in groups]
     there = build.there("parts")
     # An HNSW quantizer answers nearly right, and a search asks the same one: it must not differ.
@@ -336,7 +336,7 @@ def rebuild_files(
 
 def build_shards(build: Build, trained: TrainedFile) -> list[WrittenFile]:
     """Build HNSW indexes side by side, to be searched together; those that are there are kept."""
-    groups = group_shards(build.facts, max(1, build.settings.range_bytes // build.spec.code_size))
+    groups = group_shards(build.shards, max(1, build.settings.range_bytes // build.spec.code_size))
     names = [f"{key_of(trained.sha256, [f.sha256 for f in group])}.shard" for group in groups]
     there = build.there("parts")
     todo = [
@@ -418,7 +418,7 @@ def _draw_sample(build: Build, wanted: int) -> list[Any]:
     if not wanted:
         return []
     rng = np.random.default_rng(SEED)
-    facts = build.facts
+    facts = build.shards
     groups = [(s, g) for s, fact in enumerate(facts) for g in range(-(-fact.rows // ROW_GROUP_ROWS))]
     rows_of = [min(ROW_GROUP_ROWS, facts[s].rows - g * ROW_GROUP_ROWS) for s, g in groups]
     share = max(SAMPLED_SHARE, min(1.0, wanted / sum(rows_of)))

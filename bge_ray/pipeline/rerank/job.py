@@ -21,7 +21,7 @@ from bge_ray.pipeline.rerank.score import PairJob, by_reranker, make_score_job, 
 from bge_ray.pipeline.rerank.texts import TextSource, open_texts
 from bge_ray.pipeline.runs.groups import CANDIDATE_SCHEMA, GroupTask, Workplace
 from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections, read_group_stage
-from bge_ray.pipeline.runs.parts import RunOutput, Totals, part_stage
+from bge_ray.pipeline.runs.parts import LEFT_OUT, RUN_FILES, RunOutput, Totals, part_stage
 from bge_ray.pipeline.runs.source import open_source
 from bge_ray.pipeline.runs.work import TASKS, Outcome, RunWork, check_rejected, published_files
 from bge_ray.pipeline.work import carry_out
@@ -102,7 +102,9 @@ class RerankJob:
         self._storage = Storage(settings.output.storage_timeout_s)
         self._source = open_source(settings) if settings.output.uri is not None else None
         self.spec = resolve_reranker(asked, on_gpu=False)
-        self._folder = open_folder(self._storage, str(asked.output), "reranked", "rerank.output")
+        self._folder = open_folder(
+            self._storage, str(asked.output), "reranked", "rerank.output", (*RUN_FILES, LEFT_OUT)
+        )
 
     @property
     def storage(self) -> Storage:
@@ -122,6 +124,9 @@ class RerankJob:
     def outputs(self) -> list[RunOutput]:
         """Return the reranked run."""
         return [RunOutput(self._folder, self._settings.search.tag, "score")]
+
+    def withdraw(self) -> None:
+        """Everything that an earlier run published is replaced."""
 
     def limits(self) -> Limits:
         """Return when units and groups are full, in pairs."""

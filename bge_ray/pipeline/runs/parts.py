@@ -39,6 +39,9 @@ FACTS_KEY = b"bge_ray.facts"
 PIECE_BYTES = 16 << 20
 GROUP_ROWS = 200_000
 READ_AHEAD = 8
+# What `publish` puts into the folder of a run; the first of several has what was left out of all.
+RUN_FILES = ("run.parquet", "run.trec")
+LEFT_OUT = "rejected.parquet"
 LEFT_OUT_SCHEMA = pa.schema([(name, pa.string()) for name in ("query_id", "passage_id", "reason", "detail")])
 
 
@@ -135,7 +138,10 @@ def publish(
         check(totals)
         for writer in writers:
             writer.publish(totals)
-        totals.files.append(rejected.publish(outputs[0].folder, "rejected.parquet"))
+        totals.files.append(rejected.publish(outputs[0].folder, LEFT_OUT))
+        for output in outputs[1:]:
+            # A rerank job may have left one of another run there.
+            output.folder.remove([LEFT_OUT])
     return totals
 
 

@@ -78,6 +78,9 @@ class RunJob(Protocol[R]):
     def outputs(self) -> Sequence[RunOutput]:
         """Return the runs to publish; the first folder has the report."""
 
+    def withdraw(self) -> None:
+        """Remove what an earlier run published below the output and this one will not replace."""
+
     def limits(self) -> Limits:
         """Return when units and groups of the input are full."""
 
@@ -149,6 +152,7 @@ class RunWork(Generic[R]):
     def do(self, facts: RunFacts, watch: Callable[[], None]) -> None:
         """Take the input in, and answer what is not answered."""
         job = self._job
+        job.withdraw()
         unit_key = job.settle(watch)
         blocks = job.blocks(self._rejections, watch)
         with Step("reading", job.rows, None, self._settings.report.log_interval_s) as step:
@@ -194,7 +198,7 @@ class RunWork(Generic[R]):
     def sweep(self) -> None:
         """Remove stored inputs and parts."""
         listed = self.storage.list_files(self._place)
-        own = [info.uri for info in listed if _OWN_WORK.search(info.uri) is not None]
+        own = [i.uri for i in listed if _OWN_WORK.fullmatch(i.uri.rpartition(f"/{WORK}/")[2]) is not None]
         with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
             list(pool.map(lambda uri: self.storage.delete([uri]), own))
         remove_empty_folders(self.storage, self._place)

@@ -37,7 +37,7 @@ from bge_ray.pipeline.rerank.score import PairJob, by_reranker, make_score_job, 
 from bge_ray.pipeline.rerank.texts import TextSource, open_texts
 from bge_ray.pipeline.runs.groups import QUERY_SCHEMA, GroupTask, Workplace
 from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections
-from bge_ray.pipeline.runs.parts import RunOutput, Totals, part_stage
+from bge_ray.pipeline.runs.parts import LEFT_OUT, RUN_FILES, RunOutput, Totals, part_stage
 from bge_ray.pipeline.runs.source import Source, open_source
 from bge_ray.pipeline.runs.work import TASKS, Outcome, RunWork, check_rejected, published_files
 from bge_ray.pipeline.search.stages import (
@@ -58,12 +58,15 @@ from bge_ray.report.run_page import search_page
 from bge_ray.run_id import run_id
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.folders import refuse_collisions
+from bge_ray.storage.lease import is_leased
 from bge_ray.storage.objects import Storage, join
 from bge_ray.storage.ownership import OwnedFolder, open_folder
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
+# Below search.output, where rerank.output does not say otherwise.
+RERANKED = "reranked"
 # A searcher that dies is started again this often, and then the run ends: an index that does not fit
 # in memory would otherwise be tried for ever.
 SEARCHER_RESTARTS = 20
@@ -164,6 +167,18 @@ class SearchJob:
         if self.reranker is not None:
             outputs.append(RunOutput(self._folders[1], f"{tag}-reranked", "score"))
         return outputs
+
+    def withdraw(self) -> None:
+        """Remove the reranked run of an earlier search: it is of other candidates, and has no report."""
+        folder = OwnedFolder(self.storage, join(self._folders[0].uri, RERANKED), "reranked", "rerank.output")
+        if self.reranker is not None or is_leased(self.storage, folder.uri):
+            return
+        there = [name for name in RUN_FILES if self.storage.info(join(folder.uri, name)) is not None]
+        # With a report it is the output of a rerank job, which says what it was made of.
+        if there and self.storage.info(join(folder.uri, "report.json")) is None:
+            left = folder.remove(there)
+            gone = [name for name in there if name not in left]
+            logger.info("%s: %s of an earlier search removed", folder.uri, ", ".join(gone) or "nothing")
 
     def limits(self) -> Limits:
         """Return when units and groups are full, in queries; a reranked unit is counted in pairs."""
@@ -352,10 +367,10 @@ class SearchJob:
 
 def _folders(settings: Settings, storage: Storage) -> list[OwnedFolder]:
     output = str(settings.search.output)
-    folders = [open_folder(storage, output, "run", "search.output")]
+    folders = [open_folder(storage, output, "run", "search.output", (*RUN_FILES, LEFT_OUT))]
     if settings.search.rerank:
         reranked = settings.rerank.output or join(output, "reranked")
-        folders.append(open_folder(storage, reranked, "reranked", "rerank.output"))
+        folders.append(open_folder(storage, reranked, "reranked", "rerank.output", RUN_FILES))
     return folders
 
 
@@ -399,7 +414,7 @@ def _query_model(settings: Settings, source: Source) -> ModelSpec:
     if "name" in asked.model_fields_set:
         spec = dataclasses.replace(spec, name=asked.name, revision=asked.revision)
     folder, commit = fetch_model(spec.name, spec.revision)
-    if hash_model(folder, trust_remote_code=asked.trust_remote_code) != spec.weights_sha256:
+    if hash_model(folder) != spec.weights_sha256:
         raise DatasetMismatchError(
             f"output.uri {source.root}: was embedded with {source.spec.model.name}, whose files differ from "
             f"those of {spec.name}; queries need the same model"

@@ -5,7 +5,7 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bge_ray.pipeline.engine.rows import able_rows, packed_tokens, with_faults, with_tokens, without_tokens
+from bge_ray.pipeline.engine.rows import packed_tokens, with_faults, with_tokens, without_tokens
 from bge_ray.records.tokens import PackedTokens
 
 TEXTS = st.lists(st.none() | st.lists(st.integers(0, 99), min_size=1, max_size=5), max_size=12)
@@ -48,4 +48,3 @@ def test_faults_are_added_to_those_that_are_there() -> None:
     table = with_faults(with_faults(table, {1: ("a", "why")}), {2: ("b", "how")})
     assert table["reason"].to_pylist() == [None, "a", "b"]
     assert table["detail"].to_pylist() == [None, "why", "how"]
-    assert able_rows(table).tolist() == [0]

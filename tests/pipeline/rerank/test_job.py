@@ -17,7 +17,9 @@ from bge_ray.model.run.model import Model, Place
 from bge_ray.model.spec import model_folder, pair_feeder, resolve_reranker
 from bge_ray.pipeline.embed.job import embed
 from bge_ray.pipeline.rerank.job import plan_rerank, rerank
+from bge_ray.records.canonical import from_json
 from bge_ray.records.model import SCORE
+from bge_ray.records.reports import RerankReport
 from bge_ray.settings.sections import RerankSettings
 from tests.support.corpora import docstrings, mixed_objects
 from tests.support.models import make_cross_encoder, make_encoder
@@ -106,7 +108,7 @@ def test_logits_equal_flag_reranker_and_runs_sort_equally(
             rerank__num_rerankers=2,
         )
     )
-    assert report["units"] > 3
+    assert report.units > 3
     theirs = FlagReranker(str(cross_encoders[kind]), use_fp16=False, devices="cpu", max_length=96)
     rows = read_run(f"{bucket}/run")
     found = by_query(rows)
@@ -151,7 +153,7 @@ def test_texts_of_bare_ids_are_those_that_were_embedded(
             rerank__join_pairs=50,
         )
     )
-    assert (report["pairs_in"], report["pairs_out"], report["queries"]) == (105, 105, 15)
+    assert (report.pairs_in, report.pairs_out, report.queries) == (105, 105, 15)
     found = by_query(read_run(f"{bucket}/out"))
     by_id = {p["id"]: text_of(p) for p in passages}
     for query_id, ids in run.items():
@@ -183,7 +185,7 @@ def test_kept_columns_serve_as_texts_when_the_corpus_is_gone(
         "rerank__model": str(cross_encoders["bert"]),
     }
     report = rerank(settings_for(**keys))
-    assert report["pairs_out"] == len(lines)
+    assert report.pairs_out == len(lines)
     ours = dict(by_query(read_run(f"{bucket}/out"))["q"])
     truth = scores_here(cross_encoders["bert"], [("a fox", text_of(p)) for p in passages[::7]])
     np.testing.assert_allclose([ours[p["id"]] for p in passages[::7]], truth, atol=1e-5)
@@ -286,10 +288,10 @@ def test_bad_candidates_are_named_and_counted_and_the_rest_is_done(
         ],
         key=str,
     )
-    report = json.loads(STORAGE.read(f"{bucket}/out/report.json"))
-    assert report["pairs_in"] == report["pairs_out"] + 602  # unknown ids, and the one that stands twice
-    assert report["truncated_pairs"] >= 1
-    assert sum(report["rejected_reasons"].values()) == 610
+    report = from_json(RerankReport, STORAGE.read(f"{bucket}/out/report.json"))
+    assert report.pairs_in == report.pairs_out + 602  # unknown ids, and the one that stands twice
+    assert report.scoring.truncated_pairs >= 1
+    assert sum(report.rejected_reasons.values()) == 610
 
 
 def test_a_folder_without_a_trained_head_is_refused(
@@ -356,13 +358,13 @@ def test_a_second_run_does_nothing_and_a_longer_list_of_queries_does_the_rest(
     }
     upload(bucket, {"c.jsonl": jsonl(records[:10])})
     first = rerank(settings_for(**keys))
-    assert rerank(settings_for(**keys))["outcome"] == "nothing to do"
+    assert rerank(settings_for(**keys)).outcome == "nothing to do"
     upload(bucket, {"c.jsonl": jsonl(records)})
     longer = rerank(settings_for(**keys))
-    assert (first["queries"], longer["queries"]) == (10, 20)
+    assert (first.queries, longer.queries) == (10, 20)
     # The same candidates under another model are another run.
     other = rerank(settings_for(**keys | {"rerank__model": str(cross_encoders["xlm-roberta"])}))
-    assert other["outcome"] == "complete"
+    assert other.outcome == "complete"
 
 
 def test_an_encoder_that_is_no_reranker_is_named(bucket: str, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_search_survives_the_kill_of_an_index_actor_and_of_the_driver(
     after_more_parts(folder, 3)
     kill_actor(run, "Searcher")
     after_more_parts(folder, 3)
-    kill_actor(run, "QueryEncodeStage")
+    kill_actor(run, "ModelStage")
     after_more_parts(folder, 3)
     run.kill()
     there = parts(folder)
@@ -100,7 +100,7 @@ def test_rerank_survives_the_kill_of_a_reranker_and_of_the_driver(
     }
     run = JobProcess(log, keys, job="rerank")
     after_more_parts(folder, 3)
-    kill_actor(run, "ScoreStage")
+    kill_actor(run, "ModelStage")
     after_more_parts(folder, 3)
     run.kill()
     there = parts(folder)
