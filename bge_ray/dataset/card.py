@@ -41,7 +41,7 @@ def make_card(root: str, spec: DatasetSpec, manifest: Manifest, *, only_live: Se
         root: URI of the data set, for the example.
         spec: what it is.
         manifest: what is in it.
-        only_live: paths of the live shards, while dead ones lie beside them; none if all shards are live.
+        only_live: paths of the live shards, while others lie beside them; none if there are no others.
     """
     model = spec.model
     files = {"split": "train", "path": list(only_live) or "embeddings/*.parquet"}

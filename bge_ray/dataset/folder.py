@@ -165,12 +165,17 @@ class Dataset:
         for folder in ("done", "rejected", "embeddings"):
             remove_empty_folders(self.storage, join(self.root, folder))
         shards = [m.embeddings.path for m in manifest.shards if m.embeddings is not None]
-        card = make_card(self.root, spec, manifest, only_live=shards if swept.waiting else ())
+        card = make_card(self.root, spec, manifest, only_live=shards if self._has_others(shards) else ())
         try:
             self.folder.put("README.md", card)
         except OutputCollisionError as error:
             logger.warning("no card of the data set: %s", error)
         return swept
+
+    def _has_others(self, shards: Iterable[str]) -> bool:
+        """Tell whether a reader of all Parquet files beside the shards would meet others, dead or foreign."""
+        there = {path for path in self._listing("embeddings") if path.endswith(".parquet")}
+        return not there <= set(shards)
 
     def _is_ours(self, info: ObjectInfo) -> bool:
         """Tell whether a file with a name of ours is a shard that we wrote."""

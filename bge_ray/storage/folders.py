@@ -97,6 +97,7 @@ def refuse_collisions(
         for name, source in picked.items():
             if source is not None and _section(name) == _section(key):
                 _refuse_input((name, source), (key, uri))
+                _refuse_outputs((name, source), (key, uri))
 
 
 def refuse_own_files(setting: str, uris: Iterable[str], outputs: Mapping[str, str | None]) -> None:

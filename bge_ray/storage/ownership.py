@@ -79,6 +79,13 @@ class OwnedFolder:
         """
         self._read()
 
+    def is_claimed(self) -> bool:
+        """Tell whether the folder has a journal of this owner."""
+        try:
+            return self._read() is not None
+        except OutputCollisionError:
+            return False
+
     def claim(self) -> None:
         """Write the journal, unless it is there.
 

@@ -208,7 +208,7 @@ class EmbedWork:
             trust_remote_code=trust,
             ledger=ledger,
             max_attempts=attempts,
-            canaries=planned.spec.canaries,
+            dataset=planned.spec,
         )
         logger.info(
             "%d units, %s rows to embed; %s", len(planned.todo_units), f"{planned.todo_rows:,}", sizes

@@ -55,6 +55,7 @@ def prepare(settings: Settings) -> Planned:
     storage = Storage(settings.output.storage_timeout_s)
     dataset = Dataset(storage, str(settings.output.uri))
     dataset.folder.check_owner()
+    dataset.folder.refuse_foreign(dataset.folder.names)
     spec_there = dataset.read_spec()
     number, previous = dataset.latest_plan()
     listed, changed = find_changes(storage, settings.corpus, previous)

@@ -9,7 +9,7 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
-from bge_ray.errors import IncompleteRunError
+from bge_ray.errors import DatasetMismatchError, IncompleteRunError, ModelError
 from bge_ray.pipeline.engine.cluster import root_cause
 from bge_ray.pipeline.engine.parcel import Parcel
 from bge_ray.pipeline.engine.pools import Pool, Tasks
@@ -73,6 +73,7 @@ def follow(
         watch: called while waiting; raises to stop.
 
     Raises:
+        DatasetMismatchError, ModelError: an actor refused its model.
         IncompleteRunError: the pipeline failed, or parcel after parcel was given up.
     """
     in_a_row = 0
@@ -83,4 +84,7 @@ def follow(
             if in_a_row >= MAX_FAILURES_IN_A_ROW:
                 raise IncompleteRunError(f"{in_a_row} units failed in a row, the last: {receipt.error}")
     except RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, DatasetMismatchError | ModelError):  # no rerun mends these
+            raise cause from error
         raise IncompleteRunError(f"the pipeline failed: {root_cause(error)}") from error

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,16 +15,17 @@ from bge_ray.pipeline.engine.device import device_or_exit
 from bge_ray.pipeline.engine.isolation import Attempt, run_isolated
 from bge_ray.pipeline.engine.parcel import Parcel
 from bge_ray.pipeline.engine.rows import packed_tokens, with_faults, without_tokens
+from bge_ray.records.dataset import DatasetSpec
 from bge_ray.records.ids import IdArray
-from bge_ray.records.model import Canary, ModelSpec
+from bge_ray.records.model import ModelSpec
 
 
 @dataclass(frozen=True)
 class ModelJob:
     """What an actor that holds a model must know; holds no secret.
 
-    ``stage`` names what it notes (encode_started, score_ended, ...). With ``canaries`` it refuses to start
-    where the model gives other vectors than those of the data set.
+    ``stage`` names what it notes (encode_started, score_ended, ...). With a ``dataset`` it refuses to start
+    where the model gives other vectors than it gave when that was made.
     """
 
     stage: Literal["encode", "score"]
@@ -35,7 +36,7 @@ class ModelJob:
     trust_remote_code: bool
     ledger: ActorHandle
     max_attempts: int
-    canaries: tuple[Canary, ...] = ()
+    dataset: DatasetSpec | None = None
 
 
 class ModelStage:
@@ -49,9 +50,11 @@ class ModelStage:
         self._job = job
         place = Place(job.device, job.threads, job.trust_remote_code)
         self._model = Model(job.spec, model_folder(job.spec), place)
-        if job.canaries:
-            feeder = text_feeder(job.spec, trust_remote_code=job.trust_remote_code)
-            check_canaries(job.canaries, self._model, feeder)
+        if job.dataset is not None and job.dataset.canaries:
+            # Queries may be cut shorter than the passages that the canaries were read as.
+            as_passages = replace(job.dataset.model, name=job.spec.name, revision=job.spec.revision)
+            feeder = text_feeder(as_passages, trust_remote_code=job.trust_remote_code)
+            check_canaries(job.dataset.canaries, self._model, feeder)
         if job.device != "cpu":
             self._model.warm_up(job.token_budget)
         self._idle_since: float | None = None

@@ -58,7 +58,6 @@ from bge_ray.report.run_page import search_page
 from bge_ray.run_id import run_id
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.folders import refuse_collisions
-from bge_ray.storage.lease import is_leased
 from bge_ray.storage.objects import Storage, join
 from bge_ray.storage.ownership import OwnedFolder, open_folder
 
@@ -169,16 +168,14 @@ class SearchJob:
         return outputs
 
     def withdraw(self) -> None:
-        """Remove the reranked run of an earlier search: it is of other candidates, and has no report."""
-        folder = OwnedFolder(self.storage, join(self._folders[0].uri, RERANKED), "reranked", "rerank.output")
-        if self.reranker is not None or is_leased(self.storage, folder.uri):
+        """Remove the reranked run of an earlier search, which is of other candidates."""
+        folder = _reranked(self.storage, join(self._folders[0].uri, RERANKED))
+        if self.reranker is not None or not folder.is_claimed():
             return
         there = [name for name in RUN_FILES if self.storage.info(join(folder.uri, name)) is not None]
-        # With a report it is the output of a rerank job, which says what it was made of.
-        if there and self.storage.info(join(folder.uri, "report.json")) is None:
-            left = folder.remove(there)
-            gone = [name for name in there if name not in left]
-            logger.info("%s: %s of an earlier search removed", folder.uri, ", ".join(gone) or "nothing")
+        gone = set(there) - set(folder.remove(there))
+        if gone:
+            logger.info("%s: %s of an earlier search removed", folder.uri, ", ".join(sorted(gone)))
 
     def limits(self) -> Limits:
         """Return when units and groups are full, in queries; a reranked unit is counted in pairs."""
@@ -288,7 +285,7 @@ class SearchJob:
             trust_remote_code=trust,
             ledger=place.ledger,
             max_attempts=place.max_attempts,
-            canaries=self.source.spec.canaries,
+            dataset=self.source.spec,
         )
         rows = parcels([group.parcel() for group in groups])
         rows = by_tasks(rows, read_queries_stage, tasks, job=QueryJob(place, self.model, trust))
@@ -370,8 +367,14 @@ def _folders(settings: Settings, storage: Storage) -> list[OwnedFolder]:
     folders = [open_folder(storage, output, "run", "search.output", (*RUN_FILES, LEFT_OUT))]
     if settings.search.rerank:
         reranked = settings.rerank.output or join(output, "reranked")
-        folders.append(open_folder(storage, reranked, "reranked", "rerank.output", RUN_FILES))
+        folders.append(_reranked(storage, reranked))
+        folders[-1].check_owner()
     return folders
+
+
+def _reranked(storage: Storage, uri: str) -> OwnedFolder:
+    """Return the folder of a search's reranked run; a rerank job's, which has a report, is another's."""
+    return OwnedFolder(storage, uri, "reranked search", "rerank.output", RUN_FILES)
 
 
 def _check_share(settings: Settings, report: SearchReport) -> None:
