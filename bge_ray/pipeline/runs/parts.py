@@ -139,9 +139,6 @@ def publish(
         for writer in writers:
             writer.publish(totals)
         totals.files.append(rejected.publish(outputs[0].folder, LEFT_OUT))
-        for output in outputs[1:]:
-            # A rerank job may have left one of another run there.
-            output.folder.remove([LEFT_OUT])
     return totals
 
 

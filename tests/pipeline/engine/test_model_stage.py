@@ -16,6 +16,8 @@ from bge_ray.pipeline.engine.isolation import Attempt, start_ledger
 from bge_ray.pipeline.engine.model_stage import ModelJob, ModelStage
 from bge_ray.pipeline.engine.parcel import Parcel
 from bge_ray.pipeline.engine.rows import with_faults, with_tokens
+from bge_ray.records.columns import Columns
+from bge_ray.records.dataset import DatasetSpec
 from bge_ray.records.model import EMBEDDING, ModelSpec
 from bge_ray.records.plan import Unit
 from bge_ray.settings.sections import ModelSettings
@@ -102,8 +104,12 @@ def test_a_unit_that_takes_its_process_down_again_and_again_is_given_up(
 def test_a_model_that_makes_other_vectors_does_not_start(spec: ModelSpec, ledger: ActorHandle) -> None:
     model = Model(spec, model_folder(spec), Place())
     canaries = make_canaries(model, text_feeder(spec))
-    ModelStage(make_job(spec, ledger, canaries=canaries))
+    dataset = DatasetSpec(spec, Columns("id", "text", None), canaries)
+    ModelStage(make_job(spec, ledger, dataset=dataset))
+    shorter = dataclasses.replace(spec, max_length=8)
+    ModelStage(make_job(shorter, ledger, dataset=dataset))  # queries may be cut shorter than passages were
     first = canaries[0]
     turned = dataclasses.replace(first, vector=(first.vector[0] + 0.1, *first.vector[1:]))
     with pytest.raises(DatasetMismatchError, match=r"cosine 0\.\d+ .* at least 0\.99999"):
-        ModelStage(make_job(spec, ledger, canaries=(turned, *canaries[1:])))
+        other = dataclasses.replace(dataset, canaries=(turned, *canaries[1:]))
+        ModelStage(make_job(spec, ledger, dataset=other))

@@ -392,10 +392,10 @@ def test_damaged_parts_and_trainings_are_named_and_nothing_is_overwritten(bucket
         (part, -40, "is damaged"),
         (part, 5, "no index part"),
         (training, -40, "remove training.json"),
-        (f"{bucket}/index/training.json", 0, "is damaged; remove it"),
+        (f"{bucket}/index/training.json", 0, "was changed since"),
     ]:
         whole = damage(uri, at)
-        with pytest.raises(IndexBuildError, match=match) as caught:
+        with pytest.raises((IndexBuildError, OutputCollisionError), match=match) as caught:
             build_index(settings)
         assert uri.rpartition("/")[2] in str(caught.value)
         assert read_index(STORAGE, bucket) == first

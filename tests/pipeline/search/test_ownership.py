@@ -91,7 +91,7 @@ def test_the_reranked_folder_is_held_owned_and_looked_after_like_the_first(
     first = ranked(reranked)
     assert len(first) == QUERIES * K
     assert report.scoring.pairs_out == QUERIES * K
-    for folder, owner in ((run, "run"), (reranked, "reranked")):
+    for folder, owner in ((run, "run"), (reranked, "reranked search")):
         assert json.loads((folder / "_bge_ray.json").read_text())["owner"] == owner
         assert not (folder / "lease.json").exists()
     assert search(settings_for(**keys)).outcome == "nothing to do"
@@ -198,23 +198,23 @@ def test_no_report_vouches_for_the_files_of_another_run(place: Path, tmp_path: P
     assert search(a).outcome == "nothing to do"
 
 
-def test_a_rerank_into_the_reranked_folder_is_undone_by_the_next_search(place: Path, tmp_path: Path) -> None:
-    """Both jobs may write there, in turn; what lies there at the end is of the run that says so."""
-    run, reranked = tmp_path / "run", tmp_path / "run/reranked"
+def test_a_search_and_a_rerank_job_do_not_share_a_folder(place: Path, tmp_path: Path) -> None:
+    """The report of one would vouch for files of the other."""
+    run = tmp_path / "run"
     keys = keys_for(place, run, search__rerank=True)
     search(settings_for(**keys))
-    first = ranked(reranked)
-    other = keys_for(place, run, rerank__candidates=str(run), rerank__output=str(reranked))
+    other = keys_for(place, run, rerank__candidates=str(run), rerank__output=str(run / "reranked"))
     del other["search__output"]
-    rerank(settings_for(**other | {"rerank__depth": 2}))
-    assert len(ranked(reranked)) == QUERIES * 2
-    assert (reranked / "report.json").exists()
-    assert (reranked / "rejected.parquet").exists()
-    assert search(settings_for(**keys)).outcome == "complete"
-    assert ranked(reranked) == first
-    # Those were the rerank job's; a search tells of both folders in its own.
-    assert not (reranked / "report.json").exists()
-    assert not (reranked / "rejected.parquet").exists()
+    before = everything(tmp_path)
+    assert "reranked search" in str(refused(lambda: rerank(settings_for(**other))))
+    assert everything(tmp_path) == before
+
+    other["rerank__output"] = str(tmp_path / "apart")
+    rerank(settings_for(**other))
+    before = everything(tmp_path)
+    keys["rerank__output"] = str(tmp_path / "apart")
+    refused(lambda: search(settings_for(**keys)))
+    assert everything(tmp_path) == before
 
 
 def test_a_search_without_reranking_leaves_no_reranked_run_of_an_earlier_one(
