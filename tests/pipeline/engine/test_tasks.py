@@ -88,6 +88,6 @@ def test_whoever_watches_may_stop_and_what_is_in_flight_is_cancelled() -> None:
     with pytest.raises(KeyError, match="stop"):
         list(run_tasks(slow, [(n,) for n in range(4)], at_once=2, watch=watch, num_cpus=0.5))
     deadline = time.monotonic() + 30
-    while ray.available_resources().get("CPU") != free:
+    while ray.available_resources().get("CPU", 0.0) < free:
         assert time.monotonic() < deadline
         time.sleep(0.2)

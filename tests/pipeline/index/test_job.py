@@ -14,6 +14,7 @@ from bge_ray.errors import (
     DatasetMismatchError,
     IndexBuildError,
     OutputBusyError,
+    OutputCollisionError,
     SettingsError,
     StorageError,
 )
