@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from bge_ray.storage.objects import Storage, join
 from tests.support.corpora import docstrings, jsonl_bytes, mixed_objects
 from tests.support.datasets import check_nothing_left_over, read_manifest, read_shards, vectors_by_id
 from tests.support.poison import make_poisonous
+from tests.support.proxy import FaultyProxy
 from tests.support.runs import REPOSITORY, JobProcess, wait_until
 from tests.support.s3 import S3Server
 
@@ -142,6 +144,25 @@ def test_sigterm_stops_cleanly_and_the_next_run_goes_on(
     assert STORAGE.read_optional(f"{bucket}/out/manifest.json") is None
     assert JobProcess(tmp_path / "log", keys).wait() == 0
     assert len(vectors_by_id(f"{bucket}/out")) == len(records)
+
+
+def test_a_stop_is_one_though_the_store_takes_no_report(
+    bucket: str, s3_server: S3Server, tiny_model: Path, tmp_path: Path
+) -> None:
+    upload(bucket, mixed_objects(docstrings(20_000)[:6000], pieces=10))
+    down = threading.Event()
+    keys = keys_for(bucket, tiny_model, batching__unit_rows=50, output__storage_timeout_s=3)
+    writes = ("PUT", "POST")
+    with FaultyProxy(
+        s3_server.endpoint, lambda _, method, path: "403" if down.is_set() and method in writes else ""
+    ) as proxy:
+        run = JobProcess(tmp_path / "log", keys, environment={"AWS_ENDPOINT_URL": proxy.url})
+        wait_until(lambda: markers(bucket) > 3)
+        down.set()
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait(90) == 143, run.log()
+    assert "no report of this run" in run.log()
+    assert STORAGE.read_optional(f"{bucket}/out/report.json") is None
 
 
 def test_a_second_run_at_once_is_refused_and_the_first_ends_well(
