@@ -55,8 +55,9 @@ def prepare(settings: Settings) -> Planned:
     storage = Storage(settings.output.storage_timeout_s)
     dataset = Dataset(storage, str(settings.output.uri))
     dataset.folder.check_owner()
-    dataset.folder.refuse_foreign(dataset.folder.names)
     spec_there = dataset.read_spec()
+    # After the version: a data set of an earlier one has no journal, and all its files would count as foreign.
+    dataset.folder.refuse_foreign(dataset.folder.names)
     number, previous = dataset.latest_plan()
     listed, changed = find_changes(storage, settings.corpus, previous)
     refuse_own_files("corpus.uri", (info.uri for info in listed), {"output.uri": settings.output.uri})
