@@ -56,7 +56,7 @@ def prepare(settings: Settings) -> Planned:
     dataset = Dataset(storage, str(settings.output.uri))
     dataset.folder.check_owner()
     spec_there = dataset.read_spec()
-    # After the version: a data set of an earlier one has no journal, and all its files would count as foreign.
+    # Not before: a data set of an earlier version has no journal, and its files would count as foreign.
     dataset.folder.refuse_foreign(dataset.folder.names)
     number, previous = dataset.latest_plan()
     listed, changed = find_changes(storage, settings.corpus, previous)
