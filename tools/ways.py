@@ -103,7 +103,7 @@ WAYS: Mapping[str, Sequence[str]] = {
         "pipeline.embed.read:_tokenised",
         "model.feed.texts:TextFeeder.passages",
         *TEXT_TOKENS,
-        "pipeline.embed.read:unit_table _spread count_lengths",
+        "pipeline.embed.read:unit_table count_lengths",
         "records.schemas:hash_texts",
         "records.ids:vector_ids",
         *MODEL,

@@ -1,7 +1,6 @@
 """What each published manifest added and removed against the one before it: the feed of a data set."""
 
 import itertools
-import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,8 +10,6 @@ from bge_ray.records.canonical import digest, from_json, to_json
 from bge_ray.records.dataset import Manifest, Marker
 from bge_ray.records.ids import id_range
 from bge_ray.storage.objects import Storage, join
-
-logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"changes/(\d{6})\.json$")
 
@@ -71,15 +68,20 @@ def write_change(storage: Storage, root: str, before: Manifest | None, after: Ma
 
 
 def _latest(storage: Storage, root: str) -> tuple[int, Change | None]:
-    listed = storage.list_files(join(root, "changes"))
-    numbers = [int(found.group(1)) for info in listed if (found := _NAME.search(info.uri)) is not None]
+    numbers = _numbers(storage, root)
     if not numbers:
         return 0, None
-    uri = _uri(root, max(numbers))
+    uri = _uri(root, numbers[-1])
     try:
-        return max(numbers), from_json(Change, storage.read(uri))
+        return numbers[-1], from_json(Change, storage.read(uri))
     except ValueError as error:
         raise StorageError(f"{uri}: is no change of ours; move it away ({error})") from error
+
+
+def _numbers(storage: Storage, root: str) -> list[int]:
+    """Return the numbers of the changes that are there, ascending."""
+    found = (_NAME.search(info.uri) for info in storage.list_files(join(root, "changes")))
+    return sorted(int(match.group(1)) for match in found if match is not None)
 
 
 def _uri(root: str, number: int) -> str:
@@ -105,9 +107,7 @@ def _id_ranges(markers: Iterable[Marker]) -> tuple[tuple[int, int], ...]:
 
 def read_changes(storage: Storage, root: str, since: int = 0) -> list[Change]:
     """Return the changes after a number, in order, without one that never was published."""
-    listed = storage.list_files(join(root, "changes"))
-    numbers = sorted(int(found.group(1)) for info in listed if (found := _NAME.search(info.uri)) is not None)
-    changes = [from_json(Change, storage.read(_uri(root, number))) for number in numbers]
+    changes = [from_json(Change, storage.read(_uri(root, number))) for number in _numbers(storage, root)]
     manifest = storage.read_optional(join(root, "manifest.json"))
     published = digest(manifest) if manifest is not None else None
     follows = [*(change.before for change in changes[1:]), published]

@@ -155,7 +155,8 @@ class Dataset:
         have been dead for ``grace_s`` seconds.
         """
         live = {fact.path for marker in manifest.shards for fact in marker_files(marker)}
-        dead = [path for path, info in self._shards().items() if path not in live and self._is_ours(info)]
+        others = {path: info for path, info in self._listed().items() if path not in live}
+        dead = {p for p, info in others.items() if _SHARD_NAME.fullmatch(p) and self._is_ours(info)}
         swept = retire(self.storage, self.root, dead, grace_s, time.time())
         plans = [self._plan_uri(number) for number in self._plan_numbers()[:-KEPT_PLANS]]
         doomed = [*plans, *(join(self.root, path) for path in self._marker_paths())]
@@ -165,17 +166,14 @@ class Dataset:
         for folder in ("done", "rejected", "embeddings"):
             remove_empty_folders(self.storage, join(self.root, folder))
         shards = [m.embeddings.path for m in manifest.shards if m.embeddings is not None]
-        card = make_card(self.root, spec, manifest, only_live=shards if self._has_others(shards) else ())
+        # A reader of all Parquet files beside the shards would meet these.
+        strays = [path for path in others.keys() - dead if re.fullmatch(r"embeddings/.+\.parquet", path)]
+        card = make_card(self.root, spec, manifest, only_live=shards if swept.waiting or strays else ())
         try:
             self.folder.put("README.md", card)
         except OutputCollisionError as error:
             logger.warning("no card of the data set: %s", error)
         return swept
-
-    def _has_others(self, shards: Iterable[str]) -> bool:
-        """Tell whether a reader of all Parquet files beside the shards would meet others, dead or foreign."""
-        there = {path for path in self._listing("embeddings") if path.endswith(".parquet")}
-        return not there <= set(shards)
 
     def _is_ours(self, info: ObjectInfo) -> bool:
         """Tell whether a file with a name of ours is a shard that we wrote."""
@@ -191,8 +189,11 @@ class Dataset:
 
     def _shards(self) -> dict[str, ObjectInfo]:
         """Return the files with names of shards, by path below the root."""
-        there = {**self._listing("embeddings"), **self._listing("rejected")}
-        return {path: info for path, info in there.items() if _SHARD_NAME.fullmatch(path)}
+        return {path: info for path, info in self._listed().items() if _SHARD_NAME.fullmatch(path)}
+
+    def _listed(self) -> dict[str, ObjectInfo]:
+        """Return all files beside the shards, whosever they are, by path below the root."""
+        return {**self._listing("embeddings"), **self._listing("rejected")}
 
     def _marker_paths(self) -> list[str]:
         return [path for path in self._listing("done") if _MARKER_NAME.fullmatch(path)]

@@ -35,7 +35,7 @@ from bge_ray.records.dataset import Manifest, make_manifest, marker_of
 from bge_ray.records.reports import EmbedReport, read_report
 from bge_ray.report.advice import advise_embed
 from bge_ray.report.embed_page import embed_page
-from bge_ray.report.facts import RunFacts, Workers, read_receipt, summarise, text_lengths
+from bge_ray.report.facts import RunFacts, read_receipt, summarise, text_lengths
 from bge_ray.run_id import run_id
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.objects import Storage, join
@@ -137,6 +137,9 @@ class EmbedWork:
         self._settings, self._planned = settings, planned
         self._markers = dict(planned.finished)
         self._manifest: Manifest | None = None
+        # Of the whole plan, counted once: a receipt must not cost more the more units there are.
+        self._rows = sum(unit.n_rows for unit in planned.plan.units())
+        self._rejected_before = sum(m.rows_rejected for m in planned.finished.values())
 
     @property
     def dataset(self) -> Dataset:
@@ -186,8 +189,7 @@ class EmbedWork:
         settings, planned = self._settings, self._planned
         sizes = embed_sizes(settings, planned, watch)
         encoders = sizes.pools["encoders"]
-        counts = {"encoders": encoders.count, **{name: t.count for name, t in sizes.tasks.items()}}
-        facts.start(Workers(encoders.device, encoders.devices, counts), time.time())
+        facts.start(sizes.workers("encoders"), time.time())
         ledger = start_ledger()
         attempts, trust = settings.resources.max_unit_attempts, settings.model.trust_remote_code
         job = EmbedJob(
@@ -243,14 +245,12 @@ class EmbedWork:
 
     def _refuse_rejected(self, facts: RunFacts) -> None:
         """Stop once more rows are rejected than allowed, those of earlier runs among them."""
-        asked, planned = self._settings.corpus, self._planned
-        rejected = facts.rows_rejected + sum(m.rows_rejected for m in planned.finished.values())
-        rows = sum(unit.n_rows for unit in planned.plan.units())
-        allowed = asked.max_rejected_fraction * rows
+        rejected = facts.rows_rejected + self._rejected_before
+        allowed = self._settings.corpus.max_rejected_fraction * self._rows
         if rejected > allowed:
             reasons = ", ".join(f"{reason} {count}" for reason, count in facts.reasons.most_common())
             raise RejectedRowsError(
-                f"{rejected} of {rows} rows are rejected so far ({reasons or 'in earlier runs'}), "
+                f"{rejected} of {self._rows} rows are rejected so far ({reasons or 'in earlier runs'}), "
                 f"{allowed:.0f} are allowed by corpus.max_rejected_fraction; "
                 f"{join(self.dataset.root, 'rejected')} names each; mend the corpus or raise it"
             )
@@ -267,11 +267,10 @@ class EmbedWork:
             )
         markers = (self._markers[unit.name] for unit in planned)
         manifest = make_manifest(self._planned.spec.vector_fingerprint, markers)
-        rows = sum(unit.n_rows for unit in planned)
-        if (manifest.rows_in, manifest.rows_out + manifest.rows_rejected) != (rows, rows):
+        if {manifest.rows_in, manifest.rows_out + manifest.rows_rejected} != {self._rows}:
             raise IncompleteRunError(
-                f"{rows} rows were planned, {manifest.rows_out} came out, {manifest.rows_rejected} were "
-                "rejected"
+                f"{self._rows} rows were planned, {manifest.rows_out} came out, {manifest.rows_rejected} "
+                "were rejected"
             )
         self._refuse_rejected(facts)
         gone = self.dataset.missing_files(manifest)

@@ -16,9 +16,9 @@ from bge_ray.formats.rows import Passages, Rejected, check_rows
 from bge_ray.pipeline.embed.tasks import CorpusUnit, EmbedJob, SpanTask
 from bge_ray.pipeline.engine.isolation import LETHAL_DEATHS, Attempt
 from bge_ray.pipeline.engine.parcel import Parcel
-from bge_ray.pipeline.engine.rows import Fault, with_faults, with_tokens
+from bge_ray.pipeline.engine.rows import Fault, spread, with_faults, with_tokens
 from bge_ray.pipeline.engine.tokenise import load_text_feeder, tokenise
-from bge_ray.records.ids import IdArray, vector_ids
+from bge_ray.records.ids import vector_ids
 from bge_ray.records.plan import Unit
 from bge_ray.records.schemas import TEXT_HASH_BYTES, hash_texts
 from bge_ray.records.tokens import PackedTokens
@@ -88,8 +88,8 @@ def _tokenised(
     lengths = np.zeros(len(passages.texts), np.int32)
     truncated = np.zeros(len(passages.texts), np.bool_)
     lengths[rows], truncated[rows] = tokens.lengths, tokens.truncated
-    table = table.append_column("n_tokens", _spread(pa.array(lengths), passages.rows, len(table)))
-    table = table.append_column("truncated", _spread(pa.array(truncated), passages.rows, len(table)))
+    table = table.append_column("n_tokens", spread(pa.array(lengths), passages.rows, len(table)))
+    table = table.append_column("truncated", spread(pa.array(truncated), passages.rows, len(table)))
     faults: dict[int, Fault] = {int(passages.rows[i]): fault for i, fault in killed.items()}
     return with_faults(with_tokens(table, passages.rows[rows], tokens), faults), tokens
 
@@ -103,9 +103,9 @@ def unit_table(unit: Unit, passages: Passages, rejected: list[Rejected], instruc
     hashes = hash_texts(instruction + text for text in passages.texts)
     columns = {
         "vector_id": pa.array(vector_ids(unit.object_no, unit.first_row + np.arange(n_rows, dtype=np.int64))),
-        "passage_id": _spread(pa.array(passages.passage_ids, pa.string()), rows, n_rows),
-        "text_hash": _spread(hashes.cast(pa.binary(TEXT_HASH_BYTES)), rows, n_rows),
-        **{name: _spread(column, rows, n_rows) for name, column in passages.kept.items()},
+        "passage_id": spread(pa.array(passages.passage_ids, pa.string()), rows, n_rows),
+        "text_hash": spread(hashes.cast(pa.binary(TEXT_HASH_BYTES)), rows, n_rows),
+        **{name: spread(column, rows, n_rows) for name, column in passages.kept.items()},
     }
     table = pa.table(columns)
     if rejected:
@@ -121,15 +121,6 @@ def count_lengths(lengths: np.ndarray) -> list[int]:
     """Return how many lengths lie up to each of LENGTH_EDGES, and how many beyond the last."""
     bins = np.searchsorted(LENGTH_EDGES, lengths, side="left")
     return [int(count) for count in np.bincount(bins, minlength=len(LENGTH_EDGES) + 1)]
-
-
-def _spread(values: pa.Array, rows: IdArray, n_rows: int) -> pa.Array:
-    """Return (n,) values with (m,) given ones at their rows and null elsewhere; as they are if m = n."""
-    if len(rows) == n_rows:
-        return values
-    places, missing = np.zeros(n_rows, np.int64), np.ones(n_rows, np.bool_)
-    places[rows], missing[rows] = np.arange(len(rows)), False
-    return values.take(pa.array(places, mask=missing))
 
 
 def _reading(unit: CorpusUnit) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 from ray.actor import ActorHandle
 
@@ -14,7 +13,7 @@ from bge_ray.model.spec import model_folder, text_feeder
 from bge_ray.pipeline.engine.device import device_or_exit
 from bge_ray.pipeline.engine.isolation import Attempt, run_isolated
 from bge_ray.pipeline.engine.parcel import Parcel
-from bge_ray.pipeline.engine.rows import packed_tokens, with_faults, without_tokens
+from bge_ray.pipeline.engine.rows import packed_tokens, spread, with_faults, without_tokens
 from bge_ray.records.dataset import DatasetSpec
 from bge_ray.records.ids import IdArray
 from bge_ray.records.model import ModelSpec
@@ -107,9 +106,6 @@ class ModelStage:
 
 def _placed(table: pa.Table, name: str, values: pa.Array, rows: IdArray) -> pa.Table:
     """Put (m,) values of the rows of those numbers into a table, in the column's place if there is one."""
-    if len(rows) < len(table):
-        numbers, missing = np.zeros(len(table), np.int64), np.ones(len(table), np.bool_)
-        numbers[rows], missing[rows] = np.arange(len(rows)), False
-        values = values.take(pa.array(numbers, mask=missing))
+    values = spread(values, rows, len(table))
     place = table.schema.get_field_index(name)
     return table.append_column(name, values) if place < 0 else table.set_column(place, name, values)

@@ -14,6 +14,7 @@ from bge_ray.errors import SettingsError
 from bge_ray.pipeline.engine.cluster import connect
 from bge_ray.pipeline.engine.nodes import await_nodes
 from bge_ray.pipeline.engine.tasks import largest_node
+from bge_ray.report.facts import Workers
 from bge_ray.settings.sections import Settings
 
 # Of the CPUs of a machine without GPUs this share is left to tasks, at least one core: reading, joining,
@@ -98,6 +99,13 @@ class Sizes:
 
     pools: Mapping[str, Pool]
     tasks: Mapping[str, Tasks]
+
+    def workers(self, model: str) -> Workers:
+        """Return what is at work, as a report counts it; ``model`` is the pool whose time is dear."""
+        counts = {name: pool.count for name, pool in self.pools.items()}
+        counts |= {name: tasks.count for name, tasks in self.tasks.items()}
+        pool = self.pools[model]
+        return Workers(pool.device, pool.devices, counts, model=model)
 
     def __str__(self) -> str:
         pools = [f"{name} {pool}" for name, pool in self.pools.items()]

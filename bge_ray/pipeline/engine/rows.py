@@ -25,6 +25,15 @@ def whole(column: pa.ChunkedArray) -> pa.Array:
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
+def spread(values: pa.Array, rows: IdArray, n_rows: int) -> pa.Array:
+    """Return (n,) values with (m,) given ones at their rows and null elsewhere; as they are if m = n."""
+    if len(rows) == n_rows:
+        return values
+    places, missing = np.zeros(n_rows, np.int64), np.ones(n_rows, np.bool_)
+    places[rows], missing[rows] = np.arange(len(rows)), False
+    return values.take(pa.array(places, mask=missing))
+
+
 def with_tokens(table: pa.Table, rows: IdArray, tokens: PackedTokens) -> pa.Table:
     """Add token ids to some rows of a table; the other rows have none.
 

@@ -17,8 +17,7 @@ import ray
 from bge_ray.dataset.folder import PARALLEL_REQUESTS, Dataset
 from bge_ray.errors import IndexBuildError, RecallError, StorageError
 from bge_ray.index.factory import index_bytes
-from bge_ray.pipeline.engine.nodes import await_nodes
-from bge_ray.pipeline.engine.pools import await_pools
+from bge_ray.pipeline.engine.pools import PoolRequest, await_pools
 from bge_ray.pipeline.engine.stopping import StopRequest
 from bge_ray.pipeline.index.build import carry_build
 from bge_ray.pipeline.index.inputs import Inputs, read_inputs
@@ -181,8 +180,8 @@ class IndexWork:
         if self._index is not None:
             return
         settings, gpus = self._settings, self._settings.index.gpus_per_task
-        await_pools(settings, [], watch)
-        await_nodes(settings.resources, "index.gpus_per_task", 1 if gpus else None, gpus, watch)
+        tasks = PoolRequest("tasks", "index.gpus_per_task", 1, count=1 if gpus else None, gpus=gpus)
+        await_pools(settings, [tasks], watch)
         at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
         facts.plan(units=0, rows=self.inputs.manifest.vectors)  # its tasks are counted step by step
         facts.start(_workers(settings, at_once), time.time())

@@ -28,7 +28,7 @@ from bge_ray.pipeline.work import carry_out
 from bge_ray.records.canonical import digest
 from bge_ray.records.reports import RerankReport
 from bge_ray.report.advice import advise_rerank
-from bge_ray.report.facts import RunFacts, Workers, summarise
+from bge_ray.report.facts import RunFacts, summarise
 from bge_ray.report.run_page import rerank_page
 from bge_ray.run_id import run_id
 from bge_ray.settings.sections import Settings
@@ -190,10 +190,8 @@ class RerankJob:
         settings = self._settings
         units = sum(len(group.todo) for group in groups)
         sizes = cluster_sizes(settings, [reranker_request(settings, units)], [TASKS], watch)
-        pool, tasks = sizes.pools["rerankers"], sizes.tasks["tasks"]
-        counts = {"rerankers": pool.count, "tasks": tasks.count}
-        facts.start(Workers(pool.device, pool.devices, counts, model="rerankers"), time.time())
-        texts = open_texts(settings, self._source, tasks) if self._source is not None else None
+        facts.start(sizes.workers("rerankers"), time.time())
+        texts = open_texts(settings, self._source, sizes.tasks["tasks"]) if self._source is not None else None
         logger.info("%s pairs to score; %s", f"{facts.rows_planned:,}", sizes)
         return lambda: self._flow(place, groups, sizes, texts)
 

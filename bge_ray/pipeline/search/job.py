@@ -53,7 +53,7 @@ from bge_ray.records.index import IndexDescription
 from bge_ray.records.model import ModelSpec
 from bge_ray.records.reports import SearchedIndex, SearchReport
 from bge_ray.report.advice import advise_search
-from bge_ray.report.facts import RunFacts, Workers, summarise
+from bge_ray.report.facts import RunFacts, summarise
 from bge_ray.report.run_page import search_page
 from bge_ray.run_id import run_id
 from bge_ray.settings.sections import Settings
@@ -242,7 +242,8 @@ class SearchJob:
         if self.reranker is not None:
             requests.append(reranker_request(settings, sum(len(group.todo) for group in groups)))
         sizes = cluster_sizes(settings, requests, [TASKS], watch)
-        self._start(facts, sizes)
+        dear = "rerankers" if self.reranker is not None else "encoders"
+        facts.start(sizes.workers(dear), time.time())
         self._searchers = self._start_searchers(files, shards, sizes.pools["searchers"])
         retrieve = RetrieveJob(
             place=place,
@@ -257,13 +258,6 @@ class SearchJob:
         texts = open_texts(settings, source, sizes.tasks["tasks"]) if self.reranker is not None else None
         logger.info("%s queries to answer; %s", f"{facts.rows_planned:,}", sizes)
         return lambda: self._flow(place, groups, sizes, retrieve, texts)
-
-    def _start(self, facts: RunFacts, sizes: Sizes) -> None:
-        dear = "rerankers" if self.reranker is not None else "encoders"
-        pool = sizes.pools[dear]
-        counts = {name: pool.count for name, pool in sizes.pools.items()}
-        counts |= {name: tasks.count for name, tasks in sizes.tasks.items()}
-        facts.start(Workers(pool.device, pool.devices, counts, model=dear), time.time())
 
     def _flow(
         self,
