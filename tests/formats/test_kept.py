@@ -141,6 +141,8 @@ def test_any_parquet_column_keeps_its_type_and_values(data, group, columns) -> N
     for i, (kind, values) in enumerate(columns):
         drawn = data.draw(st.lists(_or_null(values), min_size=n, max_size=n))
         table = table.append_column(f"k{i}", pa.array(drawn, kind))
+        if pa.types.is_nested(kind) and "string_view" in str(kind):
+            group = n  # pyarrow cannot cut such a column into row groups
     names = table.column_names[2:]
     kept = through_a_shard({"a.parquet": parquet_bytes(table, row_group_size=group)}, *names)
     assert kept.to_pylist() == table.select(names).to_pylist()
