@@ -2,6 +2,7 @@
 
 import contextlib
 import decimal
+import itertools
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -75,10 +76,12 @@ def read_parquet(
                 f"{file.metadata.num_row_groups} and {file.schema_arrow.names}"
             )
         # A batch is decoded as a whole: with long texts it must not hold more rows than a unit.
-        batches = file.iter_batches(
-            max(1, min(READ_ROWS, *span.unit_rows)), row_groups=range(span.start, span.stop), columns=names
+        rows = max(1, min(READ_ROWS, *span.unit_rows))
+        schema = pa.schema([file.schema_arrow.field(name) for name in names])
+        batches = itertools.chain.from_iterable(
+            file.iter_batches(rows, row_groups=groups, columns=names) for groups in _at_a_time(span, schema)
         )
-        held = pa.Table.from_batches([], pa.schema([file.schema_arrow.field(name) for name in names]))
+        held = pa.Table.from_batches([], schema)
         first = span.first_row
         last = max(todo, default=-1)
         for n_rows in span.unit_rows:
@@ -108,6 +111,19 @@ def open_parquet(storage: Storage, uri: str, size: int, *, stream: bool = False)
             yield file
     except (OSError, pa.ArrowException) as error:
         raise CorpusError(f"{uri}: unreadable Parquet: {error}") from error
+
+
+def _at_a_time(span: Span, schema: pa.Schema) -> list[range]:
+    """Return the row groups to ask pyarrow for together: all, so that neighbours come in one request."""
+    if any(_has_nested_dictionary(field.type) for field in schema):
+        # pyarrow reads a dictionary below a list or struct of one row group only: each has its own.
+        return [range(group, group + 1) for group in range(span.start, span.stop)]
+    return [range(span.start, span.stop)]
+
+
+def _has_nested_dictionary(kind: pa.DataType) -> bool:
+    fields = [kind.field(i) for i in range(kind.num_fields)]
+    return any(pa.types.is_dictionary(f.type) or _has_nested_dictionary(f.type) for f in fields)
 
 
 def _text_bytes(group: pq.RowGroupMetaData, text_columns: tuple[str, ...]) -> int:

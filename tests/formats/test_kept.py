@@ -90,7 +90,6 @@ LEAVES: list[tuple[pa.DataType, st.SearchStrategy]] = [
     (pa.bool_(), st.booleans()),
     (pa.string(), TEXT),
     (pa.large_string(), TEXT),
-    (pa.string_view(), TEXT),
     (pa.binary(), st.binary(max_size=4)),
     (pa.large_binary(), st.binary(max_size=4)),
     (pa.binary(3), st.binary(min_size=3, max_size=3)),
@@ -130,7 +129,8 @@ def _nested(inner: st.SearchStrategy) -> st.SearchStrategy:
     )
 
 
-COLUMN = st.recursive(st.sampled_from(LEAVES), _nested, max_leaves=4)
+# pyarrow 26 does not write views of strings below a list or struct.
+COLUMN = st.just((pa.string_view(), TEXT)) | st.recursive(st.sampled_from(LEAVES), _nested, max_leaves=4)
 
 
 @settings(max_examples=40, deadline=None)
@@ -141,8 +141,6 @@ def test_any_parquet_column_keeps_its_type_and_values(data, group, columns) -> N
     for i, (kind, values) in enumerate(columns):
         drawn = data.draw(st.lists(_or_null(values), min_size=n, max_size=n))
         table = table.append_column(f"k{i}", pa.array(drawn, kind))
-        if pa.types.is_nested(kind) and "string_view" in str(kind):
-            group = n  # pyarrow cannot cut such a column into row groups
     names = table.column_names[2:]
     kept = through_a_shard({"a.parquet": parquet_bytes(table, row_group_size=group)}, *names)
     assert kept.to_pylist() == table.select(names).to_pylist()
@@ -151,6 +149,23 @@ def test_any_parquet_column_keeps_its_type_and_values(data, group, columns) -> N
             found = str(kept.schema.field(name).type)
             stored = {"large_string": "string", "string_view": "string", "large_binary": "binary"}
             assert found == ("string" if pa.types.is_dictionary(kind) else stored.get(str(kind), str(kind)))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.list_(pa.dictionary(pa.int8(), pa.string())),
+        pa.map_(pa.string(), pa.dictionary(pa.int8(), pa.string())),
+    ],
+)
+def test_a_dictionary_below_a_list_over_several_row_groups(kind: pa.DataType) -> None:
+    """Written by whoever has categories in lists; pyarrow reads such a column of one row group at a time."""
+    values = [[("a", "x")], None, [("b", "y"), ("c", None)], [], [("d", "x")]]
+    if pa.types.is_list(kind):
+        values = [None if value is None else [v for _, v in value] for value in values]
+    table = pa.table({"id": [*"12345"], "text": ["x"] * 5, "k": pa.array(values, kind)})
+    kept = through_a_shard({"a.parquet": parquet_bytes(table, row_group_size=2)}, "k")
+    assert kept["k"].to_pylist() == values
 
 
 SELECT = """
