@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# One more than there are cores: some tests wait for a server most of the time.
+WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: help demo test test-slow test-airflow check unit format clean audit
@@ -35,7 +37,7 @@ audit: $(VENV)/.dev ## ask for known vulnerabilities of the versions in constrai
 	$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip --strict
 
 unit: $(VENV)/.dev ## the tests that need no Ray
-	$(BIN)/python -m pytest -q -n logical --dist loadfile -m "not ray and not slow"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not ray and not slow"
 
 format: $(VENV)/.dev ## put the code in form
 	$(BIN)/ruff format .

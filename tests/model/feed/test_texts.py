@@ -1,5 +1,6 @@
 """Token ids equal those of transformers' own call, whatever the text."""
 
+import functools
 import json
 import shutil
 import subprocess
@@ -59,11 +60,15 @@ def eager_prefixes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     return
 
 
+reference_tokenizer = functools.cache(AutoTokenizer.from_pretrained)
+text_feeder = functools.cache(TextFeeder)
+
+
 def check(folder: Path, texts: list[str], max_length: int) -> None:
-    reference = AutoTokenizer.from_pretrained(folder)
+    reference = reference_tokenizer(folder)
     expected = reference(texts, truncation=True, max_length=max_length)["input_ids"] if texts else []
     whole = reference(texts, truncation=False, verbose=False)["input_ids"] if texts else []
-    got = TextFeeder(folder, max_length).passages(texts)
+    got = text_feeder(folder, max_length).passages(texts)
     assert got.input_ids.dtype == np.int32 and got.offsets.dtype == np.int32
     assert len(got) == len(texts) and got.offsets[0] == 0
     rows = [got.input_ids[a:b].tolist() for a, b in zip(got.offsets[:-1], got.offsets[1:], strict=True)]
