@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from bge_ray.errors import ModelError
+from bge_ray.model.weights import weight_files
 from bge_ray.settings.sections import Pooling
 
 POOLING_FILE = "1_Pooling/config.json"
@@ -54,19 +53,12 @@ class ModelFolder:
 
     @functools.cached_property
     def weights(self) -> frozenset[str]:
-        """Names of all weights, from the headers of the safetensors files.
+        """Names of all weights.
 
         Raises:
-            ModelError: a file is none of safetensors.
+            ModelError: there are none, or a file of them cannot be read.
         """
-        names: set[str] = set()
-        for path in sorted(self.path.glob("*.safetensors")):
-            try:
-                with safe_open(path, framework="numpy") as file:
-                    names.update(file.keys())
-            except (OSError, SafetensorError) as error:
-                raise ModelError(f"{path}: is no safetensors file: {error}") from error
-        return frozenset(names)
+        return weight_files(self.path).names()
 
     @property
     def positions(self) -> int | None:

@@ -1,7 +1,6 @@
 """Where a model comes from: a folder, the hub or any fsspec URI, to files on this node and their hash.
 
-Weights are read from safetensors only, so no pickle is opened; Python code in a model folder is run
-only with ``trust_remote_code``.
+Python code in a model folder is run only with ``trust_remote_code``.
 """
 
 import fnmatch
@@ -15,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 from bge_ray.errors import ModelError, StorageError
 from bge_ray.model.cache import cache_folder, locked
+from bge_ray.model.weights import weight_files
 from bge_ray.storage.objects import ObjectInfo, Storage
 
 logger = logging.getLogger(__name__)
@@ -24,12 +24,13 @@ Setting: TypeAlias = Literal["model.name", "rerank.model"]
 
 # What from_pretrained may open; anything else in the repository (ONNX twins, pictures) is left there.
 FILE_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.py", "1_Pooling/config.json")
-# What decides an output: weights, architecture, tokenizer, and the files in which sentence-transformers says
-# how states become vectors. The state of a training or a list of licences is no part of a model.
+# Taken where there are no safetensors. The other pickles of a repository are the state of its training.
+PICKLED_PATTERNS = ("pytorch_model.bin", "pytorch_model-*.bin")
+# What decides an output beside the weights: architecture, tokenizer, and the files in which
+# sentence-transformers says how states become vectors. The state of a training or a list of licences is no
+# part of a model.
 DECISIVE_FILES = (
     "config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -83,6 +84,10 @@ def _fetch_hub(name: str, revision: str | None, setting: Setting) -> tuple[Path,
 
     try:
         snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=list(FILE_PATTERNS)))
+        if not any(snapshot.glob("*.safetensors")):
+            patterns = [*FILE_PATTERNS, *PICKLED_PATTERNS]
+            # By its commit: a branch may have moved since.
+            snapshot = Path(snapshot_download(name, revision=snapshot.name, allow_patterns=patterns))
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise ModelError(f"{setting} {name}: the hub has no such model or revision: {error}") from error
     except (OSError, ValueError) as error:
@@ -134,7 +139,10 @@ def _model_files(uri: str) -> dict[str, ObjectInfo]:
     # A client may spell the URI in its own way; what follows the folder's name is the same.
     tail = root.partition("://")[2].strip("/")
     files = {info.uri.partition("://")[2].strip("/").removeprefix(tail).strip("/"): info for info in listed}
-    return {n: i for n, i in files.items() if any(_matches(n, pattern) for pattern in FILE_PATTERNS)}
+    patterns: tuple[str, ...] = FILE_PATTERNS
+    if not any(_matches(name, "*.safetensors") for name in files):
+        patterns += PICKLED_PATTERNS
+    return {n: i for n, i in files.items() if any(_matches(n, pattern) for pattern in patterns)}
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -177,17 +185,15 @@ def hash_model(folder: Path) -> str:
             configuration names it, whether it may be run or not: the hash is the same either way.
 
     Raises:
-        ModelError: there are no safetensors weights, or a file cannot be read.
+        ModelError: there are no weights, or a file cannot be read.
     """
+    weights = weight_files(folder)
     try:
         patterns = DECISIVE_FILES + (CODE_FILES if _names_code(folder) else ())
     except OSError as error:
         raise ModelError(f"{folder}: {error}") from error
-    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
-    if not any(path.suffix == ".safetensors" for path in files):
-        raise ModelError(
-            f"{folder}: no .safetensors file; convert the weights first (pickled weights are not opened)"
-        )
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    files = sorted(found.union(weights.files, [weights.index] if weights.index is not None else []))
     try:
         facts = _facts(files)
         key = hashlib.sha256(json.dumps([str(folder), facts]).encode()).hexdigest()

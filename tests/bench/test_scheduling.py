@@ -30,6 +30,7 @@ def test_the_rate_is_that_of_the_middle_half() -> None:
     assert middle_rate([*slow_end, *steady, *slow_start]) == pytest.approx(2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_every_unit_passes_the_pool_once_and_no_encoder_works_more_than_all_the_time() -> None:
     command = [sys.executable, "-m", "bge_ray.bench.scheduling", "3", "0.5", "6"]

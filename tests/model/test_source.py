@@ -1,14 +1,12 @@
 """What a model folder says is believed, what it cannot say is refused, and nothing in it is run."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from bge_ray.errors import ModelError
 from bge_ray.model.cards import CHINESE_INSTRUCTION, ENGLISH_INSTRUCTION
@@ -60,25 +58,6 @@ def test_broken_config(copy: Path, content: str) -> None:
     (copy / "config.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(ModelError, match=r"config\.json"):
         resolve(copy)
-
-
-def test_pickled_weights_are_not_opened(copy: Path, tmp_path: Path) -> None:
-    trap = tmp_path / "opened"
-
-    class Trap:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return (os.mkdir, (str(trap),))
-
-    torch.save(Trap(), copy / "pytorch_model.bin")
-    spec = resolve(copy)
-    load(spec)  # safetensors are there, too
-    (copy / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"no \.safetensors file; convert the weights first"):
-        resolve(copy)
-    (copy / "other.safetensors").write_bytes(b"")
-    with pytest.raises(ModelError):
-        load(resolve(copy))
-    assert not trap.exists()
 
 
 def test_pooling(copy: Path) -> None:

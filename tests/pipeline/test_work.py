@@ -134,6 +134,7 @@ def plant(out: str) -> None:
         STORAGE.write(join(out, name), data)
 
 
+@pytest.mark.parametrize("root", ["s3", pytest.param("file", marks=pytest.mark.slow)], indirect=True)
 def test_files_of_others_survive_every_kind_of_run(root: str, tiny_model: Path) -> None:
     out, settings = f"{root}/out", settings_for(root, tiny_model)
     put(root, a=rows(0), b=rows(10))
@@ -180,6 +181,7 @@ def test_a_foreign_file_at_a_fixed_name_is_named_and_nothing_is_written(
     assert (tmp_path / "out" / name).read_bytes() == b'{"theirs": 1}'
 
 
+@pytest.mark.slow
 def test_a_copy_below_a_folder_of_ours_stands_for_nothing(tmp_path: Path, tiny_model: Path) -> None:
     """Someone keeps a copy of a shard; the shard itself is lost, and made again."""
     root, settings = str(tmp_path), settings_for(str(tmp_path), tiny_model)
@@ -195,6 +197,7 @@ def test_a_copy_below_a_folder_of_ours_stands_for_nothing(tmp_path: Path, tiny_m
     assert (shard.parent / "copy" / shard.name).exists()
 
 
+@pytest.mark.slow
 def test_no_empty_folder_is_left(tmp_path: Path, tiny_model: Path) -> None:
     root = str(tmp_path)
     settings = settings_for(root, tiny_model, "corpus.max_rejected_fraction=1")
@@ -241,6 +244,7 @@ def test_the_report_before_goes_before_anything_new_comes(tmp_path: Path, tiny_m
     check_report(out)
 
 
+@pytest.mark.slow
 def test_a_run_that_died_or_failed_leaves_no_report_that_vouches(tmp_path: Path, tiny_model: Path) -> None:
     """A, then B cut off in the middle, then A; then B refused for its rows, then A."""
     root, out, settings = str(tmp_path), f"{tmp_path}/out", settings_for(str(tmp_path), tiny_model)
@@ -407,6 +411,7 @@ def load(out: str, cache: Path) -> datasets.Dataset:
     return datasets.load_dataset(out, split="train", cache_dir=str(cache))
 
 
+@pytest.mark.slow
 def test_readers_of_the_state_before_have_their_grace(tmp_path: Path, tiny_model: Path) -> None:
     root, out = str(tmp_path), f"{tmp_path}/out"
     put(root, a=rows(0), b=rows(10) + b'{"id": "bad", "text": ""}\n')
@@ -488,6 +493,7 @@ def test_hashes_and_kept_columns_come_through_whole(tmp_path: Path, tiny_model: 
     assert found["text_hash"].combine_chunks().to_pylist() == hashes.to_pylist()
 
 
+@pytest.mark.slow
 def test_changes_lead_from_each_manifest_to_the_next(tmp_path: Path, tiny_model: Path) -> None:
     root, out, settings = str(tmp_path), f"{tmp_path}/out", settings_for(str(tmp_path), tiny_model)
     states: list[tuple[str, set[int], set[str]]] = []

@@ -1,4 +1,4 @@
-"""Weights of a model folder to a torch module: safetensors only, every weight accounted for."""
+"""Weights of a model folder to a torch module: nothing in their files is run, every weight accounted for."""
 
 import inspect
 from dataclasses import dataclass
@@ -16,6 +16,8 @@ from transformers import (
 )
 
 from bge_ray.errors import ModelError
+from bge_ray.model.run.pickled import pickled_names
+from bge_ray.model.weights import weight_files
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,17 @@ def _load(
     transformers_logging.disable_progress_bar()
     if how.attention is not None:
         options["attn_implementation"] = how.attention
+    weights = weight_files(folder)
+    if weights.pickled:
+        for path in weights.files:
+            pickled_names(path)  # which refuses by name what the restricted reader does
     try:
         model, info = loader.from_pretrained(
             folder,
             config=config,
             dtype=how.dtype,
-            use_safetensors=True,
+            use_safetensors=not weights.pickled,
+            weights_only=True,
             output_loading_info=True,
             trust_remote_code=how.trust_remote_code,
             local_files_only=True,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+from ray.actor import ActorHandle
 
 from bge_ray.dataset.changes import manifest_digest
 from bge_ray.dataset.folder import Dataset, marker_files
@@ -23,7 +24,7 @@ from bge_ray.pipeline.embed.read import LENGTH_EDGES, read_span_stage
 from bge_ray.pipeline.embed.tasks import CorpusUnit, EmbedJob, SpanTask
 from bge_ray.pipeline.embed.write import commit_stage
 from bge_ray.pipeline.engine.flow import by_actors, by_tasks, follow, parcels, receipts
-from bge_ray.pipeline.engine.isolation import start_ledger
+from bge_ray.pipeline.engine.isolation import running_ledger
 from bge_ray.pipeline.engine.model_stage import ModelJob, ModelStage
 from bge_ray.pipeline.engine.parcel import Parcel
 from bge_ray.pipeline.engine.pools import Sizes, TaskRequest, cluster_sizes, encoder_request
@@ -183,14 +184,14 @@ class EmbedWork:
         dataset.create_spec(planned.spec)
         facts.plan(units=len(planned.todo_units), rows=planned.todo_rows)
         if planned.todo:
-            self._run(facts, watch)
+            with running_ledger() as ledger:
+                self._run(facts, watch, ledger)
 
-    def _run(self, facts: RunFacts, watch: Callable[[], None]) -> None:
+    def _run(self, facts: RunFacts, watch: Callable[[], None], ledger: ActorHandle) -> None:
         settings, planned = self._settings, self._planned
         sizes = embed_sizes(settings, planned, watch)
         encoders = sizes.pools["encoders"]
         facts.start(sizes.workers("encoders"), time.time())
-        ledger = start_ledger()
         attempts, trust = settings.resources.max_unit_attempts, settings.model.trust_remote_code
         job = EmbedJob(
             storage=self.storage,

@@ -7,8 +7,9 @@ piece announced at two deaths runs row by row; a row announced at two deaths is 
 because a spot machine may vanish while an innocent row is at work.
 """
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import ray
@@ -44,11 +45,15 @@ class Ledger:
         self._deaths.pop(key, None)
 
 
-def start_ledger() -> ActorHandle:
-    """Start the ledger beside the driver; it costs no CPU and comes back if its process is killed."""
+@contextlib.contextmanager
+def running_ledger() -> Iterator[ActorHandle]:
+    """Run a ledger while the context lasts; it costs no CPU and comes back if its process is killed."""
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
     handle: ActorHandle = ray.remote(**options)(Ledger).remote()
-    return handle
+    try:
+        yield handle
+    finally:
+        ray.kill(handle)
 
 
 class Attempt:

@@ -1,5 +1,6 @@
 """Draws the receipts of a data path, and ends the path where the run ends before it."""
 
+import gc
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -68,19 +69,23 @@ def draw_receipts(start: Callable[[], Iterable[T]], watch: Callable[[], None]) -
     end = PathEnd()
     callbacks: list[Any] = DataContext.get_current().custom_execution_callback_classes
     callbacks.append(end)
+    # Held by the thread alone: who keeps a traceback must not keep the path, and its actors with it.
+    held: list[Iterable[T]] = []
     try:
-        items = start()
+        held.append(start())
     finally:
         callbacks.remove(end)
     ready: queue.SimpleQueue[object] = queue.SimpleQueue()
 
     def draw() -> None:
         try:
-            for item in items:
+            for item in held.pop():
                 ready.put(item)
             ready.put(_LAST)
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
             ready.put(error)
+        # Ray Data lets its actors go by forgetting them, and what it forgets refers to itself in circles.
+        gc.collect()
 
     threading.Thread(target=draw, name=THREAD_NAME, daemon=True).start()
     try:

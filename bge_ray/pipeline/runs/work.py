@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import pyarrow as pa
+from ray.actor import ActorHandle
 
 from bge_ray.errors import IncompleteRunError, RejectedRowsError
 from bge_ray.pipeline.engine.flow import follow
-from bge_ray.pipeline.engine.isolation import start_ledger
+from bge_ray.pipeline.engine.isolation import running_ledger
 from bge_ray.pipeline.engine.parcel import Parcel
 from bge_ray.pipeline.engine.pools import TaskRequest
 from bge_ray.pipeline.engine.progress import Progress, Step, work_line
@@ -162,14 +163,15 @@ class RunWork(Generic[R]):
         facts.plan(units=self._intake.todo_units, rows=self._intake.todo_rows)
         facts.book_rejected(Counter(self._rejections.reasons), self._rejections.examples())
         if self._intake.groups:
-            self._run(facts, watch)
+            with running_ledger() as ledger:
+                self._run(facts, watch, ledger)
 
-    def _run(self, facts: RunFacts, watch: Callable[[], None]) -> None:
+    def _run(self, facts: RunFacts, watch: Callable[[], None], ledger: ActorHandle) -> None:
         attempts = self._settings.resources.max_unit_attempts
         telemetry = Telemetry(self._job.name)
         groups = self._intake.groups
         try:
-            place = Workplace(self.storage, self._place, attempts, start_ledger())
+            place = Workplace(self.storage, self._place, attempts, ledger)
             start = self._job.receipts(place, groups, facts, watch)
             telemetry.start(facts)
             with Progress(lambda: work_line(facts, self._job.rows), self._settings.report.log_interval_s):

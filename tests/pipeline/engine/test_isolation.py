@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bge_ray.pipeline.engine.isolation import Attempt, Ledger, run_isolated, start_ledger
+from bge_ray.pipeline.engine.isolation import Attempt, Ledger, run_isolated, running_ledger
 
 pytestmark = pytest.mark.ray
 
@@ -44,15 +44,15 @@ def work(ledger: object, poison: set[int], log: str) -> tuple[list[int], dict[in
     return done, rejected
 
 
-@pytest.mark.parametrize("poison", [set(), {7}, {0, 39}, {11, 12}])
+@pytest.mark.parametrize("poison", [set(), {7}, {0, 39}, pytest.param({11, 12}, marks=pytest.mark.slow)])
 def test_the_rows_that_kill_are_found_and_no_other(
     ray_cluster: None, poison: set[int], tmp_path: Path
 ) -> None:
     import ray
 
-    ledger = start_ledger()
     task = ray.remote(num_cpus=0.5, max_retries=-1)(work)
-    done, rejected = ray.get(task.remote(ledger, poison, str(tmp_path / "log")), timeout=120)
+    with running_ledger() as ledger:
+        done, rejected = ray.get(task.remote(ledger, poison, str(tmp_path / "log")), timeout=120)
     assert set(rejected) == poison
     assert sorted(done) == sorted(set(range(40)) - poison)
     attempts = (tmp_path / "log").read_text().count("attempt")
@@ -67,7 +67,7 @@ def test_a_process_that_is_killed_once_costs_no_row(ray_cluster: None, tmp_path:
         Path(flag).touch()
         return work(ledger, {5} if first else set(), flag + ".log")
 
-    ledger = start_ledger()
     task = ray.remote(num_cpus=0.5, max_retries=-1)(dies_once)
-    done, rejected = ray.get(task.remote(ledger, str(tmp_path / "flag")), timeout=60)
+    with running_ledger() as ledger:
+        done, rejected = ray.get(task.remote(ledger, str(tmp_path / "flag")), timeout=60)
     assert (done, rejected) == (list(range(40)), {})

@@ -1,6 +1,7 @@
 """The model stage: outputs in their rows' places, rows with a reason passed by, other models refused."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from bge_ray.errors import DatasetMismatchError
 from bge_ray.model.canary import make_canaries
 from bge_ray.model.run.model import Model, Place
 from bge_ray.model.spec import model_folder, resolve_encoder, text_feeder
-from bge_ray.pipeline.engine.isolation import Attempt, start_ledger
+from bge_ray.pipeline.engine.isolation import Attempt, running_ledger
 from bge_ray.pipeline.engine.model_stage import ModelJob, ModelStage
 from bge_ray.pipeline.engine.parcel import Parcel
 from bge_ray.pipeline.engine.rows import with_faults, with_tokens
@@ -35,8 +36,9 @@ def spec(tiny_model: Path) -> ModelSpec:
 
 
 @pytest.fixture(scope="module")
-def ledger(ray_cluster: None) -> ActorHandle:
-    return start_ledger()
+def ledger(ray_cluster: None) -> Iterator[ActorHandle]:
+    with running_ledger() as ledger:
+        yield ledger
 
 
 def make_job(spec: ModelSpec, ledger: ActorHandle, **changes: object) -> ModelJob:

@@ -10,6 +10,7 @@ from tests.support.runs import REPOSITORY
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(150)]
 
 
+@pytest.mark.slow
 def test_nodes_are_waited_for_and_no_longer_than_allowed() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "tests.support.late_nodes"],

@@ -99,11 +99,12 @@ def in_one_process(made: VectorDataset, index: IndexDescription) -> bytes:
 @pytest.mark.parametrize(
     ("factory", "metric", "dtype", "dim"),
     [
-        ("IVF32,Flat", "l2", "float32", 64),  # 12 MB: three ranges, copied together on the server
+        # 12 MB: three ranges, copied together on the server
+        pytest.param("IVF32,Flat", "l2", "float32", 64, marks=pytest.mark.slow),
         ("IVF32,SQ8", "ip", "float16", DIM),
-        ("RR,IVF32,RaBitQ4", "l2", "float32", DIM),
+        pytest.param("RR,IVF32,RaBitQ4", "l2", "float32", DIM, marks=pytest.mark.slow),
         ("Flat", "ip", "float32", 64),
-        ("SQ8", "l2", "float16", DIM),
+        pytest.param("SQ8", "l2", "float16", DIM, marks=pytest.mark.slow),
     ],
 )
 def test_the_single_file_is_that_of_one_process(
@@ -117,6 +118,7 @@ def test_the_single_file_is_that_of_one_process(
     assert len(names(bucket, "parts")) > 1
 
 
+@pytest.mark.slow
 def test_a_folder_on_disk_works_like_a_bucket(tmp_path: Path) -> None:
     made = make_dataset(str(tmp_path / "out"), UNEVEN, 64)
     root = made.dataset.root
@@ -125,6 +127,7 @@ def test_a_folder_on_disk_works_like_a_bucket(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "out/index").rglob(".*")} == set()
 
 
+@pytest.mark.slow
 def test_ranges_searched_together_equal_the_single_file(bucket: str) -> None:
     make_dataset(bucket, UNEVEN, 64)
     single = build_index(settings_for(bucket, "index.factory=IVF32,Flat"))
@@ -143,6 +146,7 @@ def test_ranges_searched_together_equal_the_single_file(bucket: str) -> None:
     assert ranges.recall == single.recall
 
 
+@pytest.mark.slow
 def test_flat_ranges_hold_every_vector_once(bucket: str) -> None:
     made = make_dataset(bucket, UNEVEN, 64)
     index = build_index(settings_for(bucket, "index.factory=Flat", "index.layout=ranges"))
@@ -154,6 +158,7 @@ def test_flat_ranges_hold_every_vector_once(bucket: str) -> None:
     assert index.recall["@10"].value == 1
 
 
+@pytest.mark.slow
 def test_hnsw_is_built_as_shards_that_open_with_the_tuned_breadth(bucket: str) -> None:
     made = make_dataset(bucket, [4000, 5000, 6000, 4000], 96)
     index = build_index(settings_for(bucket, "index.factory=HNSW16", "index.layout=ranges"))
@@ -232,6 +237,7 @@ def test_a_rerun_does_nothing_and_a_lost_file_is_made_again(bucket: str) -> None
     assert {info.uri for info in STORAGE.list_files(f"{bucket}/index")} == {info.uri for info in listed}
 
 
+@pytest.mark.slow
 def test_only_what_changed_is_added_and_nothing_is_trained_again(bucket: str) -> None:
     made = make_dataset(bucket, [4000] * 24, DIM)
     settings = settings_for(bucket, "index.factory=IVF32,SQ8", "index.part_bytes=700000")
@@ -246,7 +252,8 @@ def test_only_what_changed_is_added_and_nothing_is_trained_again(bucket: str) ->
     second = build_index(settings)
     assert second.training == first.training
     kept = parts & names(bucket, "parts")
-    assert len(kept) >= len(parts) - 4
+    # What goes takes the group it was in along, and the next one if it ended there; what comes, the last.
+    assert len(kept) >= len(parts) - 5
     assert len(names(bucket, "parts")) <= len(parts) + 3
     [data] = file_bytes(bucket, second)
     assert data == in_one_process(made, second)
@@ -254,6 +261,7 @@ def test_only_what_changed_is_added_and_nothing_is_trained_again(bucket: str) ->
     assert not set((ids >> 41).ravel()) & {2, 11}
 
 
+@pytest.mark.slow
 def test_vectors_that_lie_elsewhere_are_trained_on_anew(bucket: str) -> None:
     made = make_dataset(bucket, [4000] * 4, DIM)
     settings = settings_for(bucket, "index.factory=IVF32,SQ8")
@@ -270,6 +278,7 @@ def test_vectors_that_lie_elsewhere_are_trained_on_anew(bucket: str) -> None:
     assert len(names(bucket, "trained")) == 2  # the index and its list sizes; the old ones are swept
 
 
+@pytest.mark.slow
 def test_a_target_out_of_reach_is_said_and_the_index_kept(bucket: str) -> None:
     from bge_ray.errors import RecallError
     from bge_ray.pipeline.engine.stopping import StopRequest
@@ -336,6 +345,7 @@ def test_an_index_that_cannot_be_built_is_refused_with_another(
     assert not (tmp_path / "index").exists()
 
 
+@pytest.mark.slow
 def test_a_tiny_data_set_has_an_index_too(bucket: str) -> None:
     for rows in (1, 2, 7, 60):
         root = f"{bucket}/{rows}"
@@ -352,6 +362,7 @@ def damage(uri: str, at: int = -40) -> bytes:
     return data
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_is_named_and_the_old_index_stays(bucket: str) -> None:
     made = make_dataset(bucket, [4000, 4000], DIM)
     settings = settings_for(bucket, "index.factory=IVF16,SQ8")
@@ -381,6 +392,7 @@ def test_a_bad_vector_is_named_with_its_shard(bucket: str, fault: float, message
     assert read_index(STORAGE, bucket) is None
 
 
+@pytest.mark.slow
 def test_damaged_parts_and_trainings_are_named_and_nothing_is_overwritten(bucket: str) -> None:
     made = make_dataset(bucket, [4000, 4000], DIM)
     settings = settings_for(bucket, "index.factory=IVF16,SQ8")
@@ -393,7 +405,7 @@ def test_damaged_parts_and_trainings_are_named_and_nothing_is_overwritten(bucket
         (part, -40, "is damaged"),
         (part, 5, "no index part"),
         (training, -40, "remove training.json"),
-        (f"{bucket}/index/training.json", 0, "was changed since"),
+        (f"{bucket}/index/training.json", 0, "is damaged; remove it"),
     ]:
         whole = damage(uri, at)
         with pytest.raises((IndexBuildError, OutputCollisionError), match=match) as caught:
@@ -405,6 +417,7 @@ def test_damaged_parts_and_trainings_are_named_and_nothing_is_overwritten(bucket
     assert build_index(settings).ntotal == 8500
 
 
+@pytest.mark.slow
 def test_a_part_of_another_training_is_refused(bucket: str) -> None:
     make_dataset(bucket, [4000], DIM)
     settings = settings_for(bucket, "index.factory=IVF16,SQ8")
@@ -419,6 +432,7 @@ def test_a_part_of_another_training_is_refused(bucket: str) -> None:
         build_index(settings)
 
 
+@pytest.mark.slow
 def test_a_training_that_is_gone_is_made_again(bucket: str) -> None:
     make_dataset(bucket, [4000], DIM)
     first = build_index(settings_for(bucket, "index.factory=IVF16,SQ8"))
@@ -427,6 +441,7 @@ def test_a_training_that_is_gone_is_made_again(bucket: str) -> None:
     assert again.ntotal == 4000
 
 
+@pytest.mark.slow
 def test_the_whole_data_set_can_be_moved(tmp_path: Path) -> None:
     make_dataset(str(tmp_path / "a"), [4000], DIM)
     first = build_index(settings_for(str(tmp_path / "a"), "index.factory=IVF16,SQ8"))
@@ -437,6 +452,7 @@ def test_the_whole_data_set_can_be_moved(tmp_path: Path) -> None:
     assert again.training == first.training
 
 
+@pytest.mark.slow
 def test_the_users_queries_are_encoded_with_the_instruction(bucket: str, tiny_model: Path) -> None:
     from bge_ray.pipeline.embed.job import embed
     from tests.support.corpora import docstrings, jsonl_bytes

@@ -90,7 +90,7 @@ def lists(seed: int, count: int, size: int) -> list[dict[str, object]]:
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])
+@pytest.mark.parametrize("kind", [pytest.param("bert", marks=pytest.mark.slow), "xlm-roberta"])
 def test_logits_equal_flag_reranker_and_runs_sort_equally(
     bucket: str, cross_encoders: dict[str, Path], kind: str
 ) -> None:
@@ -191,6 +191,7 @@ def test_kept_columns_serve_as_texts_when_the_corpus_is_gone(
     np.testing.assert_allclose([ours[p["id"]] for p in passages[::7]], truth, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_flag_embeddings_training_format_and_parquet_say_the_same(
     bucket: str, cross_encoders: dict[str, Path]
 ) -> None:

@@ -135,6 +135,7 @@ def test_a_second_run_at_once_is_refused_and_writes_nothing(reranker: Path, tmp_
     assert empty == []
 
 
+@pytest.mark.slow
 def test_no_report_vouches_for_the_files_of_another_run(reranker: Path, tmp_path: Path) -> None:
     for name, queries in (("a", 3), ("b", 2)):
         (tmp_path / f"{name}.jsonl").write_bytes(lists(queries))

@@ -126,6 +126,7 @@ def test_four_range_shards_equal_the_single_file_and_all_lists_equal_exact_searc
         assert_same_ranking(ours[query_id], truth[query_id])
 
 
+@pytest.mark.slow
 def test_rescoring_brings_the_order_of_exact_search(
     root: str, bucket: str, tiny_model: Path, queries: dict[str, str]
 ) -> None:

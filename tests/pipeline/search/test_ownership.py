@@ -68,6 +68,7 @@ def refused(act: Callable[[], object]) -> BgeRayError:
     return caught.value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outside", [False, True])
 def test_the_reranked_folder_is_held_owned_and_looked_after_like_the_first(
     place: Path, tmp_path: Path, outside: bool
@@ -136,6 +137,7 @@ def test_a_search_into_what_it_reads_or_what_another_job_writes_is_refused(
     assert everything(place) == before
 
 
+@pytest.mark.slow
 def test_a_folder_that_another_job_has_claimed_is_refused(place: Path, tmp_path: Path) -> None:
     """Whatever the settings of this run say: the journals tell."""
     search(settings_for(**keys_for(place, tmp_path / "one")))
@@ -165,6 +167,7 @@ def test_a_foreign_file_at_a_name_of_ours_is_refused_before_anything_is_written(
     assert everything(tmp_path) == {theirs: FOREIGN}
 
 
+@pytest.mark.slow
 def test_no_report_vouches_for_the_files_of_another_run(place: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     a = settings_for(**keys_for(place, run, search__tag="a"))
@@ -198,6 +201,7 @@ def test_no_report_vouches_for_the_files_of_another_run(place: Path, tmp_path: P
     assert search(a).outcome == "nothing to do"
 
 
+@pytest.mark.slow
 def test_a_search_and_a_rerank_job_do_not_share_a_folder(place: Path, tmp_path: Path) -> None:
     """The report of one would vouch for files of the other."""
     run = tmp_path / "run"
@@ -217,6 +221,7 @@ def test_a_search_and_a_rerank_job_do_not_share_a_folder(place: Path, tmp_path: 
     assert everything(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_search_without_reranking_leaves_no_reranked_run_of_an_earlier_one(
     place: Path, tmp_path: Path
 ) -> None:
@@ -231,6 +236,7 @@ def test_a_search_without_reranking_leaves_no_reranked_run_of_an_earlier_one(
     assert theirs.read_bytes() == FOREIGN
 
 
+@pytest.mark.slow
 def test_pairs_that_got_no_score_are_counted_and_too_many_fail_the_search(
     place: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -266,6 +272,7 @@ def test_pairs_that_got_no_score_are_counted_and_too_many_fail_the_search(
     assert allowed.scoring.pairs_rejected == len(lost)
 
 
+@pytest.mark.slow
 def test_a_search_leaves_no_empty_folder_on_a_local_disk(place: Path, tmp_path: Path) -> None:
     search(settings_for(**keys_for(place, tmp_path / "run", search__rerank=True)))
     empty = [path for path in tmp_path.rglob("*") if path.is_dir() and not any(path.iterdir())]
