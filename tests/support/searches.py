@@ -18,7 +18,11 @@ STORAGE = Storage(20)
 
 def settings_for(**keys: object) -> Settings:
     """Settings from ``section__key`` names; small pools, so that the tests' cluster holds them."""
-    defaults = {"output__storage_timeout_s": 20}
+    defaults = {
+        "output__storage_timeout_s": 20,
+        "resources__num_encoders": 1,
+        "rerank__num_rerankers": 1,
+    }
     words = [f"{name.replace('__', '.')}={json.dumps(value)}" for name, value in (defaults | keys).items()]
     return parse_settings(None, words)
 

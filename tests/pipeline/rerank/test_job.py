@@ -51,7 +51,7 @@ def data(s3_server: S3Server, ray_cluster: None, tiny_model: Path) -> str:
     root = f"s3://out/rerank-{secrets.token_hex(4)}"
     upload(f"{root}/corpus", mixed_objects(docstrings(300)))
     keys = {"corpus__uri": f"{root}/corpus", "output__uri": f"{root}/data", "model__name": str(tiny_model)}
-    embed(settings_for(**keys, batching__unit_rows=40, resources__num_encoders=2))
+    embed(settings_for(**keys, batching__unit_rows=40))
     return f"{root}/data"
 
 
@@ -174,7 +174,7 @@ def test_kept_columns_serve_as_texts_when_the_corpus_is_gone(
         "output__uri": f"{bucket}/data",
         "model__name": str(tiny_model),
     }
-    embed(settings_for(**keys, corpus__keep_columns=["title", "text"], resources__num_encoders=1))
+    embed(settings_for(**keys, corpus__keep_columns=["title", "text"]))
     STORAGE.delete([info.uri for info in STORAGE.list_files(f"{bucket}/corpus")])
     lines = [{"query_id": "q", "query": "a fox", "passage_id": p["id"], "score": 1.0} for p in passages[::7]]
     upload(bucket, {"c.jsonl": jsonl(lines)})

@@ -55,7 +55,7 @@ def root(s3_server: S3Server, ray_cluster: None, tiny_model: Path) -> str:
     passages = [{"id": p["id"], "title": p["title"], "text": p["text"]} for p in docstrings(PASSAGES)]
     upload(f"{root}/corpus", mixed_objects(passages))
     keys = {"corpus__uri": f"{root}/corpus", "output__uri": f"{root}/data", "model__name": str(tiny_model)}
-    embed(settings_for(**keys, batching__unit_rows=100, resources__num_encoders=2))
+    embed(settings_for(**keys, batching__unit_rows=100))
     records = [
         {"_id": f"q{i}", "text": f"how to {p['title']} with {i}"} for i, p in enumerate(passages[::20])
     ]
@@ -239,7 +239,7 @@ def test_a_wrong_index_or_model_is_refused_and_an_old_index_is_told_of(
     )
     data = f"{bucket}/data"
     embedding = {"corpus__uri": f"{bucket}/corpus", "output__uri": data, "model__name": str(tiny_model)}
-    embed(settings_for(**embedding, resources__num_encoders=1))
+    embed(settings_for(**embedding))
     build_index(settings_for(output__uri=data, index__factory="Flat"))
     keys = keys_for(root, f"{bucket}/run", output__uri=data)
     other = make_encoder(tmp_path / "other", seed=3)
@@ -263,7 +263,7 @@ def test_a_wrong_index_or_model_is_refused_and_an_old_index_is_told_of(
     STORAGE.write(file, whole)
     # An object is gone from the corpus since: its passages must not come up, under whatever name.
     STORAGE.delete([f"{bucket}/corpus/1.jsonl"])
-    embed(settings_for(**embedding, resources__num_encoders=1))
+    embed(settings_for(**embedding))
     report = search(settings_for(**keys))
     assert report.unknown_ids > 0
     there = set(vectors_by_id(data))

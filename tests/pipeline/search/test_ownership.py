@@ -35,7 +35,7 @@ def place(ray_cluster: None, tiny_model: Path, tmp_path_factory: pytest.TempPath
     (place / "queries.jsonl").write_bytes(jsonl(records))
     make_cross_encoder(place / "reranker", positions=64)
     keys = {"corpus__uri": str(place / "corpus"), "output__uri": str(place / "data")}
-    embed(settings_for(**keys, model__name=str(tiny_model), resources__num_encoders=1))
+    embed(settings_for(**keys, model__name=str(tiny_model)))
     return place
 
 
@@ -247,7 +247,7 @@ def test_pairs_that_got_no_score_are_counted_and_too_many_fail_the_search(
     for number in range(2):
         (corpus / f"{number}.jsonl").write_bytes(jsonl_bytes(passages[number::2]))
     keys = {"corpus__uri": str(corpus), "output__uri": str(tmp_path / "data"), "model__name": str(tiny_model)}
-    embedding = settings_for(**keys, resources__num_encoders=1)
+    embedding = settings_for(**keys)
     embed(embedding)
     manifest = (tmp_path / "data/manifest.json").read_bytes()
     (corpus / "1.jsonl").unlink()
