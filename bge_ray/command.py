@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from bge_ray.errors import BgeRayError, SettingsError
+from bge_ray.errors import BgeRayError, SettingsError, StorageAccessError
 from bge_ray.pipeline.engine.cluster import disconnect, prepare_environment
 from bge_ray.pipeline.engine.stopping import Stopped, StopRequest
 from bge_ray.report.start import count_from_process
@@ -60,7 +60,7 @@ def run_job(
         report: where its report is, as the key of a folder and a name in it: "output.uri/report.html".
 
     Returns:
-        The exit code: 0 done, 1 incomplete, 2 settings or input wrong, 128 + signal if stopped.
+        The exit code: 0 done, 1 incomplete, 2 refused, 75 busy (`bge_ray.errors`), 128 + signal if stopped.
     """
     parser = argparse.ArgumentParser(
         prog=f"{name}.py",
@@ -96,17 +96,17 @@ def run_job(
     stop = StopRequest()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    place = None
+    place, may_have_written = None, False
     try:
         prepare_environment()
-        document = Storage().read(arguments.config).decode() if arguments.config else None
+        document = _read_config(arguments.config) if arguments.config else None
         settings = parse_settings(document, arguments.overrides, arguments.config or "the command line")
         place = None if arguments.dry_run or report is None else _place(settings, report)
         print(job(settings, arguments.dry_run, stop), flush=True)  # noqa: T201 - the answer of the command
         code = 0
     except BgeRayError as error:
         logger.error("%s: %s", name, error)  # noqa: TRY400 - the message is the whole story
-        code = error.exit_code
+        code, may_have_written = error.exit_code, isinstance(error, StorageAccessError)
     except (Stopped, Exception):
         # What a signal raises may be lost in foreign code, as in Ray's, which then raises something else.
         if (stopped := stop.pending()) is not None:
@@ -121,11 +121,21 @@ def run_job(
     outcome = OUTCOMES.get(code, "stopped")
     # A run that failed tells of a report only if it has come to write one: an older one is of another run.
     told = place if code == 0 else last_report()
-    if code in (2, 75) and not told:
+    if code in (2, 75) and not told and not may_have_written:
         outcome += ", nothing was written"
     where = f"; report at {told}" if told else ""
     logger.info("%s: %s; exit code %d%s", name, outcome, code, where)
     return code
+
+
+def _read_config(uri: str) -> str:
+    content = Storage().read_optional(uri)
+    if content is None:
+        raise SettingsError(f"--config {uri}: no such file or object")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"--config {uri}: is not UTF-8: {error}") from error
 
 
 def _place(settings: Settings, report: str) -> str | None:

@@ -7,15 +7,16 @@
       DatasetMismatchError  2   the output holds a data set made with other settings or weights
       OutputCollisionError  2   the output is another job's, or holds a file that this project did not write
       OutputBusyError      75   another run is writing this output: try again later
-      StorageError          1   a storage operation failed for good
+      StorageError          1   a storage operation failed and may not the next time
+        StorageAccessError  2   the store refuses, and would again: bucket, access, credentials, protocol
       TakenOverError        1   a newer run owns the output; this one stopped writing
       IncompleteRunError    1   the run ended with work left undone: run it again to continue
-      RejectedRowsError     1   more rows were rejected than the settings allow
+      RejectedRowsError     2   more rows were rejected than the settings allow
       IndexBuildError       1   an index input or part is not what its description says
       RecallError           1   the index was built and published, and misses its recall target
 
-Exit codes 2 and 75 mean that the job, or that part of it, wrote nothing. This module knows nothing of the
-others.
+Exit code 2 means that no rerun mends it, 1 that running again may, 75 that running again later will. This
+module knows nothing of the others.
 """
 
 
@@ -62,7 +63,13 @@ class OutputBusyError(BgeRayError):
 
 
 class StorageError(BgeRayError):
-    """A storage operation failed and retrying did not help, or cannot help."""
+    """A storage operation failed and retrying did not help."""
+
+
+class StorageAccessError(StorageError):
+    """The store refuses: no such bucket, no access, no credentials, no client for it, or it is read-only."""
+
+    exit_code = 2
 
 
 class TakenOverError(BgeRayError):
@@ -75,6 +82,8 @@ class IncompleteRunError(BgeRayError):
 
 class RejectedRowsError(BgeRayError):
     """The rejected fraction exceeds ``corpus.max_rejected_fraction``."""
+
+    exit_code = 2
 
 
 class IndexBuildError(BgeRayError):

@@ -8,10 +8,20 @@ storage and hub credentials come from the environment.
 import difflib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, TypeAlias
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeAlias, Union, get_args, get_origin
 
+import fsspec
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from bge_ray.errors import SettingsError
 from bge_ray.records.ids import MAX_ROWS_PER_OBJECT
@@ -29,14 +39,52 @@ _CREDENTIALS = re.compile(
 )
 
 
+# Two letters or more: C:/ is a path.
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)")
+
+
 class Section(BaseModel):
     """Base of every section: immutable, and no key that is not declared."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        """Take one value for a list of it, and no true or false for a number."""
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and bool not in kinds:
+            raise ValueError(f"{str(value).lower()} is no value of it")
+        if isinstance(value, str | int | float) and tuple in kinds and str not in kinds:
+            return (value,)
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """Return the classes whose values an annotation takes."""
+    parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return {get_origin(part) or part for part in parts}
+
+
+def _check_location(value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    """Refuse what looks like a URI and is none: it would be taken for a path on this machine."""
+    for location in (value,) if isinstance(value, str) else value or ():
+        if not location.strip():
+            raise ValueError("is empty")
+        if (found := _SCHEME.match(location)) is None:
+            continue
+        scheme, slashes = found.groups()
+        if len(slashes) == 1:
+            raise ValueError(f"one slash is missing: {scheme}://...")
+        if scheme not in fsspec.available_protocols():
+            raise ValueError(f"{scheme}:// is no protocol that fsspec knows, such as s3, gs, az, hf or file")
+    return value
+
 
 class CorpusSettings(Section):
     """Where the passages are and which columns hold them."""
+
+    _locations = field_validator("uri")(_check_location)
 
     uri: str | None = Field(
         None, description="file, folder or glob on any fsspec URI (s3://, gs://, az://, a local path)"
@@ -72,6 +120,8 @@ class CorpusSettings(Section):
 
 class ModelSettings(Section):
     """Which model makes the vectors, and how."""
+
+    _locations = field_validator("name")(_check_location)
 
     name: str = Field(
         "BAAI/bge-small-en-v1.5", description="hub id, local folder, or URI of a folder (s3://, gs://, az://)"
@@ -128,6 +178,8 @@ class BatchingSettings(Section):
 
 class OutputSettings(Section):
     """Where the data set is written."""
+
+    _locations = field_validator("uri")(_check_location)
 
     uri: str | None = Field(None, description="folder of the data set on any fsspec URI")
     dtype: OutputDtype | Auto = Field(
@@ -191,6 +243,8 @@ class ReportSettings(Section):
 class IndexSettings(Section):
     """Which FAISS index is built from the embedding shards."""
 
+    _locations = field_validator("queries")(_check_location)
+
     build: bool = Field(False, description="build the index at the end of the embed job, too")
     factory: str = Field(
         "auto", description="FAISS factory string; auto chooses by vectors, dim and memory_bytes"
@@ -238,6 +292,8 @@ class IndexSettings(Section):
 
 class SearchSettings(Section):
     """Which queries are searched for, how, and where the run goes."""
+
+    _locations = field_validator("queries", "output")(_check_location)
 
     queries: str | None = Field(
         None,
@@ -290,6 +346,8 @@ class SearchSettings(Section):
 
 class RerankSettings(Section):
     """Which candidates are scored again, by which cross-encoder, and where the run goes."""
+
+    _locations = field_validator("model", "candidates", "output")(_check_location)
 
     model: str = Field(
         "BAAI/bge-reranker-base", description="hub id, folder or URI of a cross-encoder with one output"
@@ -347,6 +405,8 @@ class RerankSettings(Section):
 class EvaluateSettings(Section):
     """Which runs are measured against which judgements."""
 
+    _locations = field_validator("run", "qrels", "output")(_check_location)
+
     run: str | tuple[str, ...] | None = Field(
         None, description="a run file or folder, or a list of them; the others are compared with the first"
     )
@@ -365,6 +425,8 @@ class EvaluateSettings(Section):
 
 class BenchSettings(Section):
     """What jobs/bench.py measures on this machine."""
+
+    _locations = field_validator("output")(_check_location)
 
     shapes: tuple[Literal["minilm", "small", "base", "large"], ...] = Field(
         ("minilm",),
@@ -454,7 +516,8 @@ def parse_settings(
 
     Args:
         document: YAML text, or None for defaults only.
-        overrides: each ``section.key=value``; the value is read as YAML.
+        overrides: each ``section.key=value``. The value of a setting that takes any text is that text, to the
+            last blank, unless it stands in quotes or is ``null``; others are read as YAML.
         origin: name of the document, for messages.
 
     Raises:
@@ -509,10 +572,22 @@ def _parse_override(override: str) -> tuple[str, Any]:
         raise SettingsError(
             f"--set {override}: expected section.key=value, such as --set corpus.uri=s3://bucket/corpus"
         )
+    key = key.strip()
     try:
-        return key.strip(), yaml.safe_load(text)
+        if _takes_text(key, text) and not (text[:1] in ("'", '"') and text[-1:] == text[:1]):
+            return key, None if text in ("null", "~") else text
+        return key, yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise SettingsError(f"--set {override}: the value is not valid YAML: {error}") from error
+
+
+def _takes_text(key: str, text: str) -> bool:
+    """Tell whether a setting takes this text as it stands; YAML might cut it, or see a number in it."""
+    section, _, name = key.partition(".")
+    field = Settings.model_fields.get(section)
+    keys = {} if field is None else field.annotation.model_fields  # type: ignore[union-attr]
+    kinds = _kinds(keys[name].annotation) if name in keys else set()
+    return str in kinds and kinds <= {str, NoneType, tuple} and not (tuple in kinds and text.startswith("["))
 
 
 def _refuse_unknown(tree: dict[str, dict[str, Any]]) -> None:

@@ -25,7 +25,7 @@ import fsspec
 import tenacity
 from fsspec.core import url_to_fs
 
-from bge_ray.errors import StorageError
+from bge_ray.errors import StorageAccessError, StorageError
 
 if sys.platform != "win32":
     import fcntl
@@ -54,6 +54,8 @@ _PERMANENT_ERRNOS = {
     errno.ENOTSUP,
     errno.ELOOP,
 }
+# Space may be there for the next run.
+_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 # Codes in S3 answers that a mere Python exception type hides: the first set passes, the second never does.
@@ -65,6 +67,8 @@ _TRANSIENT_CODES = {
     "XAmzContentSHA256Mismatch",
 }
 _PERMANENT_CODES = {"301", "PermanentRedirect"}
+# The next run starts with the credentials of its own time.
+_EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
 _PERMANENT_TYPES = (
     FileNotFoundError,
     PermissionError,
@@ -307,7 +311,8 @@ class Storage:
             operation: takes the file system and the object's path in it; must be safe to repeat.
 
         Raises:
-            StorageError: it failed for good.
+            StorageAccessError: the store refuses, and would again.
+            StorageError: it failed in another way.
         """
         try:
             # A cached listing would hide what other processes wrote since.
@@ -322,7 +327,8 @@ class Storage:
                     return operation(fs, path)
         except Exception as error:
             if isinstance(error, OSError | ImportError | ValueError) or _is_of_client(error):
-                raise StorageError(_explain(verb, uri, error)) from error
+                kind = StorageAccessError if _is_refusal(verb, error) else StorageError
+                raise kind(_explain(verb, uri, error)) from error
             raise
         raise AssertionError("unreachable: Retrying either returns or raises")
 
@@ -587,6 +593,27 @@ def _is_transient(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return not isinstance(error, _PERMANENT_TYPES) and error.errno not in _PERMANENT_ERRNOS
     return bool(_TRANSIENT_NAMES & _type_names(error))
+
+
+def _is_refusal(verb: str, error: Exception) -> bool:
+    """Tell whether the store would say the same to the next run, as long as nobody changes the store."""
+    code = _server_code(error)
+    if code in _EXPIRED_CODES:
+        return False
+    if isinstance(error, FileNotFoundError):
+        # What is to be read may be on its way; where to write there is no place.
+        return code == "NoSuchBucket" or verb in ("write", "create")
+    refusals = (
+        PermissionError,
+        FileExistsError,
+        IsADirectoryError,
+        NotADirectoryError,
+        ImportError,
+        ValueError,
+    )
+    if isinstance(error, refusals) or _type_names(error) & _CREDENTIAL_NAMES:
+        return True
+    return isinstance(error, OSError) and error.errno in _PERMANENT_ERRNOS - _FULL_ERRNOS
 
 
 def _server_code(error: BaseException) -> str:

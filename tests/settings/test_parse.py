@@ -42,12 +42,73 @@ def test_overrides_win_over_the_document() -> None:
         ("output.dtype=int8", "output.dtype"),
         ("name=x", "expected section.key=value"),
         ("model.name", "expected section.key=value"),
-        ("model.name={", "not valid YAML"),
+        ("model.max_length={", "not valid YAML"),
+        ("corpus.uri=s3:/bucket/corpus", r"corpus.uri: .* one slash is missing: s3://"),
+        ("output.uri=s4://bucket/out", r"output.uri: .* s4:// is no protocol"),
+        ("evaluate.run=[a, 's3:/b']", r"evaluate.run: .* one slash is missing"),
+        ("corpus.uri=", r"corpus.uri: .* is empty"),
+        ("resources.num_encoders=true", r"resources.num_encoders: .* true is no value of it"),
+        ("output.dtype=yes", r"output.dtype: .* true is no value of it"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_the_way_out(override: str, message: str) -> None:
     with pytest.raises(SettingsError, match="(?s)" + message):
         parse_settings(None, [override])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/data/run #3",
+        "Document text: ",
+        " leading",
+        "Represent this sentence for searching relevant passages: ",
+        "*.jsonl",
+        "s3://bucket/[ab]*.jsonl",
+        "007",
+        "1e3",
+        "yes",
+        "2026-01-01",
+        "{brace",
+        "'open",
+        "a: b",
+        "C:/data",
+        "host:9000/x",
+    ],
+)
+def test_a_text_stands_as_it_was_given(text: str) -> None:
+    for key in ("corpus.uri", "model.passage_instruction", "corpus.id_column", "model.revision"):
+        section, _, name = key.partition(".")
+        assert getattr(getattr(parse_settings(None, [f"{key}={text}"]), section), name) == text
+
+
+@given(st.text().filter(lambda text: text not in ("null", "~") and text[:1] not in ("'", '"')))
+def test_any_instruction_comes_through_whole(text: str) -> None:
+    try:
+        settings = parse_settings(None, [f"model.query_instruction={text}"])
+    except SettingsError as error:
+        assert "credentials" in str(error)
+    else:
+        assert settings.model.query_instruction == text
+
+
+def test_quotes_and_null_are_taken_as_such() -> None:
+    settings = parse_settings(
+        "model: {query_instruction: x}",
+        ["model.query_instruction=null", "corpus.id_column=' #1 '", "model.passage_instruction="],
+    )
+    assert settings.model.query_instruction is None
+    assert settings.corpus.id_column == " #1 "
+    assert settings.model.passage_instruction == ""
+
+
+def test_one_value_stands_for_a_list_of_one() -> None:
+    settings = parse_settings(None, ["evaluate.k=10", "corpus.keep_columns=lang", "evaluate.run=a"])
+    assert settings.evaluate.k == (10,)
+    assert settings.corpus.keep_columns == ("lang",)
+    assert settings.evaluate.run == "a"
+    assert parse_settings(None, ["evaluate.run=[a, b]"]).evaluate.run == ("a", "b")
+    assert parse_settings(None, ["evaluate.run=a #1"]).evaluate.run == "a #1"
 
 
 @pytest.mark.parametrize("document", ["- a list", "corpus: 7", "{", "model: {name: x}\nmodle: {}"])

@@ -1,5 +1,6 @@
 """Storage: all or nothing, exclusive creation, patience where it helps and none where it does not."""
 
+import errno
 import io
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bge_ray.errors import StorageError
+from bge_ray.errors import StorageAccessError, StorageError
 from bge_ray.storage.objects import TEMPORARY_SUFFIX, Storage, join
 
 FORKSERVER = multiprocessing.get_context("forkserver")
@@ -262,11 +263,52 @@ def test_a_refusal_fails_at_once_with_a_hint(
         lambda: storage.list_files(bucket),
         lambda: storage.delete([f"{bucket}/a"]),
     ):
-        with pytest.raises(StorageError, match="check the credentials") as caught:
+        with pytest.raises(StorageAccessError, match="check the credentials") as caught:
             operation()
         assert bucket in str(caught.value)
         assert "wrong" not in str(caught.value).split("PermissionError")[0]
     assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("uri", "settings", "refused"),
+    [
+        ("nosuch://bucket/a", {}, True),
+        ("gs://bucket/a", {}, True),  # its client is not installed here
+        ("/proc/version", {}, True),  # nobody may write there
+        ("{folder}/file/a", {}, True),  # below a file
+        ("s3://out/a", {"key": "nobody", "secret": "wrong"}, True),
+        ("s3://out/a", {"profile": "nobody"}, True),
+        ("s3://out/a", {"endpoint_url": "http://127.0.0.1:9"}, False),
+    ],
+)
+def test_what_no_rerun_mends_is_told_from_what_may_pass(
+    s3_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, settings: dict, refused: bool
+) -> None:
+    (tmp_path / "file").write_text("")
+    options = settings | {"config_kwargs": {"retries": {"max_attempts": 0}}}
+    monkeypatch.setitem(fsspec.config.conf, "s3", options)
+    with pytest.raises(StorageError) as caught:
+        Storage(timeout_s=0.5).write(uri.format(folder=tmp_path), b"1")
+    assert isinstance(caught.value, StorageAccessError) == refused, caught.value
+    assert caught.value.exit_code == (2 if refused else 1)
+
+
+def test_a_bucket_that_is_not_there_is_refused_and_an_object_may_come(storage: Storage, bucket: str) -> None:
+    with pytest.raises(StorageAccessError, match="bucket"):
+        storage.read("s3://no-such-bucket/a")
+    with pytest.raises(StorageError) as caught:
+        storage.read(f"{bucket}/none")
+    assert caught.value.exit_code == 1
+
+
+def test_a_full_disk_may_have_room_for_the_next_run(storage: Storage, tmp_path: Path) -> None:
+    def full(fs: object, path: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(StorageError, match="no space left") as caught:
+        storage.attempt("write", str(tmp_path / "a"), full)
+    assert caught.value.exit_code == 1
 
 
 def test_a_restarting_server_is_waited_for(storage: Storage, s3_server, bucket: str) -> None:

@@ -257,7 +257,7 @@ def test_pairs_that_got_no_score_are_counted_and_too_many_fail_the_search(
     asked = keys_for(place, tmp_path / "run", output__uri=str(tmp_path / "data"), search__rerank=True)
     with pytest.raises(RejectedRowsError, match=r"rerank\.max_rejected_fraction") as caught:
         search(settings_for(**asked))
-    assert caught.value.exit_code == 1
+    assert caught.value.exit_code == 2
     assert "unknown_passage" in str(caught.value)
     gone = {p["id"] for p in passages[1::2]}
     candidates = {(r["query_id"], r["passage_id"]) for r in read_run(str(tmp_path / "run"))}
