@@ -26,6 +26,7 @@ import tenacity
 from fsspec.core import url_to_fs
 
 from bge_ray.errors import StorageAccessError, StorageError
+from bge_ray.storage.links import ThroughLinks
 
 if sys.platform != "win32":
     import fcntl
@@ -256,7 +257,7 @@ class Storage:
         return self.attempt("look at", uri, head)
 
     def list_files(self, uri: str) -> list[ObjectInfo]:
-        """Return the objects of a file, folder (recursively) or glob, sorted by URI.
+        """Return the objects of a file, folder (recursively) or glob, sorted by URI; links are followed.
 
         Hidden ones are left out: below the folder, a name that starts with a dot, or with an
         underscore and holds no ``=``. So Spark's ``_temporary`` and ``_SUCCESS`` are no input, and a
@@ -264,6 +265,7 @@ class Storage:
         """
 
         def listing(fs: Any, path: str) -> list[ObjectInfo]:
+            fs = ThroughLinks() if is_local(fs) else fs
             found = fs.glob(path, detail=True) if is_glob(path) else {}
             if not found:  # a plain name, or one that holds a bracket or a question mark of its own
                 found = fs.find(path, detail=True)

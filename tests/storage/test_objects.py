@@ -294,6 +294,56 @@ def test_what_no_rerun_mends_is_told_from_what_may_pass(
     assert caught.value.exit_code == (2 if refused else 1)
 
 
+@pytest.fixture
+def linked(tmp_path: Path) -> Path:
+    """A folder with a file of its own, and links to a file and to a folder beside it."""
+    folder, beside = tmp_path / "folder", tmp_path / "beside"
+    for path in (folder / "deep" / "own.jsonl", beside / "x.jsonl", beside / "more" / "y.jsonl"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+    (folder / "file.jsonl").symlink_to(beside / "x.jsonl")
+    (folder / "linked").symlink_to(beside, target_is_directory=True)
+    (folder / "again.jsonl").symlink_to("file.jsonl")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (
+            "",
+            "again.jsonl deep/own.jsonl file.jsonl linked/more/y.jsonl linked/x.jsonl",
+        ),
+        ("/*.jsonl", "again.jsonl file.jsonl"),
+        ("/**/*.jsonl", "again.jsonl deep/own.jsonl file.jsonl linked/more/y.jsonl linked/x.jsonl"),
+        ("/*/*.jsonl", "deep/own.jsonl linked/x.jsonl"),
+        ("/linked", "linked/more/y.jsonl linked/x.jsonl"),
+        ("/file.jsonl", "file.jsonl"),
+    ],
+)
+def test_links_are_what_they_lead_to(storage: Storage, linked: Path, pattern: str, expected: str) -> None:
+    found = storage.list_files(f"{linked}{pattern}")
+    assert [info.uri for info in found] == [f"file://{linked}/{name}" for name in expected.split()]
+    assert [info.size for info in found] == [len(storage.read(info.uri)) for info in found]
+
+
+def test_the_etag_of_a_link_follows_what_it_leads_to(storage: Storage, linked: Path) -> None:
+    def etag() -> str:
+        [info] = storage.list_files(f"{linked}/file.jsonl")
+        return info.etag
+
+    before = etag()
+    storage.write(str(linked.parent / "beside" / "x.jsonl"), b"x.jsonk")
+    assert etag() != before
+
+
+@pytest.mark.parametrize("target", ["nowhere", ".", ".."])
+def test_a_link_that_leads_nowhere_or_back_is_named(storage: Storage, linked: Path, target: str) -> None:
+    (linked / "deep" / "odd").symlink_to(target)
+    with pytest.raises(StorageAccessError, match=r"deep/odd\S* is a link that leads (nowhere|back)"):
+        storage.list_files(str(linked))
+
+
 def test_a_bucket_that_is_not_there_is_refused_and_an_object_may_come(storage: Storage, bucket: str) -> None:
     with pytest.raises(StorageAccessError, match="bucket"):
         storage.read("s3://no-such-bucket/a")
