@@ -76,6 +76,38 @@ class Plan:
         return [unit for corpus_object in self.objects for unit in corpus_object.units()]
 
 
+@dataclass(frozen=True)
+class Removal:
+    """What the plan before had and this one leaves out: objects gone from the corpus, by URI, and their rows.
+
+    An object that is there with another content is replaced and not removed.
+    """
+
+    uris: tuple[str, ...] = ()
+    rows: int = 0
+    rows_before: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.uris)
+
+    def __str__(self) -> str:
+        """Say what goes."""
+        share = self.rows / self.rows_before if self.rows_before else 0.0
+        n = len(self.uris)
+        objects = f"{n:,} {'object' if n == 1 else 'objects'}"
+        return f"{objects} with {self.rows:,} rows ({share:.0%}), such as {self.uris[0]}"
+
+
+def find_removal(previous: Plan | None, plan: Plan) -> Removal:
+    """Return what a plan leaves out that the one before had."""
+    if previous is None:
+        return Removal()
+    there = {corpus_object.uri for corpus_object in plan.objects}
+    gone = [corpus_object for corpus_object in previous.objects if corpus_object.uri not in there]
+    before = sum(corpus_object.n_rows for corpus_object in previous.objects)
+    return Removal(tuple(o.uri for o in gone), sum(o.n_rows for o in gone), before)
+
+
 def span_units(object_no: int, span: Span) -> list[Unit]:
     """Return the units of one span, in row order."""
     units, first = [], span.first_row

@@ -107,7 +107,10 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedReport(Report):
-    """Of an embed run; ``plan`` is the number of its plan."""
+    """Of an embed run; ``plan`` is the number of its plan.
+
+    ``removed_uris`` are some of the ``objects_removed`` that left the corpus, and with it the data set.
+    """
 
     output: str
     corpus: str
@@ -116,6 +119,9 @@ class EmbedReport(Report):
     vector_fingerprint: str
     readers_busy: float
     lengths: Lengths
+    objects_removed: int
+    rows_removed: int
+    removed_uris: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

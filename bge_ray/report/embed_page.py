@@ -31,7 +31,7 @@ def embed_page(report: EmbedReport) -> bytes:
         tiles(_figures(report)),
         advice_section(report),
         failures_section(report),
-        section("Rows", paragraph(_accounts(report)), *_left_out(report)),
+        section("Rows", paragraph(_accounts(report)), *_removed(report), *_left_out(report)),
         section("Cost", table(_cost(report))),
         section("Where the time went", *_time(report)),
         section("Texts", paragraph(_lengths(report)), pictures(*_drawn(report))),
@@ -59,6 +59,18 @@ def _accounts(report: EmbedReport) -> str:
         f"in {units}. "
         f"{size(report.bytes_in)} of text in, {size(report.bytes_out)} of Parquet out."
     )
+
+
+def _removed(report: EmbedReport) -> list[Html]:
+    if not report.objects_removed:
+        return []
+    told = (
+        f"{count(report.objects_removed, 'object')} with {report.rows_removed:,} rows left the corpus, and "
+        "with this run the data set:"
+    )
+    more = report.objects_removed - len(report.removed_uris)
+    names = [*report.removed_uris, *([f"and {more:,} more"] if more else [])]
+    return [paragraph(told), *(paragraph(name) for name in names)]
 
 
 def _left_out(report: EmbedReport) -> list[Html]:

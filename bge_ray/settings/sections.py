@@ -192,6 +192,12 @@ class OutputSettings(Section):
     storage_timeout_s: float = Field(
         120.0, gt=0, description="how long a failing storage operation is retried, in seconds"
     )
+    max_removed_fraction: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of the data set's rows that may go with objects that left the corpus",
+    )
     grace_s: float = Field(
         3600.0,
         ge=0,

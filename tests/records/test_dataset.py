@@ -22,7 +22,7 @@ from bge_ray.records.ids import (
 )
 from bge_ray.records.model import ModelSpec
 from bge_ray.records.outputs import Output
-from bge_ray.records.plan import CorpusObject, Plan, Span, Unit, unit_fingerprint
+from bge_ray.records.plan import CorpusObject, Plan, Span, Unit, find_removal, unit_fingerprint
 
 TEXT = ColumnType.of(pa.string())
 OUTPUT = Output("embedding", "dense", 4, "float32")
@@ -145,3 +145,13 @@ def test_columns_decide_rows_and_not_vectors() -> None:
     assert spec.rows_fingerprint != SPEC.rows_fingerprint
     other = dataclasses.replace(SPEC, model=dataclasses.replace(MODEL, max_length=17))
     assert other.vector_fingerprint != SPEC.vector_fingerprint
+
+
+def test_what_a_plan_leaves_out_is_removed_and_what_has_another_content_is_not() -> None:
+    other = dataclasses.replace(OBJECT, object_no=4, uri="s3://b/y")
+    changed = dataclasses.replace(other, object_no=5, etag="f")
+    removal = find_removal(Plan((OBJECT, other), 5), Plan((changed,), 6))
+    assert (removal.uris, removal.rows, removal.rows_before) == (("s3://b/x",), 9, 18)
+    assert str(removal) == "1 object with 9 rows (50%), such as s3://b/x"
+    assert not find_removal(None, Plan((OBJECT,), 4))
+    assert not find_removal(Plan((OBJECT,), 4), Plan((OBJECT, other), 5))

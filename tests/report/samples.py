@@ -74,6 +74,9 @@ def embed_report(facts: RunFacts | None = None, **changes: Any) -> EmbedReport:
         vector_fingerprint="f",
         readers_busy=0.3,
         lengths=text_lengths(facts),
+        objects_removed=0,
+        rows_removed=0,
+        removed_uris=(),
     )
     return dataclasses.replace(report, **changes)
 

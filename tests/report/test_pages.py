@@ -71,6 +71,15 @@ def test_the_accounts_of_each_job() -> None:
     assert "Complete: 1,234,000 of 1,234,567 pairs" in many
 
 
+def test_what_left_the_data_set_is_named() -> None:
+    gone = embed_report(objects_removed=12, rows_removed=3456, removed_uris=("s3://b/in/gone.jsonl",))
+    page = embed_page(gone).decode()
+    assert "12 objects with 3,456 rows left the corpus" in page
+    assert "s3://b/in/gone.jsonl" in page
+    assert "and 11 more" in page
+    assert "left the corpus" not in PAGES["embed"].decode()
+
+
 def test_pictures_are_there_where_there_is_something_to_draw() -> None:
     assert {job: page.count(b"<svg") for job, page in PAGES.items()} == {
         "embed": 2,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import ray
@@ -14,6 +14,7 @@ from bge_ray.model.spec import model_folder, text_feeder
 from bge_ray.pipeline.embed.prepare import Planned
 from bge_ray.pipeline.engine.pools import Pool, Sizes
 from bge_ray.records.model import ModelSpec
+from bge_ray.records.plan import Removal
 from bge_ray.settings.sections import Settings
 
 SAMPLE_SPANS = 3
@@ -32,6 +33,7 @@ class Estimate:
     units_todo: int
     rows: int
     rows_todo: int
+    removal: Removal = field(default_factory=Removal)
     tokens: int | None = None
     tokens_per_s: float | None = None
     seconds: float | None = None
@@ -47,6 +49,8 @@ class Estimate:
             f"units            {self.units:,}, {self.units_todo:,} to do",
             f"rows             {self.rows:,}, {self.rows_todo:,} to do",
         ]
+        if self.removal:
+            lines.append(f"gone             {self.removal}; they go from the data set")
         if (
             self.tokens is None
             or self.seconds is None
@@ -79,6 +83,7 @@ def estimate(planned: Planned, sizes: Sizes | None, settings: Settings) -> Estim
         units_todo=len(todo),
         rows=sum(unit.n_rows for unit in units),
         rows_todo=planned.todo_rows,
+        removal=planned.removal,
     )
     texts = _sample(planned)
     if sizes is None or not texts:

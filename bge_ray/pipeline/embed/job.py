@@ -19,6 +19,7 @@ from bge_ray.dataset.folder import Dataset, marker_files
 from bge_ray.errors import IncompleteRunError, OutputBusyError, RejectedRowsError
 from bge_ray.model.run.batching import settle_budget
 from bge_ray.pipeline.embed.estimate import Estimate, estimate
+from bge_ray.pipeline.embed.planning import MAX_NAMED_OBJECTS
 from bge_ray.pipeline.embed.prepare import Planned, prepare
 from bge_ray.pipeline.embed.read import LENGTH_EDGES, read_span_stage
 from bge_ray.pipeline.embed.tasks import CorpusUnit, EmbedJob, SpanTask
@@ -316,6 +317,9 @@ class EmbedWork:
             vector_fingerprint=planned.spec.vector_fingerprint,
             readers_busy=(facts.stage_s["read"] + facts.stage_s["tokenise"]) / reader_s if reader_s else 0.0,
             lengths=text_lengths(facts),
+            objects_removed=len(planned.removal.uris),
+            rows_removed=planned.removal.rows,
+            removed_uris=planned.removal.uris[:MAX_NAMED_OBJECTS],
         )
         return dataclasses.replace(report, advice=tuple(advise_embed(report)))
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 import ray
 
 from bge_ray.dataset.folder import Dataset
+from bge_ray.errors import CorpusError
 from bge_ray.formats.corpus import resolve_columns
 from bge_ray.model.folder import ModelFolder
 from bge_ray.model.spec import model_folder, resolve_encoder, text_feeder
@@ -18,7 +19,7 @@ from bge_ray.pipeline.engine.tasks import run_tasks
 from bge_ray.records.columns import Columns, ColumnType
 from bge_ray.records.dataset import DatasetSpec, Marker
 from bge_ray.records.model import EMBEDDING, Canary, ModelSpec
-from bge_ray.records.plan import Plan, UnitLimits, span_units, unit_fingerprint
+from bge_ray.records.plan import Plan, Removal, UnitLimits, find_removal, span_units, unit_fingerprint
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.folders import refuse_collisions, refuse_own_files
 from bge_ray.storage.objects import Storage
@@ -36,6 +37,7 @@ class Planned:
     previous_number: int
     finished: dict[str, Marker]
     todo: tuple[SpanTask, ...]
+    removal: Removal
 
     @property
     def todo_units(self) -> list[CorpusUnit]:
@@ -82,12 +84,28 @@ def prepare(settings: Settings) -> Planned:
     if spec_there is not None:
         spec.check_same(spec_there, dataset.root)
     plan = extend_plan(listed, previous, scanned, columns)
+    removal = find_removal(previous, plan)
+    _refuse_large(removal, settings, dataset.root)
     todo, still_finished = _subtract(spec, plan, dataset.finished())
     if todo and settings.index.build:
         _check_index(settings, storage, spec, plan)
     if todo and not changed and _must_be_tried(model, spec_there):
         _try_model(settings, model)
-    return Planned(dataset, spec, plan, number, still_finished, todo)
+    return Planned(dataset, spec, plan, number, still_finished, todo, removal)
+
+
+def _refuse_large(removal: Removal, settings: Settings, root: str) -> None:
+    """Refuse to take more out of a data set than allowed: another corpus.uri looks like a shrunken corpus."""
+    if not removal:
+        return
+    allowed = settings.output.max_removed_fraction
+    if removal.rows > allowed * removal.rows_before:
+        raise CorpusError(
+            f"corpus.uri {settings.corpus.uri}: {removal} of the data set {root} are not there any more. "
+            f"output.max_removed_fraction allows {allowed:.0%}: raise it if they are to go, mend corpus.uri, "
+            "or choose another output.uri"
+        )
+    logger.warning("gone from the corpus, and with this run from the data set: %s", removal)
 
 
 def _check_index(settings: Settings, storage: Storage, spec: DatasetSpec, plan: Plan) -> None:

@@ -3,6 +3,7 @@
 import gc
 import gzip
 import json
+import re
 import subprocess
 import time
 from collections import Counter
@@ -122,8 +123,17 @@ def test_new_changed_and_removed_objects_are_all_that_is_done(
         {"1.jsonl": jsonl_bytes(passages[300:340]), "9.jsonl": jsonl_bytes(passages[400:420])},
     )
     STORAGE.delete([f"{bucket}/corpus/0.jsonl"])
+    gone = "1 object with 50 rows (25%)"
+    with pytest.raises(CorpusError, match=rf"{re.escape(gone)}.*/0\.jsonl of .* allows 24%: raise it"):
+        embed(settings_for(bucket, tiny_model, "output.max_removed_fraction=0.24"))
+    with pytest.raises(CorpusError, match=r"4 objects with 200 rows \(100%\)"):
+        plan_only(settings_for(bucket, tiny_model, f"corpus.uri={bucket}/corpus/9.jsonl"))
+    told = plan_only(settings_for(bucket, tiny_model, "output.max_removed_fraction=0.25")).lines()
+    assert any(line.startswith(f"gone             {gone}") for line in told)
     result = embed(settings_for(bucket, tiny_model))
     assert result.report.rows_in == 60
+    assert (result.report.objects_removed, result.report.rows_removed) == (1, 50)
+    assert [uri.rpartition("/")[2] for uri in result.report.removed_uris] == ["0.jsonl"]
     ids = [p["id"] for p in passages]
     assert set(vectors_by_id(f"{bucket}/out")) == set(ids[100:200]) | set(ids[300:340]) | set(ids[400:420])
     kept = {m.unit: m for m in before.shards}
