@@ -19,7 +19,7 @@ from bge_ray.pipeline.embed.job import Stages, embedding_receipts
 from bge_ray.pipeline.embed.tasks import CorpusUnit, SpanTask
 from bge_ray.pipeline.engine.cluster import connect, disconnect, prepare_environment
 from bge_ray.pipeline.engine.pools import Pool, Sizes, Tasks
-from bge_ray.records.plan import CorpusObject, Span, unit_fingerprint
+from bge_ray.records.plan import Coding, CorpusObject, Span, unit_fingerprint
 from bge_ray.settings.sections import ResourcesSettings
 
 UNIT_ROWS = 50_000
@@ -118,7 +118,7 @@ def _spans(units: int) -> tuple[SpanTask, ...]:
         count = min(UNITS_A_SPAN, units - object_no * UNITS_A_SPAN)
         span = Span(0, count, 0, (UNIT_ROWS,) * count)
         uri = f"s3://simulated/corpus/part-{object_no:05d}.parquet"
-        whole = CorpusObject(object_no, uri, count, "0" * 32, "parquet", "none", (span,))
+        whole = CorpusObject(object_no, uri, count, "0" * 32, Coding("parquet"), (span,))
         todo = tuple(CorpusUnit(unit, unit_fingerprint("0" * 64, whole, unit), uri) for unit in whole.units())
         spans.append(SpanTask(whole, span, todo))
     return tuple(spans)

@@ -19,7 +19,7 @@ from bge_ray.formats.rows import RawRows
 from bge_ray.formats.sought import Sought
 from bge_ray.formats.types import extension_names, is_text, plain_type, unify_all, unify_types, without_nulls
 from bge_ray.records.columns import Columns, ColumnType
-from bge_ray.records.plan import CorpusObject, Span, Unit, UnitLimits, span_units
+from bge_ray.records.plan import Coding, CorpusObject, Span, Unit, UnitLimits, span_units
 from bge_ray.settings.sections import CorpusSettings
 from bge_ray.storage.objects import ObjectInfo, Storage
 
@@ -34,10 +34,18 @@ class ScannedObject:
     """What one pass over an object found: its spans, and its columns with the types it gives them."""
 
     info: ObjectInfo
-    format: str
-    compression: str
+    coding: Coding
     spans: tuple[Span, ...]
     columns: dict[str, ColumnType]
+
+    @property
+    def format(self) -> str:
+        """Format of the object."""
+        return self.coding.format
+
+    def under(self, number: int) -> CorpusObject:
+        """Return the object under a number."""
+        return CorpusObject(number, self.info.uri, self.info.size, self.info.etag, self.coding, self.spans)
 
 
 def list_corpus(storage: Storage, settings: CorpusSettings) -> list[ObjectInfo]:
@@ -92,8 +100,8 @@ def _qrels_parent(uri: str) -> str | None:
     return folder.removesuffix("qrels") if folder.endswith("/qrels") else None
 
 
-def object_format(uri: str, settings: CorpusSettings) -> tuple[str, str]:
-    """Return (format, compression) of an object by its name, or by corpus.format.
+def coding_of(uri: str, settings: CorpusSettings) -> Coding:
+    """Return how an object is to be read, by its name and the settings.
 
     Raises:
         CorpusError: neither tells the format.
@@ -102,7 +110,10 @@ def object_format(uri: str, settings: CorpusSettings) -> tuple[str, str]:
     kind = ending.format if settings.format == "auto" else settings.format
     if not kind:
         raise CorpusError(f"{uri}: unknown ending; set corpus.format to parquet, jsonl or csv")
-    return kind, "" if kind == "parquet" else ending.compression
+    compression = "" if kind == "parquet" else ending.compression
+    if kind != "csv":
+        return Coding(kind, compression)
+    return Coding(kind, compression, settings.csv_quoting, settings.header or ())
 
 
 def scan_object(
@@ -125,22 +136,21 @@ def scan_object(
         title="title" if settings.title_column == "auto" else settings.title_column,
         kept=settings.keep_columns,
     )
-    kind, compression = object_format(info.uri, settings)
-    return scan_sought(storage, info, (kind, compression), sought, limits)
+    return scan_sought(storage, info, coding_of(info.uri, settings), sought, limits)
 
 
 def scan_sought(
-    storage: Storage, info: ObjectInfo, coding: tuple[str, str], sought: Sought, limits: UnitLimits
+    storage: Storage, info: ObjectInfo, coding: Coding, sought: Sought, limits: UnitLimits
 ) -> ScannedObject:
-    """Find the rows and columns of one object of the given (format, compression); see `scan_object`."""
-    kind, compression = coding
-    if kind == "parquet":
+    """Find the rows and columns of one object in a coding; see `scan_object`."""
+    if coding.format == "parquet":
         spans, columns = scan_parquet(storage, info.uri, info.size, sought, limits)
+    elif coding.format == "jsonl":
+        spans, columns = scan_jsonl(storage, info.uri, info.size, coding.compression, sought, limits)
     else:
-        scan = scan_jsonl if kind == "jsonl" else scan_delimited
-        spans, columns = scan(storage, info.uri, info.size, compression, sought, limits)
+        spans, columns = scan_delimited(storage, info.uri, info.size, coding, sought, limits)
     types = {name: ColumnType.of(found) for name, found in columns.items()}
-    return ScannedObject(info, kind, compression, tuple(spans), types)
+    return ScannedObject(info, coding, tuple(spans), types)
 
 
 def resolve_columns(scanned: Sequence[ScannedObject], settings: CorpusSettings) -> Columns:
@@ -299,11 +309,12 @@ def read_units(
 def _read(
     storage: Storage, corpus_object: CorpusObject, span: Span, columns: Columns, todo: set[int]
 ) -> Iterator[tuple[int, RawRows]]:
-    uri = corpus_object.uri
-    if corpus_object.format == "parquet":
+    uri, coding = corpus_object.uri, corpus_object.coding
+    if coding.format == "parquet":
         return read_parquet(storage, uri, corpus_object.size, span, columns, todo)
-    read = read_jsonl if corpus_object.format == "jsonl" else read_delimited
-    return read(storage, uri, corpus_object.compression, span, columns, todo)
+    if coding.format == "jsonl":
+        return read_jsonl(storage, uri, coding.compression, span, columns, todo)
+    return read_delimited(storage, uri, coding, span, columns, todo)
 
 
 def _check_count(corpus_object: CorpusObject, unit: Unit, rows: RawRows) -> None:

@@ -11,7 +11,7 @@ from bge_ray.formats.endings import beir_folder, ending_of
 from bge_ray.formats.rows import Passages, Rejected, check_rows, take_passages
 from bge_ray.formats.sought import Sought
 from bge_ray.records.columns import Columns
-from bge_ray.records.plan import CorpusObject, UnitLimits, span_units
+from bge_ray.records.plan import Coding, UnitLimits, span_units
 from bge_ray.storage.objects import ObjectInfo, Storage
 
 _LIMITS = UnitLimits(max_rows=50_000, max_bytes=96_000_000, vector_bytes=0)
@@ -60,15 +60,13 @@ def _read_query_object(
     ending = ending_of(info.uri)
     if not ending.format:
         raise CorpusError(f"{info.uri}: unknown ending; queries are .jsonl, .parquet, .csv or .tsv files")
-    scanned = scan_sought(storage, info, (ending.format, ending.compression), sought, _LIMITS)
+    scanned = scan_sought(storage, info, Coding(ending.format, ending.compression), sought, _LIMITS)
     if not scanned.spans:
         return
     columns = Columns(_choose(scanned, sought.ids), _choose(scanned, sought.texts), None)
     if scanned.format == "parquet":
         check_types(scanned, columns)
-    found = CorpusObject(
-        0, info.uri, info.size, info.etag, scanned.format, scanned.compression, scanned.spans
-    )
+    found = scanned.under(0)
     for span in found.spans:
         todo = {unit.first_row for unit in span_units(found.object_no, span)}
         for unit, rows in read_units(storage, found, span, columns, todo):

@@ -43,6 +43,20 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Coding:
+    """How the bytes of an object become records: the same bytes in another coding are other rows.
+
+    ``format`` is parquet, jsonl or csv, and ``compression`` "", gzip or zstd. Of csv alone, ``quoting`` is
+    csv, none or auto, and ``header`` names the columns of an object whose first line does not.
+    """
+
+    format: str
+    compression: str = ""
+    quoting: str = "auto"
+    header: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class CorpusObject:
     """One input file under its number."""
 
@@ -50,8 +64,7 @@ class CorpusObject:
     uri: str
     size: int
     etag: str
-    format: str
-    compression: str
+    coding: Coding
     spans: tuple[Span, ...]
 
     @property

@@ -93,6 +93,14 @@ class CorpusSettings(Section):
         "auto",
         description="file format; auto goes by the name (.parquet, .jsonl, .ndjson, .csv, .tsv; .gz, .zst)",
     )
+    csv_quoting: Literal["auto", "csv", "none"] = Field(
+        "auto",
+        description="quotes in CSV and TSV files: csv, so that a quoted field may hold separators and line "
+        "breaks; none, plain characters; auto is csv, but a line break in a field of a TSV is refused",
+    )
+    header: tuple[str, ...] | None = Field(
+        None, min_length=1, description="columns of CSV and TSV files whose first line does not name them"
+    )
     id_column: str = Field(
         "auto", description="column of the passage id; auto takes _id, id or passage_id, whichever is there"
     )

@@ -12,7 +12,7 @@ from bge_ray.dataset.folder import KEPT_PLANS, Dataset
 from bge_ray.errors import DatasetMismatchError, StorageError
 from bge_ray.records.canonical import to_json
 from bge_ray.records.dataset import FileFact, Marker, make_manifest
-from bge_ray.records.plan import CorpusObject, Plan, Span, Unit
+from bge_ray.records.plan import Coding, CorpusObject, Plan, Span, Unit
 from bge_ray.storage.objects import TEMPORARY_SUFFIX, Storage, join
 from bge_ray.storage.sweep import Swept
 from tests.support.records import make_marker, make_spec
@@ -86,7 +86,7 @@ def test_a_dataset_json_that_is_not_ours(dataset: Dataset, content: bytes, said:
 
 def test_plans_are_numbered_and_taken_once(dataset: Dataset) -> None:
     assert dataset.latest_plan() == (0, None)
-    first = Plan((CorpusObject(0, "s3://c/a", 5, "e", "jsonl", "", (Span(0, 5, 0, (2, 1)),)),), 1)
+    first = Plan((CorpusObject(0, "s3://c/a", 5, "e", Coding("jsonl"), (Span(0, 5, 0, (2, 1)),)),), 1)
     second = dataclasses.replace(first, next_object_no=2)
     assert dataset.create_plan(1, first)
     assert not dataset.create_plan(1, second)

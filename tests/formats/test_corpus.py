@@ -20,9 +20,10 @@ from bge_ray.errors import CorpusError, StorageError
 from bge_ray.formats import lines
 from bge_ray.formats.corpus import ScannedObject, check_columns, list_corpus
 from bge_ray.formats.rows import check_rows
+from bge_ray.pipeline.embed.planning import unchanged_objects
 from bge_ray.records.canonical import from_json, to_json
 from bge_ray.records.columns import Columns
-from bge_ray.records.plan import UnitLimits
+from bge_ray.records.plan import Plan, UnitLimits
 from bge_ray.settings.sections import CorpusSettings
 from bge_ray.storage.objects import Storage, join
 from tests.support.reading import (
@@ -432,6 +433,81 @@ def test_bad_csv_rows(storage: Storage, tmp_path: Path) -> None:
     rows = read_all(storage, uri)
     assert reasons(rows) == {1: "malformed_line", 2: "malformed_line", 3: "invalid_unicode", 4: "empty_text"}
     assert rows.faults[1][1] == "3 fields, the header has 2"
+
+
+STRAY_QUOTES = b"""id\ttext
+1\t"Quoted" at its beginning
+2\ta screen of 27" and more
+3\t"open
+4\tand closed"
+5\t5' 11\\"
+6\tplain
+"""
+
+
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
+def test_quotes_that_are_plain_characters(storage: Storage, tmp_path: Path, newline: bytes) -> None:
+    data = STRAY_QUOTES.replace(b"\n", newline)
+    plain = [line.split("\t") for line in STRAY_QUOTES.decode().splitlines()[1:]]
+    for name, written in [("a.tsv", data), ("b.csv", data.replace(b"\t", b","))]:
+        rows = read_all(storage, put(tmp_path, name, written), csv_quoting="none")
+        assert [rows.ids, rows.texts] == [list(column) for column in zip(*plain, strict=True)]
+        assert rows.faults == {}
+    for quoting in ("auto", "csv"):
+        with pytest.raises(CorpusError, match=r"a\.tsv: .*set corpus\.csv_quoting to none"):
+            read_all(storage, put(tmp_path, "a.tsv", data), csv_quoting=quoting)
+
+
+def test_lines_that_a_quote_would_make_one_row_of_are_refused_unless_asked_for(
+    storage: Storage, tmp_path: Path
+) -> None:
+    data = b'id\ttext\n1\ta\n2\t"b\n3\tc"\n4\td\n'
+    uri = put(tmp_path, "a.tsv", data)
+    with pytest.raises(CorpusError, match=r"a quote that opens in line 3 closes in line 4.*csv_quoting"):
+        read_all(storage, uri)
+    assert read_all(storage, uri, csv_quoting="csv").texts == ["a", "b\n3\tc", "d"]
+    assert read_all(storage, uri, csv_quoting="none").texts == ["a", '"b', 'c"', "d"]
+    as_csv = put(tmp_path, "b.csv", data.replace(b"\t", b","))
+    assert read_all(storage, as_csv).texts == ["a", "b\n3,c", "d"]
+
+
+def test_plain_lines_hold_any_other_character(storage: Storage, tmp_path: Path) -> None:
+    texts = ["a\rb", "\x0b\x0c\x1c\u2028\u0085", 'all""', "\\", "'", "é"]
+    data = "id\ttext\n" + "".join(f"{i}\t{text}\n" for i, text in enumerate(texts))
+    rows = read_all(storage, put(tmp_path, "a.tsv", data.encode()), csv_quoting="none")
+    assert rows.texts == texts
+
+
+@pytest.mark.parametrize("quoting", ["auto", "csv", "none"])
+def test_a_file_without_a_header(storage: Storage, tmp_path: Path, quoting: str) -> None:
+    """As the collection.tsv of MS MARCO is."""
+    uri = put(tmp_path, "collection.tsv", b"0\tThe presence of communication\n1\tThe Manhattan Project\n")
+    settings = {"header": ("passage_id", "text"), "csv_quoting": quoting}
+    rows = read_all(storage, uri, **settings)
+    assert rows.ids == ["0", "1"]
+    assert rows.texts == ["The presence of communication", "The Manhattan Project"]
+    with pytest.raises(CorpusError, match=r"first record has 2 fields, corpus\.header names 3 columns"):
+        read_all(storage, uri, **(settings | {"header": ("passage_id", "title", "text")}))
+    with pytest.raises(CorpusError, match="a column name stands twice"):
+        read_all(storage, uri, **(settings | {"header": ("text", "text")}))
+    empty = put(tmp_path, "empty.tsv", b"")
+    assert scan(storage, empty, **settings)[0].spans == ()
+
+
+def test_an_object_that_is_read_in_another_way_is_another_object(storage: Storage, tmp_path: Path) -> None:
+    uris = [
+        put(tmp_path, "a.tsv", b"id\ttext\n1\ta\n"),
+        put(tmp_path, "b.jsonl", b'{"id": "1", "text": "x"}'),
+    ]
+    before = Plan(tuple(scan(storage, uri)[1] for uri in uris), 1)
+    listed = storage.list_files(str(tmp_path))
+    for changes, same in [
+        ({}, uris),
+        ({"csv_quoting": "none"}, uris[1:]),
+        ({"header": ("id", "text")}, uris[1:]),
+    ]:
+        found = unchanged_objects(listed, before, CorpusSettings(uri=str(tmp_path), **changes))
+        assert [uri.removeprefix("file://") for uri in found] == [u.removeprefix("file://") for u in same]
 
 
 def test_csv_that_cannot_be_cut_into_rows(

@@ -22,13 +22,13 @@ from bge_ray.records.ids import (
 )
 from bge_ray.records.model import ModelSpec
 from bge_ray.records.outputs import Output
-from bge_ray.records.plan import CorpusObject, Plan, Span, Unit, find_removal, unit_fingerprint
+from bge_ray.records.plan import Coding, CorpusObject, Plan, Span, Unit, find_removal, unit_fingerprint
 
 TEXT = ColumnType.of(pa.string())
 OUTPUT = Output("embedding", "dense", 4, "float32")
 MODEL = ModelSpec("m", None, "w", "dense", (OUTPUT,), "cls", 16, True, "float32", "q: ", "")
 SPEC = DatasetSpec(MODEL, Columns("id", "text", None, {"lang": TEXT}))
-OBJECT = CorpusObject(3, "s3://b/x", 10, "e", "jsonl", "", (Span(0, 9, 0, (4, 3)), Span(9, 10, 7, (2,))))
+OBJECT = CorpusObject(3, "s3://b/x", 10, "e", Coding("jsonl"), (Span(0, 9, 0, (4, 3)), Span(9, 10, 7, (2,))))
 
 
 ROW = st.integers(0, MAX_ROWS_PER_OBJECT - 1)

@@ -26,10 +26,7 @@ def scan(
 ) -> tuple[ScannedObject, CorpusObject]:
     info = storage.info(uri)
     scanned = scan_object(storage, info, CorpusSettings(uri=uri, **settings), limits)
-    found = CorpusObject(
-        0, info.uri, info.size, info.etag, scanned.format, scanned.compression, scanned.spans
-    )
-    return scanned, found
+    return scanned, scanned.under(0)
 
 
 def resolve(scanned: ScannedObject | Sequence[ScannedObject], **settings: Any) -> Columns:

@@ -1,14 +1,14 @@
 """From the listing of a corpus to a plan: keep the numbers of old objects, scan the new ones."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 import ray
 import ray.data
 
 from bge_ray.errors import CorpusError, StorageError
-from bge_ray.formats.corpus import ScannedObject, check_columns, list_corpus, scan_object
+from bge_ray.formats.corpus import ScannedObject, check_columns, coding_of, scan_object
 from bge_ray.pipeline.engine.progress import Step
 from bge_ray.records.canonical import from_json, to_json
 from bge_ray.records.columns import Columns
@@ -22,14 +22,18 @@ logger = logging.getLogger(__name__)
 MAX_NAMED_OBJECTS = 10
 
 
-def unchanged_objects(listed: Sequence[ObjectInfo], previous: Plan | None) -> dict[str, CorpusObject]:
-    """Return the objects of the previous plan whose content is still the same, by URI."""
+def unchanged_objects(
+    listed: Sequence[ObjectInfo], previous: Plan | None, settings: CorpusSettings
+) -> dict[str, CorpusObject]:
+    """Return the objects of the previous plan whose content is still the same and read the same, by URI."""
     known = {o.uri: o for o in (previous.objects if previous else ())}
-    return {
-        info.uri: known[info.uri]
-        for info in listed
-        if info.uri in known and (info.size, info.etag) == (known[info.uri].size, known[info.uri].etag)
-    }
+    same = {}
+    for info in listed:
+        there = known.get(info.uri)
+        now = (info.size, info.etag, coding_of(info.uri, settings))
+        if there is not None and (there.size, there.etag, there.coding) == now:
+            same[info.uri] = there
+    return same
 
 
 def scan_objects(
@@ -89,28 +93,29 @@ def _scan_batch(batch: pa.Table, storage: Storage, settings: CorpusSettings, lim
 
 
 def extend_plan(
-    listed: Sequence[ObjectInfo], previous: Plan | None, scanned: Sequence[ScannedObject], columns: Columns
+    unchanged: Mapping[str, CorpusObject],
+    previous: Plan | None,
+    scanned: Sequence[ScannedObject],
+    columns: Columns,
 ) -> Plan:
     """Number the new objects after every number ever given, and leave out those that are gone.
 
     An object whose content changed is a new object: its old vectors and ids go with the old number.
 
+    Args:
+        unchanged: the objects that stay, of `unchanged_objects`.
+        previous: the plan before.
+        scanned: the objects that are new, in the order of their numbers.
+        columns: of the data set.
+
     Raises:
         CorpusError: an object lacks a column, or has more rows than a vector id can count.
     """
-    objects = unchanged_objects(listed, previous)
+    objects = dict(unchanged)
     number = previous.next_object_no if previous else 0
     for scan in scanned:
         check_columns(scan, columns)
-        found = CorpusObject(
-            object_no=number,
-            uri=scan.info.uri,
-            size=scan.info.size,
-            etag=scan.info.etag,
-            format=scan.format,
-            compression=scan.compression,
-            spans=scan.spans,
-        )
+        found = scan.under(number)
         if found.n_rows > MAX_ROWS_PER_OBJECT or number >= MAX_OBJECTS:
             raise CorpusError(
                 f"{found.uri}: {found.n_rows} rows as object {number}: too many for a vector id"
@@ -118,12 +123,3 @@ def extend_plan(
         objects[found.uri] = found
         number += 1
     return Plan(tuple(sorted(objects.values(), key=lambda o: o.object_no)), number)
-
-
-def find_changes(
-    storage: Storage, settings: CorpusSettings, previous: Plan | None
-) -> tuple[list[ObjectInfo], list[ObjectInfo]]:
-    """Return (all objects of the corpus, those that the previous plan does not know as they are)."""
-    listed = list_corpus(storage, settings)
-    same = unchanged_objects(listed, previous)
-    return listed, [info for info in listed if info.uri not in same]

@@ -9,10 +9,10 @@ import ray
 
 from bge_ray.dataset.folder import Dataset
 from bge_ray.errors import CorpusError
-from bge_ray.formats.corpus import resolve_columns
+from bge_ray.formats.corpus import list_corpus, resolve_columns
 from bge_ray.model.folder import ModelFolder
 from bge_ray.model.spec import model_folder, resolve_encoder, text_feeder
-from bge_ray.pipeline.embed.planning import extend_plan, find_changes, scan_objects
+from bge_ray.pipeline.embed.planning import extend_plan, scan_objects, unchanged_objects
 from bge_ray.pipeline.embed.tasks import CorpusUnit, SpanTask
 from bge_ray.pipeline.engine.pools import await_pools, device_of, encoder_request
 from bge_ray.pipeline.engine.tasks import run_tasks
@@ -61,7 +61,9 @@ def prepare(settings: Settings) -> Planned:
     # Not before: a data set of an earlier version has no journal, and its files would count as foreign.
     dataset.folder.refuse_foreign(dataset.folder.names)
     number, previous = dataset.latest_plan()
-    listed, changed = find_changes(storage, settings.corpus, previous)
+    listed = list_corpus(storage, settings.corpus)
+    unchanged = unchanged_objects(listed, previous, settings.corpus)
+    changed = [info for info in listed if info.uri not in unchanged]
     refuse_own_files("corpus.uri", (info.uri for info in listed), {"output.uri": settings.output.uri})
     model = _resolve_model(settings, spec_there)
     canaries = spec_there.canaries if spec_there is not None else ()
@@ -83,7 +85,7 @@ def prepare(settings: Settings) -> Planned:
     spec = DatasetSpec(model, columns, canaries)
     if spec_there is not None:
         spec.check_same(spec_there, dataset.root)
-    plan = extend_plan(listed, previous, scanned, columns)
+    plan = extend_plan(unchanged, previous, scanned, columns)
     removal = find_removal(previous, plan)
     _refuse_large(removal, settings, dataset.root)
     todo, still_finished = _subtract(spec, plan, dataset.finished())
