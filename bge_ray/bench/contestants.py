@@ -190,7 +190,7 @@ def ray_map_batches(task: Task) -> Result:
     import ray.data
 
     connect(ResourcesSettings())
-    ray.data.DataContext.get_current().target_max_block_size = 128 << 20
+    ray.data.DataContext.get_current().enable_progress_bars = False
     gpus = 1 if task.device == "cuda" else 0
     seen = (
         ray.data.read_parquet(task.corpus)

@@ -10,6 +10,7 @@ import ray.data
 from bge_ray.errors import CorpusError, StorageError
 from bge_ray.formats.corpus import ScannedObject, check_columns, coding_of, scan_object
 from bge_ray.pipeline.engine.progress import Step
+from bge_ray.pipeline.engine.receipts import data_context
 from bge_ray.records.canonical import from_json, to_json
 from bge_ray.records.columns import Columns
 from bge_ray.records.ids import MAX_OBJECTS, MAX_ROWS_PER_OBJECT
@@ -50,18 +51,19 @@ def scan_objects(
         CorpusError: one or more objects are unreadable; names the first ones and says how many.
     """
     items = [{"info": to_json(info).decode(), "no": number} for number, info in enumerate(infos)]
-    batches = (
-        ray.data.from_items(items, override_num_blocks=len(items))
-        .map_batches(
-            _scan_batch,
-            batch_format="pyarrow",
-            batch_size=1,
-            num_cpus=0.5,
-            compute=ray.data.TaskPoolStrategy(size=num_tasks),
-            fn_kwargs={"storage": storage, "settings": settings, "limits": limits},
+    with data_context():
+        batches = (
+            ray.data.from_items(items, override_num_blocks=len(items))
+            .map_batches(
+                _scan_batch,
+                batch_format="pyarrow",
+                batch_size=1,
+                num_cpus=0.5,
+                compute=ray.data.TaskPoolStrategy(size=num_tasks),
+                fn_kwargs={"storage": storage, "settings": settings, "limits": limits},
+            )
+            .iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
         )
-        .iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
-    )
     with Step("planning", "corpus objects", len(infos), log_interval_s) as step:
         scanned = [row for batch in step.each(batches) for row in batch.to_pylist()]
     scanned.sort(key=lambda row: row["no"])

@@ -60,7 +60,7 @@ def connect(settings: ResourcesSettings) -> None:
     prepare_environment()
     import ray
 
-    _configure_ray_data()
+    _quieten()
     if ray.is_initialized():
         return
     address = settings.address or os.environ.get("RAY_ADDRESS") or LOCAL
@@ -110,20 +110,10 @@ def disconnect() -> None:
             process.kill()
 
 
-def _configure_ray_data() -> None:
-    from ray.data import DataContext
-
+def _quieten() -> None:
     # Our own lines say how far the run is; Ray's warnings still come through.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    context = DataContext.get_current()
-    context.issue_detectors_config.detectors = []
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    # One row is one unit: without this a stream of small units is held back until 128 MiB are there.
-    context.target_max_block_size = 1
-    # A job may wait for its GPUs longer than the half hour after which Ray gives up.
-    context.execution_no_progress_timeout_s = -1
     # Encoders reserve a GPU and a CPU on purpose: the process that feeds the GPU needs a core.
     operators = logging.getLogger("ray.data._internal.execution.operators.map_operator")
     operators.addFilter(_is_news)

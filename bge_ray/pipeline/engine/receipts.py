@@ -1,5 +1,6 @@
 """Draws the receipts of a data path, and ends the path where the run ends before it."""
 
+import contextlib
 import gc
 import queue
 import threading
@@ -54,6 +55,31 @@ class PathEnd:
         """Do nothing."""
 
 
+@contextlib.contextmanager
+def data_context(*callbacks: Any) -> Iterator[None]:
+    """Make data paths under settings of our own; those of the process, of a notebook say, stay.
+
+    A data path takes a copy of the context that it is made under.
+
+    Args:
+        callbacks: what is told of the steps of the paths' executions.
+    """
+    from ray.data import DataContext
+
+    context = DataContext.get_current().copy()
+    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, *callbacks]
+    # Our own lines say how far the run is.
+    context.issue_detectors_config.detectors = []
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # One row is one unit: without this a stream of small units is held back until 128 MiB are there.
+    context.target_max_block_size = 1
+    # A job may wait for its GPUs longer than the half hour after which Ray gives up.
+    context.execution_no_progress_timeout_s = -1
+    with DataContext.current(context):
+        yield
+
+
 def draw_receipts(start: Callable[[], Iterable[T]], watch: Callable[[], None]) -> Iterator[T]:
     """Yield what a data path gives as it comes, calling ``watch`` at least every POLL_S; it raises to stop.
 
@@ -64,17 +90,10 @@ def draw_receipts(start: Callable[[], Iterable[T]], watch: Callable[[], None]) -
         start: makes the data path and returns its output.
         watch: called while waiting.
     """
-    from ray.data import DataContext
-
     end = PathEnd()
-    callbacks: list[Any] = DataContext.get_current().custom_execution_callback_classes
-    callbacks.append(end)
     # Held by the thread alone: who keeps a traceback must not keep the path, and its actors with it.
-    held: list[Iterable[T]] = []
-    try:
-        held.append(start())
-    finally:
-        callbacks.remove(end)
+    with data_context(end):
+        held = [start()]
     ready: queue.SimpleQueue[object] = queue.SimpleQueue()
 
     def draw() -> None:

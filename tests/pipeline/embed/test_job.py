@@ -1,5 +1,6 @@
 """The embed job on a real Ray and a real S3 server: what goes in comes out, once."""
 
+import copy
 import gc
 import gzip
 import json
@@ -222,6 +223,16 @@ def test_a_job_leaves_no_actor_in_a_ray_that_goes_on(bucket: str, tiny_model: Pa
             time.sleep(0.2)
     finally:
         gc.enable()
+
+
+def test_ray_data_of_the_process_stays_as_it_was(bucket: str, tiny_model: Path) -> None:
+    """A notebook's own paths would otherwise be cut into blocks of one byte, and show no progress."""
+    upload(f"{bucket}/corpus", {"x.jsonl": jsonl_bytes([{"id": "1", "text": "one"}])})
+    context = ray.data.DataContext.get_current()
+    before = copy.deepcopy(vars(context))
+    embed(settings_for(bucket, tiny_model))
+    assert ray.data.DataContext.get_current() is context
+    assert vars(context) == before
 
 
 def test_unreadable_objects_are_all_named_and_nothing_is_written(
