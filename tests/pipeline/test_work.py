@@ -59,6 +59,7 @@ def settings_for(root: str, model: Path, *overrides: str) -> Settings:
         "resources.num_encoders": 1,
         "output.storage_timeout_s": 20,
         "output.grace_s": 0,
+        "output.max_removed_fraction": 1,
     }
     return parse_settings(None, [f"{k}={v}" for k, v in keys.items()] + list(overrides))
 
