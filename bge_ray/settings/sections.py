@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeAlias, Union, get_args, get_origin
 
-import fsspec
 import yaml
 from pydantic import (
     BaseModel,
@@ -39,8 +38,8 @@ _CREDENTIALS = re.compile(
 )
 
 
-# Two letters or more: C:/ is a path.
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)")
+# Of two letters or more: C:/ is a path.
+_ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
 
 
 class Section(BaseModel):
@@ -71,13 +70,8 @@ def _check_location(value: str | tuple[str, ...] | None) -> str | tuple[str, ...
     for location in (value,) if isinstance(value, str) else value or ():
         if not location.strip():
             raise ValueError("is empty")
-        if (found := _SCHEME.match(location)) is None:
-            continue
-        scheme, slashes = found.groups()
-        if len(slashes) == 1:
-            raise ValueError(f"one slash is missing: {scheme}://...")
-        if scheme not in fsspec.available_protocols():
-            raise ValueError(f"{scheme}:// is no protocol that fsspec knows, such as s3, gs, az, hf or file")
+        if (found := _ONE_SLASH.match(location)) is not None:
+            raise ValueError(f"one slash is missing: {found[1]}://...")
     return value
 
 

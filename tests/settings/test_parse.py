@@ -44,7 +44,6 @@ def test_overrides_win_over_the_document() -> None:
         ("model.name", "expected section.key=value"),
         ("model.max_length={", "not valid YAML"),
         ("corpus.uri=s3:/bucket/corpus", r"corpus.uri: .* one slash is missing: s3://"),
-        ("output.uri=s4://bucket/out", r"output.uri: .* s4:// is no protocol"),
         ("evaluate.run=[a, 's3:/b']", r"evaluate.run: .* one slash is missing"),
         ("corpus.uri=", r"corpus.uri: .* is empty"),
         ("resources.num_encoders=true", r"resources.num_encoders: .* true is no value of it"),
