@@ -185,12 +185,12 @@ class EmbedWork:
         dataset.create_spec(planned.spec)
         facts.plan(units=len(planned.todo_units), rows=planned.todo_rows)
         if planned.todo:
+            sizes = embed_sizes(self._settings, planned, watch)  # which connects, if planning had no need to
             with running_ledger() as ledger:
-                self._run(facts, watch, ledger)
+                self._run(facts, watch, sizes, ledger)
 
-    def _run(self, facts: RunFacts, watch: Callable[[], None], ledger: ActorHandle) -> None:
+    def _run(self, facts: RunFacts, watch: Callable[[], None], sizes: Sizes, ledger: ActorHandle) -> None:
         settings, planned = self._settings, self._planned
-        sizes = embed_sizes(settings, planned, watch)
         encoders = sizes.pools["encoders"]
         facts.start(sizes.workers("encoders"), time.time())
         attempts, trust = settings.resources.max_unit_attempts, settings.model.trust_remote_code
