@@ -30,6 +30,7 @@ from bge_ray.storage.objects import Storage, join
 from tests.support.corpora import docstrings, jsonl_bytes, mixed_objects, parquet_bytes
 from tests.support.datasets import check_nothing_left_over, read_manifest, read_shards, vectors_by_id
 from tests.support.poison import make_poisonous
+from tests.support.runs import JobProcess
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -143,6 +144,25 @@ def test_new_changed_and_removed_objects_are_all_that_is_done(
     ]
     assert {m.unit.object_no for m in result.manifest.shards} == {2, 3, 4, 5}  # numbers are never given twice
     check_nothing_left_over(f"{bucket}/out")
+
+
+def test_a_process_of_its_own_resumes_what_another_planned(
+    bucket: str, tiny_model: Path, passages: list[dict[str, str]], tmp_path: Path
+) -> None:
+    # Nothing of the corpus changed, so planning needs no Ray: the work itself has to start it.
+    upload(f"{bucket}/corpus", {"x.jsonl": jsonl_bytes(passages[:90])})
+    settings = settings_for(bucket, tiny_model)
+    before = embed(settings).manifest
+    STORAGE.delete([f"{bucket}/out/manifest.json"])
+    keys = {
+        "corpus.uri": f"{bucket}/corpus",
+        "output.uri": f"{bucket}/out",
+        "model.name": tiny_model,
+        "resources.num_encoders": 1,
+    }
+    run = JobProcess(tmp_path / "log", keys)
+    assert run.wait() == 0, run.log()
+    assert read_manifest(f"{bucket}/out") == before
 
 
 BAD_LINES = [
