@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import ray
 
+from bge_ray.dataset.folder import Dataset
 from bge_ray.errors import (
     BgeRayError,
     CorpusError,
@@ -24,6 +25,9 @@ from bge_ray.errors import (
     RejectedRowsError,
 )
 from bge_ray.pipeline.embed.job import embed, plan_only
+from bge_ray.pipeline.embed.prepare import prepare
+from bge_ray.records.canonical import to_json
+from bge_ray.records.dataset import make_manifest
 from bge_ray.records.ids import split_vector_ids
 from bge_ray.settings.sections import Settings, parse_settings
 from bge_ray.storage.objects import Storage, join
@@ -180,6 +184,54 @@ BAD_LINES = [
     (b'{"id": "cut", "text": "no end', "malformed_line"),
     (b'["a", "list"]', "malformed_line"),
 ]
+
+
+def test_small_objects_go_together_and_come_out_one_by_one(bucket: str, tiny_model: Path) -> None:
+    """Of a group that was cut off only what is missing is written, with the bytes of an undisturbed run."""
+    small = [
+        {"id": f"{i}-{j}", "text": f"object {i} row {j} " * (1 + i * 37 % 90)}
+        for i in range(40)
+        for j in range(3)
+    ]
+    objects = {f"{i:02d}.jsonl": jsonl_bytes(small[3 * i : 3 * i + 3]) for i in range(40)}
+    objects["07.jsonl"] += b'{"id": "7-3", "text": ""}\n'
+    upload(f"{bucket}/corpus", objects)
+    limits = ["batching.unit_rows=auto", "corpus.max_rejected_fraction=0.1"]
+    clean = embed(settings_for(bucket, tiny_model, *limits))
+    assert (clean.report.rows_in, clean.report.rows_out, clean.report.units_done) == (121, 120, 40)
+    assert [(m.unit.object_no, m.unit.n_rows) for m in clean.manifest.shards] == [
+        (i, 4 if i == 7 else 3) for i in range(40)
+    ]
+    assert read_shards(f"{bucket}/out")["passage_id"].to_pylist() == [row["id"] for row in small]
+    lost = [m.embeddings.path for m in clean.manifest.shards if m.unit.object_no % 3]
+    STORAGE.delete([f"{bucket}/out/{path}" for path in lost])
+    again = embed(settings_for(bucket, tiny_model, *limits))
+    assert again.report.units_done == len(lost)
+    assert again.manifest == clean.manifest  # sha256 of every file included
+    # One of them changes, one goes: the others stay as they are.
+    upload(f"{bucket}/corpus", {"20.jsonl": jsonl_bytes(small[:2])})
+    STORAGE.delete([f"{bucket}/corpus/21.jsonl"])
+    third = embed(settings_for(bucket, tiny_model, *limits))
+    assert third.report.units_done == 1
+    kept = {m.unit.object_no: m for m in clean.manifest.shards if m.unit.object_no not in (20, 21)}
+    assert {m.unit.object_no: m for m in third.manifest.shards if m.unit.object_no < 40} == kept
+
+
+def test_without_its_dataset_json_nothing_is_mixed_in(bucket: str, tiny_model: Path) -> None:
+    """Of a complete data set it must be restored; a run that died before writing it is planned again."""
+    upload(
+        f"{bucket}/corpus", {"a.jsonl": jsonl_bytes([{"id": str(i), "text": f"text {i}"} for i in range(30)])}
+    )
+    settings = settings_for(bucket, tiny_model)
+    plan = prepare(settings).plan
+    dataset = Dataset(STORAGE, f"{bucket}/out")
+    dataset.folder.claim()
+    dataset.create_plan(1, plan)
+    again = prepare(settings)
+    assert (again.previous_number, again.plan, again.todo_rows) == (1, plan, 30)
+    dataset.folder.put("manifest.json", to_json(make_manifest(again.spec.vector_fingerprint, [])))
+    with pytest.raises(DatasetMismatchError, match=r"dataset\.json is gone.*restore it"):
+        prepare(settings)
 
 
 def test_each_bad_row_is_rejected_with_its_reason_and_the_rest_is_done(bucket: str, tiny_model: Path) -> None:
