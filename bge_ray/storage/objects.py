@@ -28,6 +28,7 @@ from fsspec.core import url_to_fs
 
 from bge_ray.errors import StorageAccessError, StorageError
 from bge_ray.storage.links import ThroughLinks
+from bge_ray.storage.ranges import read_s3_range
 
 if sys.platform != "win32":
     import fcntl
@@ -167,6 +168,8 @@ class Storage:
             return b""
 
         def cat(fs: Any, path: str) -> bytes:
+            if "s3" in _protocols(fs) and (found := read_s3_range(fs, path, start, stop)) is not None:
+                return found
             try:
                 data = bytes(fs.cat_file(path, start=start, end=stop))
             except OSError as error:
