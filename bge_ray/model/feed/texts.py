@@ -1,5 +1,6 @@
 """Texts to packed token ids, on the CPU, exactly as the model's own tokenizer cuts them."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ class TextFeeder:
         *,
         query_instruction: str = "",
         passage_instruction: str = "",
+        lower_case: bool = False,
+        pools_prompt: bool = True,
         trust_remote_code: bool = False,
     ) -> None:
         """Load the tokenizer of a model folder.
@@ -41,6 +44,9 @@ class TextFeeder:
             max_length: tokens kept of a text, special tokens and instruction included.
             query_instruction: put before each query.
             passage_instruction: put before each passage.
+            lower_case: whether texts are lower-cased before all else.
+            pools_prompt: whether the tokens of an instruction are pooled as the others are; where they are
+                not, rows say how many they are.
             trust_remote_code: run Python code found in the folder.
 
         Raises:
@@ -49,10 +55,16 @@ class TextFeeder:
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         if max_length <= tokenizer.num_special_tokens_to_add():
             raise ModelError(f"model.max_length {max_length} leaves no room beside the special tokens")
+        if lower_case:
+            _lower_case(tokenizer.backend_tokenizer)
         self._cutter = Cutter(tokenizer)
         self._max_length = max_length
         self._query_instruction = query_instruction
         self._passage_instruction = passage_instruction
+        self._unpooled: dict[str, int] = {}
+        if not pools_prompt:
+            for instruction in {query_instruction, passage_instruction} - {""}:
+                self._unpooled[instruction] = self._count(instruction, set(tokenizer.all_special_ids))
 
     def passages(self, texts: Sequence[str]) -> PackedTokens:
         """Tokenise n passages, special tokens included, each cut to max_length tokens."""
@@ -65,7 +77,23 @@ class TextFeeder:
     def _cut(self, instruction: str, texts: Sequence[str]) -> PackedTokens:
         if instruction:
             texts = [instruction + text for text in texts]
-        return self._cutter.cut(texts, self._max_length, special_tokens=True)
+        tokens = self._cutter.cut(texts, self._max_length, special_tokens=True)
+        if instruction not in self._unpooled:
+            return tokens
+        n_left_out = np.full(len(texts), self._unpooled[instruction], dtype=np.int32)
+        return dataclasses.replace(tokens, prompt_tokens=n_left_out)
+
+    def _count(self, instruction: str, special: set[int]) -> int:
+        """Return how many tokens an instruction is, counted as sentence-transformers does."""
+        # Alone, and without a special token at its end.
+        ids = self._cutter.cut([instruction], self._max_length, special_tokens=True).input_ids
+        n_tokens = len(ids) - (1 if int(ids[-1]) in special else 0)
+        if n_tokens + 1 >= self._max_length:
+            raise ModelError(
+                f"model.max_length {self._max_length} leaves no room for a text behind the {n_tokens} tokens "
+                f"of {instruction[:60]!r}, which are not pooled"
+            )
+        return n_tokens
 
 
 class Cutter:
@@ -130,6 +158,13 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{folder}: has no fast tokenizer (tokenizer.json)")
     return tokenizer
+
+
+def _lower_case(backend: Any) -> None:
+    """Lower-case texts before all that a tokenizer does to them."""
+    from tokenizers.normalizers import Lowercase, Sequence
+
+    backend.normalizer = Sequence([Lowercase(), *([backend.normalizer] if backend.normalizer else [])])
 
 
 def _rest_is_irrelevant(encoding: Any) -> bool:
