@@ -81,6 +81,12 @@ class ModelFolder:
         return dim
 
     @property
+    def vocab_size(self) -> int | None:
+        """How many tokens the model knows; None if its config.json does not say."""
+        size = self.config.get("vocab_size")
+        return size if isinstance(size, int) else None
+
+    @property
     def n_labels(self) -> int:
         """How many outputs a classification head has, as transformers reads config.json."""
         labels = self.config.get("id2label")

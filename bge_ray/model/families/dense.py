@@ -42,8 +42,8 @@ def resolve(folder: ModelFolder, settings: ModelSettings, *, on_gpu: bool) -> Mo
             that is asked for does not fit.
     """
     card = find_card(settings.name)
+    _refuse_kind(folder, card)
     refuse_code(folder, card, "model", settings.name, trusted=settings.trust_remote_code)
-    _refuse_kind(folder)
     modules = folder.modules
     pooling = _pooling(folder, settings, card)
     if modules is not None:
@@ -88,6 +88,8 @@ def feeder(spec: ModelSpec, folder: Path, *, trust_remote_code: bool) -> TextFee
         passage_instruction=spec.passage_instruction,
         lower_case=opened.lower_cases,
         pools_prompt=opened.modules is None or opened.modules.pools_prompt,
+        pools_first="cls" in spec.pooling.split("+"),
+        vocab_size=opened.vocab_size,
         trust_remote_code=trust_remote_code,
     )
 
@@ -114,9 +116,11 @@ def embedding_head(spec: ModelSpec, folder: Path, how: "Loading") -> "Head":
     )
 
 
-def _refuse_kind(folder: ModelFolder) -> None:
+def _refuse_kind(folder: ModelFolder, card: ModelCard | None) -> None:
     """Refuse what is another kind of model than one that makes one vector of a text."""
     kind = folder.config.get("model_type")
+    if card is not None and card.refused is not None:
+        raise ModelError(f"{folder.path}: {card.id} is not run: {card.refused}")
     if folder.config.get("is_encoder_decoder"):
         raise ModelError(f"{folder.path}: is an encoder with a decoder ({kind}), which is not supported")
 

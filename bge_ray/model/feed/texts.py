@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bge_ray.errors import ModelError
+from bge_ray.model.feed.pipeline import check_first_token, check_vocabulary, take_file
 from bge_ray.records.tokens import PackedTokens
 
 # A text beyond this many characters a token is tokenised by a prefix first. English has about 4.5.
@@ -35,6 +36,8 @@ class TextFeeder:
         passage_instruction: str = "",
         lower_case: bool = False,
         pools_prompt: bool = True,
+        pools_first: bool = False,
+        vocab_size: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         """Load the tokenizer of a model folder.
@@ -47,14 +50,20 @@ class TextFeeder:
             lower_case: whether texts are lower-cased before all else.
             pools_prompt: whether the tokens of an instruction are pooled as the others are; where they are
                 not, rows say how many they are.
+            pools_first: whether the first token is pooled, which is then to be a special one.
+            vocab_size: how many tokens the model knows, if that is known.
             trust_remote_code: run Python code found in the folder.
 
         Raises:
-            ModelError: there is none, it is not a fast one, or max_length has no room for a token of text.
+            ModelError: there is none, it is not a fast one or another model's, or max_length has no room for
+                a token of text.
         """
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         if max_length <= tokenizer.num_special_tokens_to_add():
             raise ModelError(f"model.max_length {max_length} leaves no room beside the special tokens")
+        check_vocabulary(tokenizer, folder, vocab_size)
+        if pools_first:
+            check_first_token(tokenizer, folder)
         if lower_case:
             _lower_case(tokenizer.backend_tokenizer)
         self._cutter = Cutter(tokenizer)
@@ -139,7 +148,7 @@ class Cutter:
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
-    """Load the fast tokenizer of a model folder.
+    """Load the fast tokenizer of a model folder, which reads texts as its tokenizer.json says.
 
     Raises:
         ModelError: there is none, or it is not a fast one.
@@ -157,6 +166,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
         raise ModelError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{folder}: has no fast tokenizer (tokenizer.json)")
+    take_file(tokenizer, folder)
     return tokenizer
 
 
