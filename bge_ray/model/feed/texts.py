@@ -25,7 +25,10 @@ VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 
 class TextFeeder:
-    """The tokenizer of an encoder with a fixed truncation and its instructions; not thread-safe."""
+    """The tokenizer of an encoder with a fixed truncation and its instructions; not thread-safe.
+
+    ``note`` says what a person should know of how texts are read; None if there is nothing.
+    """
 
     def __init__(
         self,
@@ -58,7 +61,7 @@ class TextFeeder:
             ModelError: there is none, it is not a fast one or another model's, or max_length has no room for
                 a token of text.
         """
-        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        tokenizer, self.note = open_tokenizer(folder, trust_remote_code=trust_remote_code)
         if max_length <= tokenizer.num_special_tokens_to_add():
             raise ModelError(f"model.max_length {max_length} leaves no room beside the special tokens")
         check_vocabulary(tokenizer, folder, vocab_size)
@@ -153,6 +156,15 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
     Raises:
         ModelError: there is none, or it is not a fast one.
     """
+    return open_tokenizer(folder, trust_remote_code=trust_remote_code)[0]
+
+
+def open_tokenizer(folder: Path, *, trust_remote_code: bool) -> tuple[Any, str | None]:
+    """Load a tokenizer as `load_tokenizer` does, and say what transformers would have made of it instead.
+
+    Raises:
+        ModelError: there is none, or it is not a fast one.
+    """
     # Without these, transformers 5 makes a tokenizer that knows its special tokens and no word.
     if not any(path.is_file() for pattern in VOCABULARY_FILES for path in folder.glob(pattern)):
         raise ModelError(f"{folder}: has no tokenizer files ({', '.join(VOCABULARY_FILES)})")
@@ -166,8 +178,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
         raise ModelError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{folder}: has no fast tokenizer (tokenizer.json)")
-    take_file(tokenizer, folder)
-    return tokenizer
+    return tokenizer, take_file(tokenizer, folder)
 
 
 def _lower_case(backend: Any) -> None:

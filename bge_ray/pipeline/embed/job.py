@@ -138,6 +138,7 @@ class EmbedWork:
         """Take what is to be done; nothing is written."""
         self._settings, self._planned = settings, planned
         self._markers = dict(planned.finished)
+        self._tokenizer: str | None = None
         self._manifest: Manifest | None = None
         # Of the whole plan, counted once: a receipt must not cost more the more units there are.
         self._rows = sum(unit.n_rows for unit in planned.plan.units())
@@ -235,6 +236,7 @@ class EmbedWork:
             logger.error("unit %s given up: %s", unit.name, facts.failures[-1], extra={"unit": unit.name})
             telemetry.fail_unit()
             return
+        self._tokenizer = receipt.facts.get("tokenizer") or self._tokenizer
         marker = marker_of(receipt.facts["marker"])
         self._markers[marker.unit.name] = marker
         committed = {name: getattr(marker, name) for name in ("rows_out", "tokens", "truncated", "reasons")}
@@ -320,6 +322,7 @@ class EmbedWork:
             objects_removed=len(planned.removal.uris),
             rows_removed=planned.removal.rows,
             removed_uris=planned.removal.uris[:MAX_NAMED_OBJECTS],
+            tokenizer=self._tokenizer,
         )
         return dataclasses.replace(report, advice=tuple(advise_embed(report)))
 

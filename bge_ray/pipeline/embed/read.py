@@ -68,6 +68,7 @@ def _read_span(
                 tokenise_s=time.time() - read,
                 text_bytes=sum(len(text.encode()) for text in passages.texts),
                 lengths=count_lengths(tokens.lengths),
+                tokenizer=load_text_feeder(job.spec.model, trust_remote_code=job.trust_remote_code).note,
             )
             .to_batch()
         )
