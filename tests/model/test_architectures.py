@@ -13,6 +13,8 @@ import transformers
 from bge_ray.errors import ModelError
 from bge_ray.model.run.load import load_config
 from bge_ray.model.run.packed import is_packable
+from bge_ray.model.spec import resolve_encoder
+from bge_ray.settings.sections import ModelSettings
 from tests.model.conftest import encode, resolve, vectors
 from tests.support.models import make_unigram, make_wordpiece, write_pooling
 
@@ -98,6 +100,14 @@ def test_attention_reaches_both_ways(tmp_path: Path) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_bidirectional_attention": False}))
     assert np.abs(vectors(encode(folder, TEXTS)) - both).max() > 1e-2
+
+
+def test_half_precision_on_a_gpu_is_that_of_the_card(tmp_path: Path) -> None:
+    folder = make("gemma3_text", tmp_path / "embeddinggemma-300m", "mean")
+    asked = ModelSettings(name=str(folder))
+    assert resolve_encoder(asked, on_gpu=True).dtype == "bfloat16"
+    assert resolve_encoder(asked, on_gpu=False).dtype == "float32"
+    assert resolve_encoder(asked.model_copy(update={"dtype": "float16"}), on_gpu=True).dtype == "float16"
 
 
 def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:

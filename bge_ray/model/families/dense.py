@@ -62,6 +62,8 @@ def resolve(folder: ModelFolder, settings: ModelSettings, *, on_gpu: bool) -> Mo
                 settings.name,
             )
     dtype = settle_dtype(settings.dtype, on_gpu=on_gpu)
+    if on_gpu and settings.dtype == "auto" and card is not None:
+        dtype = card.dtype
     query, passage = _instructions(folder, settings, card)
     return ModelSpec(
         name=settings.name,
