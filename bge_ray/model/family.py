@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from bge_ray.errors import ModelError
+from bge_ray.model.cards import ModelCard
 from bge_ray.model.feed.pairs import PairFeeder
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.folder import ModelFolder
@@ -36,6 +37,32 @@ def check_length(setting: str, asked: int | None, limit: int | None, name: str) 
     """
     if asked is not None and limit is not None and asked > limit:
         raise ModelError(f"{setting} {asked}: {name} has positions for {limit} tokens")
+
+
+def refuse_code(
+    folder: ModelFolder,
+    card: ModelCard | None,
+    section: Literal["model", "rerank"],
+    name: str,
+    *,
+    trusted: bool,
+) -> None:
+    """Refuse a folder whose own Python code decides its outputs, where that code is not run.
+
+    transformers says nothing when it knows the model's type: its own class is taken, with the same weights,
+    and may make other vectors of them.
+
+    Raises:
+        ModelError: names the files that name the code, and the ways out.
+    """
+    named = folder.code_files()
+    if not named or trusted or (card is not None and card.clears_auto_map):
+        return
+    raise ModelError(
+        f"{name}: {' and '.join(named)} of its folder name Python code (auto_map), without which its outputs "
+        f"may be others. Set {section}.trust_remote_code=true if you trust its author, or take "
+        "auto_map out of the files if transformers' own class is meant"
+    )
 
 
 class Family(Protocol):

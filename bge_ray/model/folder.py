@@ -4,17 +4,25 @@ It reads no weight and knows no torch.
 """
 
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bge_ray.errors import ModelError
+from bge_ray.model.modules import (
+    MODULES_FILE,
+    POOLING_FILE,
+    Modules,
+    read_modules,
+    read_object,
+    read_pooling,
+    transformer_config,
+)
 from bge_ray.model.weights import weight_files
-from bge_ray.settings.sections import Pooling
 
-POOLING_FILE = "1_Pooling/config.json"
-KNOWN_MODULES = {"Transformer", "Pooling", "Normalize"}
+# The names of the prompts that sentence-transformers looks for, in this order.
+QUERY_PROMPTS = ("query",)
+PASSAGE_PROMPTS = ("document", "passage", "corpus")
 # These count positions from padding_idx + 1, so two of their position embeddings are never used.
 OFFSET_POSITION_TYPES = {
     "roberta",
@@ -24,14 +32,6 @@ OFFSET_POSITION_TYPES = {
     "camembert",
     "data2vec-text",
     "mpnet",
-}
-_POOLINGS: dict[str, Pooling] = {
-    "cls": "cls",
-    "cls_token": "cls",
-    "mean": "mean",
-    "mean_tokens": "mean",
-    "lasttoken": "last_token",
-    "last_token": "last_token",
 }
 
 
@@ -49,7 +49,7 @@ class ModelFolder:
         Raises:
             ModelError: it cannot be read.
         """
-        return _read_json(self.path / "config.json")
+        return read_object(self.path / "config.json")
 
     @functools.cached_property
     def weights(self) -> frozenset[str]:
@@ -81,100 +81,82 @@ class ModelFolder:
         return dim
 
     @property
+    def vocab_size(self) -> int | None:
+        """How many tokens the model knows; None if its config.json does not say."""
+        size = self.config.get("vocab_size")
+        return size if isinstance(size, int) else None
+
+    @property
     def n_labels(self) -> int:
         """How many outputs a classification head has, as transformers reads config.json."""
         labels = self.config.get("id2label")
         return len(labels) if isinstance(labels, dict) else int(self.config.get("num_labels", 2))
 
-    def pooling(self) -> Pooling | None:
-        """Return the pooling that sentence-transformers' file says; None if there is none.
+    @functools.cached_property
+    def modules(self) -> Modules | None:
+        """What follows the transformer, as sentence-transformers' files say; None if there are none.
 
         Raises:
-            ModelError: it is one that is not supported.
+            ModelError: names what is not done here, and would make other vectors.
         """
-        config = self._optional(POOLING_FILE)
-        modes = [
-            key.removeprefix("pooling_mode_")
-            for key, on in config.items()
-            if key.startswith("pooling_mode_") and on is True
-        ]
-        if isinstance(config.get("pooling_mode"), str):
-            modes = [config["pooling_mode"]]
-        if len(modes) == 1 and modes[0] in _POOLINGS:
-            return _POOLINGS[modes[0]]
-        if modes:
-            raise ModelError(
-                f"{self.path}: pooling {modes} is not supported; "
-                "set model.pooling to cls, mean or last_token if it fits"
-            )
-        return None
+        return read_modules(self.path)
+
+    def pooling(self) -> str | None:
+        """Return the pooling that sentence-transformers' files say, as `Modules` has it; None if they do not.
+
+        Raises:
+            ModelError: it is one that the library does not have.
+        """
+        if self.modules is not None:
+            return self.modules.pooling
+        return read_pooling(self._optional(POOLING_FILE), self.path)
 
     def trained_length(self) -> int | None:
         """Return the most tokens of a text that sentence-transformers' files say; None if they do not."""
-        trained = self._optional("sentence_bert_config.json").get("max_seq_length")
-        if not trained and (self.path / "modules.json").is_file():
+        trained = transformer_config(self.path).get("max_seq_length")
+        if not trained and (self.path / MODULES_FILE).is_file():
             # Its version 6 keeps the limit with the tokenizer.
             trained = self._optional("tokenizer_config.json").get("model_max_length")
         return int(trained) if trained else None
 
-    def prompts(self) -> dict[str, str | None]:
-        """Return sentence-transformers' prompts by name.
+    @property
+    def lower_cases(self) -> bool:
+        """Whether sentence-transformers lower-cases texts before the tokenizer does what it does."""
+        return bool(transformer_config(self.path).get("do_lower_case"))
+
+    def code_files(self) -> list[str]:
+        """Return which configurations name Python code of the folder."""
+        names = ("config.json", "tokenizer_config.json")
+        return [name for name in names if self._optional(name).get("auto_map")]
+
+    def instructions(self) -> tuple[str, str]:
+        """Return what sentence-transformers' files put before a query and before a passage; empty if nothing.
+
+        A side without a prompt of its own takes the default one, unless that is the other side's.
 
         Raises:
-            ModelError: they are no map of texts.
+            ModelError: they are no texts, or the default names one that is not there.
         """
         name = "config_sentence_transformers.json"
-        prompts = self._optional(name).get("prompts") or {}
+        config = self._optional(name)
+        prompts = config.get("prompts") or {}
         if not isinstance(prompts, dict) or not all(
             isinstance(text, str | None) for text in prompts.values()
         ):
             raise ModelError(f"{self.path}/{name}: prompts is not a map of texts")
-        return prompts
+        default = config.get("default_prompt_name")
+        if default is not None and default not in (*prompts, *QUERY_PROMPTS, *PASSAGE_PROMPTS):
+            raise ModelError(
+                f"{self.path}/{name}: default_prompt_name {default!r} is none of {list(prompts)}"
+            )
 
-    def check_modules(self) -> None:
-        """Refuse a folder whose sentence-transformers modules do more than pool and normalise.
+        def of_side(own: tuple[str, ...], other: tuple[str, ...]) -> str:
+            names = own if default is None or default in other else (*own, default)
+            # The library writes empty prompts by default, which say nothing about the model.
+            return next((text for text in map(prompts.get, names) if text), "")
 
-        Raises:
-            ModelError: names what its vectors would lack.
-        """
-        path = self.path / "modules.json"
-        if not path.is_file():
-            return
-        try:
-            modules = [(str(m["type"]), str(m["path"])) for m in json.loads(path.read_text())]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ModelError(f"{path}: not a list of modules: {error!r}") from error
-        unknown = [kind for kind, _ in modules if kind.rpartition(".")[2] not in KNOWN_MODULES]
-        # The place of each module is part of the claim: what is not looked at must not decide a vector.
-        unknown += [
-            f"{kind} in {place}"
-            for kind, place in modules
-            if (kind.endswith(".Pooling") and f"{place}/config.json" != POOLING_FILE)
-            or (kind.endswith(".Transformer") and place)
-        ]
-        if unknown:
-            raise ModelError(
-                f"{self.path}: modules {unknown} are not supported; its vectors would not be its authors'"
-            )
-        if self._optional("sentence_bert_config.json").get("do_lower_case"):
-            raise ModelError(
-                f"{self.path}: sentence_bert_config.json asks for do_lower_case, which is not supported"
-            )
-        if self._optional(POOLING_FILE).get("include_prompt") is False:
-            raise ModelError(
-                f"{self.path}: pools without its prompt (include_prompt), which is not supported"
-            )
+        return of_side(QUERY_PROMPTS, PASSAGE_PROMPTS), of_side(PASSAGE_PROMPTS, QUERY_PROMPTS)
 
     def _optional(self, name: str) -> dict[str, Any]:
         path = self.path / name
-        return _read_json(path) if path.is_file() else {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object")
-    return value
+        return read_object(path) if path.is_file() else {}

@@ -3,6 +3,7 @@
 What all heads of a model need together decides what its last layer may leave out (`run.last_layer`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -15,8 +16,8 @@ from bge_ray.records.outputs import Output
 
 Needs: TypeAlias = Literal["first_token", "last_token", "all_tokens", "layers"]
 
-# The token whose state a pooling takes; the mean takes all.
-POOLING_NEEDS: dict[str, Needs] = {"cls": "first_token", "last_token": "last_token", "mean": "all_tokens"}
+# The token whose state a pooling takes; every other takes all.
+POOLING_NEEDS: dict[str, Needs] = {"cls": "first_token", "last_token": "last_token"}
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,38 @@ class Head(torch.nn.Module):
 
 
 class Pooled(Head):
-    """The states of a row reduced to one vector."""
+    """The states of a row reduced to one vector, and what a folder's modules make of that."""
 
-    def __init__(self, output: Output, pooling: str, *, normalize: bool) -> None:
-        """Take a pooling (cls, mean or last_token), and whether vectors get unit L2 norm."""
-        super().__init__(output, POOLING_NEEDS[pooling])
+    def __init__(
+        self,
+        output: Output,
+        pooling: str,
+        *,
+        normalize: bool,
+        steps: Sequence[torch.nn.Module] = (),
+        pools_prompt: bool = True,
+    ) -> None:
+        """Take a pooling as `pool` does, and what follows it.
+
+        Args:
+            output: what is made.
+            pooling: of tokens to one vector.
+            normalize: whether vectors get unit L2 norm in the end.
+            steps: (rows, dim) to (rows, dim) of their own, one after the other.
+            pools_prompt: whether a prompt's tokens count; without them, CLS is the first one behind it.
+        """
+        super().__init__(output, POOLING_NEEDS.get(pooling, "all_tokens") if pools_prompt else "all_tokens")
         self._pooling = pooling
         self._normalize = normalize
+        self._steps = torch.nn.ModuleList(steps)
 
     def forward(self, hidden: ModelOutput, inputs: Inputs) -> torch.Tensor:
         """Return (rows, dim) float32."""
-        vectors = pool(hidden.last_hidden_state, inputs, self._pooling)
+        states = hidden.last_hidden_state
+        vectors = pool(states, inputs, self._pooling)
+        for step in self._steps:
+            vectors = step(vectors.to(states.dtype))
+        vectors = vectors.float()
         return F.normalize(vectors, dim=-1) if self._normalize else vectors
 
 

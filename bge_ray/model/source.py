@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 from bge_ray.errors import ModelError, StorageError
 from bge_ray.model.cache import cache_folder, locked
+from bge_ray.model.modules import MODULES_FILE, TRANSFORMER_FILES, list_modules, module_files
 from bge_ray.model.weights import weight_files
 from bge_ray.storage.objects import NO_VERSION, ObjectInfo, Storage
 
@@ -23,7 +24,17 @@ logger = logging.getLogger(__name__)
 Setting: TypeAlias = Literal["model.name", "rerank.model"]
 
 # What from_pretrained may open; anything else in the repository (ONNX twins, pictures) is left there.
-FILE_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.py", "1_Pooling/config.json")
+FILE_PATTERNS = (
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.py",
+    # The modules of sentence-transformers, whose folders are numbered.
+    "[0-9]*_*/config.json",
+    "[0-9]*_*/model.safetensors",
+    "[0-9]*_*/pytorch_model.bin",
+)
 # Taken where there are no safetensors. The other pickles of a repository are the state of its training.
 PICKLED_PATTERNS = ("pytorch_model.bin", "pytorch_model-*.bin")
 # What decides an output beside the weights: architecture, tokenizer, and the files in which
@@ -39,9 +50,8 @@ DECISIVE_FILES = (
     "vocab.json",
     "merges.txt",
     "*.model",
-    "modules.json",
-    "1_Pooling/config.json",
-    "sentence_bert_config.json",
+    MODULES_FILE,
+    *TRANSFORMER_FILES,
     "config_sentence_transformers.json",
 )
 CODE_FILES = ("*.py",)
@@ -68,7 +78,9 @@ def fetch_model(name: str, revision: str | None, setting: Setting = "model.name"
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ModelError(f"{setting} {name}: the folder has no config.json")
+            kinds = ", ".join(kind.rpartition(".")[2] for kind, _ in list_modules(folder) or ())
+            found = f", only sentence-transformers' {kinds}; what is run is a transformer" if kinds else ""
+            raise ModelError(f"{setting} {name}: the folder has no config.json{found}")
         return folder.resolve(), None
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ModelError(
@@ -193,7 +205,8 @@ def hash_model(folder: Path) -> str:
     except OSError as error:
         raise ModelError(f"{folder}: {error}") from error
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    files = sorted(found.union(weights.files, [weights.index] if weights.index is not None else []))
+    found.update(module_files(folder), weights.files, [weights.index] if weights.index is not None else [])
+    files = sorted(found)
     try:
         facts = _facts(files)
         key = hashlib.sha256(json.dumps([str(folder), facts]).encode()).hexdigest()

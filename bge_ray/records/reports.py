@@ -110,6 +110,7 @@ class EmbedReport(Report):
     """Of an embed run; ``plan`` is the number of its plan.
 
     ``removed_uris`` are some of the ``objects_removed`` that left the corpus, and with it the data set.
+    ``tokenizer`` says what a person should know of how this run read texts; None if there is nothing.
     """
 
     output: str
@@ -122,6 +123,7 @@ class EmbedReport(Report):
     objects_removed: int
     rows_removed: int
     removed_uris: tuple[str, ...]
+    tokenizer: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

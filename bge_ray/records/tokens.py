@@ -14,13 +14,15 @@ class PackedTokens:
     ``input_ids`` is (total,) int32, ``offsets`` (n + 1,) int32 with row i at
     ``input_ids[offsets[i]:offsets[i + 1]]`` (what variable-length attention calls ``cu_seqlens``),
     ``truncated`` (n,) bool. ``type_starts`` is (n,) int32, where in each row the second segment begins, for
-    models that tell segments apart.
+    models that tell segments apart. ``prompt_tokens`` is (n,) int32, how many tokens at the start of each row
+    a pooling leaves out, for models that pool without the prompt.
     """
 
     input_ids: npt.NDArray[np.int32]
     offsets: npt.NDArray[np.int32]
     truncated: npt.NDArray[np.bool_]
     type_starts: npt.NDArray[np.int32] | None = None
+    prompt_tokens: npt.NDArray[np.int32] | None = None
 
     @property
     def lengths(self) -> npt.NDArray[np.int32]:
@@ -39,17 +41,20 @@ class PackedTokens:
         """Lay the rows of several parts end to end.
 
         Raises:
-            ValueError: some of them tell segments apart and some do not.
+            ValueError: some of them tell segments apart, or prompts, and some do not.
         """
         lengths = np.concatenate([np.zeros(1, np.int32), *(part.lengths for part in parts)])
-        types = [part.type_starts for part in parts if part.type_starts is not None]
-        if types and len(types) != len(parts):
-            raise ValueError(
-                f"{len(types)} of {len(parts)} parts have segments: they are of different models"
-            )
         return PackedTokens(
             np.concatenate([np.zeros(0, np.int32), *(part.input_ids for part in parts)]),
             np.cumsum(lengths, dtype=np.int32),
             np.concatenate([np.zeros(0, np.bool_), *(part.truncated for part in parts)]),
-            np.concatenate(types) if types else None,
+            _joined("segments", [part.type_starts for part in parts]),
+            _joined("prompts", [part.prompt_tokens for part in parts]),
         )
+
+
+def _joined(name: str, arrays: Sequence[npt.NDArray[np.int32] | None]) -> npt.NDArray[np.int32] | None:
+    there = [array for array in arrays if array is not None]
+    if there and len(there) != len(arrays):
+        raise ValueError(f"{len(there)} of {len(arrays)} parts have {name}: they are of different models")
+    return np.concatenate(there) if there else None

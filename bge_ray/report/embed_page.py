@@ -160,5 +160,6 @@ def _identity(report: EmbedReport) -> list[tuple[str, str]]:
         ("Corpus", report.corpus),
         ("Data set", f"{report.output}, plan {report.plan}"),
         ("Model", words),
+        *([("Tokenizer", report.tokenizer)] if report.tokenizer else []),
         ("Data set fingerprint", report.vector_fingerprint),
     ]

@@ -26,7 +26,7 @@ from bge_ray.errors import SettingsError
 from bge_ray.records.ids import MAX_ROWS_PER_OBJECT
 from bge_ray.records.schemas import RESERVED_COLUMNS
 
-Pooling: TypeAlias = Literal["cls", "mean", "last_token"]
+Pooling: TypeAlias = Literal["cls", "mean", "last_token", "max", "mean_sqrt_len", "weighted_mean"]
 ComputeDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 OutputDtype: TypeAlias = Literal["float32", "float16"]
 Auto: TypeAlias = Literal["auto"]
@@ -142,7 +142,11 @@ class ModelSettings(Section):
     dtype: ComputeDtype | Auto = Field(
         "auto", description="compute dtype; auto is float16 on a GPU and float32 on a CPU"
     )
-    normalize: bool = Field(True, description="scale each vector to unit L2 norm")
+    normalize: bool | Auto = Field(
+        "auto",
+        description="scale each vector to unit L2 norm, which an index needs; auto does, unless the modules "
+        "of sentence-transformers in the model folder do not",
+    )
     query_instruction: str | None = Field(
         None, description="text put before a query; null takes the model card's, an empty string means none"
     )

@@ -16,6 +16,7 @@ def pack(rows: list[list[int]], *, types: bool = False) -> PackedTokens:
         np.cumsum([0, *map(len, rows)]).astype(np.int32),
         np.array([len(row) > 2 for row in rows], np.bool_),
         np.array([len(row) // 2 for row in rows], np.int32) if types else None,
+        np.array([len(row) + 1 for row in rows], np.int32) if types else None,
     )
 
 
@@ -29,6 +30,7 @@ def test_parts_end_to_end_are_the_rows_of_all(parts: list[list[list[int]]], type
         assert a.dtype == b.dtype and a.tolist() == b.tolist()
     if types and parts:
         assert joined.type_starts.tolist() == whole.type_starts.tolist()
+        assert joined.prompt_tokens.tolist() == whole.prompt_tokens.tolist()
     chosen = np.arange(len(rows))[::-1]
     assert joined.lengths_of(chosen).tolist() == [len(row) for row in rows][::-1]
 

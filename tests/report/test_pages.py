@@ -80,6 +80,12 @@ def test_what_left_the_data_set_is_named() -> None:
     assert "left the corpus" not in PAGES["embed"].decode()
 
 
+def test_how_texts_were_read_is_shown_where_there_is_something_to_say() -> None:
+    said = embed_page(embed_report(tokenizer=f"other tokens {HOSTILE}")).decode()
+    assert "Tokenizer" in said and "other tokens" in said and HOSTILE not in said
+    assert "Tokenizer" not in embed_page(embed_report()).decode()
+
+
 def test_pictures_are_there_where_there_is_something_to_draw() -> None:
     assert {job: page.count(b"<svg") for job, page in PAGES.items()} == {
         "embed": 2,

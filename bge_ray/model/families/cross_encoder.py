@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bge_ray.errors import ModelError
-from bge_ray.model.family import Role, check_length, settle_dtype
+from bge_ray.model.cards import find_card
+from bge_ray.model.family import Role, check_length, refuse_code, settle_dtype
 from bge_ray.model.feed.pairs import PairFeeder
 from bge_ray.model.folder import ModelFolder
 from bge_ray.model.source import hash_model
@@ -49,6 +50,8 @@ def resolve(folder: ModelFolder, settings: RerankSettings, *, on_gpu: bool) -> M
         ModelError: a weight of the head is missing and would be drawn at random, and every score with it; or
             it has several outputs.
     """
+    card = find_card(settings.model)
+    refuse_code(folder, card, "rerank", settings.model, trusted=settings.trust_remote_code)
     weights_sha256 = hash_model(folder.path)
     if folder.n_labels != 1:
         raise ModelError(

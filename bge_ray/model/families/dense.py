@@ -1,4 +1,4 @@
-"""Encoders with one vector a text: any that transformers loads as a bare model, and a pooling."""
+"""Encoders with one vector a text: any bare model of transformers, a pooling, and what follows that."""
 
 import logging
 from collections.abc import Sequence
@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from bge_ray.errors import ModelError
 from bge_ray.model.cards import ModelCard, find_card
-from bge_ray.model.family import Role, check_length, settle_dtype
+from bge_ray.model.family import Role, check_length, refuse_code, settle_dtype
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.folder import ModelFolder
+from bge_ray.model.modules import pooled_dim
 from bge_ray.model.source import hash_model
 from bge_ray.records.model import EMBEDDING, ModelSpec
 from bge_ray.records.outputs import Output
@@ -34,13 +35,35 @@ def recognises(folder: ModelFolder) -> bool:  # noqa: ARG001 - the last of the t
 
 
 def resolve(folder: ModelFolder, settings: ModelSettings, *, on_gpu: bool) -> ModelSpec:
-    """Settle pooling, length, instructions and dtypes as asked, else as the folder or its card says."""
+    """Settle pooling, length, instructions and dtypes as asked, else as the folder or its card says.
+
+    Raises:
+        ModelError: a module of the folder is not run here, its code would decide the vectors, or something
+            that is asked for does not fit.
+    """
     card = find_card(settings.name)
-    dim = folder.hidden_size
+    _refuse_kind(folder, card)
+    refuse_code(folder, card, "model", settings.name, trusted=settings.trust_remote_code)
+    modules = folder.modules
+    pooling = _pooling(folder, settings, card)
+    if modules is not None:
+        dim = modules.dim(folder.hidden_size, pooling, folder.path)
+    else:
+        dim = pooled_dim(folder.hidden_size, pooling)
     if card is not None and card.dim != dim:
-        logger.warning("%s: its vectors have %d dimensions, %s has %d", folder.path, dim, card.id, card.dim)
-    folder.check_modules()
+        logger.warning("%s: its vectors have %d dimensions, %s has %s", folder.path, dim, card.id, card.dim)
+    normalize = settings.normalize
+    if normalize == "auto":
+        normalize = modules is None or modules.ends_normalized
+        if not normalize:
+            logger.warning(
+                "%s: its modules do not scale vectors to unit norm, so they are not; an index needs them so: "
+                "set model.normalize=true",
+                settings.name,
+            )
     dtype = settle_dtype(settings.dtype, on_gpu=on_gpu)
+    if on_gpu and settings.dtype == "auto" and card is not None:
+        dtype = card.dtype
     query, passage = _instructions(folder, settings, card)
     return ModelSpec(
         name=settings.name,
@@ -48,9 +71,9 @@ def resolve(folder: ModelFolder, settings: ModelSettings, *, on_gpu: bool) -> Mo
         weights_sha256=hash_model(folder.path),
         family=NAME,
         outputs=(Output(EMBEDDING, "dense", dim, "float32" if dtype == "float32" else "float16"),),
-        pooling=_pooling(folder, settings, card),
+        pooling=pooling,
         max_length=_max_length(folder, settings, card),
-        normalize=settings.normalize,
+        normalize=normalize,
         dtype=dtype,
         query_instruction=query,
         passage_instruction=passage,
@@ -59,22 +82,49 @@ def resolve(folder: ModelFolder, settings: ModelSettings, *, on_gpu: bool) -> Mo
 
 def feeder(spec: ModelSpec, folder: Path, *, trust_remote_code: bool) -> TextFeeder:
     """Load the tokenizer, with the spec's instructions."""
+    opened = ModelFolder(folder)
     return TextFeeder(
         folder,
         spec.max_length,
         query_instruction=spec.query_instruction,
         passage_instruction=spec.passage_instruction,
+        lower_case=opened.lower_cases,
+        pools_prompt=opened.modules is None or opened.modules.pools_prompt,
+        pools_first="cls" in spec.pooling.split("+"),
+        vocab_size=opened.vocab_size,
         trust_remote_code=trust_remote_code,
     )
 
 
 def load(spec: ModelSpec, folder: Path, how: "Loading") -> "tuple[torch.nn.Module, Sequence[Head]]":
-    """Load the encoder and the pooling."""
-    from bge_ray.model.heads import Pooled
+    """Load the encoder, the pooling and what follows it."""
     from bge_ray.model.run.load import load_encoder
 
-    head = Pooled(spec.output(EMBEDDING), spec.pooling, normalize=spec.normalize)
-    return load_encoder(folder, how), (head,)
+    return load_encoder(folder, how), (embedding_head(spec, folder, how),)
+
+
+def embedding_head(spec: ModelSpec, folder: Path, how: "Loading") -> "Head":
+    """Load what makes the embedding of states."""
+    from bge_ray.model.heads import Pooled
+    from bge_ray.model.run.steps import load_steps
+
+    modules = ModelFolder(folder).modules
+    return Pooled(
+        spec.output(EMBEDDING),
+        spec.pooling,
+        normalize=spec.normalize,
+        steps=load_steps(modules.inner_steps, how.dtype) if modules else (),
+        pools_prompt=modules is None or modules.pools_prompt,
+    )
+
+
+def _refuse_kind(folder: ModelFolder, card: ModelCard | None) -> None:
+    """Refuse what is another kind of model than one that makes one vector of a text."""
+    kind = folder.config.get("model_type")
+    if card is not None and card.refused is not None:
+        raise ModelError(f"{folder.path}: {card.id} is not run: {card.refused}")
+    if folder.config.get("is_encoder_decoder"):
+        raise ModelError(f"{folder.path}: is an encoder with a decoder ({kind}), which is not supported")
 
 
 def _pooling(folder: ModelFolder, settings: ModelSettings, card: ModelCard | None) -> str:
@@ -83,26 +133,26 @@ def _pooling(folder: ModelFolder, settings: ModelSettings, card: ModelCard | Non
     pooling = folder.pooling() or (card.pooling if card else None)
     if pooling is None:
         raise ModelError(
-            f"{folder.path}: neither 1_Pooling/config.json nor a model card says how to pool; "
-            "set model.pooling"
+            f"{folder.path}: neither modules.json nor 1_Pooling/config.json nor a model card says how to "
+            "pool; set model.pooling"
         )
     return pooling
 
 
 def _max_length(folder: ModelFolder, settings: ModelSettings, card: ModelCard | None) -> int:
-    limit = folder.positions or (card.max_length if card else DEFAULT_MAX_LENGTH)
+    known = card.max_length if card else None
+    limit = folder.positions or known or DEFAULT_MAX_LENGTH
     check_length("model.max_length", settings.max_length, limit, settings.name)
-    wanted = folder.trained_length() or (card.max_length if card else limit)
+    wanted = folder.trained_length() or known or limit
     return settings.max_length or min(wanted, limit)
 
 
 def _instructions(folder: ModelFolder, settings: ModelSettings, card: ModelCard | None) -> tuple[str, str]:
     """Return what is put before a query and before a passage."""
-    prompts = folder.prompts()
-    query, passage = settings.query_instruction, settings.passage_instruction
-    if query is None:
-        # sentence-transformers writes an empty prompt by default, which says nothing about the model.
-        query = prompts.get("query") or (card.query_instruction if card else "")
-    if passage is None:
-        passage = prompts.get("document") or prompts.get("passage") or ""
-    return query, passage
+    query, passage = folder.instructions()
+    if card is not None:
+        query, passage = query or card.query_prefix(), passage or card.passage_instruction
+    return (
+        query if settings.query_instruction is None else settings.query_instruction,
+        passage if settings.passage_instruction is None else settings.passage_instruction,
+    )

@@ -1,5 +1,6 @@
 """Texts to packed token ids, on the CPU, exactly as the model's own tokenizer cuts them."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bge_ray.errors import ModelError
+from bge_ray.model.feed.pipeline import check_first_token, check_vocabulary, take_file
 from bge_ray.records.tokens import PackedTokens
 
 # A text beyond this many characters a token is tokenised by a prefix first. English has about 4.5.
@@ -23,7 +25,10 @@ VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 
 class TextFeeder:
-    """The tokenizer of an encoder with a fixed truncation and its instructions; not thread-safe."""
+    """The tokenizer of an encoder with a fixed truncation and its instructions; not thread-safe.
+
+    ``note`` says what a person should know of how texts are read; None if there is nothing.
+    """
 
     def __init__(
         self,
@@ -32,6 +37,10 @@ class TextFeeder:
         *,
         query_instruction: str = "",
         passage_instruction: str = "",
+        lower_case: bool = False,
+        pools_prompt: bool = True,
+        pools_first: bool = False,
+        vocab_size: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         """Load the tokenizer of a model folder.
@@ -41,18 +50,33 @@ class TextFeeder:
             max_length: tokens kept of a text, special tokens and instruction included.
             query_instruction: put before each query.
             passage_instruction: put before each passage.
+            lower_case: whether texts are lower-cased before all else.
+            pools_prompt: whether the tokens of an instruction are pooled as the others are; where they are
+                not, rows say how many they are.
+            pools_first: whether the first token is pooled, which is then to be a special one.
+            vocab_size: how many tokens the model knows, if that is known.
             trust_remote_code: run Python code found in the folder.
 
         Raises:
-            ModelError: there is none, it is not a fast one, or max_length has no room for a token of text.
+            ModelError: there is none, it is not a fast one or another model's, or max_length has no room for
+                a token of text.
         """
-        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        tokenizer, self.note = open_tokenizer(folder, trust_remote_code=trust_remote_code)
         if max_length <= tokenizer.num_special_tokens_to_add():
             raise ModelError(f"model.max_length {max_length} leaves no room beside the special tokens")
+        check_vocabulary(tokenizer, folder, vocab_size)
+        if pools_first:
+            check_first_token(tokenizer, folder)
+        if lower_case:
+            _lower_case(tokenizer.backend_tokenizer)
         self._cutter = Cutter(tokenizer)
         self._max_length = max_length
         self._query_instruction = query_instruction
         self._passage_instruction = passage_instruction
+        self._unpooled: dict[str, int] = {}
+        if not pools_prompt:
+            for instruction in {query_instruction, passage_instruction} - {""}:
+                self._unpooled[instruction] = self._count(instruction, set(tokenizer.all_special_ids))
 
     def passages(self, texts: Sequence[str]) -> PackedTokens:
         """Tokenise n passages, special tokens included, each cut to max_length tokens."""
@@ -65,7 +89,23 @@ class TextFeeder:
     def _cut(self, instruction: str, texts: Sequence[str]) -> PackedTokens:
         if instruction:
             texts = [instruction + text for text in texts]
-        return self._cutter.cut(texts, self._max_length, special_tokens=True)
+        tokens = self._cutter.cut(texts, self._max_length, special_tokens=True)
+        if instruction not in self._unpooled:
+            return tokens
+        n_left_out = np.full(len(texts), self._unpooled[instruction], dtype=np.int32)
+        return dataclasses.replace(tokens, prompt_tokens=n_left_out)
+
+    def _count(self, instruction: str, special: set[int]) -> int:
+        """Return how many tokens an instruction is, counted as sentence-transformers does."""
+        # Alone, and without a special token at its end.
+        ids = self._cutter.cut([instruction], self._max_length, special_tokens=True).input_ids
+        n_tokens = len(ids) - (1 if int(ids[-1]) in special else 0)
+        if n_tokens + 1 >= self._max_length:
+            raise ModelError(
+                f"model.max_length {self._max_length} leaves no room for a text behind the {n_tokens} tokens "
+                f"of {instruction[:60]!r}, which are not pooled"
+            )
+        return n_tokens
 
 
 class Cutter:
@@ -111,7 +151,16 @@ class Cutter:
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
-    """Load the fast tokenizer of a model folder.
+    """Load the fast tokenizer of a model folder, which reads texts as its tokenizer.json says.
+
+    Raises:
+        ModelError: there is none, or it is not a fast one.
+    """
+    return open_tokenizer(folder, trust_remote_code=trust_remote_code)[0]
+
+
+def open_tokenizer(folder: Path, *, trust_remote_code: bool) -> tuple[Any, str | None]:
+    """Load a tokenizer as `load_tokenizer` does, and say what transformers would have made of it instead.
 
     Raises:
         ModelError: there is none, or it is not a fast one.
@@ -129,7 +178,14 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
         raise ModelError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{folder}: has no fast tokenizer (tokenizer.json)")
-    return tokenizer
+    return tokenizer, take_file(tokenizer, folder)
+
+
+def _lower_case(backend: Any) -> None:
+    """Lower-case texts before all that a tokenizer does to them."""
+    from tokenizers.normalizers import Lowercase, Sequence
+
+    backend.normalizer = Sequence([Lowercase(), *([backend.normalizer] if backend.normalizer else [])])
 
 
 def _rest_is_irrelevant(encoding: Any) -> bool:

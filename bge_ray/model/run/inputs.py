@@ -18,12 +18,14 @@ class Inputs:
     """Arguments of one model call, and where its rows lie.
 
     ``mask`` is (rows, width) bool, True for tokens, or None if no row is padded; ``borders`` is
-    (rows + 1,) int64 if the rows are packed into one.
+    (rows + 1,) int64 if the rows are packed into one. ``prompt_tokens`` is (rows,) int64, how many tokens at
+    the start of each row a pooling leaves out; None if it takes all.
     """
 
     arguments: dict[str, Any]
     mask: torch.Tensor | None = None
     borders: torch.Tensor | None = None
+    prompt_tokens: torch.Tensor | None = None
 
 
 def padded_inputs(
@@ -41,11 +43,12 @@ def padded_inputs(
         types = np.zeros(filled.shape, dtype=np.int64)
         types[filled] = within >= np.repeat(source.type_starts[rows], lengths)
         arguments["token_type_ids"] = _to(types, device)
+    prompts = _prompts(source, rows, device)
     if filled.all():  # attention without a mask takes the fastest kernel, and no mask is built
-        return Inputs(arguments)
+        return Inputs(arguments, prompt_tokens=prompts)
     mask = _to(filled, device)
     arguments["attention_mask"] = mask
-    return Inputs(arguments, mask=mask)
+    return Inputs(arguments, mask=mask, prompt_tokens=prompts)
 
 
 def packed_inputs(
@@ -71,39 +74,97 @@ def packed_inputs(
         "runs": equal_runs(lengths),
         "max_seqlen": int(lengths.max()),
     }
-    return Inputs(arguments, borders=where)
+    return Inputs(arguments, borders=where, prompt_tokens=_prompts(source, rows, device))
 
 
 def pool(hidden: torch.Tensor, inputs: Inputs, pooling: str) -> torch.Tensor:
-    """Reduce token states to one a row.
+    """Reduce token states to one vector a row.
 
     Args:
         hidden: (rows, width, dim) padded on the right; packed (1, tokens, dim), or (1, rows, dim) where
             `last_layer.keep_one_token` left the token of this pooling alone.
         inputs: of the call that made them.
-        pooling: cls, mean or last_token.
+        pooling: cls, mean, last_token, max, mean_sqrt_len (the sum over the root of the length) or
+            weighted_mean (by the place in the row, from 1); several joined with ``+`` are laid side by side.
 
     Returns:
-        (rows, dim) float32; the mean is taken in float32, where a sum of half-precision states is safe.
+        (rows, dim) float32, dim times the number of poolings; sums are taken in float32, where one of
+        half-precision states is safe. A row of which the prompt is all has NaN where something is averaged.
     """
-    if inputs.borders is not None:
-        if pooling == "mean":
-            return torch.segment_reduce(hidden[0].float(), "mean", lengths=inputs.borders.diff())
-        if hidden.shape[1] == len(inputs.borders) - 1:  # one state a row, also where each row has one token
-            return hidden[0].float()
-        return hidden[0, inputs.borders[:-1] if pooling == "cls" else inputs.borders[1:] - 1].float()
-    if pooling == "cls":
-        return hidden[:, 0].float()
-    if pooling == "last_token":
+    modes = pooling.split("+")
+    one_of = _packed if inputs.borders is not None else _padded
+    made = [one_of(hidden, inputs, mode) for mode in modes]
+    return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
+
+
+def _packed(hidden: torch.Tensor, inputs: Inputs, mode: str) -> torch.Tensor:
+    borders = torch.as_tensor(inputs.borders)
+    states, lengths = hidden[0], borders.diff()
+    if mode in ("cls", "last_token"):
+        if len(states) == len(lengths):  # one state a row, also where each row has one token
+            return states.float()
+        if mode == "last_token":
+            return states[borders[1:] - 1].float()
+        return states[borders[:-1] + _first_tokens(lengths, inputs)].float()
+    if mode == "mean" and inputs.prompt_tokens is None:
+        return torch.segment_reduce(states.float(), "mean", lengths=lengths)
+    within = torch.arange(len(states), device=states.device) - borders[:-1].repeat_interleave(lengths)
+    if inputs.prompt_tokens is not None:
+        kept = within >= inputs.prompt_tokens.repeat_interleave(lengths)
+        states, within = states[kept], within[kept]
+        lengths = (lengths - inputs.prompt_tokens).clamp(min=0)
+    if mode == "max":
+        return torch.segment_reduce(states.float(), "max", lengths=lengths)
+    weights = (
+        (within + 1).float() if mode == "weighted_mean" else torch.ones_like(within, dtype=torch.float32)
+    )
+    total = torch.segment_reduce(states.float() * weights[:, None], "sum", lengths=lengths)
+    return total / _denominator(torch.segment_reduce(weights, "sum", lengths=lengths), mode)
+
+
+def _padded(hidden: torch.Tensor, inputs: Inputs, mode: str) -> torch.Tensor:
+    n_rows, width = hidden.shape[:2]
+    if mode == "last_token":
         if inputs.mask is None:
             return hidden[:, -1].float()
         last = inputs.mask.sum(1) - 1
-        return hidden[torch.arange(len(hidden), device=hidden.device), last].float()
-    if inputs.mask is None:
+        return hidden[torch.arange(n_rows, device=hidden.device), last].float()
+    if mode == "cls":
+        if inputs.prompt_tokens is None:
+            return hidden[:, 0].float()
+        lengths = torch.full_like(inputs.prompt_tokens, width) if inputs.mask is None else inputs.mask.sum(1)
+        return hidden[torch.arange(n_rows, device=hidden.device), _first_tokens(lengths, inputs)].float()
+    if inputs.mask is None and inputs.prompt_tokens is None and mode == "mean":
         return hidden.float().mean(1)
+    within = torch.arange(width, device=hidden.device)
+    kept = torch.ones((n_rows, width), dtype=torch.bool, device=hidden.device)
+    kept = kept if inputs.mask is None else inputs.mask
+    if inputs.prompt_tokens is not None:
+        kept = kept & (within >= inputs.prompt_tokens[:, None])
     # where() and not a product: padding may hold NaN that must not reach the row (NaN times 0 is NaN).
-    kept = torch.where(inputs.mask.unsqueeze(-1), hidden.float(), 0.0)
-    return kept.sum(1) / inputs.mask.sum(1, keepdim=True)
+    if mode == "max":
+        return torch.where(kept.unsqueeze(-1), hidden.float(), -torch.inf).amax(1)
+    weights = kept * (within + 1.0) if mode == "weighted_mean" else kept.float()
+    states = torch.where(kept.unsqueeze(-1), hidden.float(), 0.0)
+    return (states * weights.unsqueeze(-1)).sum(1) / _denominator(weights.sum(1), mode)
+
+
+def _denominator(weights: torch.Tensor, mode: str) -> torch.Tensor:
+    """Return (rows, 1) what a sum is divided by, of (rows,) sums of weights."""
+    return (weights.sqrt() if mode == "mean_sqrt_len" else weights).unsqueeze(-1)
+
+
+def _first_tokens(lengths: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    """Return (rows,) which token of each row is the first for a pooling: behind a prompt left out."""
+    if inputs.prompt_tokens is None:
+        return torch.zeros_like(lengths)
+    return torch.where(inputs.prompt_tokens < lengths, inputs.prompt_tokens, 0)
+
+
+def _prompts(source: PackedTokens, rows: IdArray, device: torch.device) -> torch.Tensor | None:
+    if source.prompt_tokens is None:
+        return None
+    return _to(source.prompt_tokens[rows].astype(np.int64), device)
 
 
 def _gather(

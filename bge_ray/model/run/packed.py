@@ -18,7 +18,7 @@ ATTENTION = "bge_ray_packed"
 # Architectures whose forward pass touches other tokens in the attention function only, and that pass
 # their keyword arguments down to it; each is compared with its padded path in tests/model.
 ABSOLUTE_POSITIONS = {"bert"}
-OFFSET_POSITIONS = {"roberta", "xlm-roberta"}
+OFFSET_POSITIONS = {"camembert", "roberta", "xlm-roberta"}
 PACKABLE = ABSOLUTE_POSITIONS | OFFSET_POSITIONS
 
 # What the flash kernels behind varlen_attn ask for.

@@ -140,6 +140,7 @@ class EmbedWork:
         """Take what is to be done; nothing is written."""
         self._settings, self._planned = settings, planned
         self._markers = dict(planned.finished)
+        self._tokenizer: str | None = None
         self._manifest: Manifest | None = None
         # Of the whole plan, counted once: a receipt must not cost more the more units there are.
         self._rows = sum(unit.n_rows for unit in planned.plan.units())
@@ -237,6 +238,7 @@ class EmbedWork:
                 logger.error("unit %s given up: %s", unit.name, facts.failures[-1], extra={"unit": unit.name})
                 telemetry.fail_unit()
             return
+        self._tokenizer = receipt.facts.get("tokenizer") or self._tokenizer
         markers = [marker_of(tree) for tree in receipt.facts["markers"]]
         self._markers |= {marker.unit.name: marker for marker in markers}
         committed = {
@@ -328,6 +330,7 @@ class EmbedWork:
             objects_removed=len(planned.removal.uris),
             rows_removed=planned.removal.rows,
             removed_uris=planned.removal.uris[:MAX_NAMED_OBJECTS],
+            tokenizer=self._tokenizer,
         )
         return dataclasses.replace(report, advice=tuple(advise_embed(report)))
 

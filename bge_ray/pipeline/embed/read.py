@@ -119,6 +119,7 @@ def _filled(
             tokenise_s=time.time() - read,
             text_bytes=sum(len(text.encode()) for part in parts for text in part.passages.texts),
             lengths=count_lengths(tokens.lengths),
+            tokenizer=load_text_feeder(job.spec.model, trust_remote_code=job.trust_remote_code).note,
         )
         .to_batch()
     )

@@ -15,7 +15,9 @@ from bge_ray.records.tokens import PackedTokens
 
 # Reason and detail of a row that is left out.
 Fault: TypeAlias = tuple[str, str]
-TOKEN_COLUMNS = ("input_ids", "type_start")
+# Numbers that some models need of each row, by the name of the array of `PackedTokens`.
+_ROW_NUMBERS = {"type_start": "type_starts", "prompt_tokens": "prompt_tokens"}
+TOKEN_COLUMNS = ("input_ids", *_ROW_NUMBERS)
 
 
 def whole(column: pa.ChunkedArray) -> pa.Array:
@@ -43,7 +45,8 @@ def with_tokens(table: pa.Table, rows: IdArray, tokens: PackedTokens) -> pa.Tabl
         tokens: of m texts. Its values are taken over, not copied.
 
     Returns:
-        The table with ``input_ids`` and, where texts have a second segment, ``type_start``.
+        The table with ``input_ids`` and, where texts have a second segment, ``type_start``, and where a
+        prompt is left out, ``prompt_tokens``.
     """
     lengths = np.zeros(len(table), np.int32)
     lengths[rows] = tokens.lengths
@@ -55,11 +58,13 @@ def with_tokens(table: pa.Table, rows: IdArray, tokens: PackedTokens) -> pa.Tabl
         pa.array(offsets), pa.array(tokens.input_ids), mask=pa.array(missing) if missing.any() else None
     )
     table = table.append_column("input_ids", ids)
-    if tokens.type_starts is None:
-        return table
-    starts = np.zeros(len(table), np.int32)
-    starts[rows] = tokens.type_starts
-    return table.append_column("type_start", pa.array(starts, mask=missing))
+    for column, field in _ROW_NUMBERS.items():
+        given = getattr(tokens, field)
+        if given is not None:
+            numbers = np.zeros(len(table), np.int32)
+            numbers[rows] = given
+            table = table.append_column(column, pa.array(numbers, mask=missing))
+    return table
 
 
 def packed_tokens(table: pa.Table) -> tuple[IdArray, PackedTokens]:
@@ -72,11 +77,13 @@ def packed_tokens(table: pa.Table) -> tuple[IdArray, PackedTokens]:
     # A row without token ids is empty, so that the others still lie end to end.
     offsets = np.zeros(len(rows) + 1, np.int32)
     np.cumsum(np.diff(ids.offsets.to_numpy())[rows], out=offsets[1:])
-    starts = None
-    if "type_start" in table.column_names and len(rows):
-        starts = whole(table["type_start"]).take(pa.array(rows)).to_numpy().astype(np.int32)
+    numbers = {
+        field: whole(table[column]).take(pa.array(rows)).to_numpy().astype(np.int32)
+        for column, field in _ROW_NUMBERS.items()
+        if column in table.column_names and len(rows)
+    }
     values = ids.values.to_numpy()[: offsets[-1]]
-    return rows, PackedTokens(values, offsets, np.zeros(len(rows), np.bool_), starts)
+    return rows, PackedTokens(values, offsets, np.zeros(len(rows), np.bool_), **numbers)
 
 
 def without_tokens(table: pa.Table) -> pa.Table:

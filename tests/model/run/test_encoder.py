@@ -113,6 +113,61 @@ def test_pooling_against_a_loop(lengths: list[int], pooling: str, seed: int) -> 
         )
 
 
+POOLINGS = {
+    "cls": lambda rows, places: rows[0],
+    "mean": lambda rows, places: rows.mean(0),
+    "last_token": lambda rows, places: rows[-1],
+    "max": lambda rows, places: rows.max(0),
+    "mean_sqrt_len": lambda rows, places: rows.sum(0) / np.sqrt(len(rows)),
+    "weighted_mean": lambda rows, places: (rows * places[:, None]).sum(0) / places.sum(),
+}
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 8)), min_size=1, max_size=6),
+    st.lists(st.sampled_from(list(POOLINGS)), min_size=1, max_size=3, unique=True),
+    st.integers(0, 9999),
+)
+@settings(max_examples=80, deadline=None)
+def test_poolings_side_by_side_without_prompts_against_a_loop(
+    drawn: list[tuple[int, int]], poolings: list[str], seed: int
+) -> None:
+    lengths, prompts = [n for n, _ in drawn], [min(p, n - 1) for n, p in drawn]
+    rng = np.random.default_rng(seed)
+    rows = [rng.standard_normal((n, 4)).astype(np.float32) for n in lengths]
+    expected = np.stack(
+        [
+            np.concatenate([POOLINGS[p](row[skip:], np.arange(skip, len(row)) + 1) for p in poolings])
+            for row, skip in zip(rows, prompts, strict=True)
+        ]
+    )
+    hidden = np.full((len(rows), max(lengths), 4), np.nan, dtype=np.float32)
+    mask = np.zeros(hidden.shape[:2], dtype=np.bool_)
+    for i, row in enumerate(rows):
+        hidden[i, : len(row)], mask[i, : len(row)] = row, True
+    left_out, joined = torch.tensor(prompts), "+".join(poolings)
+    padded = Inputs({}, mask=None if mask.all() else torch.from_numpy(mask), prompt_tokens=left_out)
+    got = pool(torch.from_numpy(hidden), padded, joined)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    borders = torch.from_numpy(np.cumsum([0, *lengths]))
+    packed = Inputs({}, borders=borders, prompt_tokens=left_out)
+    if sum(lengths) > len(lengths):  # else the states are taken for those of one token a row, which they are
+        got = pool(torch.from_numpy(np.concatenate(rows)[None]), packed, joined)
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max", "mean_sqrt_len", "weighted_mean"])
+def test_a_row_that_is_all_prompt_has_no_vector(pooling: str) -> None:
+    """And the row beside it has its own; what is not finite is rejected by the executor."""
+    hidden = torch.arange(24, dtype=torch.float32).view(1, 6, 4)
+    left_out = torch.tensor([3, 1])
+    packed = Inputs({}, borders=torch.tensor([0, 3, 6]), prompt_tokens=left_out)
+    padded = Inputs({}, prompt_tokens=left_out)
+    for made in (pool(hidden, packed, pooling), pool(hidden.view(2, 3, 4), padded, pooling)):
+        assert not made[0].isfinite().any()
+        assert made[1].isfinite().all()
+
+
 def poisoned(source: Path, target: Path, word: str, value: float) -> Path:
     """Copy a model folder with the embedding of one word scaled or replaced."""
     shutil.copytree(source, target)

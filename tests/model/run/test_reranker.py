@@ -203,6 +203,15 @@ def test_folders_that_are_no_rerankers(
         load_cross_encoder(folder, Loading(torch.float32))
 
 
+def test_code_over_a_known_reranker_is_refused(reranker_folder: RerankerFolder, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(reranker_folder("bert"), tmp_path / "coded"))
+    config = json.loads((folder / "config.json").read_text()) | {"auto_map": {"AutoModel": "mine.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"config\.json .*auto_map.*rerank\.trust_remote_code"):
+        resolve(folder)
+    assert resolve(folder, trust_remote_code=True).family == "cross_encoder"
+
+
 def test_limits(reranker_folder: RerankerFolder, tmp_path: Path) -> None:
     folder = reranker_folder("bert")
     assert resolve(folder).max_length == 128

@@ -15,7 +15,8 @@ def tokens_of(texts: list[list[int]], *, types: bool = False) -> PackedTokens:
     offsets = np.concatenate([[0], np.cumsum([len(t) for t in texts])]).astype(np.int32)
     ids = np.array([i for text in texts for i in text], np.int32)
     starts = np.array([len(t) // 2 for t in texts], np.int32) if types else None
-    return PackedTokens(ids, offsets, np.zeros(len(texts), np.bool_), starts)
+    prompts = np.array([len(t) + 1 for t in texts], np.int32) if types else None
+    return PackedTokens(ids, offsets, np.zeros(len(texts), np.bool_), starts, prompts)
 
 
 @given(TEXTS, st.booleans(), st.integers(0, 3))
@@ -32,6 +33,7 @@ def test_every_text_comes_back_under_its_row(texts: list, types: bool, cut: int)
         assert list(zip(found.tolist(), back, strict=True)) == expected
         if types and expected:
             assert tokens.type_starts.tolist() == [len(text) // 2 for _, text in expected]
+            assert tokens.prompt_tokens.tolist() == [len(text) + 1 for _, text in expected]
     assert without_tokens(table).column_names == ["n"]
 
 

@@ -1,0 +1,148 @@
+"""Every architecture of the table in docs/models.md: vectors are those of sentence-transformers."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from bge_ray.errors import ModelError
+from bge_ray.model.run.load import load_config
+from bge_ray.model.run.packed import is_packable
+from bge_ray.model.spec import resolve_encoder
+from bge_ray.settings.sections import ModelSettings
+from tests.model.conftest import encode, resolve, vectors
+from tests.support.models import make_unigram, make_wordpiece, write_pooling
+
+pytestmark = pytest.mark.parity
+
+TEXTS = [
+    *("the quick brown fox jumps over the lazy dog " * n for n in (1, 3, 9)),
+    "a",
+    "",
+    "ray runs actors",
+    "为这个句子生成表示以用于检索相关文章" * 5,
+]
+COMMON = {"initializer_range": 0.4}
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+    **COMMON,
+}
+OFFSET = SIZES | {"max_position_embeddings": 130}
+ENDS = {"bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
+RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+DISTIL = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 128, **COMMON}
+TWO_WAYS = {
+    "use_bidirectional_attention": True,
+    "sliding_window": 16,
+    "head_dim": 8,
+    "num_key_value_heads": 2,
+}
+
+Tokenizer = Callable[[Path, int], Any]
+# Model and configuration class of transformers, tokenizer, and sizes.
+ARCHITECTURES: dict[str, tuple[str, Tokenizer, dict[str, Any]]] = {
+    "albert": ("Albert", make_wordpiece, {"embedding_size": 16, **SIZES}),
+    "camembert": ("Camembert", make_unigram, {"type_vocab_size": 1, "pad_token_id": 1, **OFFSET}),
+    "deberta": ("Deberta", make_wordpiece, {**RELATIVE, **SIZES}),
+    "deberta-v2": ("DebertaV2", make_wordpiece, {**RELATIVE, **SIZES}),
+    "distilbert": ("DistilBert", make_wordpiece, DISTIL),
+    "electra": ("Electra", make_wordpiece, {"embedding_size": 16, **SIZES}),
+    "gemma3_text": ("Gemma3Text", make_unigram, {"pad_token_id": 1, **TWO_WAYS, **SIZES}),
+    "gte": ("Gte", make_wordpiece, SIZES),
+    "modernbert": ("ModernBert", make_wordpiece, {"local_attention": 16, "pad_token_id": 0, **ENDS, **SIZES}),
+    "mpnet": ("MPNet", make_unigram, OFFSET),
+    "nomic_bert": ("NomicBert", make_wordpiece, SIZES),
+    "roberta": ("Roberta", make_unigram, {"type_vocab_size": 1, "pad_token_id": 1, **OFFSET}),
+}
+
+
+def make(kind: str, folder: Path, pooling: str) -> Path:
+    name, make_tokenizer, sizes = ARCHITECTURES[kind]
+    folder.mkdir()
+    vocabulary = len(make_tokenizer(folder, 128))
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(vocab_size=vocabulary, **sizes)
+    getattr(transformers, f"{name}Model")(config).eval().save_pretrained(folder)
+    write_pooling(folder, pooling, 32)
+    return folder
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_equal_sentence_transformers(tmp_path: Path, kind: str, pooling: str) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    folder = make(kind, tmp_path / kind, pooling)
+    theirs = SentenceTransformer(str(folder), device="cpu").encode(TEXTS, show_progress_bar=False)
+    packable = is_packable(load_config(folder))
+    assert packable == (kind in ("camembert", "roberta"))
+    for packed in (False, True) if packable else (False,):
+        ours = encode(folder, TEXTS, packed=packed, budget=200)
+        assert not ours.faults
+        np.testing.assert_allclose(vectors(ours), theirs, atol=1e-5, rtol=0)
+    alone = vectors(encode(folder, TEXTS[1:2]))
+    np.testing.assert_allclose(alone, theirs[1:2], atol=1e-5, rtol=0)
+
+
+def test_attention_reaches_both_ways(tmp_path: Path) -> None:
+    """EmbeddingGemma is a decoder that was made to look both ways; taken for a plain one, vectors differ."""
+    folder = make("gemma3_text", tmp_path / "gemma", "mean")
+    both = vectors(encode(folder, TEXTS))
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_bidirectional_attention": False}))
+    assert np.abs(vectors(encode(folder, TEXTS)) - both).max() > 1e-2
+
+
+def test_half_precision_on_a_gpu_is_that_of_the_card(tmp_path: Path) -> None:
+    folder = make("gemma3_text", tmp_path / "embeddinggemma-300m", "mean")
+    asked = ModelSettings(name=str(folder))
+    assert resolve_encoder(asked, on_gpu=True).dtype == "bfloat16"
+    assert resolve_encoder(asked, on_gpu=False).dtype == "float32"
+    assert resolve_encoder(asked.model_copy(update={"dtype": "float16"}), on_gpu=True).dtype == "float16"
+
+
+def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "t5"
+    folder.mkdir()
+    vocabulary = len(make_unigram(folder, 128))
+    config = transformers.T5Config(
+        vocab_size=vocabulary, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4
+    )
+    transformers.T5Model(config).save_pretrained(folder)
+    write_pooling(folder, "mean", 32)
+    with pytest.raises(ModelError, match=r"encoder with a decoder \(t5\)"):
+        resolve(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("bge-m3-retromae", "a base to train from"), ("jina-embeddings-v3", "an adapter for each task")],
+)
+def test_a_model_that_its_card_refuses(tmp_path: Path, name: str, reason: str) -> None:
+    with pytest.raises(ModelError, match=reason):
+        resolve(make("roberta", tmp_path / name, "mean"))
+
+
+def test_code_over_a_known_architecture(tmp_path: Path) -> None:
+    """Loaded as it is, it makes vectors; whether they are its authors', only a card can say."""
+    code = {"auto_map": {"AutoModel": "modeling.Mine"}}
+    for name, cleared in (("mine", False), ("nomic-embed-text-v1.5", True)):
+        folder = make("nomic_bert", tmp_path / name, "mean")
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | code))
+        if cleared:
+            assert not encode(folder, TEXTS[:1]).faults
+            assert resolve(folder).query_instruction == "search_query: "
+            continue
+        with pytest.raises(ModelError, match=r"name Python code \(auto_map\).*model\.trust_remote_code"):
+            resolve(folder)
+        assert resolve(folder, trust_remote_code=True).dim == 32
