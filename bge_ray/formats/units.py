@@ -19,7 +19,7 @@ class UnitCutter:
     def add(self, start: int, stop: int, n_rows: int, n_bytes: int) -> None:
         """Add the next piece: its place, its rows, and the bytes of its texts."""
         limits = self._limits
-        cost = n_bytes + n_rows * limits.vector_bytes
+        cost = limits.bytes_of(n_rows, n_bytes)
         if self._rows and (self._rows + n_rows > limits.max_rows or self._bytes + cost > limits.max_bytes):
             self._close()
         if not self._rows:

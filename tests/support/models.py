@@ -106,6 +106,17 @@ def make_encoder(
     return folder
 
 
+def make_m3(
+    folder: Path, *, dim: int = 32, colbert_dim: int | None = None, positions: int = 128, seed: int = 0
+) -> Path:
+    """Write a random XLM-RoBERTa with the two heads of bge-m3 in its two files; returns the folder."""
+    make_encoder(folder, kind="xlm-roberta", dim=dim, positions=positions, seed=seed)
+    for name, size in (("sparse_linear", 1), ("colbert_linear", colbert_dim or dim)):
+        linear = torch.nn.Linear(dim, size)
+        torch.save(linear.state_dict(), folder / f"{name}.pt")
+    return folder
+
+
 def make_cross_encoder(
     folder: Path, *, kind: str = "bert", dim: int = 32, layers: int = 2, positions: int = 512, seed: int = 0
 ) -> Path:

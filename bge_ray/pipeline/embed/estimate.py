@@ -14,6 +14,7 @@ from bge_ray.model.spec import model_folder, text_feeder
 from bge_ray.pipeline.embed.prepare import Planned
 from bge_ray.pipeline.engine.pools import Pool, Sizes
 from bge_ray.records.model import ModelSpec
+from bge_ray.records.outputs import row_bytes
 from bge_ray.records.plan import Removal
 from bge_ray.settings.sections import Settings
 
@@ -95,7 +96,7 @@ def estimate(planned: Planned, sizes: Sizes | None, settings: Settings) -> Estim
     tokens_per_row, rate = ray.get(measure.remote(model, texts, encoders, budget, trust))
     tokens = int(tokens_per_row * planned.todo_rows)
     seconds = tokens / (rate * encoders.count)
-    row_bytes = sum(output.row_bytes for output in model.outputs)
+    output_bytes = row_bytes(model.outputs, tokens_per_row)
     in_flight = 2 * encoders.count + sum(tasks.count for tasks in sizes.tasks.values())
     largest = max(unit.unit.n_rows for unit in todo)
     price = settings.report.price_per_hour
@@ -104,8 +105,8 @@ def estimate(planned: Planned, sizes: Sizes | None, settings: Settings) -> Estim
         tokens=tokens,
         tokens_per_s=rate * encoders.count,
         seconds=seconds,
-        memory_bytes=int(in_flight * largest * (row_bytes + 8 * tokens_per_row)),
-        output_bytes=int(planned.todo_rows * (row_bytes * 0.93 + 56)),
+        memory_bytes=int(in_flight * largest * (output_bytes + 8 * tokens_per_row)),
+        output_bytes=int(planned.todo_rows * (output_bytes * 0.93 + 56)),
         num_encoders=encoders.count,
         cost=None if price is None else price * encoders.devices * seconds / 3600,
     )

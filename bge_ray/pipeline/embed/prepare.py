@@ -18,9 +18,9 @@ from bge_ray.pipeline.engine.pools import await_pools, device_of, encoder_reques
 from bge_ray.pipeline.engine.tasks import run_tasks
 from bge_ray.records.columns import Columns, ColumnType
 from bge_ray.records.dataset import DatasetSpec, Marker
-from bge_ray.records.model import EMBEDDING, Canary, ModelSpec
+from bge_ray.records.model import Canary, ModelSpec
 from bge_ray.records.plan import Plan, Removal, UnitLimits, find_removal, span_units, unit_fingerprint
-from bge_ray.settings.sections import Settings
+from bge_ray.settings.sections import BatchingSettings, Settings
 from bge_ray.storage.folders import refuse_collisions, refuse_own_files
 from bge_ray.storage.objects import Storage
 
@@ -69,8 +69,7 @@ def prepare(settings: Settings) -> Planned:
     canaries = spec_there.canaries if spec_there is not None else ()
     if changed and _must_be_tried(model, spec_there):
         canaries = _try_model(settings, model)
-    row_bytes = sum(output.row_bytes for output in model.outputs)
-    limits = UnitLimits(settings.batching.unit_rows, settings.batching.unit_bytes, row_bytes)
+    limits = unit_limits(settings.batching, model)
     scanned = []
     if changed:
         await_pools(settings, [encoder_request(settings, 1)], lambda: None)
@@ -94,6 +93,17 @@ def prepare(settings: Settings) -> Planned:
     if todo and not changed and _must_be_tried(model, spec_there):
         _try_model(settings, model)
     return Planned(dataset, spec, plan, number, still_finished, todo, removal)
+
+
+def unit_limits(batching: BatchingSettings, model: ModelSpec) -> UnitLimits:
+    """Return when a unit is full, so that one with all its outputs stays near ``batching.unit_bytes``."""
+    return UnitLimits(
+        max_rows=batching.unit_rows,
+        max_bytes=batching.unit_bytes,
+        vector_bytes=sum(output.fixed_bytes for output in model.outputs),
+        token_bytes=sum(output.token_bytes for output in model.outputs),
+        max_tokens=model.max_length,
+    )
 
 
 def _refuse_large(removal: Removal, settings: Settings, root: str) -> None:
@@ -153,7 +163,7 @@ def _resolve_model(settings: Settings, there: DatasetSpec | None) -> ModelSpec:
     model = resolve_encoder(asked, on_gpu=on_gpu)
     if settings.output.dtype != "auto":
         return model.stored_as(settings.output.dtype)
-    return model if there is None else model.stored_as(there.model.output(EMBEDDING).dtype)
+    return model if there is None else model.stored_like(there.model)
 
 
 def _must_be_tried(model: ModelSpec, there: DatasetSpec | None) -> bool:
