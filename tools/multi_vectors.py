@@ -21,6 +21,7 @@ Halves = npt.NDArray[np.float16]
 
 
 def of_binary(flat: Halves, offsets: pa.Array) -> pa.Array:
+    """Return vectors as the bytes of their numbers."""
     kind = pa.binary(2 * DIM)
     vectors = pa.Array.from_buffers(kind, len(flat) // DIM, [None, pa.py_buffer(flat)])
     field = pa.field("element", kind, nullable=False)
@@ -28,6 +29,7 @@ def of_binary(flat: Halves, offsets: pa.Array) -> pa.Array:
 
 
 def of_lists(flat: Halves, offsets: pa.Array) -> pa.Array:
+    """Return vectors as lists of numbers."""
     kind = pa.list_(HALF, DIM)
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(flat), type=kind)
     field = pa.field("element", kind, nullable=False)
@@ -35,21 +37,24 @@ def of_lists(flat: Halves, offsets: pa.Array) -> pa.Array:
 
 
 def of_rows(flat: Halves, offsets: pa.Array) -> pa.Array:
-    """One binary a row, of any length."""
+    """Return one binary a row, of any length."""
     borders = offsets.to_numpy().astype(np.int64) * 2 * DIM
     cells = [None, pa.py_buffer(borders), pa.py_buffer(flat)]
     return pa.Array.from_buffers(pa.large_binary(), len(offsets) - 1, cells)
 
 
 def from_binary(column: pa.Array) -> Halves:
+    """Return (total, dim) of `of_binary`, a view."""
     return np.frombuffer(column.values.buffers()[1], np.float16).reshape(-1, DIM)
 
 
 def from_lists(column: pa.Array) -> Halves:
+    """Return (total, dim) of `of_lists`, a view."""
     return column.values.values.to_numpy().reshape(-1, DIM)
 
 
 def from_rows(column: pa.Array) -> Halves:
+    """Return (total, dim) of `of_rows`, a view."""
     return np.frombuffer(column.buffers()[2], np.float16).reshape(-1, DIM)
 
 
@@ -61,6 +66,7 @@ TYPES: dict[str, tuple[Callable[[Halves, pa.Array], pa.Array], Callable[[pa.Arra
 
 
 def write(column: pa.Array, compression: str) -> bytes:
+    """Return a column as a Parquet file."""
     buffer = io.BytesIO()
     pq.write_table(
         pa.table({"x": column}), buffer, compression=compression, use_dictionary=False, write_statistics=False
@@ -69,11 +75,13 @@ def write(column: pa.Array, compression: str) -> bytes:
 
 
 def read(data: bytes, view: Callable[[pa.Array], Halves]) -> Halves:
+    """Return (total, dim) of a Parquet file."""
     column = pq.read_table(pa.BufferReader(data), use_threads=False)["x"].combine_chunks()
     return view(column if isinstance(column, pa.Array) else pa.concat_arrays(column.chunks))
 
 
 def best_s(do: Callable[[], object]) -> float:
+    """Return the seconds of the best of three calls."""
     times = []
     for _ in range(3):
         started = time.perf_counter()
@@ -82,14 +90,21 @@ def best_s(do: Callable[[], object]) -> float:
     return min(times)
 
 
+def tell(line: str) -> None:
+    """Print a line at once."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 def main(megabytes: int) -> None:
+    """Measure, and print the table."""
     rows = megabytes * 1_000_000 // (2 * DIM * TOKENS)
     states = np.random.default_rng(0).standard_normal((rows * TOKENS, DIM), np.float32)
     vectors = (states / np.linalg.norm(states, axis=1, keepdims=True)).astype(np.float16)
     offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * np.int32(TOKENS))
     size = vectors.nbytes / 1e6
-    print(f"{rows} rows of {TOKENS} vectors, {size:,.0f} MB; MB/s\n")
-    print("| column | compression | write | read | stored |\n|---|---|---|---|---|")
+    tell(f"{rows} rows of {TOKENS} vectors, {size:,.0f} MB; MB/s\n")
+    tell("| column | compression | write | read | stored |\n|---|---|---|---|---|")
     for name, (build, view) in TYPES.items():
         column = build(vectors.reshape(-1), offsets)
         for compression in ("none", "zstd"):
@@ -99,7 +114,7 @@ def main(megabytes: int) -> None:
             writing = size / best_s(lambda c=column, z=compression: write(c, z))
             reading = size / best_s(lambda d=data, v=view: read(d, v))
             share = len(data) / vectors.nbytes
-            print(f"| `{name}` | {compression} | {writing:,.0f} | {reading:,.0f} | {share:.0%} |", flush=True)
+            tell(f"| `{name}` | {compression} | {writing:,.0f} | {reading:,.0f} | {share:.0%} |")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -40,7 +41,7 @@ class WeightFiles:
             ModelError: names the file that cannot be read, or that holds more than tensors.
         """
         if self.pickled:
-            return frozenset(_pickled_shapes(self.files))
+            return frozenset(name for shapes in _pickled_shapes(self.files) for name in shapes)
         return frozenset(name for path in self.files for name in _safe_shapes(path))
 
 
@@ -86,13 +87,15 @@ def is_head(name: str) -> bool:
     return any(name in files for files in HEAD_FILES.values())
 
 
-def tensor_shapes(path: Path) -> dict[str, Shape]:
-    """Return the shapes of the tensors of one file, safetensors or pickled, by name.
+def tensor_shapes(files: Sequence[Path]) -> dict[Path, dict[str, Shape]]:
+    """Return the shapes of the tensors of each file, safetensors or pickled, by name.
 
     Raises:
-        ModelError: it cannot be read, or holds more than tensors.
+        ModelError: one cannot be read, or holds more than tensors.
     """
-    return _safe_shapes(path) if path.suffix == ".safetensors" else _pickled_shapes((path,))
+    pickled = [path for path in files if path.suffix != ".safetensors"]
+    found = dict(zip(pickled, _pickled_shapes(pickled), strict=True)) if pickled else {}
+    return {path: found[path] if path in found else _safe_shapes(path) for path in files}
 
 
 def _safe_shapes(path: Path) -> dict[str, Shape]:
@@ -103,7 +106,7 @@ def _safe_shapes(path: Path) -> dict[str, Shape]:
         raise ModelError(f"{path}: is no safetensors file: {error}") from error
 
 
-def _pickled_shapes(files: tuple[Path, ...]) -> dict[str, Shape]:
+def _pickled_shapes(files: Sequence[Path]) -> list[dict[str, Shape]]:
     # In a process of its own: it takes torch, which a driver does without.
     command = [sys.executable, "-m", "bge_ray.model.run.pickled", *map(str, files)]
     path = os.pathsep.join(entry for entry in sys.path if entry)
@@ -113,4 +116,5 @@ def _pickled_shapes(files: tuple[Path, ...]) -> dict[str, Shape]:
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"the reader ended with code {done.returncode}"]
         raise ModelError(lines[-1])
-    return {name: tuple(shape) for name, shape in json.loads(done.stdout).items()}
+    found: list[dict[str, list[int]]] = json.loads(done.stdout)
+    return [{name: tuple(shape) for name, shape in shapes.items()} for shapes in found]

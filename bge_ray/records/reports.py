@@ -4,7 +4,7 @@
 All times are seconds; moments are Unix seconds.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from bge_ray.records.canonical import from_json
@@ -110,6 +110,7 @@ class EmbedReport(Report):
     """Of an embed run; ``plan`` is the number of its plan.
 
     ``removed_uris`` are some of the ``objects_removed`` that left the corpus, and with it the data set.
+    ``output_bytes`` are bytes a row of each output, before Parquet compresses them.
     """
 
     output: str
@@ -122,6 +123,7 @@ class EmbedReport(Report):
     objects_removed: int
     rows_removed: int
     removed_uris: tuple[str, ...]
+    output_bytes: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -181,7 +181,7 @@ class BatchingSettings(Section):
         description="most rows of one work unit, the piece that is committed, retried and resumed",
     )
     unit_bytes: int = Field(
-        96_000_000, ge=1_000_000, description="most bytes of text plus vectors of one work unit, in bytes"
+        96_000_000, ge=1_000_000, description="most bytes of text plus all outputs of one work unit, in bytes"
     )
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
@@ -107,13 +108,25 @@ def make_encoder(
 
 
 def make_m3(
-    folder: Path, *, dim: int = 32, colbert_dim: int | None = None, positions: int = 128, seed: int = 0
+    folder: Path,
+    *,
+    dim: int = 32,
+    colbert_dim: int | None = None,
+    positions: int = 128,
+    seed: int = 0,
+    pickled: bool = False,
 ) -> Path:
-    """Write a random XLM-RoBERTa with the two heads of bge-m3 in its two files; returns the folder."""
+    """Write a random XLM-RoBERTa with the two heads of bge-m3 in their files; returns the folder.
+
+    Those of the published model are pickled, which takes a process of their own to look at.
+    """
     make_encoder(folder, kind="xlm-roberta", dim=dim, positions=positions, seed=seed)
     for name, size in (("sparse_linear", 1), ("colbert_linear", colbert_dim or dim)):
         linear = torch.nn.Linear(dim, size)
-        torch.save(linear.state_dict(), folder / f"{name}.pt")
+        if pickled:
+            torch.save(linear.state_dict(), folder / f"{name}.pt")
+        else:
+            save_file(linear.state_dict(), folder / f"{name}.safetensors")
     return folder
 
 

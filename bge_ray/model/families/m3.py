@@ -6,7 +6,7 @@ from the `dense` family: the heads decide nothing of them.
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from bge_ray.model.families import dense
 from bge_ray.model.family import Role
 from bge_ray.model.feed.texts import TextFeeder, load_tokenizer
 from bge_ray.model.folder import ModelFolder
-from bge_ray.model.weights import HEAD_FILES, head_file, tensor_shapes
+from bge_ray.model.weights import HEAD_FILES, Shape, head_file, tensor_shapes
 from bge_ray.records.model import COLBERT, EMBEDDING, SPARSE, ModelSpec
 from bge_ray.records.outputs import Output
 from bge_ray.settings.sections import ModelSettings
@@ -47,9 +47,13 @@ def resolve(folder: ModelFolder, settings: ModelSettings, *, on_gpu: bool) -> Mo
     spec = dense.resolve(folder, settings, on_gpu=on_gpu)
     if settings.outputs == (EMBEDDING,):
         return spec
+    paths = {name: _file_of(folder.path, name) for name in HEAD_FILES if name in settings.outputs}
+    shapes = tensor_shapes(list(paths.values()))
+    made = {name: _head_output(folder, name, path, shapes[path]) for name, path in paths.items()}
+    if EMBEDDING in settings.outputs:
+        made[EMBEDDING] = spec.output(EMBEDDING)
     # In one order, whatever order was asked for: the same columns make the same data set.
-    outputs = tuple(_output(spec, folder, name) for name in ORDER if name in settings.outputs)
-    return dataclasses.replace(spec, family=NAME, outputs=outputs)
+    return dataclasses.replace(spec, family=NAME, outputs=tuple(made[name] for name in ORDER if name in made))
 
 
 def feeder(spec: ModelSpec, folder: Path, *, trust_remote_code: bool) -> TextFeeder:
@@ -84,32 +88,23 @@ def load(spec: ModelSpec, folder: Path, how: "Loading") -> "tuple[torch.nn.Modul
     return load_encoder(folder, how), heads
 
 
-def _output(spec: ModelSpec, folder: ModelFolder, name: str) -> Output:
-    if name == EMBEDDING:
-        return spec.output(EMBEDDING)
-    path, dim = _checked_head(folder, name)
-    if name == COLBERT:
-        return Output(name, "multi", dim, "float16", _sha256(path))
-    if dim != 1:
-        raise ModelError(f"{path}: gives {dim} numbers a token, where a weight is one")
-    vocabulary = folder.config.get("vocab_size")
-    if not isinstance(vocabulary, int) or vocabulary < 1:
-        raise ModelError(f"{folder.path}/config.json: no vocab_size")
-    return Output(name, "sparse", vocabulary, "float16", _sha256(path))
-
-
-def _checked_head(folder: ModelFolder, output: str) -> tuple[Path, int]:
-    """Return the file of a head, and how many numbers it makes of a state."""
-    path, hidden = _file_of(folder.path, output), folder.hidden_size
-    shapes = tensor_shapes(path)
-    weight, bias = shapes.get("weight", ()), shapes.get("bias", ())
-    if set(shapes) != {"weight", "bias"} or len(weight) != 2 or weight[1] != hidden or bias != weight[:1]:
-        found = ", ".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))
+def _head_output(folder: ModelFolder, name: str, path: Path, shapes: Mapping[str, Shape]) -> Output:
+    """Return what the head in a file makes, as its shapes say."""
+    hidden, weight, bias = folder.hidden_size, shapes.get("weight", ()), shapes.get("bias", ())
+    if set(shapes) != {"weight", "bias"} or weight[1:] != (hidden,) or bias != weight[:1]:
+        found = ", ".join(f"{part} {list(shape)}" for part, shape in sorted(shapes.items()))
         raise ModelError(
             f"{path}: holds {found or 'nothing'}, where a head of this model holds weight [n, {hidden}] and "
             "bias [n]"
         )
-    return path, weight[0]
+    if name == COLBERT:
+        return Output(name, "multi", weight[0], "float16", _sha256(path))
+    if weight[0] != 1:
+        raise ModelError(f"{path}: gives {weight[0]} numbers a token, where a weight is one")
+    vocabulary = folder.config.get("vocab_size")
+    if not isinstance(vocabulary, int) or vocabulary < 1:
+        raise ModelError(f"{folder.path}/config.json: no vocab_size")
+    return Output(name, "sparse", vocabulary, "float16", _sha256(path))
 
 
 def _file_of(folder: Path, output: str) -> Path:

@@ -45,6 +45,6 @@ def read_pickled(path: Path, place: Literal["cpu", "meta"]) -> dict[str, torch.T
 if __name__ == "__main__":
     try:
         files = [read_pickled(Path(path), "meta") for path in sys.argv[1:]]
-        json.dump({name: list(tensor.shape) for file in files for name, tensor in file.items()}, sys.stdout)
+        json.dump([{name: list(tensor.shape) for name, tensor in file.items()} for file in files], sys.stdout)
     except ModelError as failure:
         sys.exit(str(failure))

@@ -320,6 +320,11 @@ class EmbedWork:
             objects_removed=len(planned.removal.uris),
             rows_removed=planned.removal.rows,
             removed_uris=planned.removal.uris[:MAX_NAMED_OBJECTS],
+            output_bytes={
+                output.name: facts.counts[f"{output.name}_bytes"] / facts.rows_out
+                for output in planned.spec.model.outputs
+                if facts.rows_out
+            },
         )
         return dataclasses.replace(report, advice=tuple(advise_embed(report)))
 

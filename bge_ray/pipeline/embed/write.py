@@ -45,6 +45,7 @@ def commit_stage(batch: pa.Table, job: EmbedJob) -> pa.Table:
         "rejected_examples": _examples(task, rejected),
         "marker": dataclasses.asdict(marker),
     }
+    facts |= {f"{output.name}_bytes": shard[output.name].nbytes for output in job.spec.model.outputs}
     return parcel.filled(None, **facts).to_batch()
 
 
