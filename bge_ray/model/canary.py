@@ -109,4 +109,6 @@ def _cosine(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -> float:
         return float("nan")
     a, b = a.astype(np.float64), b.astype(np.float64)
     size = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return float(a @ b) / size if size else float("nan")
+    if size:
+        return float(a @ b) / size
+    return 1.0 if not a.any() and not b.any() else float("nan")  # a text may have no weight at all

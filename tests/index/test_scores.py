@@ -15,20 +15,23 @@ from tests.model.conftest import load, resolve, run
 from tests.support.models import SENTENCES, make_m3
 
 QUERIES = [*SENTENCES[:3], "the fox 为这个句子", ""]
-PASSAGES = [*SENTENCES, "the dog " * 60, "python reads a file, line by line: 0 1 2"]
+PASSAGES = [*SENTENCES[:5], "the dog " * 60, "python reads a file, line by line: 0 1 2"]
 # Of dense, sparse and ColBERT: what FlagEmbedding's readme, its benchmarks and their defaults take.
 WEIGHTS = [(1, 1, 1), (0.4, 0.2, 0.4), (0.15, 0.5, 0.35), (0.2, 0.4, 0.4), (1, 0.3, 1), (1, 0.1, 1)]
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of so many dimensions that what half precision rounds off evens out, as it does in bge-m3."""
+    return make_m3(tmp_path_factory.mktemp("m3") / "model", dim=256, pickled=True)
+
+
 @pytest.mark.parity
-@pytest.mark.parametrize("stored", ["auto", "float32"])
-def test_equal_flagembedding(tmp_path: Path, stored: str) -> None:
+@pytest.mark.parametrize("stored", ["float16", "float32"])
+def test_equal_flagembedding(folder: Path, tmp_path: Path, stored: str) -> None:
     from FlagEmbedding import BGEM3FlagModel
 
-    folder = make_m3(tmp_path / "m3", pickled=True)
-    spec = resolve(folder, outputs=("embedding", "sparse", "colbert"))
-    # As on a GPU, where all is stored in half precision.
-    spec = spec.stored_as("float16" if stored == "auto" else stored)
+    spec = resolve(folder, outputs=("embedding", "sparse", "colbert")).stored_as(stored)
     model, feeder = load(spec), text_feeder(spec)
     columns = [run(model, feeder.passages(texts)).columns() for texts in (QUERIES, PASSAGES)]
     pq.write_table(pa.table(columns[1]), tmp_path / "x.parquet")
@@ -45,7 +48,7 @@ def test_equal_flagembedding(tmp_path: Path, stored: str) -> None:
             colbert_scores(multi_rows(row["colbert"], spec.output("colbert").dtype).vectors, colbert),
         ]
         pairs = [(query, passage) for passage in PASSAGES]
-        for weights in WEIGHTS:
+        for weights in WEIGHTS if not number else WEIGHTS[:2]:
             # One pair a batch: FlagEmbedding's ColBERT score depends on the padding of the others.
             theirs = flag.compute_score(
                 pairs,
@@ -104,5 +107,5 @@ def test_all_products_negative_is_no_zero() -> None:
 def test_weights_that_come_to_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="their sum must be above 0"):
         weighted_scores([np.zeros(1), np.zeros(1)], [0, 0])
-    with pytest.raises(ValueError, match="longer"):
+    with pytest.raises(ValueError, match="shorter"):
         weighted_scores([np.zeros(1), np.zeros(1)], [1, 1, 1])

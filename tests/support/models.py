@@ -121,8 +121,16 @@ def make_m3(
     Those of the published model are pickled, which takes a process of their own to look at.
     """
     make_encoder(folder, kind="xlm-roberta", dim=dim, positions=positions, seed=seed)
-    for name, size in (("sparse_linear", 1), ("colbert_linear", colbert_dim or dim)):
-        linear = torch.nn.Linear(dim, size)
+    sparse, colbert = torch.nn.Linear(dim, 1), torch.nn.Linear(dim, colbert_dim or dim)
+    with torch.no_grad():
+        states = XLMRobertaModel.from_pretrained(folder)(torch.arange(5, 100)[None]).last_hidden_state[0]
+        # Random states have much in common, of which all weights would be positive, or none. Those of the
+        # published model are below one, and most tokens have one.
+        common = states.mean(0)
+        sparse.weight -= (sparse.weight @ common) / (common @ common) * common
+        sparse.weight *= 0.1 / (states @ sparse.weight.T).std()
+        sparse.bias.fill_(0.05)
+    for name, linear in (("sparse_linear", sparse), ("colbert_linear", colbert)):
         if pickled:
             torch.save(linear.state_dict(), folder / f"{name}.pt")
         else:

@@ -126,10 +126,8 @@ class Result:
 
 
 def _of_rows(block: Block, good: npt.NDArray[np.bool_]) -> Block:
-    """Return the good rows of a ragged block."""
+    """Return a copy of the good rows of a ragged block, whose memory may be a device's for copying from."""
     lengths = np.asarray(block.lengths)
-    if good.all():
-        return block
     kept = np.repeat(good, lengths)
     indices = None if block.indices is None else block.indices[kept]
     return Block(block.values[kept], block.largest[good], lengths[good], indices)

@@ -93,6 +93,8 @@ def test_equal_flagembedding(folder: Path, flag, texts: list[str], max_length: i
         ours = outputs(folder, texts, budget=budget, packed=packed, max_length=max_length)
         assert not ours.faults
         np.testing.assert_allclose(vectors(ours), theirs["dense_vecs"], atol=1e-5, rtol=0)
+        n_weights = sum(len(weights) for weights in theirs["lexical_weights"])
+        assert 0.3 < n_weights / sum(len(vecs) for vecs in theirs["colbert_vecs"]) < 0.9
         for mine, flags in zip(lexical(ours), theirs["lexical_weights"], strict=True):
             assert mine.keys() == {int(token) for token in flags}
             np.testing.assert_allclose(

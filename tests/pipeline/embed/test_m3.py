@@ -1,7 +1,6 @@
 """The three outputs of an m3 through the whole job: what is stored, who can read it, what goes on from it."""
 
 import json
-import re
 from pathlib import Path
 
 import duckdb
@@ -23,7 +22,7 @@ from tests.support.models import SENTENCES, make_m3
 from tests.support.runs import JobProcess, wait_until
 from tests.support.searches import STORAGE, by_query, read_run, settings_for, upload
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 OUTPUTS = ["embedding", "sparse", "colbert"]
 DIM, COLBERT_DIM = 32, 24
@@ -66,19 +65,6 @@ def check_readers(root: str, folder: Path, table: pa.Table) -> None:
 
     frame = pl.scan_parquet(files).sort("vector_id").collect()
     assert frame["sparse"].to_list() == sparse and frame["colbert"].to_list() == vectors
-
-    card = (folder / "README.md").read_text()
-    named: dict[str, object] = {"table": table}
-    for name in ("sparse", "colbert"):
-        block = next(
-            b for b in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if b.startswith(f"# {name}:")
-        )
-        exec(block, named | {"column": table[name].combine_chunks()}, named)
-    weights, own = sparse_rows(table["sparse"]), multi_rows(table["colbert"], "float16")
-    np.testing.assert_array_equal(named["matrix"].indices, weights.indices)
-    np.testing.assert_array_equal(named["matrix"].data, weights.values.astype(np.float32))
-    np.testing.assert_array_equal(named["vectors"], own.vectors)
-    np.testing.assert_array_equal(named["starts"], own.offsets)
 
     loaded = datasets.load_dataset(str(folder), split="train", cache_dir=str(folder / "cache"))
     by_id = {row["passage_id"]: row for row in loaded}
@@ -180,7 +166,6 @@ def test_without_dense_vectors_there_is_no_index_and_no_search(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_three_outputs_survive_kills_of_driver_and_encoder(bucket: str, m3: Path, tmp_path: Path) -> None:
     records = [{**r, "text": r["text"][:600]} for r in docstrings(600)]
     upload(
