@@ -1,16 +1,49 @@
 """The card of a data set: README.md, for a person, and for `datasets.load_dataset(<output>)`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import yaml
 
 from bge_ray.records.dataset import DatasetSpec, Manifest
+from bge_ray.records.outputs import VALUE_BYTES, Output
 
+_HOLDS = {
+    "dense": "one vector of {dim} numbers, {dtype}",
+    "sparse": "token weights: `indices`, ascending token ids, and `values`, {dtype}",
+    "multi": "one vector a token: the {bytes} bytes of {dim} numbers each, {dtype}, lowest byte first",
+    "scalar": "one number, {dtype}",
+}
+# How an output that needs a word is read; ``column`` is one of pyarrow, as one array.
+_READING = {
+    "sparse": """
+```python
+# {name}: a matrix of compressed rows. column = table["{name}"].combine_chunks()
+import scipy.sparse
+
+indices, values = column.field("indices"), column.field("values")
+parts = (values.values.to_numpy().astype("float32"), indices.values.to_numpy(), indices.offsets.to_numpy())
+matrix = scipy.sparse.csr_matrix(parts, shape=(len(column), {dim}))
+```
+""",
+    "multi": """
+```python
+# {name}: all vectors, and where each row's begin. column = table["{name}"].combine_chunks()
+import numpy
+
+vectors = numpy.frombuffer(column.values.buffers()[1], "{dtype}").reshape(-1, {dim})
+starts = column.offsets.to_numpy()  # row i: vectors[starts[i]:starts[i + 1]]
+```
+""",
+}
 _TEXT = """
 # Embeddings by {model}
 
-{vectors:,} vectors of {dim} dimensions ({dtype}) for {rows_out:,} of {rows_in:,} passages; {rejected:,} rows
-were rejected, each with its reason in `rejected/`. Written by bge-ray.
+{rows_out:,} of {rows_in:,} passages, in {vectors:,} rows; {rejected:,} were rejected, each with its reason
+in `rejected/`. Written by bge-ray.
+
+| column | holds |
+|---|---|
+{outputs}
 
 | | |
 |---|---|
@@ -28,6 +61,7 @@ import datasets
 
 rows = datasets.load_dataset({root!r}, split="train")
 ```
+{reading}
 
 `vector_id` leads back to a row of the corpus: `object_no << 41 | row_no << 13 | chunk_no`, with the objects
 in the newest file of `plan/`. `text_hash` is the 16-byte blake2b of what the model read.
@@ -52,8 +86,8 @@ def make_card(root: str, spec: DatasetSpec, manifest: Manifest, *, only_live: Se
         model=model.name,
         revision=f" at {model.revision}" if model.revision else "",
         vectors=manifest.vectors,
-        dim=model.dim,
-        dtype=model.output("embedding").dtype,
+        outputs="\n".join(f"| `{o.name}` | {_told(_HOLDS, o)} |" for o in model.outputs),
+        reading="".join(_told(_READING, o) for o in model.outputs if o.kind in _READING),
         rows_out=manifest.rows_out,
         rows_in=manifest.rows_in,
         rejected=manifest.rows_rejected,
@@ -64,3 +98,8 @@ def make_card(root: str, spec: DatasetSpec, manifest: Manifest, *, only_live: Se
         query_instruction=repr(model.query_instruction) if model.query_instruction else "nothing",
     )
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n{text}".encode()
+
+
+def _told(texts: Mapping[str, str], output: Output) -> str:
+    size = VALUE_BYTES[output.dtype] * output.dim
+    return texts[output.kind].format(name=output.name, dim=output.dim, dtype=output.dtype, bytes=size)

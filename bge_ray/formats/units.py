@@ -29,7 +29,7 @@ class UnitCutter:
         What a piece takes is left out where nobody knows, in a stream.
         """
         limits = self._limits
-        cost = n_bytes + n_rows * limits.vector_bytes
+        cost = limits.bytes_of(n_rows, n_bytes)
         is_full = self._rows + n_rows > limits.max_rows or self._bytes + cost > limits.max_bytes
         has_share = self._at >= (self._begun // self._share + 1) * self._share
         if self._rows and (is_full or (has_share and self._rows >= limits.min_rows)):

@@ -3,7 +3,7 @@
 What all heads of a model need together decides what its last layer may leave out (`run.last_layer`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name the field uses
 from transformers.utils import ModelOutput
 
-from bge_ray.model.run.inputs import Inputs, pool
+from bge_ray.model.run.inputs import Inputs, pool, token_states
 from bge_ray.records.outputs import Output
 
 Needs: TypeAlias = Literal["first_token", "last_token", "all_tokens", "layers"]
@@ -25,7 +25,8 @@ class Ragged:
     """An output of which rows have different amounts, laid end to end.
 
     ``values`` is (total, dim) of a multi-vector and (total,) of a sparse output, whose ``indices`` are
-    (total,), ascending within a row; ``lengths`` (rows,) says how many are each row's.
+    (total,), ascending within a row; ``lengths`` (rows,) says how many are each row's. What lies behind their
+    sum is not looked at, so that a head need not know the total, which a GPU would have to be waited for.
     """
 
     values: torch.Tensor
@@ -82,6 +83,59 @@ class Pooled(Head):
             vectors = step(vectors.to(states.dtype))
         vectors = vectors.float()
         return F.normalize(vectors, dim=-1) if self._normalize else vectors
+
+
+class TokenWeights(Head):
+    """One weight for each distinct token of a row: the largest that its places in the text have."""
+
+    def __init__(self, output: Output, linear: torch.nn.Linear, left_out: Collection[int]) -> None:
+        """Take the layer that weighs a state, dim to 1, and the ids of tokens that get no weight."""
+        super().__init__(output, "all_tokens")
+        self._linear = linear
+        self._left_out = torch.nn.Buffer(torch.tensor(sorted(left_out), dtype=torch.int64))
+
+    def forward(self, hidden: ModelOutput, inputs: Inputs) -> Ragged:
+        """Return the positive weights of each row under token ids, ascending."""
+        states, ids, lengths = token_states(hidden.last_hidden_state, inputs)
+        weights = F.relu(self._linear(states))[:, 0].float()  # (tokens,)
+        n_tokens, n_rows = len(ids), len(lengths)
+        rows = torch.repeat_interleave(lengths, output_size=n_tokens)
+        keys, order = torch.sort(rows * self.output.dim + ids)
+        # Equal keys are one entry; it has the place of its number among all, the others come to nothing.
+        starts = torch.cat([keys.new_ones(1, dtype=torch.bool), keys[1:] != keys[:-1]])
+        entry = starts.cumsum(0) - 1
+        best = weights.new_zeros(n_tokens).scatter_reduce(0, entry, weights[order], "amax")
+        key = keys.new_zeros(n_tokens).scatter(0, entry, keys)
+        of_row, token = key // self.output.dim, key % self.output.dim
+        # Not above zero as stored: a NaN is kept, to be found out.
+        positive = ~(best.to(getattr(torch, self.output.dtype)) <= 0)
+        kept = positive & ~torch.isin(token, self._left_out)
+        kept &= torch.arange(n_tokens, device=kept.device) <= entry[-1]
+        first = torch.argsort(~kept, stable=True)
+        counts = torch.zeros(n_rows, dtype=torch.int64, device=kept.device)
+        counts = counts.scatter_add(0, of_row, kept.long())
+        # Behind the kept ones nothing may be larger than they are, or no number.
+        return Ragged(torch.where(kept, best, 0.0)[first], counts, token[first])
+
+
+class TokenVectors(Head):
+    """One vector for each token of a row but the first, the special token in front."""
+
+    def __init__(self, output: Output, linear: torch.nn.Linear, *, normalize: bool) -> None:
+        """Take the layer that projects a state, and whether vectors get unit L2 norm."""
+        super().__init__(output, "all_tokens")
+        self._linear = linear
+        self._normalize = normalize
+
+    def forward(self, hidden: ModelOutput, inputs: Inputs) -> Ragged:
+        """Return (n_tokens - 1, dim) float32 vectors of each row."""
+        states, _, lengths = token_states(hidden.last_hidden_state, inputs)
+        n_vectors = len(states) - len(lengths)
+        # Before a row's vectors lie as many first tokens as there are rows up to it.
+        skipped = torch.repeat_interleave(lengths - 1, output_size=n_vectors) + 1
+        places = torch.arange(n_vectors, device=states.device) + skipped
+        vectors = self._linear(states[places]).float()
+        return Ragged(F.normalize(vectors, dim=-1) if self._normalize else vectors, lengths - 1)
 
 
 class Logit(Head):

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 from bge_ray.errors import ModelError, StorageError
 from bge_ray.model.cache import cache_folder, locked
 from bge_ray.model.modules import MODULES_FILE, TRANSFORMER_FILES, list_modules, module_files
-from bge_ray.model.weights import weight_files
+from bge_ray.model.weights import HEAD_FILES, is_head, weight_files
 from bge_ray.storage.objects import NO_VERSION, ObjectInfo, Storage
 
 logger = logging.getLogger(__name__)
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 Setting: TypeAlias = Literal["model.name", "rerank.model"]
 
 # What from_pretrained may open; anything else in the repository (ONNX twins, pictures) is left there.
+HEAD_PATTERNS = tuple(name for names in HEAD_FILES.values() for name in names)
 FILE_PATTERNS = (
     "*.safetensors",
     "*.json",
@@ -34,6 +35,7 @@ FILE_PATTERNS = (
     "[0-9]*_*/config.json",
     "[0-9]*_*/model.safetensors",
     "[0-9]*_*/pytorch_model.bin",
+    *HEAD_PATTERNS,
 )
 # Taken where there are no safetensors. The other pickles of a repository are the state of its training.
 PICKLED_PATTERNS = ("pytorch_model.bin", "pytorch_model-*.bin")
@@ -96,7 +98,7 @@ def _fetch_hub(name: str, revision: str | None, setting: Setting) -> tuple[Path,
 
     try:
         snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=list(FILE_PATTERNS)))
-        if not any(snapshot.glob("*.safetensors")):
+        if not any(not is_head(path.name) for path in snapshot.glob("*.safetensors")):
             patterns = [*FILE_PATTERNS, *PICKLED_PATTERNS]
             # By its commit: a branch may have moved since.
             snapshot = Path(snapshot_download(name, revision=snapshot.name, allow_patterns=patterns))
@@ -152,7 +154,7 @@ def _model_files(uri: str) -> dict[str, ObjectInfo]:
     tail = root.partition("://")[2].strip("/")
     files = {info.uri.partition("://")[2].strip("/").removeprefix(tail).strip("/"): info for info in listed}
     patterns: tuple[str, ...] = FILE_PATTERNS
-    if not any(_matches(name, "*.safetensors") for name in files):
+    if not any(_matches(name, "*.safetensors") and not is_head(name) for name in files):
         patterns += PICKLED_PATTERNS
     return {n: i for n, i in files.items() if any(_matches(n, pattern) for pattern in patterns)}
 

@@ -9,6 +9,7 @@ from bge_ray.model.feed.pairs import PairFeeder
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.folder import ModelFolder
 from bge_ray.model.source import Setting, fetch_model
+from bge_ray.model.weights import HEAD_FILES
 from bge_ray.records.model import ModelSpec
 from bge_ray.settings.sections import ModelSettings, RerankSettings
 
@@ -29,7 +30,17 @@ def resolve_encoder(settings: ModelSettings, *, on_gpu: bool) -> ModelSpec:
     path, revision = fetch_model(settings.name, settings.revision)
     folder = ModelFolder(path, revision)
     encoders = (family for family in FAMILIES if family.ROLE == "encoder" and family.recognises(folder))
-    return next(encoders).resolve(folder, settings, on_gpu=on_gpu)
+    spec = next(encoders).resolve(folder, settings, on_gpu=on_gpu)
+    missing = set(settings.outputs) - {output.name for output in spec.outputs}
+    if missing:
+        needed = "; ".join(
+            f"{name}: {' or '.join(HEAD_FILES[name])}" for name in sorted(missing & HEAD_FILES.keys())
+        )
+        raise ModelError(
+            f"model.outputs: {settings.name} has no {' and no '.join(sorted(missing))}; bge-m3 and what is "
+            f"tuned from it have them, by a head in a file of their folder ({needed})"
+        )
+    return spec
 
 
 def resolve_reranker(settings: RerankSettings, *, on_gpu: bool) -> ModelSpec:

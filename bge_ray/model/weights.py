@@ -1,17 +1,26 @@
-"""The files of a model folder that hold its weights, and the names of these. No torch in this process."""
+"""The files of a model folder that hold its weights, their names and shapes. No torch in this process."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from safetensors import SafetensorError, safe_open
 
 from bge_ray.errors import ModelError
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
+# Heads that lie beside the model, by the output that they make; the first file that is there counts.
+HEAD_FILES = {
+    "sparse": ("sparse_linear.safetensors", "sparse_linear.pt"),
+    "colbert": ("colbert_linear.safetensors", "colbert_linear.pt"),
+}
+
+Shape: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -32,15 +41,8 @@ class WeightFiles:
             ModelError: names the file that cannot be read, or that holds more than tensors.
         """
         if self.pickled:
-            return frozenset(_pickled_names(self.files))
-        names: set[str] = set()
-        for path in self.files:
-            try:
-                with safe_open(path, framework="numpy") as file:
-                    names.update(file.keys())
-            except (OSError, SafetensorError) as error:
-                raise ModelError(f"{path}: is no safetensors file: {error}") from error
-        return frozenset(names)
+            return frozenset(name for shapes in _pickled_shapes(self.files) for name in shapes)
+        return frozenset(name for path in self.files for name in _safe_shapes(path))
 
 
 def weight_files(folder: Path) -> WeightFiles:
@@ -74,7 +76,37 @@ def _shards(index: Path) -> tuple[Path, ...]:
     return shards
 
 
-def _pickled_names(files: tuple[Path, ...]) -> list[str]:
+def head_file(folder: Path, output: str) -> Path | None:
+    """Return the file with the head of an output; None if there is none."""
+    paths = (folder / name for name in HEAD_FILES[output])
+    return next((path for path in paths if path.is_file()), None)
+
+
+def is_head(name: str) -> bool:
+    """Tell whether a file of this name holds a head, and not the weights of a model."""
+    return any(name in files for files in HEAD_FILES.values())
+
+
+def tensor_shapes(files: Sequence[Path]) -> dict[Path, dict[str, Shape]]:
+    """Return the shapes of the tensors of each file, safetensors or pickled, by name.
+
+    Raises:
+        ModelError: one cannot be read, or holds more than tensors.
+    """
+    pickled = [path for path in files if path.suffix != ".safetensors"]
+    found = dict(zip(pickled, _pickled_shapes(pickled), strict=True)) if pickled else {}
+    return {path: found[path] if path in found else _safe_shapes(path) for path in files}
+
+
+def _safe_shapes(path: Path) -> dict[str, Shape]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: is no safetensors file: {error}") from error
+
+
+def _pickled_shapes(files: Sequence[Path]) -> list[dict[str, Shape]]:
     # In a process of its own: it takes torch, which a driver does without.
     command = [sys.executable, "-m", "bge_ray.model.run.pickled", *map(str, files)]
     path = os.pathsep.join(entry for entry in sys.path if entry)
@@ -84,5 +116,5 @@ def _pickled_names(files: tuple[Path, ...]) -> list[str]:
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"the reader ended with code {done.returncode}"]
         raise ModelError(lines[-1])
-    names: list[str] = json.loads(done.stdout)
-    return names
+    found: list[dict[str, list[int]]] = json.loads(done.stdout)
+    return [{name: tuple(shape) for name, shape in shapes.items()} for shapes in found]

@@ -45,7 +45,10 @@ class DatasetSpec:
     def decisive(self) -> dict[str, Any]:
         """Return all that decides the rows of the data set, by dotted name."""
         facts = dataclasses.asdict(self)
-        facts["model"]["outputs"] = {o["name"]: o for o in facts["model"]["outputs"]}
+        # Without a head there is nothing to say of it, as in data sets made before heads had files.
+        facts["model"]["outputs"] = {
+            o["name"]: {k: v for k, v in o.items() if k != "head" or v} for o in facts["model"]["outputs"]
+        }
         # The name says all of a type, the same in every version of Arrow.
         facts["columns"]["kept"] = {name: kind.name for name, kind in self.columns.kept.items()}
         flat = flatten(facts)

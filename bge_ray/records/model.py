@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 from bge_ray.records.outputs import Output
 
-# The output of an encoder that is indexed and searched, and that of a reranker.
+# The outputs of encoders (the first is what is indexed and searched), and that of a reranker.
 EMBEDDING = "embedding"
+SPARSE = "sparse"
+COLBERT = "colbert"
 SCORE = "score"
 
 
@@ -53,10 +55,28 @@ class ModelSpec:
         )
         return dataclasses.replace(self, outputs=outputs)
 
+    def stored_like(self, other: "ModelSpec") -> "ModelSpec":
+        """Return the same model with each output stored as the other's of the same name."""
+        dtypes = {o.name: o.dtype for o in other.outputs}
+        outputs = tuple(dataclasses.replace(o, dtype=dtypes.get(o.name, o.dtype)) for o in self.outputs)
+        return dataclasses.replace(self, outputs=outputs)
+
+    def only(self, name: str) -> "ModelSpec":
+        """Return the same model with one of its outputs.
+
+        Raises:
+            KeyError: it has none of that name.
+        """
+        return dataclasses.replace(self, outputs=(self.output(name),))
+
 
 @dataclass(frozen=True)
 class Canary:
-    """What a model made of a fixed text: ``vector`` (dim,) of a dense output, computed in ``dtype``."""
+    """What a model made of a fixed text: ``vector`` of an output, computed in ``dtype``.
+
+    It is (dim,) of a dense output and of a multi-vector, of which it is the mean, and as long as
+    `model.canary` folds the weights of a sparse one.
+    """
 
     text: str
     output: str

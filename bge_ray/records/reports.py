@@ -4,7 +4,7 @@
 All times are seconds; moments are Unix seconds.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from bge_ray.records.canonical import from_json
@@ -111,6 +111,7 @@ class EmbedReport(Report):
 
     ``removed_uris`` are some of the ``objects_removed`` that left the corpus, and with it the data set.
     ``tokenizer`` says what a person should know of how this run read texts; None if there is nothing.
+    ``output_bytes`` are bytes a row of each output, before Parquet compresses them.
     """
 
     output: str
@@ -124,6 +125,7 @@ class EmbedReport(Report):
     rows_removed: int
     removed_uris: tuple[str, ...]
     tokenizer: str | None = None
+    output_bytes: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,12 @@ from bge_ray.report.words import count, duration, short, size
 
 STAGES = ("read", "tokenise", "encode", "write")
 SHARES = (0.5, 0.9, 0.99)
+_KINDS = {
+    "dense": "one vector",
+    "sparse": "token weights",
+    "multi": "one vector a token",
+    "scalar": "one number",
+}
 
 
 def embed_page(report: EmbedReport) -> bytes:
@@ -32,6 +38,7 @@ def embed_page(report: EmbedReport) -> bytes:
         advice_section(report),
         failures_section(report),
         section("Rows", paragraph(_accounts(report)), *_removed(report), *_left_out(report)),
+        section("Outputs", paragraph("Before compression:"), table(_outputs(report))),
         section("Cost", table(_cost(report))),
         section("Where the time went", *_time(report)),
         section("Texts", paragraph(_lengths(report)), pictures(*_drawn(report))),
@@ -59,6 +66,16 @@ def _accounts(report: EmbedReport) -> str:
         f"in {units}. "
         f"{size(report.bytes_in)} of text in, {size(report.bytes_out)} of Parquet out."
     )
+
+
+def _outputs(report: EmbedReport) -> list[tuple[str, str]]:
+    """Return each output, what it is, and what a row of it takes if this run did any."""
+    told = []
+    for output in report.model.outputs:
+        size = report.output_bytes.get(output.name)
+        each = f"{size:,.0f} bytes a row" if size is not None else "no row in this run"
+        told.append((output.name, f"{_KINDS[output.kind]}, {output.dtype}, {each}"))
+    return told
 
 
 def _removed(report: EmbedReport) -> list[Html]:

@@ -29,6 +29,7 @@ from bge_ray.records.schemas import RESERVED_COLUMNS
 Pooling: TypeAlias = Literal["cls", "mean", "last_token", "max", "mean_sqrt_len", "weighted_mean"]
 ComputeDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 OutputDtype: TypeAlias = Literal["float32", "float16"]
+EncoderOutput: TypeAlias = Literal["embedding", "sparse", "colbert"]
 Auto: TypeAlias = Literal["auto"]
 
 # A name and a password in front of a bucket or host (digits after the colon are a port), or a signed URL.
@@ -131,6 +132,12 @@ class ModelSettings(Section):
     revision: str | None = Field(
         None, description="hub commit, tag or branch; resolved to a commit and pinned in dataset.json"
     )
+    outputs: tuple[EncoderOutput, ...] = Field(
+        ("embedding",),
+        min_length=1,
+        description="what to make of a passage: embedding (one vector), sparse (token weights), colbert (one "
+        "vector a token); the last two with bge-m3 and models tuned from it",
+    )
     pooling: Pooling | Auto = Field(
         "auto", description="tokens to one vector; auto takes what the model card or folder says"
     )
@@ -157,6 +164,12 @@ class ModelSettings(Section):
         False, description="run Python code found in the model folder; off unless you trust its author"
     )
 
+    @model_validator(mode="after")
+    def _outputs_are_different(self) -> "ModelSettings":
+        if len(set(self.outputs)) != len(self.outputs):
+            raise ValueError("outputs: one is named twice")
+        return self
+
 
 class BatchingSettings(Section):
     """How rows are cut into work units and forward passes."""
@@ -171,7 +184,7 @@ class BatchingSettings(Section):
         "gives every encoder several units, of at most 50000 rows",
     )
     unit_bytes: int = Field(
-        96_000_000, ge=1_000_000, description="most bytes of text plus vectors of one work unit, in bytes"
+        96_000_000, ge=1_000_000, description="most bytes of text plus all outputs of one work unit, in bytes"
     )
 
     @model_validator(mode="after")
@@ -195,7 +208,8 @@ class OutputSettings(Section):
     uri: str | None = Field(None, description="folder of the data set on any fsspec URI")
     dtype: OutputDtype | Auto = Field(
         "auto",
-        description="dtype of the stored vectors; auto is float16, or float32 when model.dtype is float32",
+        description="dtype of what is stored; auto is float16, but float32 for embedding when model.dtype is "
+        "float32",
     )
     compression: Literal["zstd", "snappy", "none"] = Field(
         "zstd", description="Parquet compression of the embedding shards"

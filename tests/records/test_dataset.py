@@ -96,6 +96,10 @@ def test_a_fingerprint_changes_with_everything_that_decides_vectors() -> None:
     ):
         spec = dataclasses.replace(SPEC, columns=columns)
         others.append(unit_fingerprint(spec.rows_fingerprint, OBJECT, unit))
+    with_head = dataclasses.replace(MODEL, outputs=(dataclasses.replace(OUTPUT, head="a"),))
+    others.append(unit_fingerprint(dataclasses.replace(SPEC, model=with_head).rows_fingerprint, OBJECT, unit))
+    # Data sets that were made before outputs had it keep their fingerprints.
+    assert not any(key.endswith(".head") for key in SPEC.decisive())
     halves = dataclasses.replace(SPEC, model=MODEL.stored_as("float16"))
     others.append(unit_fingerprint(halves.rows_fingerprint, OBJECT, unit))
     assert len({base, *others}) == 1 + len(others)

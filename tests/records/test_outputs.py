@@ -11,7 +11,7 @@ HALF = pa.field("element", pa.float16(), nullable=False)
 KINDS = {
     "dense": pa.list_(HALF, 3),
     "scalar": pa.float16(),
-    "multi": pa.list_(pa.field("element", pa.list_(HALF, 3), nullable=False)),
+    "multi": pa.list_(pa.field("element", pa.binary(6), nullable=False)),
     "sparse": pa.struct(
         [
             pa.field("indices", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False),

@@ -77,6 +77,7 @@ def embed_report(facts: RunFacts | None = None, **changes: Any) -> EmbedReport:
         objects_removed=0,
         rows_removed=0,
         removed_uris=(),
+        output_bytes={"embedding": 32.0},
     )
     return dataclasses.replace(report, **changes)
 

@@ -71,6 +71,11 @@ def test_the_accounts_of_each_job() -> None:
     assert "Complete: 1,234,000 of 1,234,567 pairs" in many
 
 
+def test_what_a_row_of_each_output_takes() -> None:
+    assert "one vector, float32, 32 bytes a row" in PAGES["embed"].decode()
+    assert "one vector, float32, no row in this run" in embed_page(embed_report(output_bytes={})).decode()
+
+
 def test_what_left_the_data_set_is_named() -> None:
     gone = embed_report(objects_removed=12, rows_removed=3456, removed_uris=("s3://b/in/gone.jsonl",))
     page = embed_page(gone).decode()

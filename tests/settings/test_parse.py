@@ -24,6 +24,8 @@ def test_overrides_win_over_the_document() -> None:
         "model: {max_length: 64}\ncorpus: {uri: a}", ["model.max_length=32", "corpus.uri=b"]
     )
     assert (settings.model.max_length, settings.corpus.uri) == (32, "b")
+    assert settings.model.outputs == ("embedding",)
+    assert parse_settings("", ["model.outputs=sparse"]).model.outputs == ("sparse",)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,9 @@ def test_overrides_win_over_the_document() -> None:
         ("corpus.keep_columns=[embedding]", "our own columns"),
         ("corpus.keep_columns=[a, a]", "named twice"),
         ("output.dtype=int8", "output.dtype"),
+        ("model.outputs=[]", "at least 1 item"),
+        ("model.outputs=[sparse, sparse]", "one is named twice"),
+        ("model.outputs=[embedding, dense]", r"model.outputs: .*'sparse'.*got 'dense'"),
         ("name=x", "expected section.key=value"),
         ("model.name", "expected section.key=value"),
         ("model.max_length={", "not valid YAML"),

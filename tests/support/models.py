@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
@@ -103,6 +104,37 @@ def make_encoder(
     model = BertModel(config) if kind == "bert" else XLMRobertaModel(config)
     model.eval().save_pretrained(folder)
     write_pooling(folder, pooling, dim)
+    return folder
+
+
+def make_m3(
+    folder: Path,
+    *,
+    dim: int = 32,
+    colbert_dim: int | None = None,
+    positions: int = 128,
+    seed: int = 0,
+    pickled: bool = False,
+) -> Path:
+    """Write a random XLM-RoBERTa with the two heads of bge-m3 in their files; returns the folder.
+
+    Those of the published model are pickled, which takes a process of their own to look at.
+    """
+    make_encoder(folder, kind="xlm-roberta", dim=dim, positions=positions, seed=seed)
+    sparse, colbert = torch.nn.Linear(dim, 1), torch.nn.Linear(dim, colbert_dim or dim)
+    with torch.no_grad():
+        states = XLMRobertaModel.from_pretrained(folder)(torch.arange(5, 100)[None]).last_hidden_state[0]
+        # Random states have much in common, of which all weights would be positive, or none. Those of the
+        # published model are below one, and most tokens have one.
+        common = states.mean(0)
+        sparse.weight -= (sparse.weight @ common) / (common @ common) * common
+        sparse.weight *= 0.1 / (states @ sparse.weight.T).std()
+        sparse.bias.fill_(0.05)
+    for name, linear in (("sparse_linear", sparse), ("colbert_linear", colbert)):
+        if pickled:
+            torch.save(linear.state_dict(), folder / f"{name}.pt")
+        else:
+            save_file(linear.state_dict(), folder / f"{name}.safetensors")
     return folder
 
 

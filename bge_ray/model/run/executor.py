@@ -41,19 +41,33 @@ class _Launched:
     """A forward pass whose outputs are on their way: in host memory once ``ready``."""
 
     rows: IdArray
-    outputs: list[torch.Tensor | Ragged]
+    outputs: list["_Sent"]
     ready: torch.cuda.Event | None
 
     def blocks(self) -> list[Block]:
         """Wait for the outputs."""
         if self.ready is not None:
             self.ready.synchronize()
-        return [
-            Block(o.values.numpy(), o.lengths.numpy(), None if o.indices is None else o.indices.numpy())
-            if isinstance(o, Ragged)
-            else Block(o.numpy())
-            for o in self.outputs
-        ]
+        return [sent.block() for sent in self.outputs]
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """One output in host memory, or on its way there: the tensors of a `Block`."""
+
+    values: torch.Tensor
+    largest: torch.Tensor
+    lengths: torch.Tensor | None = None
+    indices: torch.Tensor | None = None
+
+    def block(self) -> Block:
+        values, largest = self.values.numpy(), self.largest.numpy()
+        if self.lengths is None:
+            return Block(values, largest)
+        lengths = self.lengths.numpy()
+        total = int(lengths.sum())  # what lies behind that was never meant
+        indices = None if self.indices is None else self.indices.numpy()[:total]
+        return Block(values[:total], largest, lengths, indices)
 
 
 class Executor:
@@ -129,7 +143,7 @@ class Executor:
         if any(head.needs == "layers" for head in loaded.heads):
             inputs.arguments["output_hidden_states"] = True
         hidden = loaded.model(**inputs.arguments)
-        outputs = [_to_host(_checked(head, head(hidden, inputs))) for head in loaded.heads]
+        outputs = [_send(_checked(head, head(hidden, inputs)), head.output.dtype) for head in loaded.heads]
         if self.device.type != "cuda":
             return _Launched(rows, outputs, None)
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -178,12 +192,21 @@ def _checked(head: Head, output: torch.Tensor | Ragged) -> torch.Tensor | Ragged
     return output
 
 
-def _to_host(output: torch.Tensor | Ragged) -> torch.Tensor | Ragged:
-    """Send an output to host memory, its numbers as float32; from a CUDA device it may not be there yet."""
-    if isinstance(output, Ragged):
-        indices = None if output.indices is None else _copied(output.indices.int())
-        return Ragged(_copied(output.values.float()), _copied(output.lengths.long()), indices)
-    return _copied(output.float())
+def _send(output: torch.Tensor | Ragged, dtype: str) -> _Sent:
+    """Send an output to host memory in its stored dtype; from a CUDA device it may not be there yet."""
+    stored = getattr(torch, dtype)
+    if not isinstance(output, Ragged):
+        values = output.float()
+        largest = values.abs() if values.ndim == 1 else values.abs().amax(-1)
+        return _Sent(_copied(values.to(stored)), _copied(largest))
+    values = output.values.float()
+    of_each = values.abs() if values.ndim == 1 else values.abs().amax(-1)
+    ends = output.lengths.cumsum(0)
+    rows = torch.searchsorted(ends, torch.arange(len(values), device=values.device), right=True)
+    # One more than there are rows, for what lies behind the last.
+    largest = values.new_zeros(len(ends) + 1).scatter_reduce(0, rows, of_each, "amax")[:-1]
+    indices = None if output.indices is None else _copied(output.indices.int())
+    return _Sent(_copied(values.to(stored)), _copied(largest), _copied(output.lengths.long()), indices)
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:

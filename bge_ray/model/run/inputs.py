@@ -167,6 +167,25 @@ def _prompts(source: PackedTokens, rows: IdArray, device: torch.device) -> torch
     return _to(source.prompt_tokens[rows].astype(np.int64), device)
 
 
+def token_states(hidden: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Lay the states of all tokens end to end, without padding.
+
+    Args:
+        hidden: (rows, width, dim) padded on the right, or packed (1, tokens, dim).
+        inputs: of the call that made them.
+
+    Returns:
+        (tokens, dim) states, (tokens,) int64 their ids, and (rows,) int64 how many are each row's.
+    """
+    ids = inputs.arguments["input_ids"]
+    if inputs.borders is not None:
+        return hidden[0], ids[0], inputs.borders.diff()
+    if inputs.mask is None:
+        lengths = torch.full((len(ids),), ids.shape[1], device=ids.device)
+        return hidden.flatten(0, 1), ids.flatten(), lengths
+    return hidden[inputs.mask], ids[inputs.mask], inputs.mask.sum(1)
+
+
 def _gather(
     source: PackedTokens, rows: IdArray, lengths: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:

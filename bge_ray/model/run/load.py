@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import (
     MODEL_MAPPING,
     AutoConfig,
@@ -16,7 +17,7 @@ from transformers import (
 )
 
 from bge_ray.errors import ModelError
-from bge_ray.model.run.pickled import pickled_names
+from bge_ray.model.run.pickled import read_pickled
 from bge_ray.model.weights import weight_files
 
 
@@ -77,6 +78,22 @@ def load_cross_encoder(folder: Path, how: Loading) -> torch.nn.Module:
     return _load(AutoModelForSequenceClassification, folder, config, how, {})
 
 
+def load_linear(path: Path, dtype: torch.dtype) -> torch.nn.Linear:
+    """Load the one linear layer of a file, safetensors or pickled, that holds its weight and its bias.
+
+    Raises:
+        ModelError: the file cannot be read, or holds anything else.
+    """
+    try:
+        tensors = load_file(path) if path.suffix == ".safetensors" else read_pickled(path, "cpu")
+        n_out, n_in = tensors["weight"].shape
+        linear = torch.nn.Linear(n_in, n_out)
+        linear.load_state_dict(tensors)
+    except (*LOAD_ERRORS, SafetensorError) as error:
+        raise ModelError(f"{path}: cannot be loaded as a linear layer: {error}") from error
+    return linear.to(dtype).eval().requires_grad_(False)
+
+
 def _load(
     loader: Any,
     folder: Path,
@@ -95,7 +112,7 @@ def _load(
     weights = weight_files(folder)
     if weights.pickled:
         for path in weights.files:
-            pickled_names(path)  # which refuses by name what the restricted reader does
+            read_pickled(path, "meta")  # which refuses by name what the restricted reader does
     try:
         model, info = loader.from_pretrained(
             folder,

@@ -1,25 +1,30 @@
-"""The names of pickled weights, as JSON; run as a module by `bge_ray.model.weights`."""
+"""Pickled weights, by torch's restricted reader; their shapes as JSON, run as a module by `model.weights`."""
 
 import json
 import sys
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Literal
 
 import torch
 
 from bge_ray.errors import ModelError
 
 
-def pickled_names(path: Path) -> list[str]:
-    """Return the names of the weights in a file of `torch.save`, read by torch's restricted reader.
+def read_pickled(path: Path, place: Literal["cpu", "meta"]) -> dict[str, torch.Tensor]:
+    """Return the weights in a file of `torch.save` by name.
+
+    Args:
+        path: the file.
+        place: ``meta`` for names and shapes: nothing is read of the tensors of today's format; that of
+            before 2020 has no other way.
 
     Raises:
         ModelError: it cannot be read, or holds something else than tensors by name.
     """
     try:
-        # Nothing is read of the tensors of today's format; the one of before 2020 has no other way.
-        state = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state = torch.load(path, map_location=place, weights_only=True, mmap=zipfile.is_zipfile(path))
     except UnpicklingError as error:
         # Its advice to turn the restriction off stands around the reason, a paragraph of its own.
         paragraphs = str(error).split("\n\n")
@@ -33,11 +38,13 @@ def pickled_names(path: Path) -> list[str]:
         raise ModelError(f"{path}: cannot be read as weights of torch: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ModelError(f"{path}: holds a {type(state).__name__} and not weights by name")
-    return sorted(state)
+    # A training may keep a number beside its weights, which are all that is asked for.
+    return {name: tensor for name, tensor in sorted(state.items()) if isinstance(tensor, torch.Tensor)}
 
 
 if __name__ == "__main__":
     try:
-        json.dump([name for path in sys.argv[1:] for name in pickled_names(Path(path))], sys.stdout)
+        files = [read_pickled(Path(path), "meta") for path in sys.argv[1:]]
+        json.dump([{name: list(tensor.shape) for name, tensor in file.items()} for file in files], sys.stdout)
     except ModelError as failure:
         sys.exit(str(failure))

@@ -8,32 +8,31 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from bge_ray.errors import ModelError
 from bge_ray.records.ids import FloatArray, IdArray
 from bge_ray.records.outputs import Output
+
+MOST_ENTRIES = np.iinfo(np.int32).max
 
 
 @dataclass(frozen=True)
 class Block:
-    """One output of some rows, as a forward pass gave it.
+    """One output of some rows, as a forward pass gave it, in its stored dtype.
 
-    ``values`` is (rows, dim) float32 of a dense output and (rows,) of a scalar. With ``lengths`` (rows,) the
-    rows have different amounts: (total, dim) of a multi-vector, (total,) of a sparse output with ``indices``.
+    ``values`` is (rows, dim) of a dense output and (rows,) of a scalar. With ``lengths`` (rows,) the rows
+    have different amounts: (total, dim) of a multi-vector, (total,) of a sparse output with ``indices``.
+    ``largest`` is (rows,) float32, the largest size of a row's numbers before they were stored, NaN if one
+    was no number, and 0 of a row that has none.
     """
 
-    values: FloatArray
+    values: npt.NDArray[np.floating[Any]]
+    largest: FloatArray
     lengths: IdArray | None = None
     indices: npt.NDArray[np.int32] | None = None
 
     def beyond(self, limit: float) -> npt.NDArray[np.bool_]:
         """(rows,) whether a number of the row is larger than a limit in size, or no number at all."""
-        bad = np.asarray(~(np.abs(self.values) <= limit))
-        if bad.ndim > 1:
-            bad = np.asarray(bad.any(axis=1))
-        if self.lengths is None:
-            return bad
-        found = np.zeros(len(self.lengths), dtype=np.bool_)
-        found[np.repeat(np.arange(len(self.lengths)), self.lengths)[bad]] = True
-        return found
+        return np.asarray(~(self.largest <= limit))
 
 
 class Result:
@@ -89,7 +88,7 @@ class Result:
             if output.name in self._fixed:
                 self._fixed[output.name][rows[good]] = block.values[good]
             else:
-                self._ragged[output.name].append((rows[good], _stored(block, good, output)))
+                self._ragged[output.name].append((rows[good], _of_rows(block, good)))
         return rows[infinite]
 
     def array(self, name: str) -> npt.NDArray[np.floating[Any]]:
@@ -113,30 +112,46 @@ class Result:
         if output.kind == "dense":
             flat = pa.array(self._fixed[output.name].reshape(-1), kind.value_type)
             return pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=mask)
-        offsets, block = _gather(self._n_rows, self._ragged[output.name], output, null)
+        offsets, values, indices = _gather(self._n_rows, self._ragged[output.name], output, null)
         if output.kind == "multi":
-            flat = pa.array(block.values.reshape(-1), kind.value_type.value_type)
-            vectors = pa.FixedSizeListArray.from_arrays(flat, type=kind.value_type)
+            # Views: an array of binary made of values would be a copy.
+            buffers = [None, pa.py_buffer(values)]
+            vectors = pa.Array.from_buffers(kind.value_type, len(values), buffers)
             return pa.ListArray.from_arrays(offsets, vectors, type=kind, mask=mask)
         parts = [
-            pa.ListArray.from_arrays(offsets, pa.array(values), type=kind.field(name).type)
-            for name, values in (("indices", block.indices), ("values", block.values))
+            pa.ListArray.from_arrays(offsets, pa.array(part), type=kind.field(name).type)
+            for name, part in (("indices", indices), ("values", values))
         ]
         return pa.StructArray.from_arrays(parts, fields=list(kind), mask=mask)
 
 
-def _stored(block: Block, good: npt.NDArray[np.bool_], output: Output) -> Block:
-    """Return the good rows of a ragged block in the stored dtype."""
+def _of_rows(block: Block, good: npt.NDArray[np.bool_]) -> Block:
+    """Return a copy of the good rows of a ragged block, whose memory may be a device's for copying from."""
     lengths = np.asarray(block.lengths)
     kept = np.repeat(good, lengths)
     indices = None if block.indices is None else block.indices[kept]
-    return Block(block.values[kept].astype(output.dtype), lengths[good], indices)
+    return Block(block.values[kept], block.largest[good], lengths[good], indices)
+
+
+def list_offsets(lengths: IdArray, name: str) -> pa.Array:
+    """Return (n + 1,) int32 offsets of lists of (n,) lengths.
+
+    Raises:
+        ModelError: together they are more than Arrow's lists can count.
+    """
+    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+    if ends[-1] > MOST_ENTRIES:
+        raise ModelError(
+            f"{name}: {len(lengths):,} rows have {ends[-1]:,} values together, and a column of lists counts "
+            f"{MOST_ENTRIES:,}; lower batching.unit_bytes or batching.unit_rows"
+        )
+    return pa.array(ends.astype(np.int32))
 
 
 def _gather(
     n_rows: int, blocks: list[tuple[IdArray, Block]], output: Output, null: npt.NDArray[np.bool_]
-) -> tuple[pa.Array, Block]:
-    """Return (n + 1,) offsets and the values of all rows in row order; the last block of a row counts."""
+) -> tuple[pa.Array, npt.NDArray[np.floating[Any]], npt.NDArray[np.int32] | None]:
+    """Return (n + 1,) offsets, values and indices of all rows in row order; a row's last block counts."""
     starts, lengths = np.zeros(n_rows, np.int64), np.zeros(n_rows, np.int64)
     at = 0
     for rows, block in blocks:
@@ -153,5 +168,4 @@ def _gather(
     indices = np.concatenate(
         [np.zeros(0, np.int32), *(block.indices for _, block in blocks if block.indices is not None)]
     )
-    offsets = pa.array(np.concatenate([[0], ends]).astype(np.int32))
-    return offsets, Block(values, lengths, indices[places] if output.kind == "sparse" else None)
+    return list_offsets(lengths, output.name), values, indices[places] if output.kind == "sparse" else None

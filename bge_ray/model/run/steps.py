@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from bge_ray.errors import ModelError
 from bge_ray.model.modules import LayerNorm, Linear, Normalize, Step
-from bge_ray.model.run.pickled import pickled_names
+from bge_ray.model.run.pickled import read_pickled
 
 
 class Projection(torch.nn.Module):
@@ -92,6 +92,4 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path}: is no safetensors file: {error}") from error
-    pickled_names(path)  # which refuses by name what the restricted reader does
-    tensors: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return tensors
+    return read_pickled(path, "cpu")

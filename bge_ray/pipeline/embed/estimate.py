@@ -17,6 +17,7 @@ from bge_ray.pipeline.embed.tasks import ReadTask, SpanTask
 from bge_ray.pipeline.engine.pools import Pool, Sizes
 from bge_ray.records.columns import Columns
 from bge_ray.records.model import ModelSpec
+from bge_ray.records.outputs import row_bytes
 from bge_ray.records.plan import Removal
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.objects import Storage
@@ -107,7 +108,7 @@ def estimate(planned: Planned, sizes: Sizes | None, settings: Settings) -> Estim
     tokens = int(tokens_per_row * planned.todo_rows)
     handed_on = sum(task.n_parcels for task in planned.todo) * PARCEL_S + len(todo) * COMMIT_S
     seconds = tokens / (rate * encoders.count) + handed_on
-    row_bytes = sum(output.row_bytes for output in model.outputs)
+    output_bytes = row_bytes(model.outputs, tokens_per_row)
     in_flight = 2 * encoders.count + sum(tasks.count for tasks in sizes.tasks.values())
     largest = max(_largest_parcel(task) for task in planned.todo)
     price = settings.report.price_per_hour
@@ -116,8 +117,8 @@ def estimate(planned: Planned, sizes: Sizes | None, settings: Settings) -> Estim
         tokens=tokens,
         tokens_per_s=rate * encoders.count,
         seconds=seconds,
-        memory_bytes=int(in_flight * largest * (row_bytes + 8 * tokens_per_row)),
-        output_bytes=int(planned.todo_rows * (row_bytes * 0.93 + 56)),
+        memory_bytes=int(in_flight * largest * (output_bytes + 8 * tokens_per_row)),
+        output_bytes=int(planned.todo_rows * (output_bytes * 0.93 + 56)),
         num_encoders=encoders.count,
         cost=None if price is None else price * encoders.devices * seconds / 3600,
     )

@@ -331,6 +331,11 @@ class EmbedWork:
             rows_removed=planned.removal.rows,
             removed_uris=planned.removal.uris[:MAX_NAMED_OBJECTS],
             tokenizer=self._tokenizer,
+            output_bytes={
+                output.name: facts.counts[f"{output.name}_bytes"] / facts.rows_out
+                for output in planned.spec.model.outputs
+                if facts.rows_out
+            },
         )
         return dataclasses.replace(report, advice=tuple(advise_embed(report)))
 

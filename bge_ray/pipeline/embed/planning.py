@@ -1,5 +1,6 @@
 """From the listing of a corpus to a plan: keep the numbers of old objects, scan the new ones."""
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from bge_ray.pipeline.engine.progress import Step
 from bge_ray.pipeline.engine.tasks import run_tasks
 from bge_ray.records.columns import Columns
 from bge_ray.records.ids import MAX_OBJECTS, MAX_ROWS_PER_OBJECT
+from bge_ray.records.model import ModelSpec
 from bge_ray.records.plan import CorpusObject, Plan, UnitLimits
 from bge_ray.settings.sections import BatchingSettings, CorpusSettings
 from bge_ray.storage.objects import ObjectInfo, Storage
@@ -50,20 +52,27 @@ def unchanged_objects(
 
 
 def settle_limits(
-    batching: BatchingSettings, infos: Sequence[ObjectInfo], encoders: int, vector_bytes: int
+    batching: BatchingSettings, infos: Sequence[ObjectInfo], encoders: int, model: ModelSpec
 ) -> UnitLimits:
-    """Return when a unit of new objects is full.
+    """Return when a unit of new objects is full, with all its outputs.
 
     Args:
         batching: unit_rows (auto gives each encoder UNITS_PER_ENCODER units) and unit_bytes.
         infos: the new objects; how their bytes share out the units is all that is known before the scan.
         encoders: that the cluster has room for.
-        vector_bytes: of a row of the output.
+        model: what it makes of a row counts.
     """
+    limits = UnitLimits(
+        max_rows=MOST_AUTO_ROWS if batching.unit_rows == "auto" else batching.unit_rows,
+        max_bytes=batching.unit_bytes,
+        vector_bytes=sum(output.fixed_bytes for output in model.outputs),
+        token_bytes=sum(output.token_bytes for output in model.outputs),
+        max_tokens=model.max_length,
+    )
     if batching.unit_rows != "auto":
-        return UnitLimits(batching.unit_rows, batching.unit_bytes, vector_bytes)
+        return limits
     share = max(1, -(-sum(info.size for info in infos) // (encoders * UNITS_PER_ENCODER)))
-    return UnitLimits(MOST_AUTO_ROWS, batching.unit_bytes, vector_bytes, share, LEAST_AUTO_ROWS)
+    return dataclasses.replace(limits, share_bytes=share, min_rows=LEAST_AUTO_ROWS)
 
 
 def scan_objects(
@@ -188,9 +197,8 @@ def _groups(scanned: Sequence[ScannedObject], first_no: int, limits: UnitLimits)
     for place, scan in enumerate(scanned):
         if len(scan.unit_rows) != 1:  # without rows there is nothing to do, with more there is enough
             continue
-        too_large = rows + scan.unit_rows[0] > most_rows or size + scan.info.size > (
-            GROUP_SHARE * limits.max_bytes
-        )
+        more, text_bytes = rows + scan.unit_rows[0], int((size + scan.info.size) / GROUP_SHARE)
+        too_large = more > most_rows or limits.bytes_of(more, text_bytes) > limits.max_bytes
         if members and (too_large or len(members) >= GROUP_OBJECTS):
             close()
             members, rows, size = [], 0, 0

@@ -17,7 +17,7 @@ from bge_ray.pipeline.engine.pools import await_pools, cluster_sizes, device_of,
 from bge_ray.pipeline.engine.tasks import run_tasks
 from bge_ray.records.columns import Columns, ColumnType
 from bge_ray.records.dataset import DatasetSpec, Marker
-from bge_ray.records.model import EMBEDDING, Canary, ModelSpec
+from bge_ray.records.model import Canary, ModelSpec
 from bge_ray.records.plan import Plan, Removal, find_removal, span_units, unit_fingerprint
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.folders import refuse_collisions, refuse_own_files
@@ -79,13 +79,12 @@ def prepare(settings: Settings) -> Planned:
     canaries = spec_there.canaries if spec_there is not None else ()
     if changed and _must_be_tried(model, spec_there):
         canaries = _try_model(settings, model)
-    row_bytes = sum(output.row_bytes for output in model.outputs)
     scanned = []
     encoders = 1
     if changed:
         sizes = cluster_sizes(settings, [encoder_request(settings, MOST_ENCODERS)], [], lambda: None)
         encoders = sizes.pools["encoders"].count
-    limits = settle_limits(settings.batching, changed, encoders, row_bytes)
+    limits = settle_limits(settings.batching, changed, encoders, model)
     if changed:
         logger.info("scanning %d of %d corpus objects", len(changed), len(listed))
         scanned = scan_objects(storage, changed, settings.corpus, limits, settings.report.log_interval_s)
@@ -168,7 +167,7 @@ def _resolve_model(settings: Settings, there: DatasetSpec | None) -> ModelSpec:
     model = resolve_encoder(asked, on_gpu=on_gpu)
     if settings.output.dtype != "auto":
         return model.stored_as(settings.output.dtype)
-    return model if there is None else model.stored_as(there.model.output(EMBEDDING).dtype)
+    return model if there is None else model.stored_like(there.model)
 
 
 def _must_be_tried(model: ModelSpec, there: DatasetSpec | None) -> bool:

@@ -64,6 +64,8 @@ def commit_stage(batch: pa.Table, job: EmbedJob) -> Iterator[pa.Table]:
             "rejected_examples": [e for (task, _, left_out), _ in done for e in _examples(task, left_out)],
             "markers": [dataclasses.asdict(marker) for _, marker in done],
         }
+        for output in job.spec.model.outputs:
+            facts[f"{output.name}_bytes"] = sum(own[output.name].nbytes for (_, own, _), _ in done)
         yield parcel.filled(None, **facts).to_batch()
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from bge_ray.pipeline.engine.rows import whole
+from bge_ray.records.arrays import whole
 from bge_ray.records.canonical import from_json, to_json
 
 T = TypeVar("T")

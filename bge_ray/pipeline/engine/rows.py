@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bge_ray.records.arrays import whole
 from bge_ray.records.ids import IdArray
 from bge_ray.records.tokens import PackedTokens
 
@@ -18,13 +19,6 @@ Fault: TypeAlias = tuple[str, str]
 # Numbers that some models need of each row, by the name of the array of `PackedTokens`.
 _ROW_NUMBERS = {"type_start": "type_starts", "prompt_tokens": "prompt_tokens"}
 TOKEN_COLUMNS = ("input_ids", *_ROW_NUMBERS)
-
-
-def whole(column: pa.ChunkedArray) -> pa.Array:
-    """Return a column as one array, also one without rows, which has no chunk to begin with."""
-    if column.num_chunks == 1:
-        return column.chunk(0)
-    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
 def spread(values: pa.Array, rows: IdArray, n_rows: int) -> pa.Array:

@@ -9,6 +9,7 @@ from bge_ray.pipeline.index.queries import Queries, given_queries
 from bge_ray.pipeline.index.steps import key_of
 from bge_ray.records.dataset import DatasetSpec, Manifest
 from bge_ray.records.index import INDEX_FORMAT_VERSION
+from bge_ray.records.model import EMBEDDING
 from bge_ray.settings.sections import IndexSettings
 
 
@@ -68,6 +69,12 @@ def settle_spec(dataset: DatasetSpec, n_vectors: int, settings: IndexSettings) -
     Raises:
         SettingsError: no such index can be built from them.
     """
+    made = [output.name for output in dataset.model.outputs]
+    if EMBEDDING not in made:
+        raise SettingsError(
+            f"the data set has no output {EMBEDDING}, only {', '.join(made)}, and an index is made of that: "
+            f"embed with {EMBEDDING} among model.outputs, into another output.uri"
+        )
     if not dataset.model.normalize:
         raise SettingsError(
             "the vectors of the data set are not normalised, and an index needs model.normalize"

@@ -77,7 +77,7 @@ def encode_task(texts: tuple[str, ...], dataset: DatasetSpec, settings: ModelSet
     from bge_ray.model.canary import check_canaries  # torch, only where there is a model
     from bge_ray.model.run.model import Model, Place
 
-    spec = dataset.model
+    spec = dataset.model.only(EMBEDDING)
     if settings.query_instruction is not None:
         spec = dataclasses.replace(spec, query_instruction=settings.query_instruction)
     # Half precision is for GPUs; on a CPU the same weights give the same directions in float32.

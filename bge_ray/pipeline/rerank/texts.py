@@ -22,9 +22,9 @@ from bge_ray.errors import SettingsError
 from bge_ray.formats.corpus import read_units
 from bge_ray.formats.rows import RawRows, check_rows
 from bge_ray.pipeline.engine.pools import Tasks
-from bge_ray.pipeline.engine.rows import whole
 from bge_ray.pipeline.engine.tasks import run_tasks
 from bge_ray.pipeline.runs.source import Source
+from bge_ray.records.arrays import whole
 from bge_ray.records.columns import Columns
 from bge_ray.records.dataset import FileFact
 from bge_ray.records.ids import IdArray, id_range, vector_ids

@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 from bge_ray.errors import CorpusError, IncompleteRunError, StorageError
 from bge_ray.formats.runs import RUN_SCHEMA, encode_trec
 from bge_ray.pipeline.engine.parcel import Parcel
-from bge_ray.pipeline.engine.rows import whole
 from bge_ray.pipeline.runs.groups import CANDIDATE_SCHEMA, GroupTask, GroupUnit, Workplace, part_uri
 from bge_ray.pipeline.runs.intake import Rejections
+from bge_ray.records.arrays import whole
 from bge_ray.records.dataset import FileFact
 from bge_ray.records.reports import RejectedRow
 from bge_ray.report.facts import EXAMPLES_PER_REASON

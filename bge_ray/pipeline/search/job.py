@@ -50,7 +50,7 @@ from bge_ray.pipeline.search.stages import (
 from bge_ray.pipeline.work import carry_out
 from bge_ray.records.canonical import digest
 from bge_ray.records.index import IndexDescription
-from bge_ray.records.model import ModelSpec
+from bge_ray.records.model import EMBEDDING, ModelSpec
 from bge_ray.records.reports import SearchedIndex, SearchReport
 from bge_ray.report.advice import advise_search
 from bge_ray.report.facts import RunFacts, summarise
@@ -130,6 +130,12 @@ class SearchJob:
         )
         self._settings = settings
         self.source = open_source(settings)
+        made = [output.name for output in self.source.spec.model.outputs]
+        if EMBEDDING not in made:
+            raise SettingsError(
+                f"output.uri {self.source.root}: has no output {EMBEDDING}, only {', '.join(made)}, and a "
+                f"search compares that: embed with {EMBEDDING} among model.outputs, into another output.uri"
+            )
         if not self.source.spec.model.normalize:
             raise SettingsError(
                 f"output.uri {self.source.root}: its vectors are not normalised, which a search needs"
@@ -407,7 +413,7 @@ def _query_model(settings: Settings, source: Source) -> ModelSpec:
         DatasetMismatchError: model.name names another model.
         ModelError: the model is not to be had.
     """
-    spec, asked = source.spec.model.stored_as("float32"), settings.model
+    spec, asked = source.spec.model.only(EMBEDDING).stored_as("float32"), settings.model
     if "name" in asked.model_fields_set:
         spec = dataclasses.replace(spec, name=asked.name, revision=asked.revision)
     folder, commit = fetch_model(spec.name, spec.revision)

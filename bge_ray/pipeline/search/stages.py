@@ -20,11 +20,12 @@ from bge_ray.errors import BgeRayError, StorageError
 from bge_ray.index.topk import NO_RESULT, Results, exact_topk, rescore
 from bge_ray.pipeline.engine.isolation import Attempt
 from bge_ray.pipeline.engine.parcel import Parcel
-from bge_ray.pipeline.engine.rows import whole, with_faults, with_tokens
+from bge_ray.pipeline.engine.rows import with_faults, with_tokens
 from bge_ray.pipeline.engine.tokenise import load_text_feeder, tokenise
 from bge_ray.pipeline.index.searchers import search_all
 from bge_ray.pipeline.runs.groups import CANDIDATE_SCHEMA, GroupTask, Workplace
 from bge_ray.pipeline.runs.intake import read_group
+from bge_ray.records.arrays import whole
 from bge_ray.records.dataset import FileFact
 from bge_ray.records.ids import FloatArray, IdArray
 from bge_ray.records.model import EMBEDDING, ModelSpec

@@ -114,7 +114,8 @@ def check_row(
         np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=atol, rtol=atol)
 
     close(columns["embedding"][row].as_py(), last[0])
-    close(columns["multi"][row].as_py(), last)
+    stored = np.float32 if columns["layer"].type == pa.float32() else np.float16
+    close(np.frombuffer(b"".join(columns["multi"][row].as_py()), stored).reshape(-1, 32), last)
     close(columns["layer"][row].as_py(), first[0, 3])
     sparse = columns["sparse"][row].as_py()
     positive = np.flatnonzero(last[:, 0] > 0)

@@ -19,6 +19,7 @@ from bge_ray.records.plan import Plan
 from bge_ray.settings.sections import BatchingSettings, CorpusSettings
 from bge_ray.storage.objects import Storage
 from tests.support.reading import compress, csv_bytes, jsonl_bytes, parquet_bytes, resolve
+from tests.support.records import make_spec
 
 STORAGE = Storage(5)
 ROWS = [{"id": str(i), "text": "word " * (5 + i * 7919 % 60)} for i in range(6000)]
@@ -37,7 +38,7 @@ def plan_of(folder: Path, encoders: int, previous: Plan | None = None, **batchin
     listed = STORAGE.list_files(str(folder))
     unchanged = unchanged_objects(listed, previous, settings)
     changed = [info for info in listed if info.uri not in unchanged]
-    limits = settle_limits(BatchingSettings(**batching), changed, encoders, vector_bytes=128)
+    limits = settle_limits(BatchingSettings(**batching), changed, encoders, make_spec().model)
     scanned = scan_task(STORAGE, changed, settings, limits) if changed else []
     assert not any(isinstance(found, str) for found in scanned), scanned
     columns = resolve(scanned) if previous is None else resolve(scan_task(STORAGE, listed, settings, limits))
@@ -59,7 +60,7 @@ def test_every_encoder_gets_several_units_of_one_file(tmp_path: Path, name: str,
 
 
 def test_units_are_no_larger_than_their_limits(tmp_path: Path) -> None:
-    limits = settle_limits(BatchingSettings(), STORAGE.list_files(str(tmp_path)), 8, 128)
+    limits = settle_limits(BatchingSettings(), STORAGE.list_files(str(tmp_path)), 8, make_spec().model)
     assert (limits.max_rows, limits.max_bytes) == (MOST_AUTO_ROWS, 96_000_000)
     (tmp_path / "a.jsonl").write_bytes(jsonl_bytes(ROWS))
     assert max(u.n_rows for u in plan_of(tmp_path, 1, unit_rows=70).units()) == 70

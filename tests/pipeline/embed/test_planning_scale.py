@@ -14,6 +14,7 @@ from bge_ray.pipeline.embed.planning import extend_plan, scan_objects, settle_li
 from bge_ray.settings.sections import BatchingSettings, CorpusSettings
 from bge_ray.storage.objects import Storage
 from tests.support.reading import jsonl_bytes
+from tests.support.records import make_spec
 from tests.support.s3 import ACCESS_KEY, SECRET_KEY
 
 pytestmark = [
@@ -51,7 +52,7 @@ def test_planning_many_small_objects(
     with caplog.at_level(logging.INFO):
         listed = list_corpus(storage, corpus)
         seconds = {"listed": time.time() - started}
-        limits = settle_limits(batching, listed, 2, 128)
+        limits = settle_limits(batching, listed, 2, make_spec().model)
         scanned = scan_objects(storage, listed, corpus, limits, log_interval_s=2.0)
         seconds["scanned"] = time.time() - started
         plan = extend_plan({}, None, scanned, resolve_columns(scanned, corpus), limits)
