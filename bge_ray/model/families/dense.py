@@ -82,7 +82,7 @@ def resolve(folder: ModelFolder, settings: ModelSettings, *, on_gpu: bool) -> Mo
 
 def feeder(spec: ModelSpec, folder: Path, *, trust_remote_code: bool) -> TextFeeder:
     """Load the tokenizer, with the spec's instructions."""
-    opened = ModelFolder(folder)
+    opened, card = ModelFolder(folder), find_card(spec.name)
     return TextFeeder(
         folder,
         spec.max_length,
@@ -91,6 +91,7 @@ def feeder(spec: ModelSpec, folder: Path, *, trust_remote_code: bool) -> TextFee
         lower_case=opened.lower_cases,
         pools_prompt=opened.modules is None or opened.modules.pools_prompt,
         pools_first="cls" in spec.pooling.split("+"),
+        last_token=card.last_token if card is not None else None,
         vocab_size=opened.vocab_size,
         trust_remote_code=trust_remote_code,
     )

@@ -96,6 +96,20 @@ def check_first_token(tokenizer: Any, folder: Path) -> None:
         )
 
 
+def check_last_token(tokenizer: Any, folder: Path, expected: str) -> None:
+    """Refuse a tokenizer that ends texts with another token than the model was trained with.
+
+    Raises:
+        ModelError: names both.
+    """
+    tokens = tokenizer.backend_tokenizer.encode("x").tokens
+    if tokens[-1:] != [expected]:
+        raise ModelError(
+            f"{folder}: its tokenizer ends texts with {(tokens or ['nothing'])[-1]!r}, and its card says "
+            f"{expected!r}: its tokenizer files are not whole, or another model's"
+        )
+
+
 def check_vocabulary(tokenizer: Any, folder: Path, vocab_size: int | None) -> None:
     """Refuse a tokenizer whose vocabulary is larger than the model's; added tokens may be.
 

@@ -8,7 +8,12 @@ from typing import Any
 import numpy as np
 
 from bge_ray.errors import ModelError
-from bge_ray.model.feed.pipeline import check_first_token, check_vocabulary, take_file
+from bge_ray.model.feed.pipeline import (
+    check_first_token,
+    check_last_token,
+    check_vocabulary,
+    take_file,
+)
 from bge_ray.records.tokens import PackedTokens
 
 # A text beyond this many characters a token is tokenised by a prefix first. English has about 4.5.
@@ -40,6 +45,7 @@ class TextFeeder:
         lower_case: bool = False,
         pools_prompt: bool = True,
         pools_first: bool = False,
+        last_token: str | None = None,
         vocab_size: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -54,6 +60,7 @@ class TextFeeder:
             pools_prompt: whether the tokens of an instruction are pooled as the others are; where they are
                 not, rows say how many they are.
             pools_first: whether the first token is pooled, which is then to be a special one.
+            last_token: what every text is to end with, if that is known.
             vocab_size: how many tokens the model knows, if that is known.
             trust_remote_code: run Python code found in the folder.
 
@@ -67,6 +74,8 @@ class TextFeeder:
         check_vocabulary(tokenizer, folder, vocab_size)
         if pools_first:
             check_first_token(tokenizer, folder)
+        if last_token is not None:
+            check_last_token(tokenizer, folder, last_token)
         if lower_case:
             _lower_case(tokenizer.backend_tokenizer)
         self._cutter = Cutter(tokenizer)

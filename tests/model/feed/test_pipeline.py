@@ -73,6 +73,15 @@ def test_a_tokenizer_without_a_first_token_is_refused_for_cls(
     text_feeder(resolve(folder, pooling="mean"))
 
 
+def test_a_token_at_the_end_that_the_card_does_not_know_is_refused(
+    encoder_folder: MakeModel, tmp_path: Path
+) -> None:
+    text_feeder(resolve(Path(shutil.copytree(encoder_folder("xlm-roberta", "cls"), tmp_path / "bge-m3"))))
+    other = Path(shutil.copytree(encoder_folder("bert", "cls"), tmp_path / "bge-m3-unsupervised"))
+    with pytest.raises(ModelError, match=r"ends texts with '\[SEP\]', and its card says '</s>'"):
+        text_feeder(resolve(other))
+
+
 def test_another_models_tokenizer_is_refused(encoder_folder: MakeModel, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(encoder_folder("bert", "cls"), tmp_path / "foreign"))
     config = json.loads((folder / "config.json").read_text())
