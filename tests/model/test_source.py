@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bge_ray.errors import ModelError
-from bge_ray.model.cards import CHINESE_INSTRUCTION, ENGLISH_INSTRUCTION
+from bge_ray.model.cards import cards
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.run.model import Model, Place
 from bge_ray.model.source import fetch_model, hash_model
@@ -118,11 +118,11 @@ def test_dim(copy: Path) -> None:
 
 def test_instructions(copy: Path, tmp_path: Path) -> None:
     named = copy.rename(tmp_path / "bge-small-en-v1.5")
-    assert resolve(named).query_instruction == ENGLISH_INSTRUCTION
+    assert resolve(named).query_instruction == cards()["BAAI/bge-base-en"].query_instruction
     assert resolve(named, query_instruction="").query_instruction == ""
     # sentence-transformers writes empty prompts into every folder it saves.
     edit(named / "config_sentence_transformers.json", prompts={"query": "", "document": ""})
-    assert resolve(named).query_instruction == ENGLISH_INSTRUCTION
+    assert resolve(named).query_instruction == cards()["BAAI/bge-base-en"].query_instruction
     edit(named / "config_sentence_transformers.json", prompts={"query": "query: ", "passage": "passage: "})
     spec = resolve(named)
     assert (spec.query_instruction, spec.passage_instruction) == ("query: ", "passage: ")
@@ -133,7 +133,7 @@ def test_instructions(copy: Path, tmp_path: Path) -> None:
         resolve(named)
     chinese = Path(shutil.copytree(named, tmp_path / "models--BAAI--bge-base-zh" / "snapshots" / "0123abc"))
     edit(chinese / "config_sentence_transformers.json", prompts=None)
-    assert resolve(chinese).query_instruction == CHINESE_INSTRUCTION
+    assert resolve(chinese).query_instruction == cards()["BAAI/bge-base-zh"].query_instruction
 
 
 def test_saved_by_this_sentence_transformers(encoder_folder: MakeModel, tmp_path: Path) -> None:

@@ -90,9 +90,10 @@ def _pooling(folder: ModelFolder, settings: ModelSettings, card: ModelCard | Non
 
 
 def _max_length(folder: ModelFolder, settings: ModelSettings, card: ModelCard | None) -> int:
-    limit = folder.positions or (card.max_length if card else DEFAULT_MAX_LENGTH)
+    known = card.max_length if card else None
+    limit = folder.positions or known or DEFAULT_MAX_LENGTH
     check_length("model.max_length", settings.max_length, limit, settings.name)
-    wanted = folder.trained_length() or (card.max_length if card else limit)
+    wanted = folder.trained_length() or known or limit
     return settings.max_length or min(wanted, limit)
 
 
@@ -102,7 +103,8 @@ def _instructions(folder: ModelFolder, settings: ModelSettings, card: ModelCard 
     query, passage = settings.query_instruction, settings.passage_instruction
     if query is None:
         # sentence-transformers writes an empty prompt by default, which says nothing about the model.
-        query = prompts.get("query") or (card.query_instruction if card else "")
+        query = prompts.get("query") or (card.query_prefix() if card else "")
     if passage is None:
-        passage = prompts.get("document") or prompts.get("passage") or ""
+        known = card.passage_instruction if card else ""
+        passage = prompts.get("document") or prompts.get("passage") or known
     return query, passage

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bge_ray.model.cards import CHINESE_INSTRUCTION, ENGLISH_INSTRUCTION
+from bge_ray.model.cards import cards
 from bge_ray.model.spec import text_feeder
 from tests.model.conftest import MakeModel, cosines, encode, load, resolve, run, vectors
 
@@ -40,7 +40,9 @@ def test_passages_equal_flagembedding(
         np.testing.assert_allclose(vectors(ours), theirs, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("instruction", [ENGLISH_INSTRUCTION, CHINESE_INSTRUCTION])
+@pytest.mark.parametrize(
+    "instruction", [cards()[f"BAAI/bge-base-{language}"].query_instruction for language in ("en", "zh")]
+)
 @pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])
 def test_queries_equal_flagembedding(
     encoder_folder: MakeModel, texts: list[str], kind: str, instruction: str
