@@ -1,10 +1,12 @@
 """Settings to a `ModelSpec`, and from there to the family, the folder and the feeder of a model. No torch."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
-from bge_ray.errors import ModelError
-from bge_ray.model.families import FAMILIES
-from bge_ray.model.family import Family
+from bge_ray.errors import DatasetMismatchError, ModelError
+from bge_ray.model.families import FAMILIES, llm
+from bge_ray.model.family import Family, shown, task_prompts
 from bge_ray.model.feed.pairs import PairFeeder
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.folder import ModelFolder
@@ -29,7 +31,51 @@ def resolve_encoder(settings: ModelSettings, *, on_gpu: bool) -> ModelSpec:
     path, revision = fetch_model(settings.name, settings.revision)
     folder = ModelFolder(path, revision)
     encoders = (family for family in FAMILIES if family.ROLE == "encoder" and family.recognises(folder))
-    return next(encoders).resolve(folder, settings, on_gpu=on_gpu)
+    family = next(encoders)
+    _check_llm_settings(family.NAME, settings, settings.name)
+    return family.resolve(folder, settings, on_gpu=on_gpu)
+
+
+def asked_of_queries(spec: ModelSpec, asked: ModelSettings) -> ModelSpec:
+    """Return the model of a data set with what the settings, where they say so, put around its queries.
+
+    Raises:
+        DatasetMismatchError: the passages were embedded for another task.
+        ModelError: the model has no such task.
+    """
+    _check_llm_settings(spec.family, asked, spec.name)
+    changes: dict[str, Any] = {}
+    if (of_task := task_prompts(asked)) is not None:
+        if of_task.passage != spec.passage_instruction:
+            raise DatasetMismatchError(
+                f"model.task {asked.task}: the passages were embedded with {spec.passage_instruction!r} "
+                f"before them, and not with {of_task.passage!r}; search with the task they were embedded for"
+            )
+        changes["query_instruction"] = of_task.query
+    if asked.query_instruction is not None:
+        changes["query_instruction"] = asked.query_instruction
+    if asked.query_template is not None:
+        changes["query_template"] = asked.query_template
+    spec = dataclasses.replace(spec, **changes)
+    if asked.examples:
+        spec = dataclasses.replace(spec, examples=shown(asked, spec.query_instruction))
+    return spec
+
+
+def _check_llm_settings(family: str, asked: ModelSettings, name: str) -> None:
+    """Refuse settings that say nothing to a model that is no LLM embedder.
+
+    Raises:
+        ModelError: names them.
+    """
+    given = {
+        "model.query_template": asked.query_template is not None,
+        "model.examples": bool(asked.examples),
+        "model.last_token": asked.last_token is not None,
+    }
+    if family != llm.NAME and any(given.values()):
+        keys = ", ".join(key for key, is_given in given.items() if is_given)
+        raise ModelError(f"{keys}: {name} is no LLM embedder and takes none; leave it out")
 
 
 def resolve_reranker(settings: RerankSettings, *, on_gpu: bool) -> ModelSpec:

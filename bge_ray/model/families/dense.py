@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from bge_ray.errors import ModelError
 from bge_ray.model.cards import ModelCard, find_card
-from bge_ray.model.family import Role, check_length, settle_dtype
+from bge_ray.model.family import Role, check_length, settle_dtype, task_prompts
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.folder import ModelFolder
 from bge_ray.model.source import hash_model
@@ -101,6 +101,9 @@ def _instructions(folder: ModelFolder, settings: ModelSettings, card: ModelCard 
     """Return what is put before a query and before a passage."""
     prompts = folder.prompts()
     query, passage = settings.query_instruction, settings.passage_instruction
+    if (of_task := task_prompts(settings)) is not None:
+        query = of_task.query if query is None else query
+        passage = of_task.passage if passage is None else passage
     if query is None:
         # sentence-transformers writes an empty prompt by default, which says nothing about the model.
         query = prompts.get("query") or (card.query_prefix() if card else "")

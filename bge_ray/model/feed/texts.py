@@ -49,6 +49,7 @@ class TextFeeder:
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         if max_length <= tokenizer.num_special_tokens_to_add():
             raise ModelError(f"model.max_length {max_length} leaves no room beside the special tokens")
+        self._tokenizer = tokenizer
         self._cutter = Cutter(tokenizer)
         self._max_length = max_length
         self._query_instruction = query_instruction

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bge_ray.errors import CorpusError, ModelError
 from bge_ray.formats.queries import read_queries
 from bge_ray.model.run.batching import CPU_TOKEN_BUDGET
-from bge_ray.model.spec import model_folder, text_feeder
+from bge_ray.model.spec import asked_of_queries, model_folder, text_feeder
 from bge_ray.pipeline.engine.tasks import run_tasks
 from bge_ray.records.canonical import digest
 from bge_ray.records.dataset import DatasetSpec
@@ -77,9 +77,7 @@ def encode_task(texts: tuple[str, ...], dataset: DatasetSpec, settings: ModelSet
     from bge_ray.model.canary import check_canaries  # torch, only where there is a model
     from bge_ray.model.run.model import Model, Place
 
-    spec = dataset.model
-    if settings.query_instruction is not None:
-        spec = dataclasses.replace(spec, query_instruction=settings.query_instruction)
+    spec = asked_of_queries(dataset.model, settings)
     # Half precision is for GPUs; on a CPU the same weights give the same directions in float32.
     spec = dataclasses.replace(spec, dtype="float32").stored_as("float32")
     trust = settings.trust_remote_code
