@@ -11,8 +11,12 @@ from bge_ray.model.feed.pairs import PairFeeder
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.folder import ModelFolder
 from bge_ray.model.source import Setting, fetch_model
+from bge_ray.model.weights import weights_bytes
 from bge_ray.records.model import ModelSpec
 from bge_ray.settings.sections import ModelSettings, RerankSettings
+
+# Weights of more bytes in float32 are tried in bfloat16.
+FLOAT32_TRIAL_BYTES = 8_000_000_000
 
 
 def resolve_encoder(settings: ModelSettings, *, on_gpu: bool) -> ModelSpec:
@@ -108,6 +112,15 @@ def family_of(spec: ModelSpec) -> Family:
     raise ModelError(
         f"{spec.name}: is of the family {spec.family!r}, known are {', '.join(f.NAME for f in FAMILIES)}"
     )
+
+
+def for_trial(spec: ModelSpec, folder: Path) -> ModelSpec:
+    """Return the model as it is run on a CPU beside a run, whatever that computes in; vectors stay float32.
+
+    In float32, which every machine gives alike, but for a model that is too large to be held so.
+    """
+    large = weights_bytes(folder, "float32") > FLOAT32_TRIAL_BYTES
+    return dataclasses.replace(spec, dtype="bfloat16" if large else "float32").stored_as("float32")
 
 
 def model_folder(spec: ModelSpec) -> Path:

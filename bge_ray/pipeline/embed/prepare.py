@@ -11,7 +11,8 @@ from bge_ray.dataset.folder import Dataset
 from bge_ray.errors import CorpusError
 from bge_ray.formats.corpus import list_corpus, resolve_columns
 from bge_ray.model.folder import ModelFolder
-from bge_ray.model.spec import model_folder, resolve_encoder, text_feeder
+from bge_ray.model.spec import for_trial, model_folder, resolve_encoder, text_feeder
+from bge_ray.model.weights import weights_bytes
 from bge_ray.pipeline.embed.planning import extend_plan, scan_objects, unchanged_objects
 from bge_ray.pipeline.embed.tasks import CorpusUnit, SpanTask
 from bge_ray.pipeline.engine.pools import await_pools, device_of, encoder_request
@@ -25,6 +26,9 @@ from bge_ray.storage.folders import refuse_collisions, refuse_own_files
 from bge_ray.storage.objects import Storage
 
 logger = logging.getLogger(__name__)
+
+# Weights that every GPU holds, and every node beside what else is at work there.
+SURELY_FITS_BYTES = 2_000_000_000
 
 
 @dataclass(frozen=True)
@@ -163,12 +167,35 @@ def _must_be_tried(model: ModelSpec, there: DatasetSpec | None) -> bool:
 
 def _try_model(settings: Settings, model: ModelSpec) -> tuple[Canary, ...]:
     """Refuse here, before anything is written, what an encoder would refuse to load; return its canaries."""
-    await_pools(settings, [encoder_request(settings, 1)], lambda: None)
+    encoders = encoder_request(settings, 1)
+    await_pools(settings, [encoders], lambda: None)
+    folder = model_folder(model)
+    size = weights_bytes(folder, model.dtype)
+    if size > SURELY_FITS_BYTES and device_of(settings, encoders, lambda: None) == "cuda":
+        gpus = 1.0 if encoders.gpus is None else encoders.gpus
+        list(run_tasks(room_task, [(model,)], at_once=1, watch=lambda: None, num_cpus=0, num_gpus=gpus))
+    trial = for_trial(model, folder)
+    needed = weights_bytes(folder, trial.dtype)
     # In a task, because it takes torch: seconds, and more memory than all else that a driver holds.
-    arguments = [(model, settings.model.trust_remote_code)]
-    [(_, canaries)] = run_tasks(try_task, arguments, at_once=1, watch=lambda: None, num_cpus=0)
+    [(_, canaries)] = run_tasks(
+        try_task,
+        [(trial, settings.model.trust_remote_code)],
+        at_once=1,
+        watch=lambda: None,
+        num_cpus=0,
+        memory_bytes=needed if needed > SURELY_FITS_BYTES else 0,
+    )
     found: tuple[Canary, ...] = canaries
     return found
+
+
+def room_task(spec: ModelSpec) -> None:
+    """Refuse a model that is larger than the GPU of this task."""
+    import torch
+
+    from bge_ray.model.run.memory import check_room
+
+    check_room(spec, model_folder(spec), torch.device("cuda"))
 
 
 def try_task(spec: ModelSpec, trust_remote_code: bool) -> tuple[Canary, ...]:
@@ -176,7 +203,6 @@ def try_task(spec: ModelSpec, trust_remote_code: bool) -> tuple[Canary, ...]:
     from bge_ray.model.canary import make_canaries
     from bge_ray.model.run.model import Model, Place
 
-    spec = dataclasses.replace(spec, dtype="float32").stored_as("float32")
     model = Model(spec, model_folder(spec), Place(trust_remote_code=trust_remote_code))
     return make_canaries(model, text_feeder(spec, trust_remote_code=trust_remote_code))
 
