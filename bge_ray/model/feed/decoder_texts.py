@@ -49,7 +49,7 @@ class DecoderFeeder(TextFeeder):
         )
         self._joins = bool(self._behind or self._examples)
         # By these literal tokens, whatever the vocabulary calls its own.
-        self._query_room = spec.max_length - self._count("<s>") - self._count(f"{self._behind}</s>")
+        self._query_room = spec.max_length - self._n_tokens("<s>") - self._n_tokens(f"{self._behind}</s>")
         room = spec.max_length - self._tokenizer.num_special_tokens_to_add() - self._added
         if room < 1 or (self._joins and self._query_room < 1):
             raise ModelError(f"model.max_length {spec.max_length} leaves no room beside the special tokens")
@@ -62,7 +62,7 @@ class DecoderFeeder(TextFeeder):
         cut = self._cutter.cut(filled, self._query_room, special_tokens=False)
         rows = [cut.input_ids[a:b].tolist() for a, b in zip(cut.offsets[:-1], cut.offsets[1:], strict=True)]
         decoded = self._tokenizer.batch_decode(rows)
-        around = self._count(self._examples) + self._count(self._behind)
+        around = self._n_tokens(self._examples) + self._n_tokens(self._behind)
         longest = (around + self._max_length + 8) // 8 * 8 + 8
         tokens = self._ended([self._examples + text + self._behind for text in decoded], longest)
         return PackedTokens(tokens.input_ids, tokens.offsets, tokens.truncated | cut.truncated)
@@ -101,6 +101,6 @@ class DecoderFeeder(TextFeeder):
             missing.append(np.asarray([] if wanted in (None, there) else [wanted], dtype=np.int32))
         return missing[0], missing[1]
 
-    def _count(self, text: str) -> int:
+    def _n_tokens(self, text: str) -> int:
         """Return how many tokens a text has by itself."""
         return int(self._cutter.cut([text], ANY_LENGTH, special_tokens=False).lengths[0])
