@@ -172,24 +172,7 @@ def attend(
         Of the shape of ``q``.
     """
     if q.is_cuda:
-        from torch.nn.attention.varlen import varlen_attn
-
-        borders, longest = cu_seqlens, max_seqlen
-        if one_query:
-            borders, longest = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device), 1
-        out = varlen_attn(
-            q,
-            k,
-            v,
-            borders,
-            cu_seqlens,
-            longest,
-            max_seqlen,
-            scale=scaling,
-            window_size=_kernel_window(reach),
-            enable_gqa=k.shape[1] != q.shape[1],
-        )
-        return torch.as_tensor(out)
+        return attend_by_kernel(q, k, v, cu_seqlens, max_seqlen, scaling, reach)
     # No kernel on the CPU knows borders. Rows of equal length need none: batches are sorted by length.
     parts = []
     at = start = 0
@@ -204,11 +187,41 @@ def attend(
     return torch.cat(parts)
 
 
-def _kernel_window(reach: Reach) -> tuple[int, int]:
-    """Return how many tokens a query sees to its left and to its right; -1 is all."""
-    if not reach.causal:
-        return (-1, -1)
-    return (-1 if reach.window is None else reach.window - 1, 0)
+def attend_by_kernel(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    scaling: float | None,
+    reach: Reach,
+) -> torch.Tensor:
+    """Attend as `attend` does, by the kernel for CUDA, which knows borders and no soft-cap.
+
+    As many queries as rows are one a row. The kernel takes the queries of a row for those of its last tokens.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    borders, longest = cu_seqlens, max_seqlen
+    if len(q) == len(cu_seqlens) - 1:
+        borders, longest = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device), 1
+    # How many tokens a query sees to its left and to its right; -1 is all.
+    window = (-1, -1)
+    if reach.causal:
+        window = (-1 if reach.window is None else reach.window - 1, 0)
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        borders,
+        cu_seqlens,
+        longest,
+        max_seqlen,
+        scale=scaling,
+        window_size=window,
+        enable_gqa=k.shape[1] != q.shape[1],
+    )
+    return torch.as_tensor(out)
 
 
 def _attend_run(
