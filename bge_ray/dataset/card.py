@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import yaml
 
 from bge_ray.records.dataset import DatasetSpec, Manifest
+from bge_ray.records.model import ModelSpec
 from bge_ray.records.outputs import VALUE_BYTES, Output
 
 _HOLDS = {
@@ -95,7 +96,7 @@ def make_card(root: str, spec: DatasetSpec, manifest: Manifest, *, only_live: Se
         max_length=model.max_length,
         normalize="yes" if model.normalize else "no",
         passage_instruction=repr(model.passage_instruction) if model.passage_instruction else "nothing",
-        query_instruction=repr(model.query_instruction) if model.query_instruction else "nothing",
+        query_instruction=_around_query(model),
     )
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n{text}".encode()
 
@@ -103,3 +104,11 @@ def make_card(root: str, spec: DatasetSpec, manifest: Manifest, *, only_live: Se
 def _told(texts: Mapping[str, str], output: Output) -> str:
     size = VALUE_BYTES[output.dtype] * output.dim
     return texts[output.kind].format(name=output.name, dim=output.dim, dtype=output.dtype, bytes=size)
+
+
+def _around_query(model: ModelSpec) -> str:
+    before, behind = model.around_query()
+    parts = [f"{len(model.examples)} examples (dataset.json)"] if model.examples else []
+    parts += [repr(before)] if before else []
+    parts += [f"and behind it {behind!r}"] if behind else []
+    return ", ".join(parts) or "nothing"

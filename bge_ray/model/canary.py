@@ -28,9 +28,9 @@ CANARY_TEXTS = (
     "为了检索相关文章，请把这个句子变成一个向量。",  # noqa: RUF001 - the full-width comma is meant
     _SENTENCE * 25,
 )
-# Kernels and machines differ in the last bits of a cosine, half precision in its fourth digit.
-LEAST_COSINE = 0.99999
-LEAST_COSINE_HALF = 0.999
+# Kernels and machines differ in the last bits of a cosine, half precision in its fourth digit, bfloat16 in
+# its third, the more the deeper a model is.
+LEAST_COSINES = {"float32": 0.99999, "float16": 0.999, "bfloat16": 0.99}
 # Weights of a sparse output are added up by index modulo this: one of the whole vocabulary is a megabyte.
 FOLDED = 256
 
@@ -68,8 +68,7 @@ def check_canaries(stored: Sequence[Canary], model: Model, feeder: TextFeeder) -
             continue
         found = vectors[canary.output][texts.index(canary.text)]
         cosine = _cosine(np.asarray(canary.vector), found)
-        exact = canary.dtype == model.spec.dtype == "float32"
-        least = LEAST_COSINE if exact else LEAST_COSINE_HALF
+        least = min(LEAST_COSINES[dtype] for dtype in (canary.dtype, model.spec.dtype))
         if not cosine >= least:
             raise DatasetMismatchError(
                 f"{model.spec.name}: has the weights that the data set was made with, and makes other "

@@ -99,8 +99,8 @@ class ModelCard(_Record):
     def _is_consistent(self) -> "ModelCard":
         if ("embedding" in self.outputs) != (self.dim is not None):
             raise ValueError("dim: an embedding has one, and nothing else")
-        if not self.query_template.endswith("{query}") or "{instruction}" not in self.query_template:
-            raise ValueError("query_template: takes {instruction}, and ends with {query}")
+        if "{instruction}" not in self.query_template.partition("{query}")[0]:
+            raise ValueError("query_template: takes {instruction}, and {query} behind it")
         return self
 
     def query_prefix(self, instruction: str | None = None) -> str:
@@ -110,7 +110,7 @@ class ModelCard(_Record):
         """
         instruction = self.query_instruction if instruction is None else instruction
         # By hand: an instruction may hold braces.
-        template = self.query_template.removesuffix("{query}")
+        template = self.query_template.partition("{query}")[0]
         return template.replace("{instruction}", instruction) if instruction else ""
 
     def instruction_for(self, task_name: str, task_type: str) -> str:

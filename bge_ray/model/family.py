@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from bge_ray.errors import ModelError
-from bge_ray.model.cards import ModelCard
+from bge_ray.model.cards import ModelCard, Prompts, find_card
 from bge_ray.model.feed.pairs import PairFeeder
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.folder import ModelFolder
-from bge_ray.records.model import ModelSpec
-from bge_ray.settings.sections import Auto, ComputeDtype
+from bge_ray.records.model import Example, ModelSpec
+from bge_ray.settings.sections import Auto, ComputeDtype, ModelSettings
 
 if TYPE_CHECKING:  # a family is asked for its spec and its feeder where there is no torch
     import torch
@@ -27,6 +27,30 @@ def settle_dtype(asked: ComputeDtype | Auto, *, on_gpu: bool) -> ComputeDtype:
     if asked != "auto":
         return asked
     return "float16" if on_gpu else "float32"
+
+
+def task_prompts(settings: ModelSettings) -> Prompts | None:
+    """Return what `model.task` puts before queries and passages; None if it is not set.
+
+    Raises:
+        ModelError: the model has no tasks, or none of that name.
+    """
+    if settings.task is None:
+        return None
+    card = find_card(settings.name)
+    known = card.prompts if card is not None else {}
+    if settings.task not in known:
+        tasks = f"its tasks are {', '.join(known)}" if known else "it has no tasks; leave model.task out"
+        raise ModelError(f"model.task {settings.task}: {settings.name} has none of that name; {tasks}")
+    return known[settings.task]
+
+
+def shown(settings: ModelSettings, instruction: str) -> tuple[Example, ...]:
+    """Return the examples of the settings; one without an instruction has that of the queries."""
+    return tuple(
+        Example(instruction if e.instruction is None else e.instruction, e.query, e.response)
+        for e in settings.examples
+    )
 
 
 def check_length(setting: str, asked: int | None, limit: int | None, name: str) -> None:

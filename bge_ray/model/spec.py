@@ -1,17 +1,22 @@
 """Settings to a `ModelSpec`, and from there to the family, the folder and the feeder of a model. No torch."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
-from bge_ray.errors import ModelError
-from bge_ray.model.families import FAMILIES
-from bge_ray.model.family import Family
+from bge_ray.errors import DatasetMismatchError, ModelError
+from bge_ray.model.families import FAMILIES, llm
+from bge_ray.model.family import Family, shown, task_prompts
 from bge_ray.model.feed.pairs import PairFeeder
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.folder import ModelFolder
 from bge_ray.model.source import Setting, fetch_model
-from bge_ray.model.weights import HEAD_FILES
+from bge_ray.model.weights import HEAD_FILES, weights_bytes
 from bge_ray.records.model import ModelSpec
 from bge_ray.settings.sections import ModelSettings, RerankSettings
+
+# Weights of more bytes in float32 are tried in bfloat16.
+FLOAT32_TRIAL_BYTES = 8_000_000_000
 
 
 def resolve_encoder(settings: ModelSettings, *, on_gpu: bool) -> ModelSpec:
@@ -30,7 +35,9 @@ def resolve_encoder(settings: ModelSettings, *, on_gpu: bool) -> ModelSpec:
     path, revision = fetch_model(settings.name, settings.revision)
     folder = ModelFolder(path, revision)
     encoders = (family for family in FAMILIES if family.ROLE == "encoder" and family.recognises(folder))
-    spec = next(encoders).resolve(folder, settings, on_gpu=on_gpu)
+    family = next(encoders)
+    _check_llm_settings(family.NAME, settings, settings.name)
+    spec = family.resolve(folder, settings, on_gpu=on_gpu)
     missing = set(settings.outputs) - {output.name for output in spec.outputs}
     if missing:
         needed = "; ".join(
@@ -41,6 +48,48 @@ def resolve_encoder(settings: ModelSettings, *, on_gpu: bool) -> ModelSpec:
             f"tuned from it have them, by a head in a file of their folder ({needed})"
         )
     return spec
+
+
+def asked_of_queries(spec: ModelSpec, asked: ModelSettings) -> ModelSpec:
+    """Return the model of a data set with what the settings, where they say so, put around its queries.
+
+    Raises:
+        DatasetMismatchError: the passages were embedded for another task.
+        ModelError: the model has no such task.
+    """
+    _check_llm_settings(spec.family, asked, spec.name)
+    changes: dict[str, Any] = {}
+    if (of_task := task_prompts(asked)) is not None:
+        if of_task.passage != spec.passage_instruction:
+            raise DatasetMismatchError(
+                f"model.task {asked.task}: the passages were embedded with {spec.passage_instruction!r} "
+                f"before them, and not with {of_task.passage!r}; search with the task they were embedded for"
+            )
+        changes["query_instruction"] = of_task.query
+    if asked.query_instruction is not None:
+        changes["query_instruction"] = asked.query_instruction
+    if asked.query_template is not None:
+        changes["query_template"] = asked.query_template
+    spec = dataclasses.replace(spec, **changes)
+    if asked.examples:
+        spec = dataclasses.replace(spec, examples=shown(asked, spec.query_instruction))
+    return spec
+
+
+def _check_llm_settings(family: str, asked: ModelSettings, name: str) -> None:
+    """Refuse settings that say nothing to a model that is no LLM embedder.
+
+    Raises:
+        ModelError: names them.
+    """
+    given = {
+        "model.query_template": asked.query_template is not None,
+        "model.examples": bool(asked.examples),
+        "model.last_token": asked.last_token is not None,
+    }
+    if family != llm.NAME and any(given.values()):
+        keys = ", ".join(key for key, is_given in given.items() if is_given)
+        raise ModelError(f"{keys}: {name} is no LLM embedder and takes none; leave it out")
 
 
 def resolve_reranker(settings: RerankSettings, *, on_gpu: bool) -> ModelSpec:
@@ -73,6 +122,15 @@ def family_of(spec: ModelSpec) -> Family:
     raise ModelError(
         f"{spec.name}: is of the family {spec.family!r}, known are {', '.join(f.NAME for f in FAMILIES)}"
     )
+
+
+def for_trial(spec: ModelSpec, folder: Path) -> ModelSpec:
+    """Return the model as it is run on a CPU beside a run, whatever that computes in; vectors stay float32.
+
+    In float32, which every machine gives alike, but for a model that is too large to be held so.
+    """
+    large = weights_bytes(folder, "float32") > FLOAT32_TRIAL_BYTES
+    return dataclasses.replace(spec, dtype="bfloat16" if large else "float32").stored_as("float32")
 
 
 def model_folder(spec: ModelSpec) -> Path:

@@ -1,6 +1,7 @@
 """The files of a model folder that hold its weights, their names and shapes. No torch in this process."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -43,6 +44,34 @@ class WeightFiles:
         if self.pickled:
             return frozenset(name for shapes in _pickled_shapes(self.files) for name in shapes)
         return frozenset(name for path in self.files for name in _safe_shapes(path))
+
+
+def count_numbers(folder: Path) -> int:
+    """Return how many numbers the weights of a model hold, by the headers of their files.
+
+    A head that makes words of states is not counted: none of ours loads it. Pickled files are not opened:
+    theirs are taken to be float32.
+
+    Raises:
+        ModelError: there are none, or a file cannot be read.
+    """
+    weights = weight_files(folder)
+    if weights.pickled:
+        return sum(path.stat().st_size for path in weights.files) // 4
+    total = 0
+    for path in weights.files:
+        try:
+            with safe_open(path, framework="numpy") as file:
+                names = [name for name in file.keys() if not name.startswith("lm_head.")]  # noqa: SIM118
+                total += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path}: is no safetensors file: {error}") from error
+    return total
+
+
+def weights_bytes(folder: Path, dtype: str) -> int:
+    """Return the bytes that the weights of a model take in a compute dtype."""
+    return count_numbers(folder) * (4 if dtype == "float32" else 2)
 
 
 def weight_files(folder: Path) -> WeightFiles:

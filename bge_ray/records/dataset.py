@@ -20,7 +20,16 @@ from bge_ray.records.plan import Unit
 
 # Where a model lies and what is put before queries change no vector of the data set; canaries follow from
 # the model.
-NOT_DECISIVE = ("model.name", "model.revision", "model.query_instruction", "canaries")
+NOT_DECISIVE = (
+    "model.name",
+    "model.revision",
+    "model.query_instruction",
+    "model.query_template",
+    "model.examples",
+    "canaries",
+)
+# These came later, and decide nothing where they are not given: a data set made before stays the same.
+OPTIONAL = ("model.first_token", "model.last_token")
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,8 @@ class DatasetSpec:
         # The name says all of a type, the same in every version of Arrow.
         facts["columns"]["kept"] = {name: kind.name for name, kind in self.columns.kept.items()}
         flat = flatten(facts)
-        return {key: value for key, value in flat.items() if key not in NOT_DECISIVE}
+        absent = {key for key in OPTIONAL if flat[key] is None}
+        return {key: value for key, value in flat.items() if key not in NOT_DECISIVE and key not in absent}
 
     def check_same(self, other: "DatasetSpec", uri: str) -> None:
         """Refuse to mix two data sets.

@@ -13,11 +13,24 @@ SCORE = "score"
 
 
 @dataclass(frozen=True)
+class Example:
+    """A query and its answer, put before every query of a model that learns from examples."""
+
+    instruction: str
+    query: str
+    response: str
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """Everything about a model that decides its outputs.
 
     ``family`` names the kind of checkpoint, ``dtype`` what is computed in. Pooling, normalisation and
     instructions say nothing where a family has none: a cross-encoder's are ``cls``, False and empty.
+
+    ``query_template`` is a query as the model reads it, of ``{instruction}`` and ``{query}``; where it is
+    empty, the instruction and then the query. ``examples`` stand before that. Every text begins with
+    ``first_token`` and ends with ``last_token``, whatever the tokenizer does by itself; None: as it does.
     """
 
     name: str
@@ -31,6 +44,10 @@ class ModelSpec:
     dtype: str
     query_instruction: str
     passage_instruction: str
+    query_template: str = ""
+    examples: tuple[Example, ...] = ()
+    first_token: str | None = None
+    last_token: str | None = None
 
     def output(self, name: str) -> Output:
         """Return the output of a name.
@@ -42,6 +59,15 @@ class ModelSpec:
             if output.name == name:
                 return output
         raise KeyError(f"{self.name} has no output {name}, only {[o.name for o in self.outputs]}")
+
+    def around_query(self) -> tuple[str, str]:
+        """Return what stands before and behind a query's text, examples aside."""
+        if not self.query_template:
+            return self.query_instruction, ""
+        before, _, behind = self.query_template.partition("{query}")
+        # By hand: an instruction may hold braces. Without one, nothing of the template stands before.
+        before = before.replace("{instruction}", self.query_instruction) if self.query_instruction else ""
+        return before, behind
 
     @property
     def dim(self) -> int:

@@ -27,6 +27,7 @@ REASONS = {
     "non_string_text": "text or title is not text",
     "empty_text": "nothing but white space",
     "invalid_unicode": "not valid Unicode",
+    "no_tokens": "the tokenizer makes no token of it",
     "non_finite": "the vector holds NaN or infinity",
     "out_of_memory": "the row alone does not fit in memory",
     "killed_worker": "the row ended its process twice",

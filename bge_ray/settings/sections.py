@@ -121,6 +121,14 @@ class CorpusSettings(Section):
         return self
 
 
+class ExampleSettings(Section):
+    """A query and its answer, by which a model is shown what is looked for."""
+
+    instruction: str | None = Field(None, description="null takes that of the queries")
+    query: str
+    response: str
+
+
 class ModelSettings(Section):
     """Which model makes the vectors, and how."""
 
@@ -155,10 +163,32 @@ class ModelSettings(Section):
         "of sentence-transformers in the model folder do not",
     )
     query_instruction: str | None = Field(
-        None, description="text put before a query; null takes the model card's, an empty string means none"
+        None,
+        description="text put before a query, or the task in the template of a model that has one; null "
+        "takes the model card's, an empty string means none",
+    )
+    query_template: str | None = Field(
+        None,
+        description="a query as an LLM embedder reads it, of {instruction} and {query}; null takes the "
+        "model card's",
+    )
+    task: str | None = Field(
+        None,
+        description="kind of task of a model with an instruction for each, on both sides (llm-embedder: qa, "
+        "icl, chat, lrlm, tool, convsearch)",
+    )
+    examples: tuple[ExampleSettings, ...] = Field(
+        (),
+        description="list of {instruction, query, response} put before every query; for models trained with "
+        "examples, such as bge-en-icl",
     )
     passage_instruction: str | None = Field(
         None, description="text put before a passage; null takes the model folder's (BGE has none)"
+    )
+    last_token: str | None = Field(
+        None,
+        description="token that every text ends with, for last-token pooling; null: as the card or the "
+        "tokenizer's files say, an empty string: none, so that a word is pooled",
     )
     trust_remote_code: bool = Field(
         False, description="run Python code found in the model folder; off unless you trust its author"
@@ -169,6 +199,21 @@ class ModelSettings(Section):
         if len(set(self.outputs)) != len(self.outputs):
             raise ValueError("outputs: one is named twice")
         return self
+
+    @field_validator("query_template")
+    @classmethod
+    def _has_places(cls, template: str | None) -> str | None:
+        if template is None:
+            return None
+        before, found, behind = template.partition("{query}")
+        if (
+            not found
+            or "{query}" in behind
+            or before.count("{instruction}") != 1
+            or "{instruction}" in behind
+        ):
+            raise ValueError("takes {instruction} once, and {query} once behind it")
+        return template
 
 
 class BatchingSettings(Section):

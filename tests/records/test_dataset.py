@@ -20,7 +20,7 @@ from bge_ray.records.ids import (
     split_vector_ids,
     vector_ids,
 )
-from bge_ray.records.model import ModelSpec
+from bge_ray.records.model import Example, ModelSpec
 from bge_ray.records.outputs import Output
 from bge_ray.records.plan import Coding, CorpusObject, Plan, Span, Unit, find_removal, unit_fingerprint
 
@@ -159,3 +159,24 @@ def test_what_a_plan_leaves_out_is_removed_and_what_has_another_content_is_not()
     assert str(removal) == "1 object with 9 rows (50%), such as s3://b/x"
     assert not find_removal(None, Plan((OBJECT,), 4))
     assert not find_removal(Plan((OBJECT,), 4), Plan((OBJECT, other), 5))
+
+
+def test_what_stands_around_a_query() -> None:
+    template = "<instruct>{instruction}\n<query>{query}\n<response>"
+    spec = dataclasses.replace(MODEL, query_instruction="find {query} {it}", query_template=template)
+    assert spec.around_query() == ("<instruct>find {query} {it}\n<query>", "\n<response>")
+    assert dataclasses.replace(spec, query_instruction="").around_query() == ("", "\n<response>")
+    assert MODEL.around_query() == ("q: ", "")
+
+
+def test_templates_and_examples_decide_no_vector_and_the_last_token_does() -> None:
+    spec = SPEC
+    others = {"query_template": "{instruction}{query}", "examples": (Example("i", "q", "r"),)}
+    asked = dataclasses.replace(spec, model=dataclasses.replace(MODEL, **others))
+    assert asked.vector_fingerprint == spec.vector_fingerprint
+    assert not {"model.first_token", "model.last_token"} & set(spec.decisive())
+    ended = dataclasses.replace(spec, model=dataclasses.replace(MODEL, last_token="</s>"))
+    assert ended.vector_fingerprint != spec.vector_fingerprint
+    with pytest.raises(DatasetMismatchError, match=r"model\.last_token: there None, now '</s>'"):
+        ended.check_same(spec, "out")
+    assert from_json(DatasetSpec, to_json(asked)) == asked

@@ -1,12 +1,15 @@
 """Small models with random weights, made on the spot: real formats, real code, no download."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoConfig,
+    AutoModel,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
@@ -190,3 +193,123 @@ def write_pooling(folder: Path, pooling: str, dim: int) -> None:
         "pooling_mode_lasttoken": pooling == "last_token",
     }
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(flags))
+
+
+def make_byte_level(folder: Path, max_length: int = 512, *, ends: bool = True) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer as Qwen's; ``ends``: its post-processor puts <|endoftext|> last."""
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=specials, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(SENTENCES * 4, trainer)
+    byte_level = processors.ByteLevel(trim_offsets=False)
+    end = processors.TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", tokenizer.token_to_id("<|endoftext|>"))]
+    )
+    tokenizer.post_processor = processors.Sequence([byte_level, end]) if ends else byte_level
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=max_length,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
+def make_sentencepiece(
+    folder: Path,
+    max_length: int = 512,
+    *,
+    specials: Sequence[str] = ("<unk>", "<s>", "</s>"),
+    ends: bool = True,
+) -> PreTrainedTokenizerFast:
+    """Train a BPE tokenizer with spaces as symbols and bytes for what it does not know, as Mistral's.
+
+    Args:
+        folder: where it is saved.
+        max_length: written into its configuration.
+        specials: unknown, begin and end token.
+        ends: its post-processor puts the end token last, and not only the begin token first.
+    """
+    unknown, begin, end = specials
+    tokenizer = Tokenizer(models.BPE(unk_token=unknown, byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=[*dict.fromkeys([*specials, "<pad>"]), *bytes_]
+    )
+    tokenizer.train_from_iterator(SENTENCES * 4, trainer)
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1),
+        ]
+    )
+    ids = [(token, tokenizer.token_to_id(token)) for token in (begin, end)]
+    single = f"{begin} $A {end}" if ends else f"{begin} $A"
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=max_length,
+        bos_token=begin,
+        eos_token=end,
+        unk_token=unknown,
+        pad_token="<pad>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
+def make_decoder(folder: Path, kind: str, *, ends: bool = True, seed: int = 0, **changes: object) -> Path:
+    """Write a random bare decoder of a model type with last-token pooling; returns the folder.
+
+    It has 2 layers of dim 32, 4 heads that share 2 heads of keys, 256 positions, and in Mistral and Gemma2 a
+    window of 24 tokens; ``changes`` go into its configuration.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind in ("qwen2", "qwen3"):
+        tokenizer = make_byte_level(folder, 256, ends=ends)
+    elif kind == "gemma2":
+        tokenizer = make_sentencepiece(folder, 256, specials=("<unk>", "<bos>", "<eos>"), ends=ends)
+    else:
+        tokenizer = make_sentencepiece(folder, 256, ends=ends)
+    sizes: dict[str, object] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.4,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if kind in ("mistral", "gemma2"):
+        sizes["sliding_window"] = 24
+    if kind == "gemma2":
+        sizes |= {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0}
+    torch.manual_seed(seed)
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **(sizes | changes)))
+    with torch.no_grad():  # norms that are all one hide whether they are applied
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.normal_(0.0 if kind == "gemma2" else 1.0, 0.2)
+    model.eval().save_pretrained(folder)
+    write_pooling(folder, "last_token", 32)
+    return folder

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from bge_ray.errors import ModelError
 from bge_ray.model.cards import ModelCard, find_card
-from bge_ray.model.family import Role, check_length, refuse_code, settle_dtype
+from bge_ray.model.family import Role, check_length, refuse_code, settle_dtype, task_prompts
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.folder import ModelFolder
 from bge_ray.model.modules import pooled_dim
@@ -153,6 +153,8 @@ def _instructions(folder: ModelFolder, settings: ModelSettings, card: ModelCard 
     query, passage = folder.instructions()
     if card is not None:
         query, passage = query or card.query_prefix(), passage or card.passage_instruction
+    if (of_task := task_prompts(settings)) is not None:
+        query, passage = of_task.query, of_task.passage
     return (
         query if settings.query_instruction is None else settings.query_instruction,
         passage if settings.passage_instruction is None else settings.passage_instruction,

@@ -78,6 +78,7 @@ class TextFeeder:
             check_last_token(tokenizer, folder, last_token)
         if lower_case:
             _lower_case(tokenizer.backend_tokenizer)
+        self._tokenizer = tokenizer
         self._cutter = Cutter(tokenizer)
         self._max_length = max_length
         self._query_instruction = query_instruction

@@ -31,7 +31,7 @@ def token_budget_batches(
     the first batch is the one that needs the most memory.
 
     Args:
-        lengths: (n,) tokens of each row, each at least 1.
+        lengths: (n,) tokens of each row; one without any is put into a batch like others.
         budget: most tokens of one batch; a single row longer than this makes a batch of its own.
         packed: count real tokens, as a model without padding sees them, and not rows times the
             longest row.
@@ -48,7 +48,7 @@ def token_budget_batches(
             before = int(ends[start - 1]) if start else 0
             size = int(np.searchsorted(ends, before + budget, side="right")) - start
         else:
-            size = budget // int(lengths[order[start]])
+            size = budget // max(1, int(lengths[order[start]]))
         batches.append(order[start : start + max(1, size)])
         start += max(1, size)
     return batches

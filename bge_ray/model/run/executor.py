@@ -1,7 +1,8 @@
 """Runs batches of rows through one model on one device, whatever the batches do to it.
 
 A batch that does not fit in memory is halved, a row of which an output is not finite is tried again in
-float32, a row that cannot be done is named. What is made of the states is the heads' business.
+float32, a row that cannot be done is named, a model of which many rows need float32 is refused. What is made
+of the states is the heads' business.
 """
 
 import collections
@@ -22,6 +23,10 @@ from bge_ray.records.tokens import PackedTokens
 
 # Batches queued on a CUDA device before the oldest is waited for: while one runs, the next is prepared.
 QUEUED_BATCHES = 2
+# Beyond this share of the rows, and beyond this number, half precision is not for the model: each such row
+# costs a forward pass of its own.
+MOST_OVERFLOWING = 0.01
+LEAST_OVERFLOWING = 10
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,8 @@ class Executor:
         self._loaded = loaded.to(device)
         self._load_exact = load_exact
         self._exact: Loaded | None = None
-        self._is_float32 = next(loaded.model.parameters()).dtype == torch.float32
+        self._dtype = next(loaded.model.parameters()).dtype
+        self._rows = self._overflowed = 0
 
     def run(self, source: PackedTokens, batches: Sequence[IdArray], result: Result) -> None:
         """Compute the rows of the given batches into ``result``.
@@ -100,12 +106,15 @@ class Executor:
             result: of n rows; rows in no batch are left as they are.
 
         Raises:
+            ModelError: more than a hundredth of all rows so far are finite in float32 alone.
             RuntimeError: whatever the model raises that is not a lack of memory.
         """
         started = time.perf_counter()
+        batches = [self._with_tokens(source, rows, result) for rows in batches]
+        self._rows += sum(len(rows) for rows in batches)
         queue: collections.deque[_Launched] = collections.deque()
         depth = QUEUED_BATCHES if self.device.type == "cuda" else 1
-        waiting = collections.deque(batches)
+        waiting = collections.deque(rows for rows in batches if len(rows))
         while waiting or queue:
             if queue and (len(queue) >= depth or not waiting):
                 self._collect(source, queue.popleft(), result)
@@ -126,6 +135,13 @@ class Executor:
             else:
                 self._fault_memory(source, int(rows[0]), result)
         result.busy_s += time.perf_counter() - started
+
+    def _with_tokens(self, source: PackedTokens, rows: IdArray, result: Result) -> IdArray:
+        """Leave out rows without a token, of which there is no state."""
+        empty = source.lengths_of(rows) == 0
+        for row in rows[empty].tolist():
+            result.faults[row] = ("no_tokens", "the model's tokenizer makes no token of it")
+        return np.asarray(rows[~empty])
 
     def _try_launch(self, source: PackedTokens, rows: IdArray) -> _Launched | None:
         """Start a forward pass; None if it does not fit in memory."""
@@ -155,14 +171,26 @@ class Executor:
             self._retry_in_float32(source, row, result)
 
     def _retry_in_float32(self, source: PackedTokens, row: int, result: Result) -> None:
-        if not self._is_float32:
+        if self._dtype != torch.float32:
             launched = _none_if_out_of_memory(lambda: self._launch_exact(source, row))
             if launched is None:
                 self._fault_memory(source, row, result)
                 return
             if not len(result.put(launched.rows, launched.blocks())):
+                self._count_overflow()
                 return
         result.faults[row] = ("non_finite", "the model's output holds NaN or infinity, also in float32")
+
+    def _count_overflow(self) -> None:
+        self._overflowed += 1
+        if self._overflowed <= max(LEAST_OVERFLOWING, MOST_OVERFLOWING * self._rows):
+            return
+        name = str(self._dtype).removeprefix("torch.")
+        raise ModelError(
+            f"of {self._rows} rows at least {self._overflowed}, more than {MOST_OVERFLOWING:.0%}, are finite "
+            f"in float32 and not in {name}: the model's numbers go beyond what {name} holds. Compute it in "
+            "bfloat16 (model.dtype, or rerank.dtype of a reranker), or in float32"
+        )
 
     def _launch_exact(self, source: PackedTokens, row: int) -> _Launched:
         if self._exact is None:

@@ -69,11 +69,12 @@ def packed_inputs(
     arguments = {
         "input_ids": input_ids,
         "position_ids": position_ids,
-        "token_type_ids": token_type_ids,
         "cu_seqlens": where.int(),
         "runs": equal_runs(lengths),
         "max_seqlen": int(lengths.max()),
     }
+    if getattr(config, "type_vocab_size", 0):  # a decoder has no segments
+        arguments["token_type_ids"] = token_type_ids
     return Inputs(arguments, borders=where, prompt_tokens=_prompts(source, rows, device))
 
 

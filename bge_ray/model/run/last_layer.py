@@ -8,8 +8,9 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from bge_ray.model.run.packed import attend
+from bge_ray.model.run.packed import DECODERS, attend
 
 
 class OneTokenLayer(torch.nn.Module):
@@ -54,6 +55,59 @@ class OneTokenLayer(torch.nn.Module):
         )
 
 
+class _AllKeys:
+    """What a decoder's attention takes for its cache: keys and values of all tokens, made beforehand."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self._held = keys, values
+
+    def update(self, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and values of all tokens in place of those of the queries."""
+        return self._held
+
+
+class OneTokenDecoderLayer(torch.nn.Module):
+    """Stands in for the last layer of a decoder, for the last token of each row; runs that layer itself."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self._layer = layer
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *_: Any,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        cu_seqlens: torch.Tensor,
+        runs: Sequence[tuple[int, int]],
+        max_seqlen: int,
+        **__: Any,
+    ) -> torch.Tensor:
+        """Return (1, rows, dim) states of (1, tokens, dim); the rest is as in `packed_attention`."""
+        layer: Any = self._layer
+        attention = layer.self_attn
+        normed = layer.input_layernorm(hidden_states)
+        keys, values = (
+            project(normed).view(1, normed.shape[1], -1, attention.head_dim)
+            for project in (attention.k_proj, attention.v_proj)
+        )
+        if hasattr(attention, "k_norm"):
+            keys = attention.k_norm(keys)
+        cos, sin = position_embeddings  # (1, tokens, head_dim)
+        keys, _same = apply_rotary_pos_emb(keys, keys, cos, sin, unsqueeze_dim=2)
+        wanted = (cu_seqlens[1:] - 1).long()
+        output = layer(
+            hidden_states[:, wanted],
+            position_embeddings=(cos[:, wanted], sin[:, wanted]),
+            past_key_values=_AllKeys(keys.transpose(1, 2), values.transpose(1, 2)),
+            cu_seqlens=cu_seqlens,
+            runs=runs,
+            max_seqlen=max_seqlen,
+            one_query=True,
+        )
+        return torch.as_tensor(output)
+
+
 def keep_one_token(model: Any, needs: Collection[str]) -> None:
     """Let the last layer of a packable model give only what its heads need, if that is the same token a row.
 
@@ -62,6 +116,10 @@ def keep_one_token(model: Any, needs: Collection[str]) -> None:
         needs: of all its heads, as `heads.Head` has them.
     """
     if set(needs) not in ({"first_token"}, {"last_token"}):
+        return
+    if model.config.model_type in DECODERS:
+        if set(needs) == {"last_token"}:
+            model.layers[-1] = OneTokenDecoderLayer(model.layers[-1])
         return
     layers = model.base_model.encoder.layer
     layers[-1] = OneTokenLayer(layers[-1], last="last_token" in needs)

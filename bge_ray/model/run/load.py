@@ -107,6 +107,8 @@ def _load(
     # Its table of unused weights (the pooler, a masked-language head) reads like an error and is none.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    if getattr(config, "use_cache", False):
+        config.use_cache = False  # nothing is generated, and the keys of a batch are as large as its states
     if how.attention is not None:
         options["attn_implementation"] = how.attention
     weights = weight_files(folder)

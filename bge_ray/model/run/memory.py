@@ -1,6 +1,16 @@
-"""Which errors mean that memory is short, and which that the device is lost."""
+"""Whether a model fits a device; which errors mean a lack of memory, and which the loss of the device."""
 
+from pathlib import Path
+
+import psutil
 import torch
+
+from bge_ray.errors import ModelError
+from bge_ray.model.weights import weights_bytes
+from bge_ray.records.model import ModelSpec
+
+# What a container may use at most, where there is one: of cgroups of version 2, and of version 1.
+_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 # The CPU allocator, oneDNN, cuBLAS and the CUDA driver have no exception type of their own for this.
 _MESSAGES = (
@@ -11,6 +21,34 @@ _MESSAGES = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "could not create a memory",
 )
+
+
+def memory_of(device: torch.device) -> int:
+    """Return the bytes of a device's memory, of a CPU's node as far as this process may use it."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    limits = [
+        int(text) for path in _LIMITS if path.is_file() and (text := path.read_text().strip()).isdigit()
+    ]
+    return min([int(psutil.virtual_memory().total), *limits])
+
+
+def check_room(spec: ModelSpec, folder: Path, device: torch.device) -> None:
+    """Refuse a model whose weights alone are larger than a device, before any of them is read.
+
+    Raises:
+        ModelError: names both sizes, and what would help.
+    """
+    needed, there = weights_bytes(folder, spec.dtype), memory_of(device)
+    if needed <= there:
+        return
+    ways = ["a smaller model", f"{'a GPU' if device.type == 'cuda' else 'nodes'} with more memory"]
+    if spec.dtype == "float32":
+        ways.insert(0, "bfloat16, which takes half (model.dtype, or rerank.dtype of a reranker)")
+    raise ModelError(
+        f"{spec.name}: its weights take {needed / 1e9:,.1f} GB in {spec.dtype}, and {device} has "
+        f"{there / 1e9:,.1f} GB. What would help: {'; '.join(ways)}"
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -12,6 +12,7 @@ from bge_ray.model.run.batching import longest_rows, token_budget_batches
 from bge_ray.model.run.executor import Executor, Loaded
 from bge_ray.model.run.last_layer import keep_one_token
 from bge_ray.model.run.load import Loading, load_config
+from bge_ray.model.run.memory import check_room
 from bge_ray.model.run.packed import ATTENTION, can_pack, register
 from bge_ray.model.run.prepack import prepack_linears
 from bge_ray.model.run.result import Result
@@ -44,7 +45,8 @@ class Model:
             packed: run without padding; None where it is known to be right and faster.
 
         Raises:
-            ModelError: the weights here are not those of the spec, or some would stay random.
+            ModelError: the weights here are not those of the spec, are larger than the device, or some would
+                stay random.
         """
         if hash_model(folder) != spec.weights_sha256:
             raise ModelError(
@@ -54,6 +56,7 @@ class Model:
         torch.set_num_threads(place.threads)
         self.spec = spec
         self.device = torch.device(place.device)
+        check_room(spec, folder, self.device)
         dtype = getattr(torch, spec.dtype)
         if packed is None:
             # Remote code has a forward pass of its own, of which nothing is known.
@@ -91,7 +94,7 @@ class Model:
         """Compute the outputs of the rows of the given batches into ``result``.
 
         A batch that does not fit in memory is halved and tried again; a single row that does not
-        fit, or whose outputs are not finite even in float32, is named in ``faults``.
+        fit, that has no token, or whose outputs are not finite even in float32, is named in ``faults``.
 
         Args:
             tokens: n rows, as a feeder makes them.
@@ -99,6 +102,7 @@ class Model:
             result: of `empty_result(n)`; rows in no batch are left as they are.
 
         Raises:
+            ModelError: too many rows are finite in float32 alone.
             RuntimeError: whatever the model raises that is not a lack of memory.
         """
         self._executor.run(tokens, batches, result)

@@ -5,6 +5,7 @@ the row borders (``cu_seqlens``) from the model call; positions are given explic
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,34 @@ ATTENTION = "bge_ray_packed"
 # their keyword arguments down to it; each is compared with its padded path in tests/model.
 ABSOLUTE_POSITIONS = {"bert"}
 OFFSET_POSITIONS = {"camembert", "roberta", "xlm-roberta"}
-PACKABLE = ABSOLUTE_POSITIONS | OFFSET_POSITIONS
+# Rotary positions, grouped heads; a token sees those before it, unless the configuration says otherwise.
+DECODERS = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "granite"}
+PACKABLE = ABSOLUTE_POSITIONS | OFFSET_POSITIONS | DECODERS
+# These kinds of rotary positions depend on a token's place alone; others, on the longest row of a batch, too.
+STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
+
+# Scores that are capped are made here and not in a kernel, for so many queries at once.
+CAPPED_QUERIES = 256
 
 # What the flash kernels behind varlen_attn ask for.
 MIN_CAPABILITY = (8, 0)
 MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a token's query sees of its row, and what becomes of its scores.
+
+    ``causal``: itself and what lies before it, of which ``window`` leaves the nearest so many, itself
+    included. ``softcap``: scores are bent to lie within this in size.
+    """
+
+    causal: bool = False
+    window: int | None = None
+    softcap: float | None = None
+
+
+EVERYTHING = Reach()
 
 
 def can_pack(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> bool:
@@ -34,7 +58,9 @@ def can_pack(config: PretrainedConfig, device: torch.device, dtype: torch.dtype)
         return dtype in (torch.float32, torch.bfloat16)
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
-    head_dim = config.hidden_size // config.num_attention_heads
+    if getattr(config, "attn_logit_softcapping", None) is not None:  # the kernel has no such thing
+        return False
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if head_dim % 8 or head_dim > MAX_HEAD_DIM:
         return False
     return torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
@@ -42,9 +68,20 @@ def can_pack(config: PretrainedConfig, device: torch.device, dtype: torch.dtype)
 
 def is_packable(config: PretrainedConfig) -> bool:
     """Tell whether packed execution of this architecture is known to give the padded path's vectors."""
+    if config.model_type in DECODERS:
+        return _is_packable_decoder(config)
     absolute = getattr(config, "position_embedding_type", None) in (None, "absolute")
     decoder = getattr(config, "is_decoder", False)
     return config.model_type in PACKABLE and absolute and not decoder
+
+
+def _is_packable_decoder(config: PretrainedConfig) -> bool:
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    both_ways = not getattr(config, "is_causal", True) or getattr(
+        config, "use_bidirectional_attention", False
+    )
+    # A window to both sides has no test.
+    return rope in STATIC_ROPE and not (both_ways and getattr(config, "sliding_window", None))
 
 
 def register() -> None:
@@ -63,27 +100,46 @@ def packed_attention(
     runs: Sequence[tuple[int, int]],
     max_seqlen: int,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    one_query: bool = False,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend within each row of a packed batch; called by transformers' model code.
 
     Args:
-        module: the attention layer, unused.
-        query: (1, heads, tokens, head_dim).
-        key: the same.
+        module: the attention layer, which knows whether it is causal.
+        query: (1, heads, tokens, head_dim); (1, heads, rows, head_dim) with ``one_query``.
+        key: (1, heads or fewer, tokens, head_dim), each shared by neighbouring heads of the query.
         value: the same.
         attention_mask: unused; the borders say it all.
         cu_seqlens: (rows + 1,) int32, row i at tokens cu_seqlens[i] to cu_seqlens[i + 1].
         runs: the same borders as (rows, length) of neighbours of equal length.
         max_seqlen: tokens of the longest row.
         scaling: factor on the scores.
+        sliding_window: how many tokens a query sees, itself included; None is all.
+        softcap: bound of the scores.
+        one_query: whether each row has one query, that of its last token.
 
     Returns:
         (1, tokens, heads, head_dim), and no weights.
     """
-    del module, attention_mask
+    del attention_mask
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    out = attend(q, k, v, cu_seqlens=cu_seqlens, runs=runs, max_seqlen=max_seqlen, scaling=scaling)
+    # A decoder's layer calls itself causal also where its configuration makes it look both ways.
+    config = getattr(module, "config", None)
+    causal = bool(getattr(module, "is_causal", False)) and bool(getattr(config, "is_causal", True))
+    out = attend(
+        q,
+        k,
+        v,
+        cu_seqlens=cu_seqlens,
+        runs=runs,
+        max_seqlen=max_seqlen,
+        scaling=scaling,
+        one_query=one_query,
+        reach=Reach(causal, sliding_window, softcap),
+    )
     return out.unsqueeze(0), None
 
 
@@ -97,29 +153,26 @@ def attend(
     max_seqlen: int,
     scaling: float | None,
     one_query: bool = False,
+    reach: Reach = EVERYTHING,
 ) -> torch.Tensor:
     """Attend within each row of a packed batch.
 
     Args:
         q: (tokens, heads, head_dim); (rows, heads, head_dim) with ``one_query``.
-        k: (tokens, heads, head_dim).
+        k: (tokens, heads, head_dim), or fewer heads, each for as many neighbours of the query's.
         v: the same.
         cu_seqlens: (rows + 1,) int32, row i at tokens cu_seqlens[i] to cu_seqlens[i + 1].
         runs: the same borders as (rows, length) of neighbours of equal length.
         max_seqlen: tokens of the longest row.
         scaling: factor on the scores.
-        one_query: whether each row has one query, and not one a token.
+        one_query: whether each row has one query, and not one a token; a causal one is its last token's.
+        reach: what a query sees.
 
     Returns:
         Of the shape of ``q``.
     """
     if q.is_cuda:
-        from torch.nn.attention.varlen import varlen_attn
-
-        borders, longest = cu_seqlens, max_seqlen
-        if one_query:
-            borders, longest = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device), 1
-        return torch.as_tensor(varlen_attn(q, k, v, borders, cu_seqlens, longest, max_seqlen, scale=scaling))
+        return attend_by_kernel(q, k, v, cu_seqlens, max_seqlen, scaling, reach)
     # No kernel on the CPU knows borders. Rows of equal length need none: batches are sorted by length.
     parts = []
     at = start = 0
@@ -127,11 +180,112 @@ def attend(
         n_queries = 1 if one_query else length
         a = _heads_first(q[at : at + n_rows * n_queries], n_rows)
         b, c = (_heads_first(states[start : start + n_rows * length], n_rows) for states in (k, v))
-        part = F.scaled_dot_product_attention(a, b, c, scale=scaling)  # (n_rows, heads, n_queries, head_dim)
+        part = _attend_run(a, b, c, scaling, reach)  # (n_rows, heads, n_queries, head_dim)
         parts.append(part.transpose(1, 2).reshape(n_rows * n_queries, *q.shape[1:]))
         at += n_rows * n_queries
         start += n_rows * length
     return torch.cat(parts)
+
+
+def attend_by_kernel(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    scaling: float | None,
+    reach: Reach,
+) -> torch.Tensor:
+    """Attend as `attend` does, by the kernel for CUDA, which knows borders and no soft-cap.
+
+    As many queries as rows are one a row. The kernel takes the queries of a row for those of its last tokens.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    borders, longest = cu_seqlens, max_seqlen
+    if len(q) == len(cu_seqlens) - 1:
+        borders, longest = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device), 1
+    # How many tokens a query sees to its left and to its right; -1 is all.
+    window = (-1, -1)
+    if reach.causal:
+        window = (-1 if reach.window is None else reach.window - 1, 0)
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        borders,
+        cu_seqlens,
+        longest,
+        max_seqlen,
+        scale=scaling,
+        window_size=window,
+        enable_gqa=k.shape[1] != q.shape[1],
+    )
+    return torch.as_tensor(out)
+
+
+def _attend_run(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None, reach: Reach
+) -> torch.Tensor:
+    """Attend in rows of equal length.
+
+    Args:
+        q: (rows, heads, queries, head_dim), the queries of the last tokens.
+        k: (rows, heads or fewer, length, head_dim).
+        v: the same.
+        scaling: factor on the scores.
+        reach: what a query sees.
+
+    Returns:
+        Of the shape of ``q``.
+    """
+    n_queries, length = q.shape[2], k.shape[2]
+    if reach.causal and n_queries == 1:  # the last token sees all that its window leaves
+        k, v = (states[:, :, -(reach.window or length) :] for states in (k, v))
+        reach = replace(reach, causal=False)
+    if reach.softcap is not None:
+        return _attend_capped(q, k, v, scaling, reach)
+    narrow = reach.causal and reach.window is not None and reach.window < length
+    mask = _sees(0, n_queries, length, reach, q.device) if narrow else None
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=reach.causal and mask is None,
+        scale=scaling,
+        enable_gqa=k.shape[1] != q.shape[1],
+    )
+
+
+def _attend_capped(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None, reach: Reach
+) -> torch.Tensor:
+    """Attend with capped scores, a block of queries at a time: (rows, heads, queries, keys) may be large."""
+    rows, heads, n_queries, head_dim = q.shape
+    length, shared = k.shape[2], heads // k.shape[1]
+    factor = head_dim**-0.5 if scaling is None else scaling
+    cap = float(reach.softcap or 0)
+    grouped = q.view(rows, -1, shared, n_queries, head_dim)  # with a key head each
+    parts = []
+    for start in range(0, n_queries, CAPPED_QUERIES):
+        stop = min(start + CAPPED_QUERIES, n_queries)
+        seen = stop if reach.causal else length
+        keys, values = k[:, :, None, :seen], v[:, :, None, :seen]
+        scores = torch.matmul(grouped[:, :, :, start:stop], keys.transpose(-1, -2)) * factor
+        scores = torch.tanh(scores / cap) * cap
+        if reach.causal:
+            scores = scores.masked_fill(~_sees(start, stop, seen, reach, q.device), float("-inf"))
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        parts.append(torch.matmul(weights, values))
+    return torch.cat(parts, dim=3).view(q.shape)
+
+
+def _sees(start: int, stop: int, length: int, reach: Reach, device: torch.device) -> torch.Tensor:
+    """(stop - start, length) bool, which keys the queries of those places of a row see causally."""
+    ahead = torch.arange(start, stop, device=device)[:, None] - torch.arange(length, device=device)
+    seen = ahead >= 0
+    return seen & (ahead < reach.window) if reach.window is not None else seen
 
 
 def _heads_first(states: torch.Tensor, n_rows: int) -> torch.Tensor:
@@ -160,7 +314,7 @@ def positions(
         (tokens,) int64.
     """
     lengths = np.diff(borders)
-    if config.model_type in ABSOLUTE_POSITIONS:
+    if config.model_type in ABSOLUTE_POSITIONS | DECODERS:
         return np.arange(len(input_ids), dtype=np.int64) - np.repeat(borders[:-1], lengths)
     # RoBERTa counts from padding_idx + 1 and leaves out padding tokens, which a text may hold literally.
     pad = int(config.pad_token_id)

@@ -10,7 +10,8 @@ from bge_ray.dataset.folder import Dataset
 from bge_ray.errors import CorpusError, DatasetMismatchError
 from bge_ray.formats.corpus import list_corpus, resolve_columns
 from bge_ray.model.folder import ModelFolder
-from bge_ray.model.spec import model_folder, resolve_encoder, text_feeder
+from bge_ray.model.spec import for_trial, model_folder, resolve_encoder, text_feeder
+from bge_ray.model.weights import weights_bytes
 from bge_ray.pipeline.embed.planning import extend_plan, scan_objects, settle_limits, unchanged_objects
 from bge_ray.pipeline.embed.tasks import CorpusUnit, ReadTask, SpanTask
 from bge_ray.pipeline.engine.pools import await_pools, cluster_sizes, device_of, encoder_request
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # More than any cluster has room for: how many it has is what is asked.
 MOST_ENCODERS = 1_000_000
+# Weights that every GPU holds, and every node beside what else is at work there.
+SURELY_FITS_BYTES = 2_000_000_000
 
 
 @dataclass(frozen=True)
@@ -177,12 +180,35 @@ def _must_be_tried(model: ModelSpec, there: DatasetSpec | None) -> bool:
 
 def _try_model(settings: Settings, model: ModelSpec) -> tuple[Canary, ...]:
     """Refuse here, before anything is written, what an encoder would refuse to load; return its canaries."""
-    await_pools(settings, [encoder_request(settings, 1)], lambda: None)
+    encoders = encoder_request(settings, 1)
+    await_pools(settings, [encoders], lambda: None)
+    folder = model_folder(model)
+    size = weights_bytes(folder, model.dtype)
+    if size > SURELY_FITS_BYTES and device_of(settings, encoders, lambda: None) == "cuda":
+        gpus = 1.0 if encoders.gpus is None else encoders.gpus
+        list(run_tasks(room_task, [(model,)], at_once=1, watch=lambda: None, num_cpus=0, num_gpus=gpus))
+    trial = for_trial(model, folder)
+    needed = weights_bytes(folder, trial.dtype)
     # In a task, because it takes torch: seconds, and more memory than all else that a driver holds.
-    arguments = [(model, settings.model.trust_remote_code)]
-    [(_, canaries)] = run_tasks(try_task, arguments, at_once=1, watch=lambda: None, num_cpus=0)
+    [(_, canaries)] = run_tasks(
+        try_task,
+        [(trial, settings.model.trust_remote_code)],
+        at_once=1,
+        watch=lambda: None,
+        num_cpus=0,
+        memory_bytes=needed if needed > SURELY_FITS_BYTES else 0,
+    )
     found: tuple[Canary, ...] = canaries
     return found
+
+
+def room_task(spec: ModelSpec) -> None:
+    """Refuse a model that is larger than the GPU of this task."""
+    import torch
+
+    from bge_ray.model.run.memory import check_room
+
+    check_room(spec, model_folder(spec), torch.device("cuda"))
 
 
 def try_task(spec: ModelSpec, trust_remote_code: bool) -> tuple[Canary, ...]:
@@ -190,7 +216,6 @@ def try_task(spec: ModelSpec, trust_remote_code: bool) -> tuple[Canary, ...]:
     from bge_ray.model.canary import make_canaries
     from bge_ray.model.run.model import Model, Place
 
-    spec = dataclasses.replace(spec, dtype="float32").stored_as("float32")
     model = Model(spec, model_folder(spec), Place(trust_remote_code=trust_remote_code))
     return make_canaries(model, text_feeder(spec, trust_remote_code=trust_remote_code))
 

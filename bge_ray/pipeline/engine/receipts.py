@@ -76,6 +76,8 @@ def data_context(*callbacks: Any) -> Iterator[None]:
     context.target_max_block_size = 1
     # A job may wait for its GPUs longer than the half hour after which Ray gives up.
     context.execution_no_progress_timeout_s = -1
+    # Ray's own wrapping of what a stage raises loses which error it was.
+    context.raise_original_map_exception = True
     with DataContext.current(context):
         yield
 

@@ -1,6 +1,5 @@
 """The user's own queries for measuring recall: texts from a file, encoded like the passages."""
 
-import dataclasses
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 from bge_ray.errors import CorpusError, ModelError
 from bge_ray.formats.queries import read_queries
 from bge_ray.model.run.batching import CPU_TOKEN_BUDGET
-from bge_ray.model.spec import model_folder, text_feeder
+from bge_ray.model.spec import asked_of_queries, for_trial, model_folder, text_feeder
 from bge_ray.pipeline.engine.tasks import run_tasks
 from bge_ray.records.canonical import digest
 from bge_ray.records.dataset import DatasetSpec
@@ -77,14 +76,13 @@ def encode_task(texts: tuple[str, ...], dataset: DatasetSpec, settings: ModelSet
     from bge_ray.model.canary import check_canaries  # torch, only where there is a model
     from bge_ray.model.run.model import Model, Place
 
-    spec = dataset.model.only(EMBEDDING)
-    if settings.query_instruction is not None:
-        spec = dataclasses.replace(spec, query_instruction=settings.query_instruction)
+    spec = asked_of_queries(dataset.model.only(EMBEDDING), settings)
+    folder = model_folder(spec)
     # Half precision is for GPUs; on a CPU the same weights give the same directions in float32.
-    spec = dataclasses.replace(spec, dtype="float32").stored_as("float32")
+    spec = for_trial(spec, folder)
     trust = settings.trust_remote_code
     feeder = text_feeder(spec, trust_remote_code=trust)
-    model = Model(spec, model_folder(spec), Place(trust_remote_code=trust))
+    model = Model(spec, folder, Place(trust_remote_code=trust))
     check_canaries(dataset.canaries, model, feeder)
     tokens = feeder.queries(texts)
     result = model.empty_result(len(tokens))

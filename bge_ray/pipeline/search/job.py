@@ -17,7 +17,7 @@ from bge_ray.errors import DatasetMismatchError, IncompleteRunError, SettingsErr
 from bge_ray.formats.queries import read_queries
 from bge_ray.model.run.batching import settle_budget
 from bge_ray.model.source import fetch_model, hash_model
-from bge_ray.model.spec import resolve_reranker
+from bge_ray.model.spec import asked_of_queries, resolve_reranker
 from bge_ray.pipeline.engine.flow import by_actors, by_tasks, parcels, receipts
 from bge_ray.pipeline.engine.model_stage import ModelJob, ModelStage
 from bge_ray.pipeline.engine.parcel import Parcel
@@ -219,7 +219,8 @@ class SearchJob:
         if self.reranker is not None:
             spec = dataclasses.replace(self.reranker, name="", revision=None, dtype="")
             rerank = [dataclasses.asdict(spec), settings.rerank.depth, settings.rerank.texts]
-        queries = [self.model.query_instruction, self.model.max_length]
+        examples = [dataclasses.asdict(example) for example in self.model.examples]
+        queries = [*self.model.around_query(), examples, self.model.max_length]
         fingerprint = source.spec.vector_fingerprint
         return ["search", FORMAT_VERSION, fingerprint, source.shard_hashes, index, queries, asked.k, rerank]
 
@@ -424,9 +425,7 @@ def _query_model(settings: Settings, source: Source) -> ModelSpec:
         )
     if asked.max_length is not None and asked.max_length < spec.max_length:
         spec = dataclasses.replace(spec, max_length=asked.max_length)
-    if asked.query_instruction is not None:
-        spec = dataclasses.replace(spec, query_instruction=asked.query_instruction)
-    return dataclasses.replace(spec, revision=commit)
+    return dataclasses.replace(asked_of_queries(spec, asked), revision=commit)
 
 
 def _searched(index: IndexDescription, nprobe: int | None) -> SearchedIndex:
