@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config
 
-from bge_ray.errors import ModelError
+from bge_ray.errors import ModelError, SettingsError
 from bge_ray.model.families.llm_reranker import HALVES
 from bge_ray.model.feed.prompts import PREDICT, prompt_template
 from bge_ray.model.feed.texts import load_tokenizer
@@ -25,7 +25,7 @@ from bge_ray.model.run.result import Result
 from bge_ray.model.spec import pair_feeder, resolve_reranker
 from bge_ray.records.model import SCORE, RerankerSpec, as_reranker
 from bge_ray.records.tokens import PackedTokens
-from bge_ray.settings.sections import RerankSettings
+from bge_ray.settings.sections import RerankSettings, parse_settings
 from tests.goldens.llm_rerankers_cases import COMPRESSED, COMPRESSIONS, CUTS
 from tests.model.conftest import load, run
 from tests.support.llm_rerankers import GOLDENS, PAIRS, make_llm_reranker, write_tokenizer
@@ -370,6 +370,23 @@ def test_what_is_no_reranker_or_not_whole_is_named(folders: Folders, tmp_path: P
         ModelError, match=r"lm_head\.4\.linear_head\.weight has 8 numbers, a state of the model 32"
     ):
         score(reweighed(minicpm, tmp_path / "misshaped", misshape))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["cutoff_layers=[6, 2]"], "cutoff_layers: must be different layers from 1 on, ascending"),
+        (["cutoff_layers=[2, 2]"], "cutoff_layers: must be different layers"),
+        (["cutoff_layers=[]"], "cutoff_layers: must be different layers"),
+        (["compress_layers=[24]"], "compress_layers: do nothing while compress_ratio is 1"),
+        (["compress_ratio=2", "compress_layers=[0, 24]"], "compress_layers: must be layers from 1 on"),
+        (["compress_ratio=3"], "compress_ratio"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(given: list[str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        parse_settings(None, [f"rerank.{each}" for each in given])
+    assert parse_settings(None, ["rerank.cutoff_layers=28"]).rerank.cutoff_layers == (28,)
 
 
 def test_a_cross_encoder_takes_instructions_but_no_layers(reranker_folder: Callable[[str], Path]) -> None:
