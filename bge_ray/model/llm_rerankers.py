@@ -17,6 +17,7 @@ from bge_ray.model.feed.prompts import (
 from bge_ray.model.feed.texts import load_tokenizer
 from bge_ray.model.folder import ModelFolder
 from bge_ray.model.source import hash_model
+from bge_ray.model.weights import weight_files
 from bge_ray.records.model import SCORE, ModelSpec, RerankerSpec, as_reranker
 from bge_ray.records.outputs import Output
 from bge_ray.settings.sections import ComputeDtype, RerankSettings
@@ -111,10 +112,10 @@ def head_weight(number: int) -> str:
 
 
 def check_heads(folder: ModelFolder, heads: Sequence[int], name: str) -> None:
-    """Refuse a folder without the weights of some heads, which would have to be random.
+    """Refuse a folder without the weights of some heads, which would have to be random, or with other ones.
 
     Raises:
-        ModelError: names the first that is missing.
+        ModelError: names the first that is missing, or not of the shape of a state.
     """
     missing = [head_weight(number) for number in heads if head_weight(number) not in folder.weights]
     if missing:
@@ -122,6 +123,14 @@ def check_heads(folder: ModelFolder, heads: Sequence[int], name: str) -> None:
             f"rerank.model {name}: {len(missing)} heads that score are not in its files, such as "
             f"{missing[0]}; save it again whole, or name another reranker"
         )
+    weights = weight_files(folder.path)
+    for weight in map(head_weight, heads):
+        shape = weights.shape(weight)
+        if shape not in (None, (1, folder.hidden_size)):
+            raise ModelError(
+                f"rerank.model {name}: {weight} has the shape {shape}, and a state of the model "
+                f"{folder.hidden_size} numbers"
+            )
 
 
 def config_number(folder: ModelFolder, key: str) -> int:

@@ -42,6 +42,23 @@ class WeightFiles:
                 raise ModelError(f"{path}: is no safetensors file: {error}") from error
         return frozenset(names)
 
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape of a weight by the header of its file; None of a pickled one, which has none.
+
+        Raises:
+            ModelError: the weight is not there, or a file cannot be read.
+        """
+        if self.pickled:
+            return None
+        for path in self.files:
+            try:
+                with safe_open(path, framework="numpy") as file:
+                    if name in file.keys():  # noqa: SIM118 - no mapping
+                        return tuple(file.get_slice(name).get_shape())
+            except (OSError, SafetensorError) as error:
+                raise ModelError(f"{path}: is no safetensors file: {error}") from error
+        raise ModelError(f"{self.files[0].parent}: {name} is not in its files")
+
 
 def weight_files(folder: Path) -> WeightFiles:
     """Find the weights: safetensors before pickled ones, one file before several with an index.
