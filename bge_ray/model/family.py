@@ -10,7 +10,7 @@ from bge_ray.model.feed.pairs import PairFeeder
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.folder import ModelFolder
 from bge_ray.records.model import Example, ModelSpec
-from bge_ray.settings.sections import Auto, ComputeDtype, ModelSettings
+from bge_ray.settings.sections import Auto, ComputeDtype, ModelSettings, RerankSettings
 
 if TYPE_CHECKING:  # a family is asked for its spec and its feeder where there is no torch
     import torch
@@ -21,12 +21,16 @@ if TYPE_CHECKING:  # a family is asked for its spec and its feeder where there i
 Role: TypeAlias = Literal["encoder", "reranker"]
 Feeder: TypeAlias = TextFeeder | PairFeeder
 
+# Settings of rerankers that only some families have.
+LAYER_SETTINGS = ("cutoff_layers",)
+MERGE_SETTINGS = ("compress_ratio", "compress_layers", "head_choice")
 
-def settle_dtype(asked: ComputeDtype | Auto, *, on_gpu: bool) -> ComputeDtype:
-    """Return what to compute in; automatic goes by the device."""
+
+def settle_dtype(asked: ComputeDtype | Auto, *, on_gpu: bool, half: ComputeDtype = "float16") -> ComputeDtype:
+    """Return what to compute in; automatic goes by the device, and on a GPU is what suits the model."""
     if asked != "auto":
         return asked
-    return "float16" if on_gpu else "float32"
+    return half if on_gpu else "float32"
 
 
 def task_prompts(settings: ModelSettings) -> Prompts | None:
@@ -89,11 +93,26 @@ def refuse_code(
     )
 
 
+def refuse_settings(settings: RerankSettings, names: Sequence[str], why: str) -> None:
+    """Refuse settings that a reranker has no use for, if they are not left as they are.
+
+    Raises:
+        ModelError: names the first.
+    """
+    for name in names:
+        if getattr(settings, name) != RerankSettings.model_fields[name].default:
+            raise ModelError(f"rerank.{name}: {settings.model} {why}")
+
+
 class Family(Protocol):
-    """One kind of checkpoint; a module of `families` is one. Only ``load`` may import torch."""
+    """One kind of checkpoint; a module of `families` is one. Only ``load`` may import torch.
+
+    ``PACKS``: its models may run packed where `packed.can_pack` says so of their architecture.
+    """
 
     NAME: str
     ROLE: Role
+    PACKS: bool
 
     def recognises(self, folder: ModelFolder) -> bool:
         """Tell whether a folder, asked for in this role, is of this kind."""

@@ -58,7 +58,7 @@ class ModelFolder:
         Raises:
             ModelError: there are none, or a file of them cannot be read.
         """
-        return weight_files(self.path).names()
+        return frozenset(weight_files(self.path).shapes())
 
     @property
     def positions(self) -> int | None:

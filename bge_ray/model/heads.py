@@ -153,3 +153,36 @@ class Logit(Head):
         states = hidden.last_hidden_state
         first = pool(states, inputs, "cls").to(states.dtype).unsqueeze(1)  # (rows, 1, dim)
         return torch.as_tensor(self._top(first))[:, 0]
+
+
+class AnswerLogit(Head):
+    """The logit that a language model gives one token as the next one: a row of its head, and no other."""
+
+    def __init__(self, output: Output, row: torch.Tensor, cap: float | None) -> None:
+        """Take the row, (dim,), and the cap on logits by tanh that the model has; None for none."""
+        super().__init__(output, "last_token")
+        self._row = torch.nn.Buffer(row.detach().float())
+        self._cap = cap
+
+    def forward(self, hidden: ModelOutput, inputs: Inputs) -> torch.Tensor:
+        """Return (rows,) logits."""
+        return _capped(pool(hidden.last_hidden_state, inputs, "last_token") @ self._row, self._cap)
+
+
+class LayerLogit(Head):
+    """The logit of one layer's own head on the last token, of a model that `run.layers` runs."""
+
+    def __init__(self, output: Output, row: torch.Tensor, cut: int, cap: float | None) -> None:
+        """Take the head's weights, (dim,), the place of its layer among those kept, and the model's cap."""
+        super().__init__(output, "last_token")
+        self._row = torch.nn.Buffer(row.detach().float())
+        self._cut = cut
+        self._cap = cap
+
+    def forward(self, hidden: ModelOutput, inputs: Inputs) -> torch.Tensor:  # noqa: ARG002 - as all heads
+        """Return (rows,) logits."""
+        return _capped(hidden.cuts[:, self._cut].float() @ self._row, self._cap)
+
+
+def _capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -35,15 +35,14 @@ class WeightFiles:
     index: Path | None
     pickled: bool
 
-    def names(self) -> frozenset[str]:
-        """Return the names of all weights, without reading these.
+    def shapes(self) -> dict[str, Shape]:
+        """Return the shapes of all weights by name, without reading these.
 
         Raises:
             ModelError: names the file that cannot be read, or that holds more than tensors.
         """
-        if self.pickled:
-            return frozenset(name for shapes in _pickled_shapes(self.files) for name in shapes)
-        return frozenset(name for path in self.files for name in _safe_shapes(path))
+        found = tensor_shapes(self.files)
+        return {name: shape for shapes in found.values() for name, shape in shapes.items()}
 
 
 def count_numbers(folder: Path) -> int:
@@ -58,15 +57,8 @@ def count_numbers(folder: Path) -> int:
     weights = weight_files(folder)
     if weights.pickled:
         return sum(path.stat().st_size for path in weights.files) // 4
-    total = 0
-    for path in weights.files:
-        try:
-            with safe_open(path, framework="numpy") as file:
-                names = [name for name in file.keys() if not name.startswith("lm_head.")]  # noqa: SIM118
-                total += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path}: is no safetensors file: {error}") from error
-    return total
+    shapes = weights.shapes().items()
+    return sum(math.prod(shape) for name, shape in shapes if not name.startswith("lm_head."))
 
 
 def weights_bytes(folder: Path, dtype: str) -> int:

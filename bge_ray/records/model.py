@@ -25,8 +25,8 @@ class Example:
 class ModelSpec:
     """Everything about a model that decides its outputs.
 
-    ``family`` names the kind of checkpoint, ``dtype`` what is computed in. Pooling, normalisation and
-    instructions say nothing where a family has none: a cross-encoder's are ``cls``, False and empty.
+    ``family`` names the kind of checkpoint, ``dtype`` what is computed in. Pooling and normalisation say
+    nothing where a family has none: a cross-encoder's are ``cls`` and False.
 
     ``query_template`` is a query as the model reads it, of ``{instruction}`` and ``{query}``; where it is
     empty, the instruction and then the query. ``examples`` stand before that. Every text begins with
@@ -74,6 +74,11 @@ class ModelSpec:
         """Length of an embedding."""
         return self.output(EMBEDDING).dim
 
+    @property
+    def layer_scores(self) -> tuple[str, ...]:
+        """The outputs of a reranker beside its score: one a layer, where several layers score."""
+        return tuple(o.name for o in self.outputs if o.kind == "scalar" and o.name != SCORE)
+
     def stored_as(self, dtype: str) -> "ModelSpec":
         """Return the same model with its vectors stored as float16 or float32; scalars stay as they are."""
         outputs = tuple(
@@ -108,3 +113,32 @@ class Canary:
     output: str
     dtype: str
     vector: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerankerSpec(ModelSpec):
+    """Everything about a reranker that decides its scores.
+
+    ``query_max_length`` tokens are kept of a query. An LLM reranker has a ``prompt``, the question after each
+    pair. ``layers``, ascending, score by the heads numbered ``heads``, and the last of them is ``score``;
+    there are none where a model has one score. In front of each of ``compress_layers`` every
+    ``compress_ratio`` states of the passage become their mean.
+    """
+
+    query_max_length: int
+    prompt: str = ""
+    layers: tuple[int, ...] = ()
+    heads: tuple[int, ...] = ()
+    compress_ratio: int = 1
+    compress_layers: tuple[int, ...] = ()
+
+
+def as_reranker(spec: ModelSpec) -> RerankerSpec:
+    """Return a spec as the reranker's that it is.
+
+    Raises:
+        TypeError: it is an encoder's.
+    """
+    if not isinstance(spec, RerankerSpec):
+        raise TypeError(f"{spec.name}: is an encoder, of the family {spec.family}")
+    return spec

@@ -56,7 +56,7 @@ def rerank_page(report: RerankReport) -> bytes:
         f"{count(report.queries, 'query', 'queries')}; {count(report.lists_rejected, 'candidate list')} left "
         "out whole."
     )
-    identity = [("Candidates", report.candidates), ("Reranker", _model(report.scoring))]
+    identity = [("Candidates", report.candidates), *_reranker(report.scoring)]
     done = f"{report.pairs_out:,} of {report.pairs_in:,} pairs"
     return _page("Rerank run", report, "pairs", done, figures, accounts, identity)
 
@@ -126,9 +126,15 @@ def _searched(report: SearchReport) -> list[tuple[str, str]]:
         way = f" at {index.parameter} {index.effort:,}" if index.parameter else ""
         rows.append(("Searched", f"the {index.factory} index of {index.ntotal:,} vectors{way}"))
     if report.scoring is not None:
-        rows.append(("Reranker", _model(report.scoring)))
+        rows += _reranker(report.scoring)
     return rows
 
 
-def _model(scoring: Scoring) -> str:
-    return str(scoring.model["name"])
+def _reranker(scoring: Scoring) -> list[tuple[str, str]]:
+    """Name the reranker, and where its layers score the columns of run.parquet in which they do."""
+    rows = [("Reranker", str(scoring.model["name"]))]
+    layers = scoring.model.get("layers")
+    if layers:
+        names = [output["name"] for output in scoring.model["outputs"]]
+        rows.append(("Columns of scores", f"{', '.join(names)}; score is of layer {layers[-1]}"))
+    return rows

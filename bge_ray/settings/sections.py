@@ -421,19 +421,53 @@ class SearchSettings(Section):
 
 
 class RerankSettings(Section):
-    """Which candidates are scored again, by which cross-encoder, and where the run goes."""
+    """Which candidates are scored again, by which reranker, and where the run goes."""
 
     _locations = field_validator("model", "candidates", "output")(_check_location)
 
     model: str = Field(
-        "BAAI/bge-reranker-base", description="hub id, folder or URI of a cross-encoder with one output"
+        "BAAI/bge-reranker-base",
+        description="hub id, folder or URI of a cross-encoder with one output, or of an LLM reranker",
     )
     revision: str | None = Field(None, description="hub commit, tag or branch")
     max_length: int | None = Field(
-        None, ge=16, description="tokens of a pair, special tokens included; null takes 512"
+        None,
+        ge=16,
+        description="tokens of a pair, special tokens included, an LLM reranker's prompt not; null takes 512",
+    )
+    query_max_length: int | None = Field(
+        None, ge=1, description="tokens kept of a query; null takes three quarters of rerank.max_length"
+    )
+    query_instruction: str | None = Field(
+        None, description="text put before a query; null takes 'A: ' for an LLM reranker, else none"
+    )
+    passage_instruction: str | None = Field(
+        None, description="text put before a passage; null takes 'B: ' for an LLM reranker, else none"
+    )
+    prompt: str | None = Field(
+        None,
+        min_length=1,
+        description="question that an LLM reranker answers of each pair; null takes that of its authors",
+    )
+    cutoff_layers: tuple[int, ...] | None = Field(
+        None,
+        description="layers that score, ascending, of a layer-wise or lightweight reranker: later ones are "
+        "not run, the last gives the score; null takes the model's last",
+    )
+    head_choice: Literal["position", "layer"] = Field(
+        "position",
+        description="which head of a lightweight reranker scores a cut-off layer: that of its position in "
+        "the list, as FlagEmbedding has it, or that of the layer",
+    )
+    compress_ratio: Literal[1, 2, 4, 8] = Field(
+        1, description="states of a passage that a lightweight reranker merges into one; 1 merges none"
+    )
+    compress_layers: tuple[int, ...] | None = Field(
+        None, description="layers in front of which they are merged; null takes 8"
     )
     dtype: ComputeDtype | Auto = Field(
-        "auto", description="compute dtype; auto is float16 on a GPU and float32 on a CPU"
+        "auto",
+        description="compute dtype; auto is float32 on a CPU, and on a GPU float16, or bfloat16 for a Gemma",
     )
     token_budget: int | Auto = Field(
         "auto", description="tokens of one forward pass; auto is 32768 on a GPU and 1024 on a CPU"
@@ -475,6 +509,17 @@ class RerankSettings(Section):
     def _budget_is_positive(self) -> "RerankSettings":
         if isinstance(self.token_budget, int) and self.token_budget < 1:
             raise ValueError("token_budget: must be at least 1 token")
+        return self
+
+    @model_validator(mode="after")
+    def _layers_are_meant(self) -> "RerankSettings":
+        cuts = self.cutoff_layers
+        if cuts is not None and (not cuts or list(cuts) != sorted(set(cuts)) or cuts[0] < 1):
+            raise ValueError("cutoff_layers: must be different layers from 1 on, ascending")
+        if self.compress_layers is not None and self.compress_ratio == 1:
+            raise ValueError("compress_layers: do nothing while compress_ratio is 1")
+        if self.compress_layers is not None and min(self.compress_layers, default=0) < 1:
+            raise ValueError("compress_layers: must be layers from 1 on")
         return self
 
 

@@ -6,11 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 from bge_ray.errors import ModelError
 from bge_ray.model.cards import find_card
-from bge_ray.model.family import Role, check_length, refuse_code, settle_dtype
-from bge_ray.model.feed.pairs import PairFeeder
+from bge_ray.model.family import (
+    LAYER_SETTINGS,
+    MERGE_SETTINGS,
+    Role,
+    check_length,
+    refuse_code,
+    refuse_settings,
+    settle_dtype,
+)
+from bge_ray.model.feed.pairs import PairFeeder, query_share, tokenizer_pairs
 from bge_ray.model.folder import ModelFolder
 from bge_ray.model.source import hash_model
-from bge_ray.records.model import SCORE, ModelSpec
+from bge_ray.records.model import SCORE, ModelSpec, RerankerSpec, as_reranker
 from bge_ray.records.outputs import Output
 from bge_ray.settings.sections import RerankSettings
 
@@ -22,6 +30,7 @@ if TYPE_CHECKING:
 
 NAME = "cross_encoder"
 ROLE: Role = "reranker"
+PACKS = True
 # FlagReranker's own; the positions of bge-reranker-v2-m3 go further, and its authors use 1024.
 DEFAULT_MAX_LENGTH = 512
 # What the weights of a classification head are called, from BERT to the decoders.
@@ -53,6 +62,8 @@ def resolve(folder: ModelFolder, settings: RerankSettings, *, on_gpu: bool) -> M
     card = find_card(settings.model)
     refuse_code(folder, card, "rerank", settings.model, trusted=settings.trust_remote_code)
     weights_sha256 = hash_model(folder.path)
+    alien = ("prompt", *LAYER_SETTINGS, *MERGE_SETTINGS)
+    refuse_settings(settings, alien, "is a cross-encoder, which has none")
     if folder.n_labels != 1:
         raise ModelError(
             f"rerank.model {settings.model}: has {folder.n_labels} outputs where a reranker has 1"
@@ -69,24 +80,34 @@ def resolve(folder: ModelFolder, settings: RerankSettings, *, on_gpu: bool) -> M
             f"and would be random, such as {missing[0]}; save it again whole, or name another reranker"
         )
     check_length("rerank.max_length", settings.max_length, folder.positions, settings.model)
-    return ModelSpec(
+    max_length = settings.max_length or min(DEFAULT_MAX_LENGTH, folder.positions or DEFAULT_MAX_LENGTH)
+    return RerankerSpec(
         name=settings.model,
         revision=folder.revision,
         weights_sha256=weights_sha256,
         family=NAME,
         outputs=(Output(SCORE, "scalar", 1, "float32"),),
         pooling="cls",
-        max_length=settings.max_length or min(DEFAULT_MAX_LENGTH, folder.positions or DEFAULT_MAX_LENGTH),
+        max_length=max_length,
         normalize=False,
         dtype=settle_dtype(settings.dtype, on_gpu=on_gpu),
-        query_instruction="",
-        passage_instruction="",
+        query_instruction=settings.query_instruction or "",
+        passage_instruction=settings.passage_instruction or "",
+        query_max_length=settings.query_max_length or query_share(max_length),
     )
 
 
 def feeder(spec: ModelSpec, folder: Path, *, trust_remote_code: bool) -> PairFeeder:
     """Load the tokenizer and its pair template."""
-    return PairFeeder(folder, spec.max_length, trust_remote_code=trust_remote_code)
+    reranker = as_reranker(spec)
+    return tokenizer_pairs(
+        folder,
+        reranker.max_length,
+        reranker.query_max_length,
+        query_instruction=reranker.query_instruction,
+        passage_instruction=reranker.passage_instruction,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def load(spec: ModelSpec, folder: Path, how: "Loading") -> "tuple[torch.nn.Module, Sequence[Head]]":

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "dense"
 ROLE: Role = "encoder"
+PACKS = True
 DEFAULT_MAX_LENGTH = 512
 
 

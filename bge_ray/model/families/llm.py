@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "llm"
 ROLE: Role = "encoder"
+PACKS = True
 MODEL_TYPES = {"mistral", "qwen2", "qwen3", "gemma", "gemma2", "llama"}
 # Their states grow beyond what float16 holds.
 WIDE_TYPES = {"gemma", "gemma2"}

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 NAME = "m3"
 ROLE: Role = "encoder"
+PACKS = True
 ORDER = (EMBEDDING, SPARSE, COLBERT)
 
 

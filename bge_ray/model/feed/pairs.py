@@ -1,7 +1,8 @@
 """(query, passage) pairs to packed token ids, cut and joined as FlagReranker does it.
 
-The query keeps at most 3/4 of max_length, the passage gives way to the rest (``only_second``), and
-the special tokens and segment types are those of the tokenizer's own pair template.
+The query keeps at most 3/4 of max_length, and the passage gives way to the rest (``only_second``). A
+cross-encoder's special tokens and segment types are those of its tokenizer's own pair template; an LLM
+reranker's are a prompt (`feed.prompts`).
 Source: FlagEmbedding, inference/reranker/encoder_only/base.py, 1.3 and transformers 4's prepare_for_model.
 """
 
@@ -22,7 +23,10 @@ Ids = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class PairTemplate:
-    """Special tokens before the query, between query and passage, and after the passage."""
+    """Special tokens before the query, between query and passage, and after the passage.
+
+    ``has_types``: the model is told where the passage begins.
+    """
 
     head: Ids
     middle: Ids
@@ -35,25 +39,39 @@ class PairTemplate:
         return len(self.head) + len(self.middle) + len(self.tail)
 
 
+@dataclass(frozen=True)
+class PairLimits:
+    """Most tokens of a query, of a passage, and of a pair with its special tokens; the passage gives way."""
+
+    query: int
+    passage: int
+    pair: int
+
+
 class PairFeeder:
-    """The tokenizer of a cross-encoder, which joins pairs; not thread-safe."""
+    """The tokenizer of a reranker, which joins pairs; not thread-safe."""
 
-    def __init__(self, folder: Path, max_length: int, *, trust_remote_code: bool = False) -> None:
-        """Load the tokenizer of a model folder.
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: PairTemplate,
+        limits: PairLimits,
+        *,
+        query_instruction: str = "",
+        passage_instruction: str = "",
+    ) -> None:
+        """Take a tokenizer and how it joins pairs.
 
-        Raises:
-            ModelError: there is no fast tokenizer, its pair template is of another kind, or max_length
-                leaves no room for a passage behind a long query.
+        Args:
+            tokenizer: as `load_tokenizer` returns it.
+            template: what stands around query and passage.
+            limits: a query of ``limits.query`` tokens must leave room for a token of the passage.
+            query_instruction: put before each query, and cut with it.
+            passage_instruction: put before each passage.
         """
-        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-        self._template = read_template(tokenizer, folder)
-        self._max_length = max_length
-        self._query_max_length = max_length * 3 // 4
-        if self._query_max_length < 1 or self._query_max_length + self._template.n_special >= max_length:
-            raise ModelError(
-                f"rerank.max_length {max_length} leaves no room for a passage behind a query of "
-                f"{self._query_max_length} tokens and {self._template.n_special} special tokens"
-            )
+        self._template = template
+        self._limits = limits
+        self._instructions = (query_instruction, passage_instruction)
         self._cutter = Cutter(tokenizer)
 
     def pairs(self, queries: Sequence[str], passages: Sequence[str]) -> PackedTokens:
@@ -68,16 +86,16 @@ class PairFeeder:
         """
         if len(queries) != len(passages):
             raise ValueError(f"{len(queries)} queries and {len(passages)} passages are no pairs")
-        query_rows, query_tokens = self._cut_once(queries, self._query_max_length)
-        passage_rows, passage_tokens = self._cut_once(passages, self._max_length)
-        template = self._template
+        template, limits = self._template, self._limits
+        query_rows, query_tokens = self._cut_once(self._instructions[0], queries, limits.query)
+        passage_rows, passage_tokens = self._cut_once(self._instructions[1], passages, limits.passage)
         pieces: list[Ids] = []
         lengths = np.zeros(len(queries), dtype=np.int64)
         type_starts = np.zeros(len(queries), dtype=np.int32)
         truncated = query_tokens.truncated[query_rows] | passage_tokens.truncated[passage_rows]
         for row, (q, p) in enumerate(zip(query_rows, passage_rows, strict=True)):
             query = _row(query_tokens, q)
-            room = self._max_length - template.n_special - len(query)
+            room = limits.pair - template.n_special - len(query)
             passage = _row(passage_tokens, p)
             truncated[row] |= len(passage) > room
             pieces += [template.head, query, template.middle, passage[:room], template.tail]
@@ -88,11 +106,59 @@ class PairFeeder:
         types = type_starts if template.has_types else None
         return PackedTokens(input_ids, offsets.astype(np.int32), truncated, types)
 
-    def _cut_once(self, texts: Sequence[str], max_length: int) -> tuple[npt.NDArray[np.int64], PackedTokens]:
-        """Return (n,) places among the distinct texts, and the tokens of those."""
+    def _cut_once(
+        self, instruction: str, texts: Sequence[str], max_length: int
+    ) -> tuple[npt.NDArray[np.int64], PackedTokens]:
+        """Return (n,) places among the distinct texts, and the tokens of those behind an instruction."""
         places: dict[str, int] = {}
         rows = np.asarray([places.setdefault(text, len(places)) for text in texts], dtype=np.int64)
-        return rows, self._cutter.cut(list(places), max_length, special_tokens=False)
+        distinct = [instruction + text for text in places]
+        return rows, self._cutter.cut(distinct, max_length, special_tokens=False)
+
+
+def tokenizer_pairs(
+    folder: Path,
+    max_length: int,
+    query_max_length: int | None = None,
+    *,
+    query_instruction: str = "",
+    passage_instruction: str = "",
+    trust_remote_code: bool = False,
+) -> PairFeeder:
+    """Load the tokenizer of a model folder, which joins pairs by a template of its own.
+
+    Args:
+        folder: a folder that `fetch_model` returned.
+        max_length: tokens of a pair, special tokens included.
+        query_max_length: tokens kept of a query; None for three quarters of that.
+        query_instruction: put before each query.
+        passage_instruction: put before each passage.
+        trust_remote_code: run Python code found in the folder.
+
+    Raises:
+        ModelError: there is no fast tokenizer, its pair template is of another kind, or max_length leaves no
+            room for a passage behind a long query.
+    """
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    template = read_template(tokenizer, folder)
+    kept = query_share(max_length) if query_max_length is None else query_max_length
+    if kept < 1 or kept + template.n_special >= max_length:
+        raise ModelError(
+            f"rerank.max_length {max_length} leaves no room for a passage behind a query of "
+            f"{kept} tokens and {template.n_special} special tokens"
+        )
+    return PairFeeder(
+        tokenizer,
+        template,
+        PairLimits(kept, max_length, max_length),
+        query_instruction=query_instruction,
+        passage_instruction=passage_instruction,
+    )
+
+
+def query_share(max_length: int) -> int:
+    """Return how many tokens of a pair a query may take unless asked otherwise."""
+    return max_length * 3 // 4
 
 
 def read_template(tokenizer: Any, folder: Path) -> PairTemplate:

@@ -66,6 +66,17 @@ def load_encoder(folder: Path, how: Loading) -> torch.nn.Module:
     return _load(AutoModel, folder, config, how, options, unused="pooler.")
 
 
+def load_decoder(folder: Path, config: PretrainedConfig, how: Loading) -> torch.nn.Module:
+    """Load a language model without its head, in evaluation mode, as a configuration says.
+
+    Layers beyond those of the configuration are not read.
+
+    Raises:
+        ModelError: as `load_encoder`.
+    """
+    return _load(AutoModel, folder, config, how, {})
+
+
 def load_cross_encoder(folder: Path, how: Loading) -> torch.nn.Module:
     """Load a cross-encoder with its classification head, in evaluation mode.
 

@@ -60,7 +60,8 @@ class Model:
         dtype = getattr(torch, spec.dtype)
         if packed is None:
             # Remote code has a forward pass of its own, of which nothing is known.
-            packed = not place.trust_remote_code and can_pack(load_config(folder), self.device, dtype)
+            packed = family_of(spec).PACKS and not place.trust_remote_code
+            packed = packed and can_pack(load_config(folder), self.device, dtype)
         if packed:
             register()
 

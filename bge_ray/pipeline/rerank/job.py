@@ -1,4 +1,4 @@
-"""The rerank job: candidate lists to a run ordered by a cross-encoder.
+"""The rerank job: candidate lists to a run ordered by a reranker.
 
 Like the embed job it knows one mode: take in, subtract what is done, do the rest, publish.
 """
@@ -123,7 +123,7 @@ class RerankJob:
 
     def outputs(self) -> list[RunOutput]:
         """Return the reranked run."""
-        return [RunOutput(self._folder, self._settings.search.tag, "score")]
+        return [RunOutput(self._folder, self._settings.search.tag, "score", self.spec.layer_scores)]
 
     def withdraw(self) -> None:
         """Everything that an earlier run published is replaced."""
@@ -205,7 +205,7 @@ class RerankJob:
         rows = by_tasks(rows, read_group_stage, tasks, storage=place.storage)
         score = make_score_job(settings, place, self.spec, pool)
         rows = by_reranker(rows, tasks, pool, pair, score, texts)
-        rows = by_tasks(rows, part_stage, tasks, place=place)
+        rows = by_tasks(rows, part_stage, tasks, place=place, layer_scores=self.spec.layer_scores)
         return receipts(rows)
 
     def stop(self) -> None:

@@ -15,7 +15,8 @@ from bge_ray.pipeline.engine.parcel import Parcel
 from bge_ray.storage.objects import Storage, join
 
 # Rows on their way. ``row_no`` is the number of the input row within its group; a row with a reason has
-# no score of its own, or lost it. ``first_score`` is the first stage's, ``score`` the reranker's.
+# no score of its own, or lost it. ``first_score`` is the first stage's, ``score`` the reranker's, which may
+# put more beside it: `ModelSpec.layer_scores`.
 CANDIDATE_SCHEMA = pa.schema(
     [
         pa.field("row_no", pa.int64(), nullable=False),

@@ -45,8 +45,14 @@ LEFT_OUT = "rejected.parquet"
 LEFT_OUT_SCHEMA = pa.schema([(name, pa.string()) for name in ("query_id", "passage_id", "reason", "detail")])
 
 
-def part_stage(batch: pa.Table, place: Workplace) -> pa.Table:
-    """Write the part of a unit; what goes on to the driver is a receipt without a table."""
+def part_stage(batch: pa.Table, place: Workplace, layer_scores: Sequence[str] = ()) -> pa.Table:
+    """Write the part of a unit; what goes on to the driver is a receipt without a table.
+
+    Args:
+        batch: of one parcel.
+        place: where parts lie.
+        layer_scores: columns of scores that a reranker gives beside ``score``.
+    """
     parcel = Parcel.from_batch(batch)
     if parcel.table is None:
         return batch
@@ -56,7 +62,7 @@ def part_stage(batch: pa.Table, place: Workplace) -> pa.Table:
     if counted != unit.n_rows:
         return parcel.failed(f"{counted} input rows came out, {unit.n_rows} went in").to_batch()
     facts = {**parcel.facts, "written": time.time()}
-    table = parcel.table.select(PART_SCHEMA.names)
+    table = parcel.table.select([*PART_SCHEMA.names, *layer_scores])
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({FACTS_KEY: json.dumps(facts)}), sink, compression="zstd")
     try:
@@ -69,17 +75,22 @@ def part_stage(batch: pa.Table, place: Workplace) -> pa.Table:
 
 @dataclass(frozen=True)
 class RunOutput:
-    """One run to publish: where, under which name, and which column of the parts orders it."""
+    """One run to publish: where, under which name, and which column of the parts orders it.
+
+    ``layer_scores`` are the columns that stand beside a reranker's score, one a layer.
+    """
 
     folder: OwnedFolder
     tag: str
     column: str  # first_score or score
+    layer_scores: tuple[str, ...] = ()
 
     @property
     def schema(self) -> pa.Schema:
-        """Columns of run.parquet: those of any run, the vector id, and a reranker's probability."""
+        """Columns of run.parquet: those of any run, the vector id, a reranker's probability and layers."""
         schema = RUN_SCHEMA.append(pa.field("vector_id", pa.int64()))
-        return schema.append(pa.field("probability", pa.float32())) if self.column == "score" else schema
+        names = ("probability", *self.layer_scores) if self.column == "score" else ()
+        return pa.schema([*schema, *(pa.field(name, pa.float32()) for name in names)])
 
 
 @dataclass
@@ -180,6 +191,7 @@ def _run_rows(table: pa.Table, output: RunOutput) -> pa.Table:
         "tag": [output.tag] * len(table),
         "vector_id": table["vector_id"],
         "probability": sigmoid(values),
+        **{name: table[name] for name in output.layer_scores},
     }
     return pa.table([columns[name] for name in output.schema.names], schema=output.schema)
 

@@ -170,7 +170,8 @@ class SearchJob:
         tag = self._settings.search.tag
         outputs = [RunOutput(self._folders[0], tag, "first_score")]
         if self.reranker is not None:
-            outputs.append(RunOutput(self._folders[1], f"{tag}-reranked", "score"))
+            layers = self.reranker.layer_scores
+            outputs.append(RunOutput(self._folders[1], f"{tag}-reranked", "score", layers))
         return outputs
 
     def withdraw(self) -> None:
@@ -297,7 +298,8 @@ class SearchJob:
             pool = sizes.pools["rerankers"]
             score = make_score_job(settings, place, self.reranker, pool)
             rows = by_reranker(rows, tasks, pool, pair, score, texts)
-        rows = by_tasks(rows, part_stage, tasks, place=place)
+        layers = self.reranker.layer_scores if self.reranker is not None else ()
+        rows = by_tasks(rows, part_stage, tasks, place=place, layer_scores=layers)
         return receipts(rows)
 
     def _start_searchers(self, files: list[Any], shards: ShardMap, pool: Pool) -> list[ActorHandle]:

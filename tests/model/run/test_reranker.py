@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from bge_ray.errors import ModelError
-from bge_ray.model.feed.pairs import PairFeeder
+from bge_ray.model.feed.pairs import tokenizer_pairs
 from bge_ray.model.run.load import Loading, load_cross_encoder
 from bge_ray.model.run.result import Result
 from bge_ray.model.spec import pair_feeder, resolve_reranker
@@ -99,7 +99,7 @@ def test_pairs_against_transformers(
         ("为这个句子生成" * 9, "é ü [SEP] </s> zq zq" * 9),
         ("fo" * 70, "fox"),
     ]
-    rows = PairFeeder(folder, max_length).pairs(*map(list, zip(*pairs, *odd, strict=True)))
+    rows = tokenizer_pairs(folder, max_length).pairs(*map(list, zip(*pairs, *odd, strict=True)))
     for row, (query, passage) in enumerate([*pairs, *odd]):
         backend.no_truncation()
         q_all = backend.encode(query, add_special_tokens=False)
@@ -140,7 +140,7 @@ def test_no_pairs(reranker_folder: RerankerFolder) -> None:
     result = score(reranker_folder("bert"), [])
     assert scores(result).shape == (0,) and not result.faults
     with pytest.raises(ValueError, match="no pairs"):
-        PairFeeder(reranker_folder("bert"), 64).pairs(["a"], [])
+        tokenizer_pairs(reranker_folder("bert"), 64).pairs(["a"], [])
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -219,8 +219,8 @@ def test_limits(reranker_folder: RerankerFolder, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"rerank\.max_length 129: .*has positions for 128 tokens"):
         resolve(folder, max_length=129)
     with pytest.raises(ModelError, match="leaves no room for a passage"):
-        PairFeeder(folder, 12)
-    PairFeeder(folder, 13)
+        tokenizer_pairs(folder, 12)
+    tokenizer_pairs(folder, 13)
 
 
 def test_template_of_another_kind_is_refused(reranker_folder: RerankerFolder, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_template_of_another_kind_is_refused(reranker_folder: RerankerFolder, tm
     content["post_processor"]["pair"] = pair[:1] + pair[3:4] + pair[2:3] + pair[1:2] + pair[4:]
     (folder / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ModelError, match="joins pairs in a way that is not supported"):
-        PairFeeder(folder, 64)
+        tokenizer_pairs(folder, 64)
 
 
 @KINDS

@@ -22,6 +22,7 @@ from bge_ray.records.model import SCORE
 from bge_ray.records.reports import RerankReport
 from bge_ray.settings.sections import RerankSettings
 from tests.support.corpora import docstrings, mixed_objects
+from tests.support.llm_rerankers import make_llm_reranker
 from tests.support.models import make_cross_encoder, make_encoder
 from tests.support.s3 import S3Server
 from tests.support.searches import (
@@ -125,6 +126,44 @@ def test_logits_equal_flag_reranker_and_runs_sort_equally(
     logits = np.array([row["score"] for row in rows])
     assert np.ptp(logits) > 0.1
     np.testing.assert_allclose([row["probability"] for row in rows], 1 / (1 + np.exp(-logits)), atol=1e-6)
+
+
+def test_a_layer_wise_reranker_gives_a_column_a_layer(bucket: str, tmp_path: Path) -> None:
+    folder = make_llm_reranker(tmp_path / "layerwise", "minicpm")
+    records = lists(6, 4, 6)
+    upload(bucket, {"c.jsonl": jsonl(records)})
+    asked = {"model": str(folder), "max_length": 64, "cutoff_layers": (2, 4, 5)}
+    report = rerank(
+        settings_for(
+            **{f"rerank__{key}": value for key, value in asked.items()},
+            rerank__candidates=f"{bucket}/c.jsonl",
+            rerank__output=f"{bucket}/run",
+            rerank__unit_pairs=9,
+            rerank__num_rerankers=1,
+        )
+    )
+    assert (report.pairs_in, report.pairs_out) == (24, 24)
+    table = pq.read_table(pa.BufferReader(STORAGE.read(f"{bucket}/run/run.parquet")))
+    layers = ["layer_2", "layer_4", "layer_5"]
+    assert table.column_names[-4:] == ["probability", *layers]
+    assert {table.schema.field(name).type for name in layers} == {pa.float32()}
+    texts = {
+        (r["query_id"], p["passage_id"]): (r["query"], p["text"]) for r in records for p in r["passages"]
+    }
+    rows = [texts[row["query_id"], row["passage_id"]] for row in table.to_pylist()]
+    spec = resolve_reranker(RerankSettings(**asked), on_gpu=False)
+    tokens = pair_feeder(spec).pairs([q for q, _ in rows], [p for _, p in rows])
+    model = Model(spec, model_folder(spec), Place())
+    result = model.empty_result(len(rows))
+    model.run(tokens, model.cut(tokens.lengths, 1024), result)
+    for name in layers:
+        np.testing.assert_allclose(table[name].to_numpy(), result.array(name), atol=1e-4)
+        assert np.ptp(table[name].to_numpy()) > 0.1
+    np.testing.assert_array_equal(table["score"].to_numpy(), table["layer_5"].to_numpy().astype(np.float64))
+    scored = [output["name"] for output in report.scoring.model["outputs"]]
+    assert (scored, list(report.scoring.model["layers"])) == (["score", *layers], [2, 4, 5])
+    page = STORAGE.read(f"{bucket}/run/report.html").decode()
+    assert "score, layer_2, layer_4, layer_5; score is of layer 5" in page
 
 
 @pytest.mark.slow
