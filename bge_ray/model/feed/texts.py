@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from bge_ray.errors import ModelError
 from bge_ray.records.tokens import PackedTokens
@@ -94,10 +95,7 @@ class Cutter:
                 ids.append(kept)
                 # Asking for the overflow copies it, and a short row has none.
                 truncated[start + row] = len(kept) >= max_length and bool(encoding.overflowing)
-        offsets = np.zeros(len(texts) + 1, dtype=np.int32)
-        np.cumsum([len(row) for row in ids], out=offsets[1:])
-        flat = np.concatenate([np.asarray(row, dtype=np.int32) for row in ids] or [np.zeros(0, np.int32)])
-        return PackedTokens(flat, offsets, truncated)
+        return pack(ids, truncated)
 
     def _cut_long(self, text: str, chars: int, special_tokens: bool) -> Any:
         """Tokenise a text by prefixes, longer and longer until the rest cannot matter."""
@@ -108,6 +106,14 @@ class Cutter:
                 return encoding
             chars *= PREFIX_GROWTH
         return self._backend.encode_batch_fast([text], add_special_tokens=special_tokens)[0]
+
+
+def pack(ids: Sequence[Sequence[int]], truncated: npt.NDArray[np.bool_]) -> PackedTokens:
+    """Lay the token ids of n texts end to end."""
+    offsets = np.zeros(len(ids) + 1, dtype=np.int32)
+    np.cumsum([len(row) for row in ids], out=offsets[1:])
+    flat = np.concatenate([np.asarray(row, dtype=np.int32) for row in ids] or [np.zeros(0, np.int32)])
+    return PackedTokens(flat, offsets, truncated)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
