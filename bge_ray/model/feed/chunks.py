@@ -25,6 +25,8 @@ from bge_ray.records.tokens import PackedTokens
 MIN_ROOM = 16
 # Longer texts are taken apart before anything of them is tokenised, in pieces no longer than this.
 WHOLE_CHARS = 20_000
+# A text with more characters to a token than this hardly fits: it is not tokenised whole to find out.
+MOST_CHARS_PER_TOKEN = 8
 # Changes with any change of this module that moves a border; the library's are found by its version.
 RULES = 1
 
@@ -75,7 +77,7 @@ class Chunker:
         self._rules = rules
         self._instruction = instruction
         self._ready()
-        self._room = rules.max_tokens - len(self._encode([instruction])[0])
+        self._room = rules.max_tokens - self._lengths([instruction], special_tokens=True)[0]
         if self._room < MIN_ROOM:
             raise ModelError(
                 f"chunking.max_tokens {rules.max_tokens}: leaves {max(0, self._room)} tokens for text beside "
@@ -119,18 +121,21 @@ class Chunker:
         self._backend.no_padding()
         self._backend.no_truncation()
 
-    def _encode(self, texts: Sequence[str], *, special_tokens: bool = True) -> list[list[int]]:
-        found: list[list[int]] = []
+    def _encoded(self, texts: Sequence[str], *, special_tokens: bool = True) -> Iterator[list[int]]:
         for start in range(0, len(texts), ENCODE_TEXTS):
             part = list(texts[start : start + ENCODE_TEXTS])
-            found += [e.ids for e in self._backend.encode_batch_fast(part, add_special_tokens=special_tokens)]
-        return found
+            for encoding in self._backend.encode_batch_fast(part, add_special_tokens=special_tokens):
+                yield encoding.ids
+
+    def _lengths(self, texts: Sequence[str], *, special_tokens: bool = False) -> list[int]:
+        return [len(ids) for ids in self._encoded(texts, special_tokens=special_tokens)]
 
     def _whole(self, titles: Sequence[str], texts: Sequence[str]) -> list[tuple[Span, list[int]] | None]:
         """Return span and tokens of each text that is one chunk, tokenised this once; None for the others."""
-        short = [n for n, text in enumerate(texts) if len(titles[n]) + len(text) <= WHOLE_CHARS]
+        most = min(WHOLE_CHARS, MOST_CHARS_PER_TOKEN * self._rules.max_tokens)
+        short = [n for n, text in enumerate(texts) if len(titles[n]) + len(text) <= most]
         spans = [_trimmed(texts[n], (0, len(texts[n]))) for n in short]
-        encoded = self._encode(
+        encoded = self._encoded(
             [self._seen(titles[n], texts[n], s) for n, s in zip(short, spans, strict=True)]
         )
         found: list[tuple[Span, list[int]] | None] = [None] * len(texts)
@@ -154,7 +159,7 @@ class Chunker:
 
     def _cut_long(self, title: str, text: str) -> tuple[int, list[tuple[Span, list[int]]]]:
         """Return how many chunks a text has, and span and tokens of each; none if there are too many."""
-        taken = len(self._encode([title], special_tokens=False)[0]) if title else 0
+        taken = self._lengths([title])[0] if title else 0
         first_room = self._room - taken
         room = first_room if self._rules.titles == "every" else self._room
         spans = self._spans(text, (0, len(text)), room, first_room)
@@ -175,7 +180,7 @@ class Chunker:
         """Yield chunks with their tokens; what has too many on its own is cut again, for less room."""
         every = self._rules.titles == "every"
         titled = [title if every or (first and n == 0) else "" for n in range(len(spans))]
-        encoded = self._encode([self._seen(t, text, s) for t, s in zip(titled, spans, strict=True)])
+        encoded = self._encoded([self._seen(t, text, s) for t, s in zip(titled, spans, strict=True)])
         for n, (span, ids) in enumerate(zip(spans, encoded, strict=True)):
             excess = len(ids) - self._rules.max_tokens
             if excess <= 0:
@@ -206,10 +211,10 @@ class Chunker:
         counted: list[Atom | Span] = list(parts)
         spans = [parts[n] for n in able]
         strings = [text[s[0] : s[1]] for s in spans if not isinstance(s, Atom)]
-        for n, ids in zip(able, self._encode(strings, special_tokens=False), strict=True):
+        for n, tokens in zip(able, self._lengths(strings), strict=True):
             part = parts[n]
-            if not isinstance(part, Atom) and len(ids) <= room:
-                counted[n] = Atom(*part, len(ids))
+            if not isinstance(part, Atom) and tokens <= room:
+                counted[n] = Atom(*part, tokens)
         return counted
 
     def _sentences(self, text: str, span: Span) -> list[Span]:
