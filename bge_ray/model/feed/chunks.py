@@ -8,15 +8,14 @@ whatever the tokens of the atoms added up to, a chunk has at most as many as wer
 import itertools
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from bge_ray.errors import ModelError
-from bge_ray.model.feed.texts import ENCODE_TEXTS, pack
+from bge_ray.model.feed.texts import ENCODE_TEXTS, TextFeeder, pack
 from bge_ray.records.chunking import Chunking
 from bge_ray.records.ids import MAX_CHUNKS_PER_ROW, IdArray
 from bge_ray.records.tokens import PackedTokens
@@ -54,28 +53,30 @@ class Chunks:
 
     ``texts`` (m,) says which text each is of, ``numbers`` (m,) which chunk of it, ``spans`` (m, 2) where it
     lies in it: first and last + 1 character. ``tokens`` are what the model gets; ``truncated`` in them says
-    whose title was cut. ``too_many`` tells of the texts that have no chunk here how many they would have.
+    whose title was cut, ``read`` are the texts of those tokens. ``too_many`` tells of the texts that have no
+    chunk here how many they would have.
     """
 
     texts: IdArray
     numbers: IdArray
     spans: npt.NDArray[np.int64]
     tokens: PackedTokens
+    read: list[str]
     too_many: dict[int, int]
 
 
 class Chunker:
-    """Cuts passages for one tokenizer; not thread-safe."""
+    """Cuts passages for one encoder; not thread-safe, and not to be used while its feeder is."""
 
-    def __init__(self, tokenizer: Any, rules: Chunking, instruction: str) -> None:
-        """Take the tokenizer of a model, how to cut, and what is put before each chunk.
+    def __init__(self, feeder: TextFeeder, rules: Chunking) -> None:
+        """Take what feeds the encoder with whole passages, and how to cut.
 
         Raises:
             ModelError: beside instruction and special tokens there is room for next to nothing.
         """
-        self._backend = tokenizer.backend_tokenizer
+        self._backend = feeder.backend
         self._rules = rules
-        self._instruction = instruction
+        self._instruction = instruction = feeder.passage_instruction
         self._ready()
         self._room = rules.max_tokens - self._lengths([instruction], special_tokens=True)[0]
         if self._room < MIN_ROOM:
@@ -92,6 +93,7 @@ class Chunker:
         which: list[int] = []
         numbers: list[int] = []
         cut_titles: list[bool] = []
+        read: list[str] = []
         too_many: dict[int, int] = {}
         whole = self._whole(titles, texts)
         for n, (title, text) in enumerate(zip(titles, texts, strict=True)):
@@ -109,11 +111,13 @@ class Chunker:
                 spans.append(span)
                 ids.append(tokens)
                 cut_titles.append(cut_title)
+                read.append(self._read(self._title_of(number, title), text, span))
         return Chunks(
             np.asarray(which, np.int64),
             np.asarray(numbers, np.int64),
             np.asarray(spans, np.int64).reshape(-1, 2),
             pack(ids, np.asarray(cut_titles, np.bool_)),
+            read,
             too_many,
         )
 
@@ -136,7 +140,7 @@ class Chunker:
         short = [n for n, text in enumerate(texts) if len(titles[n]) + len(text) <= most]
         spans = [_trimmed(texts[n], (0, len(texts[n]))) for n in short]
         encoded = self._encoded(
-            [self._seen(titles[n], texts[n], s) for n, s in zip(short, spans, strict=True)]
+            [self._read(titles[n], texts[n], s) for n, s in zip(short, spans, strict=True)]
         )
         found: list[tuple[Span, list[int]] | None] = [None] * len(texts)
         for n, span, ids in zip(short, spans, encoded, strict=True):
@@ -144,9 +148,13 @@ class Chunker:
                 found[n] = (span, ids)
         return found
 
-    def _seen(self, title: str, text: str, span: Span) -> str:
+    def _read(self, title: str, text: str, span: Span) -> str:
         """Return what the model reads of a chunk."""
         return self._instruction + f"{title} {text[span[0] : span[1]]}".strip()
+
+    def _title_of(self, number: int, title: str) -> str:
+        """Return what stands in front of a chunk."""
+        return title if self._rules.titles == "every" or number == 0 else ""
 
     def _fitting(self, title: str) -> tuple[str, bool]:
         """Return a title, cut if it would take more than half of a chunk, and whether it was."""
@@ -165,7 +173,7 @@ class Chunker:
         spans = self._spans(text, (0, len(text)), room, first_room)
         if len(spans) > MAX_CHUNKS_PER_ROW:
             return len(spans), []
-        chunks = list(self._checked(title, text, spans or [(0, 0)], room))
+        chunks = _rising(self._checked(title, text, spans or [(0, 0)], room))
         return len(chunks), chunks if len(chunks) <= MAX_CHUNKS_PER_ROW else []
 
     def _spans(self, text: str, span: Span, room: int, first_room: int) -> list[Span]:
@@ -178,9 +186,8 @@ class Chunker:
         self, title: str, text: str, spans: Sequence[Span], room: int, *, first: bool = True
     ) -> Iterator[tuple[Span, list[int]]]:
         """Yield chunks with their tokens; what has too many on its own is cut again, for less room."""
-        every = self._rules.titles == "every"
-        titled = [title if every or (first and n == 0) else "" for n in range(len(spans))]
-        encoded = self._encoded([self._seen(t, text, s) for t, s in zip(titled, spans, strict=True)])
+        titled = [self._title_of(n if first else n + 1, title) for n in range(len(spans))]
+        encoded = self._encoded([self._read(t, text, s) for t, s in zip(titled, spans, strict=True)])
         for n, (span, ids) in enumerate(zip(spans, encoded, strict=True)):
             excess = len(ids) - self._rules.max_tokens
             if excess <= 0:
@@ -269,6 +276,21 @@ def _packed(atoms: Sequence[Atom], room: int, first_room: int, overlap: int) -> 
         while overlap and first > begin + 1 and repeated + atoms[first - 1].tokens <= overlap:
             first -= 1
             repeated += atoms[first].tokens
+
+
+def _rising(chunks: Iterable[tuple[Span, list[int]]]) -> list[tuple[Span, list[int]]]:
+    """Return chunks without those that a neighbour holds whole.
+
+    Such are the end of one that was cut again, and one that has only white space to add to what it repeats.
+    """
+    kept: list[tuple[Span, list[int]]] = []
+    for span, ids in chunks:
+        if kept and span[1] <= kept[-1][0][1]:
+            continue
+        while kept and kept[-1][0][0] >= span[0]:
+            kept.pop()
+        kept.append((span, ids))
+    return kept
 
 
 def _at_edges(span: Span, begins: Sequence[int], may_cut: Callable[[int], bool]) -> list[Atom]:

@@ -55,6 +55,16 @@ class TextFeeder:
         self._query_instruction = query_instruction
         self._passage_instruction = passage_instruction
 
+    @property
+    def backend(self) -> Any:
+        """The `tokenizers.Tokenizer` behind it; whoever uses it sets truncation as he needs it."""
+        return self._cutter.backend
+
+    @property
+    def passage_instruction(self) -> str:
+        """What is put before each passage."""
+        return self._passage_instruction
+
     def passages(self, texts: Sequence[str]) -> PackedTokens:
         """Tokenise n passages, special tokens included, each cut to max_length tokens."""
         return self._cut(self._passage_instruction, texts)
@@ -73,13 +83,13 @@ class Cutter:
     """Tokenises and truncates with one backend, in bounded time and memory for texts of any length."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._backend = tokenizer.backend_tokenizer
-        self._backend.no_padding()
+        self.backend = tokenizer.backend_tokenizer
+        self.backend.no_padding()
         self._side = tokenizer.truncation_side
 
     def cut(self, texts: Sequence[str], max_length: int, *, special_tokens: bool) -> PackedTokens:
         """Tokenise texts, each cut to max_length tokens; ``truncated`` says which had more."""
-        self._backend.enable_truncation(max_length, direction=self._side)
+        self.backend.enable_truncation(max_length, direction=self._side)
         # What is cut off on the left depends on the whole text.
         prefix = PREFIX_CHARS_PER_TOKEN * max_length if self._side == "right" else None
         ids: list[list[int]] = []
@@ -87,7 +97,7 @@ class Cutter:
         for start in range(0, len(texts), ENCODE_TEXTS):
             part = texts[start : start + ENCODE_TEXTS]
             whole = [text if prefix is None or len(text) <= prefix else "" for text in part]
-            encodings = self._backend.encode_batch_fast(whole, add_special_tokens=special_tokens)
+            encodings = self.backend.encode_batch_fast(whole, add_special_tokens=special_tokens)
             for row, (text, encoding) in enumerate(zip(part, encodings, strict=True)):
                 if prefix is not None and len(text) > prefix:
                     encoding = self._cut_long(text, prefix, special_tokens)
@@ -101,11 +111,11 @@ class Cutter:
         """Tokenise a text by prefixes, longer and longer until the rest cannot matter."""
         while chars < len(text):
             # Not the fast variant, which does not say which word a token is of.
-            encoding = self._backend.encode(text[:chars], add_special_tokens=special_tokens)
+            encoding = self.backend.encode(text[:chars], add_special_tokens=special_tokens)
             if _rest_is_irrelevant(encoding):
                 return encoding
             chars *= PREFIX_GROWTH
-        return self._backend.encode_batch_fast([text], add_special_tokens=special_tokens)[0]
+        return self.backend.encode_batch_fast([text], add_special_tokens=special_tokens)[0]
 
 
 def pack(ids: Sequence[Sequence[int]], truncated: npt.NDArray[np.bool_]) -> PackedTokens:
