@@ -18,6 +18,26 @@ from bge_ray.records.tokens import PackedTokens
 
 
 @dataclass(frozen=True)
+class Texts:
+    """The texts of n passages of some units, and ``rows`` (n,), their rows in the table of these units."""
+
+    rows: IdArray
+    joined: list[str]
+    bodies: list[str]
+    titles: list[str]
+
+    @staticmethod
+    def of(parts: Sequence[tuple[int, Passages]]) -> "Texts":
+        """Lay the passages of units end to end, each unit with the number of its first row in the table."""
+        return Texts(
+            np.concatenate([np.zeros(0, np.int64), *(passages.rows + first for first, passages in parts)]),
+            [text for _, passages in parts for text in passages.texts],
+            [body for _, passages in parts for body in passages.bodies],
+            [title for _, passages in parts for title in passages.titles],
+        )
+
+
+@dataclass(frozen=True)
 class Pieces:
     """The m pieces of some passages, in their order.
 
@@ -33,14 +53,14 @@ class Pieces:
 
 
 def cut_passages(
-    attempt: Attempt, prefix: str, passages: Passages, spec: DatasetSpec, *, trust_remote_code: bool
+    attempt: Attempt, prefix: str, passages: Texts, spec: DatasetSpec, *, trust_remote_code: bool
 ) -> tuple[Pieces, dict[int, Fault]]:
     """Cut and tokenise passages as the data set says; the passages that cannot be come back as faults.
 
     Args:
         attempt: the attempt this is part of.
         prefix: makes the places of this call distinct within the attempt.
-        passages: n of them.
+        passages: the texts of n passages.
         spec: of the data set.
         trust_remote_code: of the tokenizer.
 
@@ -52,7 +72,7 @@ def cut_passages(
         feeder = load_text_feeder(spec.model, trust_remote_code=trust_remote_code)
 
         def whole(piece: IdArray) -> Pieces:
-            texts = [passages.texts[n] for n in piece]
+            texts = [passages.joined[n] for n in piece]
             spans = np.asarray([(0, len(passages.bodies[n])) for n in piece], np.int64).reshape(-1, 2)
             read = [feeder.passage_instruction + text for text in texts]
             return Pieces(piece, np.zeros(len(piece), np.int64), spans, read, feeder.passages(texts))
@@ -68,18 +88,18 @@ def cut_passages(
             return Pieces(piece[chunks.texts], chunks.numbers, chunks.spans, chunks.read, chunks.tokens)
 
         cut = chunked
-    done, killed = in_pieces(attempt, prefix, len(passages.texts), cut)
+    done, killed = in_pieces(attempt, prefix, len(passages.joined), cut)
     return _joined([pieces for _, pieces in done]), faults | killed
 
 
 def with_pieces(
-    table: pa.Table, passages: Passages, pieces: Pieces, faults: dict[int, Fault], spec: DatasetSpec
+    table: pa.Table, passages: Texts, pieces: Pieces, faults: dict[int, Fault], spec: DatasetSpec
 ) -> pa.Table:
-    """Return the table of a unit with a row for each piece, in place of the row of its passage.
+    """Return a table of corpus rows with a row for each piece, in place of the row of its passage.
 
     Args:
-        table: a row for each row of the unit, rejected ones included, with its ``vector_id``.
-        passages: the accepted rows.
+        table: a row for each row of some units, rejected ones included, with its ``vector_id``.
+        passages: the accepted ones.
         pieces: of these.
         faults: by the number of the passage; such a passage keeps its one row, with the reason in it.
         spec: of the data set.
