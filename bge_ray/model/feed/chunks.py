@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bge_ray.errors import ModelError
-from bge_ray.model.feed.texts import ENCODE_TEXTS, TextFeeder, pack
+from bge_ray.model.feed.texts import TextFeeder, pack
 from bge_ray.records.chunking import Chunking
 from bge_ray.records.ids import MAX_CHUNKS_PER_ROW, IdArray
 from bge_ray.records.tokens import PackedTokens
@@ -66,7 +66,7 @@ class Chunks:
 
 
 class Chunker:
-    """Cuts passages for one encoder; not thread-safe, and not to be used while its feeder is."""
+    """Cuts passages for one encoder; not thread-safe."""
 
     def __init__(self, feeder: TextFeeder, rules: Chunking) -> None:
         """Take what feeds the encoder with whole passages, and how to cut.
@@ -74,11 +74,10 @@ class Chunker:
         Raises:
             ModelError: beside instruction and special tokens there is room for next to nothing.
         """
-        self._backend = feeder.backend
+        self._feeder = feeder
         self._rules = rules
-        self._instruction = instruction = feeder.passage_instruction
-        self._ready()
-        self._room = rules.max_tokens - self._lengths([instruction], special_tokens=True)[0]
+        self._instruction = feeder.passage_instruction
+        self._room = rules.max_tokens - len(next(feeder.uncut([self._instruction])))
         if self._room < MIN_ROOM:
             raise ModelError(
                 f"chunking.max_tokens {rules.max_tokens}: leaves {max(0, self._room)} tokens for text beside "
@@ -87,7 +86,6 @@ class Chunker:
 
     def cut(self, titles: Sequence[str], texts: Sequence[str]) -> Chunks:
         """Cut n texts, each with its title ("" for none)."""
-        self._ready()
         ids: list[list[int]] = []
         spans: list[Span] = []
         which: list[int] = []
@@ -121,25 +119,15 @@ class Chunker:
             too_many,
         )
 
-    def _ready(self) -> None:
-        self._backend.no_padding()
-        self._backend.no_truncation()
-
-    def _encoded(self, texts: Sequence[str], *, special_tokens: bool = True) -> Iterator[list[int]]:
-        for start in range(0, len(texts), ENCODE_TEXTS):
-            part = list(texts[start : start + ENCODE_TEXTS])
-            for encoding in self._backend.encode_batch_fast(part, add_special_tokens=special_tokens):
-                yield encoding.ids
-
-    def _lengths(self, texts: Sequence[str], *, special_tokens: bool = False) -> list[int]:
-        return [len(ids) for ids in self._encoded(texts, special_tokens=special_tokens)]
+    def _lengths(self, texts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in self._feeder.bare(texts)]
 
     def _whole(self, titles: Sequence[str], texts: Sequence[str]) -> list[tuple[Span, list[int]] | None]:
         """Return span and tokens of each text that is one chunk, tokenised this once; None for the others."""
         most = min(WHOLE_CHARS, MOST_CHARS_PER_TOKEN * self._rules.max_tokens)
         short = [n for n, text in enumerate(texts) if len(titles[n]) + len(text) <= most]
         spans = [_trimmed(texts[n], (0, len(texts[n]))) for n in short]
-        encoded = self._encoded(
+        encoded = self._feeder.uncut(
             [self._read(titles[n], texts[n], s) for n, s in zip(short, spans, strict=True)]
         )
         found: list[tuple[Span, list[int]] | None] = [None] * len(texts)
@@ -160,7 +148,7 @@ class Chunker:
         """Return a title, cut if it would take more than half of a chunk, and whether it was."""
         most = self._room // 2
         head = title[:WHOLE_CHARS]
-        offsets = self._backend.encode(head, add_special_tokens=False).offsets
+        offsets = self._feeder.places(head)
         if len(offsets) <= most:
             return head, len(head) < len(title)
         return head[: offsets[most - 1][1]].rstrip(), True
@@ -187,7 +175,7 @@ class Chunker:
     ) -> Iterator[tuple[Span, list[int]]]:
         """Yield chunks with their tokens; what has too many on its own is cut again, for less room."""
         titled = [self._title_of(n if first else n + 1, title) for n in range(len(spans))]
-        encoded = self._encoded([self._read(t, text, s) for t, s in zip(titled, spans, strict=True)])
+        encoded = self._feeder.uncut([self._read(t, text, s) for t, s in zip(titled, spans, strict=True)])
         for n, (span, ids) in enumerate(zip(spans, encoded, strict=True)):
             excess = len(ids) - self._rules.max_tokens
             if excess <= 0:
@@ -235,8 +223,7 @@ class Chunker:
         atoms: list[Atom] = []
         for start in range(span[0], span[1], WHOLE_CHARS):
             window = (start, min(start + WHOLE_CHARS, span[1]))
-            encoding = self._backend.encode(text[window[0] : window[1]], add_special_tokens=False)
-            begins = sorted(start + begin for begin, _ in encoding.offsets)
+            begins = sorted(start + begin for begin, _ in self._feeder.places(text[window[0] : window[1]]))
             for atom in _at_edges(window, begins, lambda place: not _joins(text, place)):
                 if atom.tokens <= room:
                     atoms.append(atom)

@@ -1,6 +1,6 @@
 """Texts to packed token ids, on the CPU, exactly as the model's own tokenizer cuts them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,6 @@ class TextFeeder:
         self._passage_instruction = passage_instruction
 
     @property
-    def backend(self) -> Any:
-        """The `tokenizers.Tokenizer` behind it; whoever uses it sets truncation as he needs it."""
-        return self._cutter.backend
-
-    @property
     def passage_instruction(self) -> str:
         """What is put before each passage."""
         return self._passage_instruction
@@ -68,6 +63,18 @@ class TextFeeder:
     def passages(self, texts: Sequence[str]) -> PackedTokens:
         """Tokenise n passages, special tokens included, each cut to max_length tokens."""
         return self._cut(self._passage_instruction, texts)
+
+    def uncut(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """Yield all tokens of each text as it is, without an instruction, special tokens included."""
+        yield from self._cutter.ids(texts, special_tokens=True)
+
+    def bare(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """Yield all tokens of each text as it is, without an instruction and without special tokens."""
+        yield from self._cutter.ids(texts, special_tokens=False)
+
+    def places(self, text: str) -> list[tuple[int, int]]:
+        """Return which characters of a text each of its tokens stands for, special tokens apart."""
+        return self._cutter.places(text)
 
     def queries(self, texts: Sequence[str]) -> PackedTokens:
         """Tokenise n queries, special tokens included, each cut to max_length tokens."""
@@ -83,13 +90,13 @@ class Cutter:
     """Tokenises and truncates with one backend, in bounded time and memory for texts of any length."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.backend = tokenizer.backend_tokenizer
-        self.backend.no_padding()
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_padding()
         self._side = tokenizer.truncation_side
 
     def cut(self, texts: Sequence[str], max_length: int, *, special_tokens: bool) -> PackedTokens:
         """Tokenise texts, each cut to max_length tokens; ``truncated`` says which had more."""
-        self.backend.enable_truncation(max_length, direction=self._side)
+        self._backend.enable_truncation(max_length, direction=self._side)
         # What is cut off on the left depends on the whole text.
         prefix = PREFIX_CHARS_PER_TOKEN * max_length if self._side == "right" else None
         ids: list[list[int]] = []
@@ -97,7 +104,7 @@ class Cutter:
         for start in range(0, len(texts), ENCODE_TEXTS):
             part = texts[start : start + ENCODE_TEXTS]
             whole = [text if prefix is None or len(text) <= prefix else "" for text in part]
-            encodings = self.backend.encode_batch_fast(whole, add_special_tokens=special_tokens)
+            encodings = self._backend.encode_batch_fast(whole, add_special_tokens=special_tokens)
             for row, (text, encoding) in enumerate(zip(part, encodings, strict=True)):
                 if prefix is not None and len(text) > prefix:
                     encoding = self._cut_long(text, prefix, special_tokens)
@@ -107,15 +114,29 @@ class Cutter:
                 truncated[start + row] = len(kept) >= max_length and bool(encoding.overflowing)
         return pack(ids, truncated)
 
+    def ids(self, texts: Sequence[str], *, special_tokens: bool) -> Iterator[list[int]]:
+        """Yield all tokens of each text."""
+        for start in range(0, len(texts), ENCODE_TEXTS):
+            self._backend.no_truncation()
+            part = list(texts[start : start + ENCODE_TEXTS])
+            for encoding in self._backend.encode_batch_fast(part, add_special_tokens=special_tokens):
+                yield encoding.ids
+
+    def places(self, text: str) -> list[tuple[int, int]]:
+        """Return the characters of each token of a text."""
+        self._backend.no_truncation()
+        found: list[tuple[int, int]] = self._backend.encode(text, add_special_tokens=False).offsets
+        return found
+
     def _cut_long(self, text: str, chars: int, special_tokens: bool) -> Any:
         """Tokenise a text by prefixes, longer and longer until the rest cannot matter."""
         while chars < len(text):
             # Not the fast variant, which does not say which word a token is of.
-            encoding = self.backend.encode(text[:chars], add_special_tokens=special_tokens)
+            encoding = self._backend.encode(text[:chars], add_special_tokens=special_tokens)
             if _rest_is_irrelevant(encoding):
                 return encoding
             chars *= PREFIX_GROWTH
-        return self.backend.encode_batch_fast([text], add_special_tokens=special_tokens)[0]
+        return self._backend.encode_batch_fast([text], add_special_tokens=special_tokens)[0]
 
 
 def pack(ids: Sequence[Sequence[int]], truncated: npt.NDArray[np.bool_]) -> PackedTokens:
