@@ -16,7 +16,7 @@ import psutil
 from bge_ray.bench import simulated
 from bge_ray.bench.simulated import SimulatedJob
 from bge_ray.pipeline.embed.job import Stages, embedding_receipts
-from bge_ray.pipeline.embed.tasks import CorpusUnit, SpanTask
+from bge_ray.pipeline.embed.tasks import CorpusUnit, ReadTask, SpanTask
 from bge_ray.pipeline.engine.cluster import connect, disconnect, prepare_environment
 from bge_ray.pipeline.engine.pools import Pool, Sizes, Tasks
 from bge_ray.records.plan import Coding, CorpusObject, Span, unit_fingerprint
@@ -112,16 +112,16 @@ def middle_rate(ends: Sequence[float]) -> float:
     return (last - first) / max(ordered[last] - ordered[first], 1e-9)
 
 
-def _spans(units: int) -> tuple[SpanTask, ...]:
-    spans = []
+def _spans(units: int) -> tuple[ReadTask, ...]:
+    tasks = []
     for object_no in range(-(-units // UNITS_A_SPAN)):
         count = min(UNITS_A_SPAN, units - object_no * UNITS_A_SPAN)
         span = Span(0, count, 0, (UNIT_ROWS,) * count)
         uri = f"s3://simulated/corpus/part-{object_no:05d}.parquet"
         whole = CorpusObject(object_no, uri, count, "0" * 32, Coding("parquet"), (span,))
         todo = tuple(CorpusUnit(unit, unit_fingerprint("0" * 64, whole, unit), uri) for unit in whole.units())
-        spans.append(SpanTask(whole, span, todo))
-    return tuple(spans)
+        tasks.append(ReadTask((SpanTask(whole, span, todo),)))
+    return tuple(tasks)
 
 
 def main(encoders: int, unit_s: float, units_each: int) -> None:

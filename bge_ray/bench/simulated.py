@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from bge_ray.pipeline.embed.tasks import CorpusUnit, SpanTask
+from bge_ray.pipeline.embed.tasks import ReadTask, UnitsTask
 from bge_ray.pipeline.engine.parcel import Parcel
 from bge_ray.records.dataset import FileFact, Marker
 
@@ -28,10 +28,10 @@ class SimulatedJob:
 
 def read_nothing(batch: pa.Table, job: SimulatedJob) -> Iterator[pa.Table]:
     """Yield the units of a span, each with a table of its own."""
-    for unit in Parcel.from_batch(batch).task_as(SpanTask).todo:
+    for unit in Parcel.from_batch(batch).task_as(ReadTask).todo:
         time.sleep(job.read_s)
         table = pa.table({"ids": pa.array([bytes(job.table_bytes)], pa.large_binary())})
-        yield unit.parcel().filled(table).to_batch()
+        yield UnitsTask((unit,)).parcel().filled(table).to_batch()
 
 
 class SleepStage:
@@ -56,8 +56,8 @@ def write_nothing(batch: pa.Table, job: SimulatedJob) -> pa.Table:
     """Send the driver a receipt as large as a real one."""
     parcel = Parcel.from_batch(batch)
     time.sleep(job.write_s)
-    task = parcel.task_as(CorpusUnit)
+    [task] = parcel.task_as(UnitsTask).units
     unit, n_rows = task.unit, task.unit.n_rows
     fact = FileFact(f"embeddings/{unit.name}.parquet", job.table_bytes, "0" * 64, n_rows)
     marker = Marker(unit, task.fingerprint, n_rows, 0, n_rows, n_rows, 0, {}, fact, None)
-    return parcel.filled(None, marker=dataclasses.asdict(marker)).to_batch()
+    return parcel.filled(None, markers=[dataclasses.asdict(marker)]).to_batch()

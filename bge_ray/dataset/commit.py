@@ -119,6 +119,8 @@ class ShardWriter:
             use_dictionary=text,
             write_statistics=[n for n in table.column_names if n not in outputs],
             row_group_size=ROW_GROUP_ROWS,
+            # So that a reader of a part, who cannot compare the sha256 of the whole, sees a flipped bit.
+            write_page_checksum=True,
         )
         return buffer.getvalue()
 

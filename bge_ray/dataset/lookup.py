@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from bge_ray.dataset.read import open_shard
 from bge_ray.errors import StorageError
 from bge_ray.records.dataset import FileFact, Manifest
 from bge_ray.records.ids import IdArray, id_range
@@ -83,7 +83,7 @@ def read_shard(storage: Storage, root: str, fact: FileFact, ids: IdArray, column
     uri = join(root, fact.path)
     names = ["vector_id", *columns]
     try:
-        with pq.ParquetFile(pa.PythonFile(storage.open(uri, fact.bytes), mode="r"), pre_buffer=True) as file:
+        with open_shard(storage, uri, fact) as file:
             tables = [file.schema_arrow.empty_table().select(names)]
             for group in range(file.num_row_groups):
                 statistics = file.metadata.row_group(group).column(0).statistics
@@ -116,7 +116,7 @@ def find_passages(storage: Storage, root: str, fact: FileFact, wanted: pa.Array)
     uri = join(root, fact.path)
     positions, found = [], []
     try:
-        with pq.ParquetFile(pa.PythonFile(storage.open(uri, fact.bytes), mode="r"), pre_buffer=True) as file:
+        with open_shard(storage, uri, fact) as file:
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=["vector_id", "passage_id"], use_threads=False)
                 places = pc.index_in(table["passage_id"], value_set=wanted)

@@ -1,5 +1,6 @@
 """Embedding shards read back as arrays: whole and verified, or some rows of some row groups."""
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from typing import TypeAlias
@@ -47,6 +48,14 @@ def read_vectors(storage: Storage, root: str, fact: FileFact) -> Iterator[Vector
             yield _arrays(file.read_row_group(group, columns=COLUMNS, use_threads=False))
 
 
+@contextlib.contextmanager
+def open_shard(storage: Storage, uri: str, fact: FileFact) -> Iterator[pq.ParquetFile]:
+    """Open a shard to read some row groups of it, each page against its checksum."""
+    source = pa.PythonFile(storage.open(uri, fact.bytes), mode="r")
+    with pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True) as file:
+        yield file
+
+
 def sample_vectors(storage: Storage, root: str, fact: FileFact, groups: dict[int, list[int]]) -> Vectors:
     """Read some rows of some row groups of a shard, without reading the rest.
 
@@ -65,7 +74,7 @@ def sample_vectors(storage: Storage, root: str, fact: FileFact, groups: dict[int
     uri = join(root, fact.path)
     parts = []
     try:
-        with pq.ParquetFile(pa.PythonFile(storage.open(uri, fact.bytes), mode="r"), pre_buffer=True) as file:
+        with open_shard(storage, uri, fact) as file:
             for group, rows in sorted(groups.items()):
                 vectors, ids = _arrays(file.read_row_group(group, columns=COLUMNS, use_threads=False))
                 parts.append((vectors[rows], ids[rows]))

@@ -6,7 +6,7 @@ or a `CorpusError` names the object.
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
@@ -15,37 +15,51 @@ from bge_ray.formats.delimited import read_delimited, scan_delimited
 from bge_ray.formats.endings import beir_folder, ending_of
 from bge_ray.formats.jsonl import read_jsonl, scan_jsonl
 from bge_ray.formats.parquet import read_parquet, scan_parquet
+from bge_ray.formats.partitions import partition_values
 from bge_ray.formats.rows import RawRows
 from bge_ray.formats.sought import Sought
 from bge_ray.formats.types import extension_names, is_text, plain_type, unify_all, unify_types, without_nulls
 from bge_ray.records.columns import Columns, ColumnType
 from bge_ray.records.plan import Coding, CorpusObject, Span, Unit, UnitLimits, span_units
 from bge_ray.settings.sections import CorpusSettings
-from bge_ray.storage.objects import ObjectInfo, Storage
+from bge_ray.storage.objects import NO_VERSION, ObjectInfo, Storage
 
 logger = logging.getLogger(__name__)
 
 _AUTO_ID_COLUMNS = ("_id", "id", "passage_id")
-_WAY_OUT = "leave it out of corpus.keep_columns, or write one of them anew"
+# A data set keeps the columns that it began with.
+_WAY_OUT = "write one of them anew, or leave it out of corpus.keep_columns and choose another output.uri"
 
 
 @dataclass(frozen=True)
 class ScannedObject:
-    """What one pass over an object found: its spans, and its columns with the types it gives them."""
+    """What one pass over an object found: its spans, and its columns with the types it gives them.
+
+    ``partitions`` are those of the kept columns that stand in its path alone.
+    """
 
     info: ObjectInfo
     coding: Coding
     spans: tuple[Span, ...]
     columns: dict[str, ColumnType]
+    partitions: tuple[tuple[str, str | None], ...] = ()
 
     @property
     def format(self) -> str:
         """Format of the object."""
         return self.coding.format
 
-    def under(self, number: int) -> CorpusObject:
-        """Return the object under a number."""
-        return CorpusObject(number, self.info.uri, self.info.size, self.info.etag, self.coding, self.spans)
+    @property
+    def unit_rows(self) -> tuple[int, ...]:
+        """Rows of each of its units."""
+        return tuple(n_rows for span in self.spans for n_rows in span.unit_rows)
+
+    def under(self, number: int, group: int | None = None) -> CorpusObject:
+        """Return the object under a number, alone or in a group."""
+        info = self.info
+        return CorpusObject(
+            number, info.uri, info.size, info.version, self.coding, self.spans, group, self.partitions
+        )
 
 
 def list_corpus(storage: Storage, settings: CorpusSettings) -> list[ObjectInfo]:
@@ -66,6 +80,14 @@ def list_corpus(storage: Storage, settings: CorpusSettings) -> list[ObjectInfo]:
             "(names that start with a dot or an underscore do not count)"
         )
     listed = _without_beir_queries(listed)
+    if unversioned := [info for info in listed if info.version == NO_VERSION]:
+        logger.warning(
+            "corpus.uri %s: the store tells neither an etag nor a time of %d objects, such as %s: a new "
+            "content of equal size would not be seen",
+            settings.uri,
+            len(unversioned),
+            unversioned[0].uri,
+        )
     if settings.format != "auto":
         return listed
     known = [o for o in listed if ending_of(o.uri).format]
@@ -136,7 +158,14 @@ def scan_object(
         title="title" if settings.title_column == "auto" else settings.title_column,
         kept=settings.keep_columns,
     )
-    return scan_sought(storage, info, coding_of(info.uri, settings), sought, limits)
+    scanned = scan_sought(storage, info, coding_of(info.uri, settings), sought, limits)
+    in_path = partition_values(info.uri)
+    only_there = [n for n in settings.keep_columns if n in in_path and n not in scanned.columns]
+    if not only_there:
+        return scanned
+    text = dict.fromkeys(only_there, ColumnType.of(pa.string()))
+    partitions = tuple((name, in_path[name]) for name in only_there)
+    return replace(scanned, columns=scanned.columns | text, partitions=partitions)
 
 
 def scan_sought(
@@ -276,7 +305,10 @@ def _check_has(scanned: ScannedObject, setting: str, name: str) -> None:
     where = " in any row" if scanned.format == "jsonl" else ""
     hint = ""
     if setting == "corpus.title_column":
-        hint = "; other objects have it: set corpus.title_column to null to embed texts alone"
+        hint = (
+            "; other objects have it: set corpus.title_column to null and choose another output.uri to embed "
+            "texts alone"
+        )
     raise CorpusError(
         f"{scanned.info.uri}: no column {name!r} ({setting}){where}; it has {sorted(scanned.columns)}{hint}"
     )
@@ -292,12 +324,11 @@ def read_units(
         StorageError: it cannot be fetched.
     """
     planned = {unit.first_row: unit for unit in span_units(corpus_object.object_no, span)}
-    _check_unchanged(storage, corpus_object)
     try:
         for first_row, rows in _read(storage, corpus_object, span, columns, todo):
             unit = planned[first_row]
             _check_count(corpus_object, unit, rows)
-            # Checked again after the bytes are here: an object replaced meanwhile would mix two contents.
+            # After the bytes are here: an object replaced before or meanwhile shows, and it is one request.
             _check_unchanged(storage, corpus_object)
             yield unit, rows
     except (CorpusError, StorageError):
@@ -310,11 +341,20 @@ def _read(
     storage: Storage, corpus_object: CorpusObject, span: Span, columns: Columns, todo: set[int]
 ) -> Iterator[tuple[int, RawRows]]:
     uri, coding = corpus_object.uri, corpus_object.coding
+    in_path = dict(corpus_object.partitions)
+    own = replace(columns, kept={n: kind for n, kind in columns.kept.items() if n not in in_path})
     if coding.format == "parquet":
-        return read_parquet(storage, uri, corpus_object.size, span, columns, todo)
-    if coding.format == "jsonl":
-        return read_jsonl(storage, uri, coding.compression, span, columns, todo)
-    return read_delimited(storage, uri, coding, span, columns, todo)
+        found = read_parquet(storage, uri, corpus_object.size, span, own, todo)
+    elif coding.format == "jsonl":
+        found = read_jsonl(storage, uri, coding.compression, span, own, todo)
+    else:
+        found = read_delimited(storage, uri, coding, span, own, todo)
+    for first_row, rows in found:
+        placed = {
+            name: rows.kept[name] if name in own.kept else pa.array([in_path[name]] * len(rows), pa.string())
+            for name in columns.kept
+        }
+        yield first_row, replace(rows, kept=placed)
 
 
 def _check_count(corpus_object: CorpusObject, unit: Unit, rows: RawRows) -> None:
@@ -331,7 +371,10 @@ def _check_unchanged(storage: Storage, corpus_object: CorpusObject) -> None:
         raise CorpusError(
             f"{corpus_object.uri}: was there when the run began, and is gone; run again to plan without it"
         )
-    if (now.size, now.etag) != (corpus_object.size, corpus_object.etag):
+    if not now.is_same(corpus_object.size, corpus_object.etag):
+        hint = ""
+        if corpus_object.uri.startswith("file:") and now.size == corpus_object.size:
+            hint = "; if it did not, this node has a copy of another time: all nodes must see the same file"
         raise CorpusError(
-            f"{corpus_object.uri}: changed since the run began; run again to embed its new content"
+            f"{corpus_object.uri}: changed since the run began; run again to embed its new content{hint}"
         )

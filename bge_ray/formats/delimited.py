@@ -33,7 +33,7 @@ def scan_delimited(
         CorpusError: the stream is broken, a record cannot be told from the next, or the header is not
             UTF-8 or names a column twice.
     """
-    cutter = UnitCutter(limits)
+    cutter = UnitCutter(limits, size)
     with _open_records(storage, uri, size, coding) as (header, records):
         # What is embedded is text, though every field of it may look like a number.
         inferred = [n for n in sought.kept if n in header and n not in sought.texts and n != sought.title]

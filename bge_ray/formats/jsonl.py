@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from bge_ray.errors import CorpusError
 from bge_ray.formats import lines
 from bge_ray.formats.inference import JsonValues
 from bge_ray.formats.lines import Parsed, iter_lines, open_lines, read_units_of, to_rows
@@ -42,19 +43,23 @@ def scan_jsonl(
         rows have. A kept column has the type of all its values; any other is taken as text.
 
     Raises:
-        CorpusError: the compressed stream is broken.
+        CorpusError: the compressed stream is broken, or no line looks like a record.
     """
-    cutter = UnitCutter(limits)
+    cutter = UnitCutter(limits, size)
     keys = _Keys(sought)
     row = 0
+    first: bytes | None = None
     with open_lines(storage, uri, size, compression) as file:
         for start, stop, line in iter_lines(file):
             if line is not None and not line.strip():
                 continue
+            first = first or line
             if line is not None and (row < SAMPLE_ROWS or keys.may_grow_by(line)):
                 keys.add(parse_line(line)[0] or {}, sample=row < SAMPLE_ROWS)
-            cutter.add(start, stop, 1, stop - start)
+            cutter.add(start, stop, 1, stop - start, 0 if compression else stop - start)
             row += 1
+    if first is not None and not keys.columns():
+        raise CorpusError(f"{uri}: {_why_no_record(first)}")
     return cutter.as_stream(size) if compression else cutter.as_pieces(), keys.columns()
 
 
@@ -81,6 +86,19 @@ def parse_line(line: bytes | None) -> Parsed:
     if not isinstance(record, dict):
         return None, f"expected a JSON object, got {type(record).__name__}"
     return record, ""
+
+
+def _why_no_record(line: bytes) -> str:
+    """Say what an object is of whose lines none was a record, by the first of them."""
+    start = line.lstrip()[:1000]
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
+        return "is UTF-16, or no text; write it anew as UTF-8"
+    if start[:1] == b"[":
+        return "is a JSON array, expected one object a line; write it anew, as jq -c '.[]' does"
+    if b"\r" in start.rstrip():
+        return "its lines end in a carriage return alone; write it anew with line feeds"
+    wrong = parse_line(line)[1] or "an object without keys"
+    return f"no line is a JSON object with keys, expected one a line; of the first: {wrong}"
 
 
 def json_array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:

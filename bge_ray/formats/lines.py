@@ -151,6 +151,7 @@ def _name_misfit(uri: str, field: pa.Field, values: Sequence[Any], to_array: ToA
         except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
             return (
                 f"{uri}: kept column {field.name!r} is {field.type} in the data set, and row {row} of a unit "
-                f"holds {value!r:.100}: {error}; leave the column out of corpus.keep_columns"
+                f"holds {value!r:.100}: {error}; leave the column out of "
+                "corpus.keep_columns and choose another output.uri"
             )
     return f"{uri}: kept column {field.name!r} cannot be read as {field.type}"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bge_ray.errors import CorpusError
@@ -22,12 +23,15 @@ from bge_ray.storage.objects import Storage
 READ_ROWS = 8192
 # What is fetched at once of each column of a row group that is streamed.
 STREAM_BYTES = 8 << 20
+# A column of text whose values seem so many times longer than a row's share of it is looked at: whole if it
+# is no larger than this, else its first rows.
+LARGEST_RATIO, LOOK_BYTES, LOOK_ROWS = 2.0, 8 << 20, 1024
 
 
 def scan_parquet(
     storage: Storage, uri: str, size: int, sought: Sought, limits: UnitLimits
 ) -> tuple[list[Span], dict[str, pa.DataType]]:
-    """Plan the units of a Parquet object from its footer alone.
+    """Plan the units of a Parquet object from its footer; texts that repeat are looked at, see `_text_bytes`.
 
     Neighbouring row groups share a unit while they fit; a row group that is too large for one
     unit is read once, as a stream of units.
@@ -45,14 +49,18 @@ def scan_parquet(
     Raises:
         CorpusError: not a Parquet file, or a truncated one.
     """
-    cutter = UnitCutter(limits)
+    cutter = UnitCutter(limits, size)
     with open_parquet(storage, uri, size) as file:
         columns = {f.name: f.type for f in file.schema_arrow}
         if len(columns) != len(file.schema_arrow):
             raise CorpusError(f"{uri}: a column name stands twice among {file.schema_arrow.names}")
-        for number in range(file.metadata.num_row_groups):
-            group = file.metadata.row_group(number)
-            cutter.add(number, number + 1, group.num_rows, _text_bytes(group, sought.texts_of_units))
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        whole = sum(group.total_byte_size for group in groups) or 1
+        for number, group in enumerate(groups):
+            source = pa.PythonFile(storage.open(uri, size), mode="r")
+            n_bytes = _text_bytes(source, file.metadata, number, sought.texts_of_units)
+            stored = size * group.total_byte_size // whole
+            cutter.add(number, number + 1, group.num_rows, n_bytes, stored)
     return cutter.as_pieces(), columns
 
 
@@ -126,13 +134,51 @@ def _has_nested_dictionary(kind: pa.DataType) -> bool:
     return any(pa.types.is_dictionary(f.type) or _has_nested_dictionary(f.type) for f in fields)
 
 
-def _text_bytes(group: pq.RowGroupMetaData, text_columns: tuple[str, ...]) -> int:
-    chunks = (group.column(i) for i in range(group.num_columns))
-    return sum(
-        c.total_uncompressed_size
-        for c in chunks
-        if c.path_in_schema in text_columns or c.path_in_schema.partition(".")[0] in text_columns
-    )
+def _text_bytes(
+    source: pa.NativeFile, metadata: pq.FileMetaData, number: int, text_columns: tuple[str, ...]
+) -> int:
+    """Return the bytes of the texts of a row group as they will be in memory.
+
+    The footer counts a text once that a dictionary has many rows refer to. Where its smallest and largest
+    value are much longer than that leaves for a row, or it does not tell them, the column is looked at.
+    """
+    group = metadata.row_group(number)
+    n_bytes = 0
+    for chunk in (group.column(i) for i in range(group.num_columns)):
+        path = chunk.path_in_schema
+        if path not in text_columns and path.partition(".")[0] not in text_columns:
+            continue
+        told = chunk.total_uncompressed_size
+        looks = _may_repeat(chunk)
+        n_bytes += max(told, _spelled_out(source, metadata, number, path)) if looks else told
+    return n_bytes
+
+
+def _may_repeat(chunk: pq.ColumnChunkMetaData) -> bool:
+    is_flat = chunk.physical_type == "BYTE_ARRAY" and "." not in chunk.path_in_schema
+    if not is_flat or not any("DICTIONARY" in encoding for encoding in chunk.encodings):
+        return False
+    known = chunk.statistics
+    if known is None or not known.has_min_max:
+        return True
+    typical = sum(len(v.encode() if isinstance(v, str) else v) for v in (known.min_raw, known.max_raw)) / 2
+    return bool(typical * chunk.num_values > LARGEST_RATIO * chunk.total_uncompressed_size)
+
+
+def _spelled_out(source: pa.NativeFile, metadata: pq.FileMetaData, number: int, name: str) -> int:
+    """Return the bytes of a column of a row group, every value counted: of a large one by its first rows."""
+    group = metadata.row_group(number)
+    chunks = {c.path_in_schema: c for c in map(group.column, range(group.num_columns))}
+    rows = group.num_rows if chunks[name].total_uncompressed_size <= LOOK_BYTES else LOOK_ROWS
+    with pq.ParquetFile(
+        source, metadata=metadata, read_dictionary=[name], pre_buffer=False, buffer_size=LOOK_BYTES
+    ) as coded:
+        batch = next(coded.iter_batches(rows, row_groups=[number], columns=[name]), None)
+    if batch is None or not batch.num_rows:
+        return 0
+    column = batch.column(0)
+    lengths = pc.binary_length(column.dictionary).take(column.indices)
+    return int((pc.sum(lengths).as_py() or 0) * group.num_rows / batch.num_rows)
 
 
 def _to_rows(uri: str, table: pa.Table, columns: Columns) -> RawRows:
@@ -177,7 +223,7 @@ def _keep(uri: str, column: pa.ChunkedArray, field: pa.Field) -> pa.Array:
     except pa.ArrowException as error:
         raise CorpusError(
             f"{uri}: kept column {field.name!r} is {column.type} here and {field.type} in the data set: "
-            f"{error}; leave it out of corpus.keep_columns"
+            f"{error}; leave it out of corpus.keep_columns and choose another output.uri"
         ) from error
     array = pa.concat_arrays(chunks) if chunks else pa.array([], field.type)
     try:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 from bge_ray.errors import ModelError, StorageError
 from bge_ray.model.cache import cache_folder, locked
 from bge_ray.model.weights import weight_files
-from bge_ray.storage.objects import ObjectInfo, Storage
+from bge_ray.storage.objects import NO_VERSION, ObjectInfo, Storage
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ def _version(uri: str, files: dict[str, ObjectInfo]) -> str:
 
 
 def _etag(info: ObjectInfo) -> str:
-    if info.etag != "-":
+    if info.etag != NO_VERSION:
         return info.etag
 
     def unique(fs: Any, path: str) -> str:

@@ -21,11 +21,17 @@ class Unit:
 
 @dataclass(frozen=True)
 class UnitLimits:
-    """When a unit is full: by rows, or by bytes of text plus ``vector_bytes`` a row."""
+    """When a unit is full: by rows, or by bytes of text plus ``vector_bytes`` a row.
+
+    Where ``share_bytes`` is set, an object is cut into about one unit for that many of its stored bytes, so
+    that every encoder gets several, but into none of fewer than ``min_rows`` rows.
+    """
 
     max_rows: int
     max_bytes: int
     vector_bytes: int
+    share_bytes: int | None = None
+    min_rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,13 @@ class Coding:
 
 @dataclass(frozen=True)
 class CorpusObject:
-    """One input file under its number."""
+    """One input file under its number; ``etag`` is the version that the store tells of its content.
+
+    Small objects of one ``group`` (the number of its first) are read and encoded together and committed each
+    on its own; None is an object by itself. A group is settled when its objects are planned, because which
+    texts share a batch decides the last bits of their vectors. ``partitions`` are the kept columns that its
+    path and not its rows have, with their one value.
+    """
 
     object_no: int
     uri: str
@@ -66,6 +78,8 @@ class CorpusObject:
     etag: str
     coding: Coding
     spans: tuple[Span, ...]
+    group: int | None = None
+    partitions: tuple[tuple[str, str | None], ...] = ()
 
     @property
     def n_rows(self) -> int:

@@ -7,12 +7,14 @@ MIN_STEADY_S = 60.0
 LOW_UTILISATION = 0.8
 # Of the encoders' time; below this, readers keep up.
 HIGH_WAITING = 0.1
+# Of the readers' time; below this, more of them would wait, too.
+BUSY_READERS = 0.5
 HIGH_PADDING = 0.1
 HIGH_TRUNCATED = 0.2
 # Of what may be rejected before a run is called bad.
 HIGH_REJECTED = 0.5
 # Handing a unit on costs about 45 ms, so that a unit which computes for less than this wastes a tenth.
-SMALL_UNIT_S = 0.45
+UNIT_S, SMALL_UNIT_S = 0.05, 0.45
 MIN_UNITS = 20
 LONG_STARTUP_S = 120.0
 HIGH_STARTUP = 0.5
@@ -129,6 +131,13 @@ def _on_waiting(report: EmbedReport) -> list[str]:
     if report.steady_s < MIN_STEADY_S or report.utilisation >= LOW_UTILISATION:
         return []
     busy = f"The encoders computed {report.utilisation:.0%} of the time"
+    if report.waiting >= HIGH_WAITING and report.readers_busy < BUSY_READERS:
+        return [
+            f"{busy} and waited for input {report.waiting:.0%}, though the "
+            f"{report.workers.get('readers', 0)} readers were busy {report.readers_busy:.0%} only: units are "
+            "handed on too slowly, and more readers would not help. Larger units (batching.unit_rows, larger "
+            "corpus objects) cost less to hand on; so do fewer resources.num_encoders."
+        ]
     if report.waiting >= HIGH_WAITING:
         return [
             f"{busy} and waited for input {report.waiting:.0%}: raise resources.num_readers above "
@@ -137,7 +146,8 @@ def _on_waiting(report: EmbedReport) -> list[str]:
         ]
     return [
         f"{busy}, though input was there: too few units to keep {report.workers.get('encoders', 0)} encoders "
-        "busy to the end. Lower batching.unit_rows, or resources.num_encoders."
+        f"busy to the end. Lower batching.unit_rows (it was {report.settings['batching']['unit_rows']}), or "
+        "resources.num_encoders."
     ]
 
 
@@ -147,14 +157,15 @@ def _on_units(report: EmbedReport) -> list[str]:
         return []
     unit_s = report.stage_s.get("encode", 0.0) / units
     rows, limit = report.rows_in / units, report.settings["batching"]["unit_rows"]
+    is_cut = limit != "auto" and rows > 0.5 * limit
     way = (
-        f"raise batching.unit_rows above {limit:,}"
-        if rows > 0.5 * limit
-        else f"merge the corpus objects into larger ones (batching.unit_rows allows {limit:,})"
+        f"raise batching.unit_rows above {limit:,}, or leave it to auto"
+        if is_cut
+        else "merge the corpus objects into larger ones, for each has a shard of its own"
     )
     return [
-        f"The units are small, {rows:,.0f} rows and {unit_s:.2f} s of encoding each, and handing one on "
-        f"costs about 0.05 s: {way}."
+        f"The units are small, {rows:,.0f} rows and {unit_s:.2f} s of encoding each, and each costs about "
+        f"{UNIT_S:.2f} s to hand on and to commit: {way}."
     ]
 
 
@@ -168,8 +179,8 @@ def _on_batches(report: EmbedReport) -> list[str]:
         )
     if report.padding_waste > HIGH_PADDING:
         lines.append(
-            f"{report.padding_waste:.0%} of the computed tokens were padding: raise batching.unit_rows "
-            f"above {batching['unit_rows']:,}, so that more texts are sorted by length together, or lower "
+            f"{report.padding_waste:.0%} of the computed tokens were padding: raise batching.unit_rows (it "
+            f"was {batching['unit_rows']}), so that more texts are sorted by length together, or lower "
             "batching.token_budget."
         )
     return lines

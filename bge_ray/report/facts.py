@@ -175,9 +175,9 @@ class RunFacts:
         """Say by whom it is done; what came before was planning."""
         self.workers, self.pipeline_started = workers, now
 
-    def book(self, receipt: Receipt) -> None:
-        """Add a finished unit."""
-        self.units_done += 1
+    def book(self, receipt: Receipt, units: int = 1) -> None:
+        """Add a finished unit, or some that were done together."""
+        self.units_done += units
         self.rows_in += receipt.rows
         self.rows_out += receipt.rows_out
         self.tokens += receipt.tokens

@@ -161,11 +161,10 @@ class BatchingSettings(Section):
         "auto",
         description="tokens of one forward pass, padding included; auto is 32768 on a GPU and 1024 on a CPU",
     )
-    unit_rows: int = Field(
-        50_000,
-        ge=1,
-        lt=MAX_ROWS_PER_OBJECT,
-        description="most rows of one work unit, the piece that is committed, retried and resumed",
+    unit_rows: int | Auto = Field(
+        "auto",
+        description="most rows of one work unit, the piece that is committed, retried and resumed; auto "
+        "gives every encoder several units, of at most 50000 rows",
     )
     unit_bytes: int = Field(
         96_000_000, ge=1_000_000, description="most bytes of text plus vectors of one work unit, in bytes"
@@ -175,6 +174,12 @@ class BatchingSettings(Section):
     def _budget_is_positive(self) -> "BatchingSettings":
         if isinstance(self.token_budget, int) and self.token_budget < 1:
             raise ValueError("token_budget: must be at least 1 token")
+        return self
+
+    @model_validator(mode="after")
+    def _units_have_rows(self) -> "BatchingSettings":
+        if isinstance(self.unit_rows, int) and not 1 <= self.unit_rows < MAX_ROWS_PER_OBJECT:
+            raise ValueError(f"unit_rows: must be at least 1 and less than {MAX_ROWS_PER_OBJECT}")
         return self
 
 

@@ -17,6 +17,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +39,14 @@ TEMPORARY_SUFFIX = ".bge-ray-tmp"
 
 # Of the file that is locked while one of that name is compared and replaced.
 LOCK_SUFFIX = ".bge-ray-lock"
+
+# What stores call that which changes with the content, and the time of the last write where none does.
+_ETAG_KEYS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "Content-MD5", "Digest")
+_TIME_KEYS = ("mtime", "last_modified", "LastModified", "Last-Modified", "created")
+NO_VERSION = "-"
+FOLDER_ENDINGS = ("/", "_$folder$")
+# Web servers are asked about so many files at once.
+PARALLEL_LOOKS = 16
 
 # A temporary file older than this belongs to a process that was killed.
 TEMPORARY_MAX_AGE_S = 3600.0
@@ -110,11 +119,21 @@ _CREDENTIAL_NAMES = {
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """One object of a listing; ``etag`` changes whenever the content does."""
+    """One object of a listing; ``etag`` changes whenever it is written.
+
+    ``version`` is what every node that sees the same content sees of it. On a disk that is the time alone:
+    the inode, by which two writes within a tick of the clock are told apart, is another one through a mount.
+    Both are ``NO_VERSION`` where the store tells nothing of the kind.
+    """
 
     uri: str
     size: int
     etag: str
+    version: str
+
+    def is_same(self, size: int, version: str) -> bool:
+        """Tell whether this is the content of which a size and a version (or an etag) were noted."""
+        return self.size == size and version in (self.version, self.etag)
 
 
 @dataclass(frozen=True)
@@ -149,11 +168,13 @@ class Storage:
 
         def cat(fs: Any, path: str) -> bytes:
             try:
-                return bytes(fs.cat_file(path, start=start, end=stop))
+                data = bytes(fs.cat_file(path, start=start, end=stop))
             except OSError as error:
                 if _server_code(error) in ("InvalidRange", "416"):
                     return b""
                 raise
+            # A web server that knows no ranges sends everything.
+            return data if len(data) <= stop - start else data[start:stop]
 
         return self.attempt("read", uri, cat)
 
@@ -270,12 +291,12 @@ class Storage:
             if not found:  # a plain name, or one that holds a bracket or a question mark of its own
                 found = fs.find(path, detail=True)
             root = fixed_prefix(path)
-            files = (
-                _object_info(fs, i)
-                for n, i in found.items()
-                if i["type"] == "file" and not is_hidden(n, root)
-            )
-            return sorted(files, key=lambda o: o.uri)
+            names = [n for n, i in found.items() if not is_hidden(n, root) and not _is_folder(n, i)]
+            # A web server's listing has names only.
+            bare = [name for name in names if found[name].get("size") is None]
+            with ThreadPoolExecutor(PARALLEL_LOOKS) as pool:
+                found |= dict(zip(bare, pool.map(fs.info, bare), strict=True))
+            return sorted((_object_info(fs, found[name]) for name in names), key=lambda o: o.uri)
 
         return self.attempt("list", uri, listing)
 
@@ -528,15 +549,23 @@ def _age_s(path: Path) -> float:
         return 0.0
 
 
+def _is_folder(name: str, info: dict[str, Any]) -> bool:
+    """Tell whether a name stands for a folder: consoles and Hadoop make empty objects of such names."""
+    if info.get("type", "file") != "file":
+        return True
+    return info.get("size") == 0 and name.endswith(FOLDER_ENDINGS)
+
+
 def _object_info(fs: Any, info: dict[str, Any]) -> ObjectInfo:
+    etag = next((str(info[key]).strip('"') for key in _ETAG_KEYS if info.get(key) is not None), None)
+    times = (info[key] for key in _TIME_KEYS if info.get(key) is not None)
+    version = etag or str(next(times, NO_VERSION))
     # Local files have no etag; modification time and inode change with every whole-file write.
-    etag = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("generation")
-    if etag is None:
-        etag = f"{info.get('mtime', info.get('last_modified', ''))}-{info.get('ino', '')}"
+    etag = etag or (f"{version}-{info['ino']}" if "ino" in info else version)
     uri = fs.unstrip_protocol(info["name"])
     if info.get("size") is None:
         raise OSError(errno.EINVAL, "the server does not tell its size")
-    return ObjectInfo(uri=uri, size=int(info["size"]), etag=str(etag).strip('"'))
+    return ObjectInfo(uri=uri, size=int(info["size"]), etag=etag, version=version)
 
 
 def _write_local(path: Path, data: bytes, *, exclusive: bool) -> None:

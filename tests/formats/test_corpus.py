@@ -138,6 +138,21 @@ def test_small_row_groups_share_a_unit_and_a_giant_one_is_many(storage: Storage,
     assert scan(storage, small, by_bytes)[1].n_rows == 20
 
 
+@pytest.mark.parametrize("length", [300, 10_000])  # the footer tells the smallest and largest up to 4 kB
+@pytest.mark.parametrize("distinct", [3, 40])
+def test_a_text_that_many_rows_share_counts_for_each(
+    storage: Storage, tmp_path: Path, length: int, distinct: int
+) -> None:
+    texts = [f"{i % distinct:05d}" + "x" * length for i in range(2000)]
+    rows = [{"id": str(i), "text": text} for i, text in enumerate(texts)]
+    data = parquet_bytes(rows)
+    spelled_out = sum(map(len, texts))
+    assert len(data) < spelled_out / 10
+    scanned, found = scan(storage, put(tmp_path, "a.parquet", data), UnitLimits(50_000, spelled_out // 10, 0))
+    assert len(found.units()) >= 10
+    assert [t for part in read(storage, found, resolve(scanned)).values() for t in part.texts] == texts
+
+
 def test_the_title_counts_for_the_size_of_a_unit(storage: Storage, tmp_path: Path) -> None:
     rows = [{"id": str(i), "text": "t", "title": os.urandom(500).hex()} for i in range(20)]
     uri = put(tmp_path, "a.parquet", parquet_bytes(rows, row_group_size=1))
@@ -243,7 +258,7 @@ def test_few_requests_for_parquet(storage: Storage, bucket: str, faulty) -> None
     del proxy.requests[:]
     read(storage, found, resolve(scanned))
     methods = [m for m, _ in proxy.requests]
-    assert methods.count("HEAD") == 2, "unchanged before and after"
+    assert methods.count("HEAD") == 1, "unchanged when the bytes are here"
     assert methods.count("GET") == 3, "footer, and each row group's columns in one request"
 
 
@@ -324,6 +339,24 @@ def test_bad_lines_are_one_row_each(storage: Storage, tmp_path: Path) -> None:
     passages, rejected = check_rows(rows)
     assert passages.passage_ids == ["0"]
     assert all(0 < len(r.detail) <= 300 for r in rejected)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (json.dumps(ROWS, indent=1).encode(), "is a JSON array.*jq"),
+        (json.dumps(ROWS).encode(), "is a JSON array.*jq"),
+        (jsonl_bytes(ROWS).decode().encode("utf-16"), "is UTF-16.*UTF-8"),
+        (jsonl_bytes(ROWS).decode().encode("utf-16-be"), "is UTF-16.*UTF-8"),
+        (jsonl_bytes(ROWS).replace(b"\n", b"\r"), "carriage return"),
+        (b"PAR1 and so on\n", "no line is a JSON object.*not JSON"),
+        (b'{"id":\n"1"}\n', "no line is a JSON object.*not JSON"),
+        (b"{}\n{}\n", "an object without keys"),
+    ],
+)
+def test_what_is_no_jsonl_is_said_plainly(storage: Storage, tmp_path: Path, data: bytes, said: str) -> None:
+    with pytest.raises(CorpusError, match=rf"a\.jsonl: .*{said}"):
+        scan(storage, put(tmp_path, "a.jsonl", data))
 
 
 def test_nul_and_integer_ids_are_kept(storage: Storage, tmp_path: Path) -> None:
@@ -543,7 +576,7 @@ def test_a_span_of_plain_lines_is_read_alone(storage: Storage, bucket: str, faul
     proxy = faulty()
     (part,) = read(storage, found, resolve(scanned), {70}).values()
     assert part.ids == [str(i) for i in range(70, 80)]
-    assert [m for m, _ in proxy.requests] == ["HEAD", "GET", "HEAD"]
+    assert [m for m, _ in proxy.requests] == ["GET", "HEAD"]
 
 
 # --- columns ---------------------------------------------------------------------------------------
@@ -781,7 +814,7 @@ def test_a_change_after_the_plan_is_said_to_be_one(
 def test_a_change_while_reading_yields_nothing_mixed(
     storage: Storage, bucket: str, faulty, s3_server, name: str
 ) -> None:
-    """The object is replaced after the check and before the rows arrive, at every request in turn."""
+    """The object is replaced before the rows arrive, at every request in turn."""
 
     def content(word: str, count: int) -> bytes:
         rows = [{"id": str(i), "text": f"{word} {i}"} for i in range(count)]

@@ -7,9 +7,11 @@ import pytest
 from bge_ray.records.reports import EmbedReport
 from bge_ray.report import advice
 from bge_ray.report.advice import advise_embed, advise_index, advise_rerank, advise_search
+from bge_ray.settings.sections import parse_settings
 from tests.report.samples import SCORING, embed_report, index_report, rerank_report, search_report
 
 LONG = {"steady_s": 600.0, "wall_s": 610.0}
+UNITS_OF_50 = {"settings": parse_settings(None, ["batching.unit_rows=50"]).model_dump(mode="json")}
 
 
 def quiet(**changes: Any) -> EmbedReport:
@@ -32,11 +34,15 @@ def test_good_figures_need_no_advice() -> None:
     ("change", "words"),
     [
         (
-            {**LONG, "utilisation": 0.4, "waiting": 0.5},
+            {**LONG, "utilisation": 0.4, "waiting": 0.5, "readers_busy": 0.9},
             ["40%", "waited for input 50%", "num_readers above 1"],
         ),
+        (
+            {**LONG, "utilisation": 0.4, "waiting": 0.5, "readers_busy": 0.14},
+            ["waited for input 50%", "busy 14% only", "more readers would not help"],
+        ),
         ({**LONG, "utilisation": 0.4, "waiting": 0.01}, ["too few units", "batching.unit_rows"]),
-        ({"units_done": 100, "rows_in": 4_000_000}, ["0.25 s", "raise batching.unit_rows above 50,000"]),
+        ({"units_done": 100, "rows_in": 4000} | UNITS_OF_50, ["0.25 s", "raise batching.unit_rows above 50"]),
         ({"units_done": 100, "rows_in": 100}, ["merge the corpus objects"]),
         ({"memory_splits": 3}, ["halved: 3", "batching.token_budget"]),
         ({"padding_waste": 0.3}, ["30%", "batching.unit_rows"]),

@@ -1,7 +1,9 @@
 """What a run would do and roughly take, measured on a sample of its own first passages."""
 
 import dataclasses
+import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,16 +11,24 @@ import ray
 
 from bge_ray.formats.corpus import read_units
 from bge_ray.formats.rows import check_rows
+from bge_ray.model.feed.chunks import Chunker
 from bge_ray.model.run.batching import settle_budget
 from bge_ray.model.spec import model_folder, text_feeder
 from bge_ray.pipeline.embed.prepare import Planned
+from bge_ray.pipeline.embed.tasks import ReadTask, SpanTask
 from bge_ray.pipeline.engine.pools import Pool, Sizes
+from bge_ray.records.chunking import Chunking
+from bge_ray.records.columns import Columns
 from bge_ray.records.model import ModelSpec
 from bge_ray.records.plan import Removal
 from bge_ray.settings.sections import Settings
+from bge_ray.storage.objects import Storage
 
-SAMPLE_SPANS = 3
-SAMPLE_ROWS = 256
+# Spans of small objects have few rows each, so more of them are looked at until there are rows enough.
+SAMPLE_SPANS, MIN_SAMPLE_SPANS = 64, 3
+SAMPLE_ROWS = 768
+# What handing a parcel from stage to stage takes, and committing a unit, in seconds; see docs/measured.md.
+PARCEL_S, COMMIT_S = 0.045, 0.01
 
 
 @dataclass(frozen=True)
@@ -85,19 +95,25 @@ def estimate(planned: Planned, sizes: Sizes | None, settings: Settings) -> Estim
         rows_todo=planned.todo_rows,
         removal=planned.removal,
     )
-    texts = _sample(planned)
-    if sizes is None or not texts:
+    if sizes is None or not todo:
         return base
     encoders, model = sizes.pools["encoders"], planned.spec.model
     budget = settle_budget(settings.batching.token_budget, on_gpu=encoders.gpus > 0)
+    sampling = ray.remote(num_cpus=0)(sample_task)
+    texts = sampling.remote(planned.dataset.storage, _sample(planned), planned.spec.columns)
+    chunking = planned.spec.chunking
     measure = ray.remote(num_cpus=encoders.cpus, num_gpus=encoders.gpus)(measure_task)
     trust = settings.model.trust_remote_code
-    tokens_per_row, rate = ray.get(measure.remote(model, texts, encoders, budget, trust))
+    measured = ray.get(measure.remote(model, chunking, texts, encoders, budget, trust))
+    if measured is None:
+        return base
+    tokens_per_row, pieces_per_row, rate = measured
     tokens = int(tokens_per_row * planned.todo_rows)
-    seconds = tokens / (rate * encoders.count)
-    row_bytes = sum(output.row_bytes for output in model.outputs)
+    handed_on = sum(task.n_parcels for task in planned.todo) * PARCEL_S + len(todo) * COMMIT_S
+    seconds = tokens / (rate * encoders.count) + handed_on
+    row_bytes = pieces_per_row * sum(output.row_bytes for output in model.outputs)
     in_flight = 2 * encoders.count + sum(tasks.count for tasks in sizes.tasks.values())
-    largest = max(unit.unit.n_rows for unit in todo)
+    largest = max(_largest_parcel(task) for task in planned.todo)
     price = settings.report.price_per_hour
     return dataclasses.replace(
         base,
@@ -105,35 +121,60 @@ def estimate(planned: Planned, sizes: Sizes | None, settings: Settings) -> Estim
         tokens_per_s=rate * encoders.count,
         seconds=seconds,
         memory_bytes=int(in_flight * largest * (row_bytes + 8 * tokens_per_row)),
-        output_bytes=int(planned.todo_rows * (row_bytes * 0.93 + 56)),
+        output_bytes=int(planned.todo_rows * (row_bytes * 0.93 + 56 * pieces_per_row)),
         num_encoders=encoders.count,
         cost=None if price is None else price * encoders.devices * seconds / 3600,
     )
 
 
-def _sample(planned: Planned) -> list[str]:
-    """Return texts from a few spans spread over the corpus."""
-    todo, storage, columns = planned.todo, planned.dataset.storage, planned.spec.columns
-    if not todo:
-        return []
-    texts: list[str] = []
-    for number in np.unique(np.linspace(0, len(todo) - 1, SAMPLE_SPANS)):
-        span = todo[int(number)]
+def _largest_parcel(task: ReadTask) -> int:
+    """Return the rows of the largest parcel that comes of a reading task."""
+    rows = [unit.unit.n_rows for unit in task.todo]
+    return sum(rows) if task.is_group else max(rows)
+
+
+def _sample(planned: Planned) -> list[SpanTask]:
+    """Return some spans with something to do, the same each time, from all over the corpus."""
+    spans = [span for task in planned.todo for span in task.spans if span.todo]
+    return [spans[place] for place in np.random.default_rng(0).permutation(len(spans))[:SAMPLE_SPANS]]
+
+
+def sample_task(storage: Storage, spans: Sequence[SpanTask], columns: Columns) -> list[tuple[str, str, str]]:
+    """Return passages of the first units of some spans; in a task, because a unit may be large.
+
+    Each is its title, its text, and the two as a model reads them.
+    """
+    texts: list[tuple[str, str, str]] = []
+    for span in spans:
+        if len(texts) >= SAMPLE_ROWS:
+            break
         first = {span.todo[0].unit.first_row}
         for _, rows in read_units(storage, span.corpus_object, span.span, columns, first):
-            passages, _ = check_rows(rows)
-            texts += passages.texts[:SAMPLE_ROWS]
-            break
+            found = check_rows(rows)[0]
+            some = zip(found.titles, found.bodies, found.texts, strict=True)
+            texts += itertools.islice(some, SAMPLE_ROWS // MIN_SAMPLE_SPANS)
     return texts
 
 
 def measure_task(
-    spec: ModelSpec, texts: list[str], pool: Pool, budget: int, trust_remote_code: bool
-) -> tuple[float, float]:
-    """Return (tokens a row, tokens/s of one encoder) on sample texts."""
+    spec: ModelSpec,
+    chunking: Chunking | None,
+    sample: list[tuple[str, str, str]],
+    pool: Pool,
+    budget: int,
+    trust_remote_code: bool,
+) -> tuple[float, float, float] | None:
+    """Return (tokens a row, vectors a row, tokens/s of one encoder) of `sample_task`; None without any."""
     from bge_ray.model.run.model import Model, Place  # torch, only where there is a model
 
-    tokens = text_feeder(spec, trust_remote_code=trust_remote_code).passages(texts)
+    if not sample:
+        return None
+    titles, bodies, texts = zip(*sample, strict=True)
+    feeder = text_feeder(spec, trust_remote_code=trust_remote_code)
+    if chunking is None:
+        tokens = feeder.passages(texts)
+    else:
+        tokens = Chunker(feeder, chunking).cut(titles, bodies).tokens
     model = Model(spec, model_folder(spec), Place(pool.device, pool.threads, trust_remote_code))
     batches = model.cut(tokens.lengths, budget)
     result = model.empty_result(len(tokens))
@@ -141,4 +182,4 @@ def measure_task(
     started = time.perf_counter()
     model.run(tokens, batches, result)
     total = int(tokens.lengths.sum())
-    return total / len(tokens), total / (time.perf_counter() - started)
+    return total / len(texts), len(tokens) / len(texts), total / (time.perf_counter() - started)

@@ -7,6 +7,7 @@ code: plan, subtract what is done, do the rest, publish. See `embed` and `pipeli
 import dataclasses
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,8 @@ from bge_ray.model.run.batching import settle_budget
 from bge_ray.pipeline.embed.estimate import Estimate, estimate
 from bge_ray.pipeline.embed.planning import MAX_NAMED_OBJECTS
 from bge_ray.pipeline.embed.prepare import Planned, prepare
-from bge_ray.pipeline.embed.read import LENGTH_EDGES, read_span_stage
-from bge_ray.pipeline.embed.tasks import CorpusUnit, EmbedJob, SpanTask
+from bge_ray.pipeline.embed.read import LENGTH_EDGES, read_stage
+from bge_ray.pipeline.embed.tasks import EmbedJob, ReadTask, UnitsTask
 from bge_ray.pipeline.embed.write import commit_stage
 from bge_ray.pipeline.engine.flow import by_actors, by_tasks, follow, parcels, receipts
 from bge_ray.pipeline.engine.isolation import running_ledger
@@ -93,38 +94,39 @@ def plan_only(settings: Settings) -> Estimate:
 
 def embed_sizes(settings: Settings, planned: Planned, watch: Callable[[], None]) -> Sizes:
     """Size the stages for the cluster, without what a small job would leave idle."""
-    units, spans = len(planned.todo_units), len(planned.todo)
+    parcels_todo = sum(task.n_parcels for task in planned.todo)
+    writers = min(MAX_WRITERS, parcels_todo)
     tasks = [
-        TaskRequest("writers", min(MAX_WRITERS, units), WRITER_SHARE, WRITER_CPUS, per_gpu=1.0, per_core=1.0),
+        TaskRequest("writers", writers, WRITER_SHARE, WRITER_CPUS, per_gpu=1.0, per_core=1.0),
         TaskRequest(
             "readers",
-            spans,
+            len(planned.todo),
             share=1.0,
             count=settings.resources.num_readers,
             per_gpu=READERS_PER_GPU,
             per_core=READERS_PER_CORE,
         ),
     ]
-    return cluster_sizes(settings, [encoder_request(settings, units)], tasks, watch)
+    return cluster_sizes(settings, [encoder_request(settings, parcels_todo)], tasks, watch)
 
 
 @dataclass(frozen=True)
 class Stages:
-    """What is done to a unit; the bench puts others here, which only take time."""
+    """What is done to the units; the bench puts others here, which only take time."""
 
     read: Callable[..., Iterator[pa.Table]]
     model: type
-    write: Callable[..., pa.Table]
+    write: Callable[..., Iterator[pa.Table]]
 
 
-STAGES = Stages(read_span_stage, ModelStage, commit_stage)
+STAGES = Stages(read_stage, ModelStage, commit_stage)
 
 
 def embedding_receipts(
-    job: Any, model: Any, sizes: Sizes, spans: tuple[SpanTask, ...], stages: Stages = STAGES
+    job: Any, model: Any, sizes: Sizes, tasks: tuple[ReadTask, ...], stages: Stages = STAGES
 ) -> Iterator[Parcel]:
-    """The data path: spans in, one receipt a unit out, in the order they finish."""
-    rows = parcels([span.parcel() for span in spans])
+    """The data path: spans in, receipts of their units out, in the order they finish."""
+    rows = parcels([task.parcel() for task in tasks])
     rows = by_tasks(rows, stages.read, sizes.tasks["readers"], job=job)
     rows = by_actors(rows, stages.model, sizes.pools["encoders"], model)
     rows = by_tasks(rows, stages.write, sizes.tasks["writers"], job=job)
@@ -228,21 +230,27 @@ class EmbedWork:
 
     def _book(self, receipt: Parcel, facts: RunFacts, telemetry: Telemetry) -> None:
         if receipt.error is not None:
-            task = receipt.task_as(CorpusUnit)
-            unit = task.unit
-            rows = f"rows {unit.first_row} to {unit.first_row + unit.n_rows - 1}"
-            facts.book_failure(f"{task.uri} {rows}: {receipt.error}")
-            logger.error("unit %s given up: %s", unit.name, facts.failures[-1], extra={"unit": unit.name})
-            telemetry.fail_unit()
+            for task in receipt.task_as(UnitsTask).units:
+                unit = task.unit
+                rows = f"rows {unit.first_row} to {unit.first_row + unit.n_rows - 1}"
+                facts.book_failure(f"{task.uri} {rows}: {receipt.error}")
+                logger.error("unit %s given up: %s", unit.name, facts.failures[-1], extra={"unit": unit.name})
+                telemetry.fail_unit()
             return
-        marker = marker_of(receipt.facts["marker"])
-        self._markers[marker.unit.name] = marker
-        committed = {name: getattr(marker, name) for name in ("rows_out", "tokens", "truncated", "reasons")}
-        bytes_out = sum(file.bytes for file in marker_files(marker))
-        noted: Mapping[str, Any] = {**receipt.facts, **committed, "bytes_out": bytes_out}
-        done = read_receipt(marker.unit.n_rows, noted)
-        facts.book(done)
-        telemetry.finish_unit(done)
+        markers = [marker_of(tree) for tree in receipt.facts["markers"]]
+        self._markers |= {marker.unit.name: marker for marker in markers}
+        committed = {
+            name: sum(getattr(m, name) for m in markers) for name in ("rows_out", "tokens", "truncated")
+        }
+        noted: Mapping[str, Any] = {
+            **receipt.facts,
+            **committed,
+            "reasons": sum((Counter(marker.reasons) for marker in markers), Counter()),
+            "bytes_out": sum(file.bytes for marker in markers for file in marker_files(marker)),
+        }
+        done = read_receipt(sum(marker.unit.n_rows for marker in markers), noted)
+        facts.book(done, len(markers))
+        telemetry.finish_unit(done, len(markers))
         self._refuse_rejected(facts)
 
     def _refuse_rejected(self, facts: RunFacts) -> None:

@@ -1,26 +1,35 @@
 """From the listing of a corpus to a plan: keep the numbers of old objects, scan the new ones."""
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
-import pyarrow as pa
 import ray
-import ray.data
 
 from bge_ray.errors import CorpusError, StorageError
 from bge_ray.formats.corpus import ScannedObject, check_columns, coding_of, scan_object
 from bge_ray.pipeline.engine.progress import Step
-from bge_ray.pipeline.engine.receipts import data_context
-from bge_ray.records.canonical import from_json, to_json
+from bge_ray.pipeline.engine.tasks import run_tasks
 from bge_ray.records.columns import Columns
 from bge_ray.records.ids import MAX_OBJECTS, MAX_ROWS_PER_OBJECT
 from bge_ray.records.plan import CorpusObject, Plan, UnitLimits
-from bge_ray.settings.sections import CorpusSettings
+from bge_ray.settings.sections import BatchingSettings, CorpusSettings
 from bge_ray.storage.objects import ObjectInfo, Storage
 
 logger = logging.getLogger(__name__)
 
 MAX_NAMED_OBJECTS = 10
+# Of a unit by `batching.unit_rows: auto`; fewer rows than the least are not worth their file.
+MOST_AUTO_ROWS, LEAST_AUTO_ROWS = 50_000, 64
+# With so many units each, an encoder that is done before the others idles for a sixteenth of the run at most.
+UNITS_PER_ENCODER = 16
+# What one scanning task takes: many small objects, whose requests wait side by side, or one large one.
+SCAN_OBJECTS, SCAN_BYTES, SCAN_THREADS = 128, 64_000_000, 16
+SCAN_CPUS = 0.5
+# Objects read and encoded together: so many at most, and their bytes as a share of batching.unit_bytes,
+# since the text of a compressed object is a few times its bytes.
+GROUP_OBJECTS, GROUP_SHARE = 256, 0.25
 
 
 def unchanged_objects(
@@ -31,10 +40,30 @@ def unchanged_objects(
     same = {}
     for info in listed:
         there = known.get(info.uri)
-        now = (info.size, info.etag, coding_of(info.uri, settings))
-        if there is not None and (there.size, there.etag, there.coding) == now:
+        if (
+            there is not None
+            and info.is_same(there.size, there.etag)
+            and there.coding == coding_of(info.uri, settings)
+        ):
             same[info.uri] = there
     return same
+
+
+def settle_limits(
+    batching: BatchingSettings, infos: Sequence[ObjectInfo], encoders: int, vector_bytes: int
+) -> UnitLimits:
+    """Return when a unit of new objects is full.
+
+    Args:
+        batching: unit_rows (auto gives each encoder UNITS_PER_ENCODER units) and unit_bytes.
+        infos: the new objects; how their bytes share out the units is all that is known before the scan.
+        encoders: that the cluster has room for.
+        vector_bytes: of a row of the output.
+    """
+    if batching.unit_rows != "auto":
+        return UnitLimits(batching.unit_rows, batching.unit_bytes, vector_bytes)
+    share = max(1, -(-sum(info.size for info in infos) // (encoders * UNITS_PER_ENCODER)))
+    return UnitLimits(MOST_AUTO_ROWS, batching.unit_bytes, vector_bytes, share, LEAST_AUTO_ROWS)
 
 
 def scan_objects(
@@ -42,32 +71,30 @@ def scan_objects(
     infos: Sequence[ObjectInfo],
     settings: CorpusSettings,
     limits: UnitLimits,
-    num_tasks: int,
     log_interval_s: float,
+    watch: Callable[[], None] = lambda: None,
 ) -> list[ScannedObject]:
     """Scan objects in Ray tasks, in the order given, and tell every ``log_interval_s`` how far that is.
 
     Raises:
         CorpusError: one or more objects are unreadable; names the first ones and says how many.
     """
-    items = [{"info": to_json(info).decode(), "no": number} for number, info in enumerate(infos)]
-    with data_context():
-        batches = (
-            ray.data.from_items(items, override_num_blocks=len(items))
-            .map_batches(
-                _scan_batch,
-                batch_format="pyarrow",
-                batch_size=1,
-                num_cpus=0.5,
-                compute=ray.data.TaskPoolStrategy(size=num_tasks),
-                fn_kwargs={"storage": storage, "settings": settings, "limits": limits},
-            )
-            .iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
-        )
+    batches = list(_scan_batches(infos))
+    found: list[list[ScannedObject | str]] = [[] for _ in batches]
+    cpus = ray.cluster_resources().get("CPU", 1.0)
     with Step("planning", "corpus objects", len(infos), log_interval_s) as step:
-        scanned = [row for batch in step.each(batches) for row in batch.to_pylist()]
-    scanned.sort(key=lambda row: row["no"])
-    errors = [row["error"] for row in scanned if row["error"]]
+        done = run_tasks(
+            scan_task,
+            ((storage, batch, settings, limits) for batch in batches),
+            at_once=max(1, int(cpus / SCAN_CPUS)),
+            watch=watch,
+            num_cpus=min(SCAN_CPUS, cpus),
+        )
+        for number, results in done:
+            found[number] = results
+            step.advance(len(results))
+    results = [result for batch in found for result in batch]
+    errors = [result for result in results if isinstance(result, str)]
     if errors:
         more = f"\n  and {len(errors) - MAX_NAMED_OBJECTS} more" if len(errors) > MAX_NAMED_OBJECTS else ""
         raise CorpusError(
@@ -75,23 +102,35 @@ def scan_objects(
             + "\n  ".join(errors[:MAX_NAMED_OBJECTS])
             + more
         )
-    return [from_json(ScannedObject, row["scanned"]) for row in scanned]
+    return [result for result in results if isinstance(result, ScannedObject)]
 
 
-def _scan_batch(batch: pa.Table, storage: Storage, settings: CorpusSettings, limits: UnitLimits) -> pa.Table:
-    scanned: list[str | None] = []
-    errors: list[str | None] = []
-    for text in batch["info"].to_pylist():
-        info = from_json(ObjectInfo, text)
+def _scan_batches(infos: Sequence[ObjectInfo]) -> Iterator[list[ObjectInfo]]:
+    batch: list[ObjectInfo] = []
+    n_bytes = 0
+    for info in infos:
+        if batch and (len(batch) >= SCAN_OBJECTS or n_bytes + info.size > SCAN_BYTES):
+            yield batch
+            batch, n_bytes = [], 0
+        batch.append(info)
+        n_bytes += info.size
+    if batch:
+        yield batch
+
+
+def scan_task(
+    storage: Storage, infos: Sequence[ObjectInfo], settings: CorpusSettings, limits: UnitLimits
+) -> list[ScannedObject | str]:
+    """Return what was found in each object, or why it cannot be read."""
+
+    def scan(info: ObjectInfo) -> ScannedObject | str:
         try:
-            scanned.append(to_json(scan_object(storage, info, settings, limits)).decode())
-            errors.append(None)
+            return scan_object(storage, info, settings, limits)
         except (CorpusError, StorageError) as error:
-            scanned.append(None)
-            errors.append(str(error))
-    return pa.table(
-        {"no": batch["no"], "scanned": pa.array(scanned, pa.string()), "error": pa.array(errors, pa.string())}
-    )
+            return str(error)
+
+    with ThreadPoolExecutor(min(SCAN_THREADS, len(infos))) as pool:
+        return list(pool.map(scan, infos))
 
 
 def extend_plan(
@@ -99,6 +138,7 @@ def extend_plan(
     previous: Plan | None,
     scanned: Sequence[ScannedObject],
     columns: Columns,
+    limits: UnitLimits,
 ) -> Plan:
     """Number the new objects after every number ever given, and leave out those that are gone.
 
@@ -109,15 +149,16 @@ def extend_plan(
         previous: the plan before.
         scanned: the objects that are new, in the order of their numbers.
         columns: of the data set.
+        limits: by which they were scanned; small ones are grouped up to the size of a unit.
 
     Raises:
         CorpusError: an object lacks a column, or has more rows than a vector id can count.
     """
     objects = dict(unchanged)
     number = previous.next_object_no if previous else 0
-    for scan in scanned:
+    for scan, group in zip(scanned, _groups(scanned, number, limits), strict=True):
         check_columns(scan, columns)
-        found = scan.under(number)
+        found = scan.under(number, group)
         if found.n_rows > MAX_ROWS_PER_OBJECT or number >= MAX_OBJECTS:
             raise CorpusError(
                 f"{found.uri}: {found.n_rows} rows as object {number}: too many for a vector id"
@@ -125,3 +166,36 @@ def extend_plan(
         objects[found.uri] = found
         number += 1
     return Plan(tuple(sorted(objects.values(), key=lambda o: o.object_no)), number)
+
+
+def _groups(scanned: Sequence[ScannedObject], first_no: int, limits: UnitLimits) -> list[int | None]:
+    """Return the group of each object: neighbours of one unit each, as many as fit into one together."""
+    whole = sum(sum(scan.unit_rows) for scan in scanned)
+    n_bytes = sum(scan.info.size for scan in scanned)
+    most_rows = limits.max_rows
+    if limits.share_bytes is not None and n_bytes:
+        share = math.ceil(whole * limits.share_bytes / n_bytes)
+        most_rows = min(most_rows, max(limits.min_rows, share))
+    groups: list[int | None] = [None] * len(scanned)
+    members: list[int] = []
+    rows = size = 0
+
+    def close() -> None:
+        if len(members) > 1:
+            for place in members:
+                groups[place] = first_no + members[0]
+
+    for place, scan in enumerate(scanned):
+        if len(scan.unit_rows) != 1:  # without rows there is nothing to do, with more there is enough
+            continue
+        too_large = rows + scan.unit_rows[0] > most_rows or size + scan.info.size > (
+            GROUP_SHARE * limits.max_bytes
+        )
+        if members and (too_large or len(members) >= GROUP_OBJECTS):
+            close()
+            members, rows, size = [], 0, 0
+        members.append(place)
+        rows += scan.unit_rows[0]
+        size += scan.info.size
+    close()
+    return groups

@@ -5,28 +5,30 @@ import logging
 from dataclasses import dataclass
 
 import pyarrow as pa
-import ray
 
 from bge_ray.dataset.folder import Dataset
-from bge_ray.errors import CorpusError, SettingsError
+from bge_ray.errors import CorpusError, DatasetMismatchError, SettingsError
 from bge_ray.formats.corpus import list_corpus, resolve_columns
 from bge_ray.model.feed.chunks import Chunker, splitting_rules
 from bge_ray.model.folder import ModelFolder
 from bge_ray.model.spec import model_folder, resolve_encoder, text_feeder
-from bge_ray.pipeline.embed.planning import extend_plan, scan_objects, unchanged_objects
-from bge_ray.pipeline.embed.tasks import CorpusUnit, SpanTask
-from bge_ray.pipeline.engine.pools import await_pools, device_of, encoder_request
+from bge_ray.pipeline.embed.planning import extend_plan, scan_objects, settle_limits, unchanged_objects
+from bge_ray.pipeline.embed.tasks import CorpusUnit, ReadTask, SpanTask
+from bge_ray.pipeline.engine.pools import await_pools, cluster_sizes, device_of, encoder_request
 from bge_ray.pipeline.engine.tasks import run_tasks
 from bge_ray.records.chunking import Chunking
 from bge_ray.records.columns import Columns, ColumnType
 from bge_ray.records.dataset import DatasetSpec, Marker
 from bge_ray.records.model import EMBEDDING, Canary, ModelSpec
-from bge_ray.records.plan import Plan, Removal, UnitLimits, find_removal, span_units, unit_fingerprint
+from bge_ray.records.plan import Plan, Removal, find_removal, span_units, unit_fingerprint
 from bge_ray.settings.sections import ChunkingSettings, Settings
 from bge_ray.storage.folders import refuse_collisions, refuse_own_files
 from bge_ray.storage.objects import Storage
 
 logger = logging.getLogger(__name__)
+
+# More than any cluster has room for: how many it has is what is asked.
+MOST_ENCODERS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,13 @@ class Planned:
     plan: Plan
     previous_number: int
     finished: dict[str, Marker]
-    todo: tuple[SpanTask, ...]
+    todo: tuple[ReadTask, ...]
     removal: Removal
 
     @property
     def todo_units(self) -> list[CorpusUnit]:
         """The units to do, in plan order."""
-        return [unit for span in self.todo for unit in span.todo]
+        return [unit for task in self.todo for unit in task.todo]
 
     @property
     def todo_rows(self) -> int:
@@ -63,6 +65,14 @@ def prepare(settings: Settings) -> Planned:
     # Not before: a data set of an earlier version has no journal, and its files would count as foreign.
     dataset.folder.refuse_foreign(dataset.folder.names)
     number, previous = dataset.latest_plan()
+    if spec_there is None:
+        if dataset.read_manifest() is not None:
+            raise DatasetMismatchError(
+                f"{dataset.root}: dataset.json is gone, and without it nobody knows what the vectors there "
+                "are; restore it, or choose another output.uri"
+            )
+        # A run that died between its plan and its dataset.json has done no unit of it.
+        previous = None
     listed = list_corpus(storage, settings.corpus)
     unchanged = unchanged_objects(listed, previous, settings.corpus)
     changed = [info for info in listed if info.uri not in unchanged]
@@ -73,14 +83,15 @@ def prepare(settings: Settings) -> Planned:
     if changed and _must_be_tried(model, spec_there):
         canaries = _try_model(settings, model, chunking)
     row_bytes = sum(output.row_bytes for output in model.outputs)
-    limits = UnitLimits(settings.batching.unit_rows, settings.batching.unit_bytes, row_bytes)
     scanned = []
+    encoders = 1
     if changed:
-        await_pools(settings, [encoder_request(settings, 1)], lambda: None)
+        sizes = cluster_sizes(settings, [encoder_request(settings, MOST_ENCODERS)], [], lambda: None)
+        encoders = sizes.pools["encoders"].count
+    limits = settle_limits(settings.batching, changed, encoders, row_bytes)
+    if changed:
         logger.info("scanning %d of %d corpus objects", len(changed), len(listed))
-        tasks = min(len(changed), max(1, int(ray.cluster_resources().get("CPU", 1))))
-        interval_s = settings.report.log_interval_s
-        scanned = scan_objects(storage, changed, settings.corpus, limits, tasks, interval_s)
+        scanned = scan_objects(storage, changed, settings.corpus, limits, settings.report.log_interval_s)
     if spec_there is not None:
         columns = _same_columns(settings, spec_there.columns)
     else:
@@ -88,7 +99,7 @@ def prepare(settings: Settings) -> Planned:
     spec = DatasetSpec(model, columns, canaries, chunking)
     if spec_there is not None:
         spec.check_same(spec_there, dataset.root)
-    plan = extend_plan(unchanged, previous, scanned, columns)
+    plan = extend_plan(unchanged, previous, scanned, columns, limits)
     removal = find_removal(previous, plan)
     _refuse_large(removal, settings, dataset.root)
     todo, still_finished = _subtract(spec, plan, dataset.finished())
@@ -124,9 +135,9 @@ def _check_index(settings: Settings, storage: Storage, spec: DatasetSpec, plan: 
 
 def _subtract(
     spec: DatasetSpec, plan: Plan, finished: dict[str, Marker]
-) -> tuple[tuple[SpanTask, ...], dict[str, Marker]]:
-    """Return the spans with something to do, and the markers that the plan still wants."""
-    todo: list[SpanTask] = []
+) -> tuple[tuple[ReadTask, ...], dict[str, Marker]]:
+    """Return what is to be read, and the markers that the plan still wants."""
+    spans: dict[tuple[int, int], list[SpanTask]] = {}
     wanted: dict[str, Marker] = {}
     rows_fingerprint = spec.rows_fingerprint
     for corpus_object in plan.objects:
@@ -140,9 +151,13 @@ def _subtract(
                     wanted[unit.name] = marker
                 else:
                     units.append(CorpusUnit(unit, fingerprint, corpus_object.uri))
-            if units:
-                todo.append(SpanTask(bare, span, tuple(units)))
-    return tuple(todo), wanted
+            place = (
+                corpus_object.object_no if corpus_object.group is None else corpus_object.group,
+                span.first_row,
+            )
+            spans.setdefault(place, []).append(SpanTask(bare, span, tuple(units)))
+    tasks = (ReadTask(tuple(together)) for together in spans.values())
+    return tuple(task for task in tasks if task.todo), wanted
 
 
 def _resolve_model(settings: Settings, there: DatasetSpec | None) -> ModelSpec:

@@ -1,11 +1,13 @@
-"""First stage: read a span, check its rows, tokenise them. A CPU task that loads no model.
+"""First stage: read spans, check their rows, tokenise them. A CPU task that loads no model.
 
 A row that cannot be used stays in the table with its reason, a unit that cannot be read is passed on as
 given up; only defects raise.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -13,98 +15,136 @@ import pyarrow as pa
 from bge_ray.errors import CorpusError, StorageError
 from bge_ray.formats.corpus import read_units
 from bge_ray.formats.rows import Passages, Rejected, check_rows
-from bge_ray.pipeline.embed.tasks import CorpusUnit, EmbedJob, SpanTask
+from bge_ray.pipeline.embed.cut import Texts, cut_passages, with_pieces
+from bge_ray.pipeline.embed.tasks import CorpusUnit, EmbedJob, ReadTask, SpanTask, UnitsTask
 from bge_ray.pipeline.engine.isolation import LETHAL_DEATHS, Attempt
 from bge_ray.pipeline.engine.parcel import Parcel
-from bge_ray.pipeline.engine.rows import Fault, spread, with_faults, with_tokens
-from bge_ray.pipeline.engine.tokenise import load_text_feeder, tokenise
+from bge_ray.pipeline.engine.rows import spread, with_faults
 from bge_ray.records.ids import vector_ids
-from bge_ray.records.plan import Unit
-from bge_ray.records.schemas import TEXT_HASH_BYTES, hash_texts
+from bge_ray.records.plan import Unit, span_units
 from bge_ray.records.tokens import PackedTokens
 
 # Upper edges, in tokens, of the length histogram: half powers of two from 4 to 16384.
 LENGTH_EDGES = tuple(round(2 ** (k / 2)) for k in range(4, 29))
 
 
-def read_span_stage(batch: pa.Table, job: EmbedJob) -> Iterator[pa.Table]:
-    """Read a span, check its rows and tokenise them; yields one parcel a unit."""
-    task = Parcel.from_batch(batch).task_as(SpanTask)
-    todo = {unit.unit.first_row: unit for unit in task.todo}
+# Objects of a group are read side by side: each waits for its requests most of the time.
+PARALLEL_OBJECTS = 16
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A unit as it was read: its accepted rows, and the others."""
+
+    unit: Unit
+    passages: Passages
+    rejected: list[Rejected]
+
+
+def read_stage(batch: pa.Table, job: EmbedJob) -> Iterator[pa.Table]:
+    """Read spans, check their rows and tokenise them; yields one parcel a unit, or one for all of a group."""
+    task = Parcel.from_batch(batch).task_as(ReadTask)
+    todo = {unit.unit.name: unit for unit in task.todo}
     with Attempt(job.ledger, f"read {task.todo[0].unit.name}") as attempt:
-        lethal = [u for u in task.todo if attempt.deaths.get(_reading(u), 0) >= LETHAL_DEATHS]
-        for unit in lethal:
-            del todo[unit.unit.first_row]
-            yield _give_up(unit, "reading it killed the worker process again and again")
+        lethal = {unit.name for unit in _all_units(task) if _deaths(attempt, unit) >= LETHAL_DEATHS}
+        for name in lethal & todo.keys():
+            yield _give_up(todo.pop(name), "reading it killed the worker process again and again")
         if attempt.total_deaths >= job.max_attempts:
             for unit in todo.values():
                 yield _give_up(unit, f"its worker process died {attempt.total_deaths} times")
             return
-        yield from _read_span(task, todo, job, attempt)
+        if task.is_group:
+            yield from _read_group(task, todo, lethal, job, attempt)
+        else:
+            yield from _read_span(task.spans[0], todo, job, attempt)
 
 
 def _read_span(
-    task: SpanTask, todo: dict[int, CorpusUnit], job: EmbedJob, attempt: Attempt
+    task: SpanTask, todo: dict[str, CorpusUnit], job: EmbedJob, attempt: Attempt
 ) -> Iterator[pa.Table]:
-    units = read_units(job.storage, task.corpus_object, task.span, job.spec.columns, set(todo))
+    wanted = {unit.unit.first_row for unit in todo.values()}
+    units = read_units(job.storage, task.corpus_object, task.span, job.spec.columns, wanted)
     for corpus_unit in list(todo.values()):
-        attempt.announce(_reading(corpus_unit))
+        attempt.announce(_reading(corpus_unit.unit))
         started = time.time()
         try:
             unit, rows = next(units)
         except (CorpusError, StorageError) as error:
             yield from (_give_up(left, str(error)) for left in todo.values())
             return
-        del todo[unit.first_row]
-        read = time.time()
-        passages, rejected = check_rows(rows)
-        table, tokens = _tokenised(job, attempt, unit, passages, rejected)
-        yield (
-            corpus_unit.parcel()
-            .filled(
-                table,
-                read_started=started,
-                read_s=read - started,
-                tokenise_s=time.time() - read,
-                text_bytes=sum(len(text.encode()) for text in passages.texts),
-                lengths=count_lengths(tokens.lengths),
-            )
-            .to_batch()
+        del todo[unit.name]
+        parts = [Checked(unit, *check_rows(rows))]
+        yield _filled(UnitsTask((corpus_unit,)), parts, started, job, attempt)
+
+
+def _read_group(
+    task: ReadTask, todo: dict[str, CorpusUnit], lethal: set[str], job: EmbedJob, attempt: Attempt
+) -> Iterator[pa.Table]:
+    def read(span: SpanTask) -> Checked | tuple[Unit, str]:
+        [unit] = span_units(span.corpus_object.object_no, span.span)
+        attempt.announce(_reading(unit))
+        try:
+            wanted = {unit.first_row}
+            [(_, rows)] = read_units(job.storage, span.corpus_object, span.span, job.spec.columns, wanted)
+        except (CorpusError, StorageError) as error:
+            return unit, str(error)
+        return Checked(unit, *check_rows(rows))
+
+    started = time.time()
+    spans = [s for s in task.spans if span_units(s.corpus_object.object_no, s.span)[0].name not in lethal]
+    # One by one after a death, so that the object that was at work is known.
+    with ThreadPoolExecutor(1 if attempt.careful else min(PARALLEL_OBJECTS, len(spans))) as pool:
+        found = list(pool.map(read, spans))
+    for result in found:
+        if isinstance(result, tuple) and result[0].name in todo:
+            yield _give_up(todo.pop(result[0].name), result[1])
+    parts = [result for result in found if isinstance(result, Checked)]
+    if todo:
+        yield _filled(UnitsTask(tuple(todo.values())), parts, started, job, attempt)
+
+
+def _filled(
+    task: UnitsTask, parts: Sequence[Checked], started: float, job: EmbedJob, attempt: Attempt
+) -> pa.Table:
+    """Return the parcel of some units, with all rows of the given ones tokenised."""
+    read = time.time()
+    table, tokens = _tokenised(job, attempt, task.name, parts)
+    return (
+        task.parcel()
+        .filled(
+            table,
+            read_started=started,
+            read_s=read - started,
+            tokenise_s=time.time() - read,
+            text_bytes=sum(len(text.encode()) for part in parts for text in part.passages.texts),
+            lengths=count_lengths(tokens.lengths),
         )
+        .to_batch()
+    )
 
 
 def _tokenised(
-    job: EmbedJob, attempt: Attempt, unit: Unit, passages: Passages, rejected: list[Rejected]
+    job: EmbedJob, attempt: Attempt, name: str, parts: Sequence[Checked]
 ) -> tuple[pa.Table, PackedTokens]:
-    """Return all rows of a unit, those with texts tokenised and the others with their reasons."""
-    feeder = load_text_feeder(job.spec.model, trust_remote_code=job.trust_remote_code)
-    rows, tokens, killed = tokenise(
-        attempt,
-        f"tokenising {unit.name}",
-        len(passages.texts),
-        lambda piece: feeder.passages([passages.texts[i] for i in piece]),
+    """Return all rows of some units: one for each piece that is tokenised, the others with their reasons."""
+    firsts = np.cumsum([0, *(part.unit.n_rows for part in parts)]).tolist()
+    texts = Texts.of([(first, part.passages) for first, part in zip(firsts, parts, strict=False)])
+    pieces, faults = cut_passages(
+        attempt, f"tokenising {name}", texts, job.spec, trust_remote_code=job.trust_remote_code
     )
-    table = unit_table(unit, passages, rejected, job.spec.model.passage_instruction)
-    lengths = np.zeros(len(passages.texts), np.int32)
-    truncated = np.zeros(len(passages.texts), np.bool_)
-    lengths[rows], truncated[rows] = tokens.lengths, tokens.truncated
-    table = table.append_column("n_tokens", spread(pa.array(lengths), passages.rows, len(table)))
-    table = table.append_column("truncated", spread(pa.array(truncated), passages.rows, len(table)))
-    faults: dict[int, Fault] = {int(passages.rows[i]): fault for i, fault in killed.items()}
-    return with_faults(with_tokens(table, passages.rows[rows], tokens), faults), tokens
+    table = pa.concat_tables(unit_table(part.unit, part.passages, part.rejected) for part in parts)
+    return with_pieces(table, texts, pieces, faults, job.spec), pieces.tokens
 
 
-def unit_table(unit: Unit, passages: Passages, rejected: list[Rejected], instruction: str) -> pa.Table:
-    """Return every row of a unit: ids, hash of the text that the model reads, kept columns, and faults.
+def unit_table(unit: Unit, passages: Passages, rejected: list[Rejected]) -> pa.Table:
+    """Return every row of a unit: ids, kept columns, and faults.
 
     What a rejected row lacks is null.
     """
     n_rows, rows = unit.n_rows, passages.rows
-    hashes = hash_texts(instruction + text for text in passages.texts)
     columns = {
         "vector_id": pa.array(vector_ids(unit.object_no, unit.first_row + np.arange(n_rows, dtype=np.int64))),
         "passage_id": spread(pa.array(passages.passage_ids, pa.string()), rows, n_rows),
-        "text_hash": spread(hashes.cast(pa.binary(TEXT_HASH_BYTES)), rows, n_rows),
         **{name: spread(column, rows, n_rows) for name, column in passages.kept.items()},
     }
     table = pa.table(columns)
@@ -123,9 +163,17 @@ def count_lengths(lengths: np.ndarray) -> list[int]:
     return [int(count) for count in np.bincount(bins, minlength=len(LENGTH_EDGES) + 1)]
 
 
-def _reading(unit: CorpusUnit) -> str:
-    return f"reading {unit.unit.name}"
+def _all_units(task: ReadTask) -> list[Unit]:
+    return [unit for s in task.spans for unit in span_units(s.corpus_object.object_no, s.span)]
+
+
+def _reading(unit: Unit) -> str:
+    return f"reading {unit.name}"
+
+
+def _deaths(attempt: Attempt, unit: Unit) -> int:
+    return attempt.deaths.get(_reading(unit), 0)
 
 
 def _give_up(unit: CorpusUnit, error: str) -> pa.Table:
-    return unit.parcel().failed(error).to_batch()
+    return UnitsTask((unit,)).parcel().failed(error).to_batch()

@@ -1,4 +1,4 @@
-"""What the stages of an embed run know: the span that they start from, its units, and where they write."""
+"""What the stages of an embed run know: the spans that they start from, their units, and where they write."""
 
 from dataclasses import dataclass
 
@@ -18,9 +18,24 @@ class CorpusUnit:
     fingerprint: str
     uri: str
 
+
+@dataclass(frozen=True)
+class UnitsTask:
+    """Units that travel together: one of a large object, or those of a group of small ones.
+
+    The table may hold rows of other units of the group, which are done already and only encoded with them.
+    """
+
+    units: tuple[CorpusUnit, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the first unit."""
+        return self.units[0].unit.name
+
     def parcel(self) -> Parcel:
-        """Return the unit as it travels."""
-        return Parcel.of(self.unit.name, self)
+        """Return the units as they travel."""
+        return Parcel.of(self.name, self)
 
 
 @dataclass(frozen=True)
@@ -31,8 +46,33 @@ class SpanTask:
     span: Span
     todo: tuple[CorpusUnit, ...]
 
+
+@dataclass(frozen=True)
+class ReadTask:
+    """What one task reads: a span, whose units go on one by one, or the spans of a group, which go together.
+
+    Of a group all spans are there, also those with nothing to do.
+    """
+
+    spans: tuple[SpanTask, ...]
+
+    @property
+    def todo(self) -> tuple[CorpusUnit, ...]:
+        """The units to do, in plan order."""
+        return tuple(unit for span in self.spans for unit in span.todo)
+
+    @property
+    def is_group(self) -> bool:
+        """Tell whether the units go on together."""
+        return len(self.spans) > 1
+
+    @property
+    def n_parcels(self) -> int:
+        """How many parcels come of it."""
+        return 1 if self.is_group else len(self.todo)
+
     def parcel(self) -> Parcel:
-        """Return the span as it travels to the stage that reads it."""
+        """Return it as it travels to the stage that reads."""
         return Parcel.of(self.todo[0].unit.name, self)
 
 

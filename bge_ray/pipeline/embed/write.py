@@ -1,8 +1,10 @@
-"""Third stage: commit a unit, and send the driver a receipt."""
+"""Third stage: commit units, and send the driver a receipt."""
 
 import dataclasses
 import time
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,41 +13,66 @@ import pyarrow.compute as pc
 
 from bge_ray.dataset.commit import ShardWriter
 from bge_ray.errors import StorageError
-from bge_ray.pipeline.embed.tasks import CorpusUnit, EmbedJob
+from bge_ray.pipeline.embed.tasks import CorpusUnit, EmbedJob, UnitsTask
 from bge_ray.pipeline.engine.isolation import Attempt
 from bge_ray.pipeline.engine.parcel import Parcel
-from bge_ray.records.dataset import DatasetSpec
-from bge_ray.records.ids import first_ids, split_vector_ids
+from bge_ray.records.dataset import DatasetSpec, Marker
+from bge_ray.records.ids import first_ids, id_range, split_vector_ids
+from bge_ray.records.plan import Unit
 from bge_ray.records.schemas import REJECTED_SCHEMA, embedding_schema
 from bge_ray.report.facts import EXAMPLES_PER_REASON
 
 MAX_ID_CHARS = 200
+# Files of one parcel that are written at once: each waits for its store most of the time.
+PARALLEL_COMMITS = 8
 
 
-def commit_stage(batch: pa.Table, job: EmbedJob) -> pa.Table:
-    """Commit one unit; what goes on to the driver is a receipt without its table."""
+def commit_stage(batch: pa.Table, job: EmbedJob) -> Iterator[pa.Table]:
+    """Commit the units of a parcel; the driver gets one receipt, and one for each that failed."""
     parcel = Parcel.from_batch(batch)
     if parcel.table is None:
-        return batch
-    task = parcel.task_as(CorpusUnit)
+        yield batch
+        return
+    units = parcel.task_as(UnitsTask).units
     writer = ShardWriter(job.storage, job.root, job.spec, job.compression)
     with Attempt(job.ledger, f"write {parcel.name}") as attempt:
         if attempt.total_deaths >= job.max_attempts:
-            return parcel.failed(f"its writer died {attempt.total_deaths} times").to_batch()
+            yield parcel.failed(f"its writer died {attempt.total_deaths} times").to_batch()
+            return
         started = time.time()
         shard, rejected = split_rows(job.spec, parcel.table)
-        try:
-            marker = writer.commit(task.unit, task.fingerprint, shard, rejected)
-        except StorageError as error:
-            return parcel.failed(str(error)).to_batch()
+        parts = [(task, _of_unit(shard, task.unit), _of_unit(rejected, task.unit)) for task in units]
+
+        def commit(part: tuple[CorpusUnit, pa.Table, pa.Table]) -> Marker | str:
+            task, own, left_out = part
+            try:
+                return writer.commit(task.unit, task.fingerprint, own, left_out)
+            except StorageError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(min(PARALLEL_COMMITS, len(parts))) as pool:
+            results = list(pool.map(commit, parts))
     ended = time.time()
-    facts: dict[str, Any] = {
-        "write_s": ended - started,
-        "written": ended,
-        "rejected_examples": _examples(task, rejected),
-        "marker": dataclasses.asdict(marker),
-    }
-    return parcel.filled(None, **facts).to_batch()
+    for task, result in zip(units, results, strict=True):
+        if isinstance(result, str):
+            yield UnitsTask((task,)).parcel().failed(result).to_batch()
+    done = [(p, marker) for p, marker in zip(parts, results, strict=True) if isinstance(marker, Marker)]
+    if done:
+        facts: dict[str, Any] = {
+            "write_s": ended - started,
+            "written": ended,
+            "rejected_examples": [e for (task, _, left_out), _ in done for e in _examples(task, left_out)],
+            "markers": [dataclasses.asdict(marker) for _, marker in done],
+        }
+        yield parcel.filled(None, **facts).to_batch()
+
+
+def _of_unit(table: pa.Table, unit: Unit) -> pa.Table:
+    """Return the rows of a unit of a table whose vector ids ascend."""
+    start, stop = np.searchsorted(
+        table["vector_id"].to_numpy(), id_range(unit.object_no, unit.first_row, unit.n_rows)
+    )
+    return table.slice(start, stop - start)
 
 
 def split_rows(spec: DatasetSpec, table: pa.Table) -> tuple[pa.Table, pa.Table]:

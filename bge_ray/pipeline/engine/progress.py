@@ -178,9 +178,9 @@ class Step:
             planned = self._done if self._total is None else self._total
             self._facts.book_step(self._name, planned, self._done, (self._started, time.time()))
 
-    def advance(self) -> None:
-        """Count one as done."""
-        self._done += 1
+    def advance(self, count: int = 1) -> None:
+        """Count one as done, or some."""
+        self._done += count
 
     def each(self, items: Iterable[T]) -> Iterator[T]:
         """Yield items as they are asked for, and count them."""

@@ -58,21 +58,21 @@ class Telemetry:
         self._set("encoders", facts.workers.models)
         self._set("units_left", facts.units_planned)
 
-    def finish_unit(self, receipt: Receipt) -> None:
-        """Count a finished unit."""
+    def finish_unit(self, receipt: Receipt, units: int = 1) -> None:
+        """Count a finished unit, or some that were done together."""
         for name, amount in _amounts(receipt).items():
             self._count(name, amount)
         for reason, rows in receipt.reasons.items():
             self._count("rejected_rows", rows, reason=reason)
-        self._end_unit("units")
+        self._end_units("units", units)
 
     def fail_unit(self) -> None:
         """Count a unit that was given up."""
-        self._end_unit("failed_units")
+        self._end_units("failed_units", 1)
 
-    def _end_unit(self, counter: str) -> None:
-        self._count(counter, 1)
-        self._units_left -= 1
+    def _end_units(self, counter: str, units: int) -> None:
+        self._count(counter, units)
+        self._units_left -= units
         self._set("units_left", self._units_left)
 
     def _register(self) -> None:

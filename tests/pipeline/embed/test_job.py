@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import ray
 
+from bge_ray.dataset.folder import Dataset
 from bge_ray.errors import (
     BgeRayError,
     CorpusError,
@@ -22,8 +23,12 @@ from bge_ray.errors import (
     IncompleteRunError,
     ModelError,
     RejectedRowsError,
+    SettingsError,
 )
 from bge_ray.pipeline.embed.job import embed, plan_only
+from bge_ray.pipeline.embed.prepare import prepare
+from bge_ray.records.canonical import to_json
+from bge_ray.records.dataset import make_manifest
 from bge_ray.records.ids import split_vector_ids
 from bge_ray.settings.sections import Settings, parse_settings
 from bge_ray.storage.objects import Storage, join
@@ -165,6 +170,64 @@ def test_a_process_of_its_own_resumes_what_another_planned(
     assert read_manifest(f"{bucket}/out") == before
 
 
+def test_chunks_of_long_texts_lie_where_they_say_and_have_vectors_of_their_own(
+    bucket: str, tiny_model: Path
+) -> None:
+    sentence = "the quick brown fox number {} jumps over the lazy dog."
+    texts = {
+        "short": "a corpus in object storage.",
+        "long": " ".join(sentence.format(n) for n in range(40)),
+        "chinese": "为这个句子生成表示。" * 40,
+        "endless": "fox jumps over it. " * 60_000,
+        "bad": "",
+    }
+    rows = [{"id": key, "title": f"title of {key}", "text": text} for key, text in texts.items()]
+    rows[-1]["title"] = ""
+    upload(f"{bucket}/corpus", {"x.jsonl": jsonl_bytes(rows)})
+    keys = ["chunking.max_tokens=40", "chunking.overlap_tokens=16", "chunking.titles=every"]
+    settings = settings_for(
+        bucket, tiny_model, *keys, "chunking.keep_text=true", "corpus.max_rejected_fraction=0.5"
+    )
+    result = embed(settings)
+    assert (result.report.rows_in, result.report.rows_out, result.report.rows_rejected) == (5, 3, 2)
+    rejected = {r["passage_id"]: r["reason"] for r in read_shards(f"{bucket}/out", "rejected").to_pylist()}
+    assert rejected == {"endless": "too_many_chunks", "bad": "empty_text"}
+    table = read_shards(f"{bucket}/out")
+    assert result.manifest.vectors == len(table) > 20
+    places = split_vector_ids(table["vector_id"].to_numpy())
+    assert places.chunk_no.tolist() == table["chunk_no"].to_pylist()
+    assert int(table["n_tokens"].to_numpy().max()) <= 40
+    assert not any(table["truncated"].to_pylist())
+    chunks: dict[str, list[dict[str, object]]] = {}
+    for row in table.to_pylist():
+        chunks.setdefault(row["passage_id"], []).append(row)
+        assert texts[row["passage_id"]][row["start"] : row["end"]] == row["chunk_text"]
+    assert {key: [c["chunk_no"] for c in found] for key, found in chunks.items()} == {
+        key: list(range(len(found))) for key, found in chunks.items()
+    }
+    assert [c["start"] for c in chunks["short"]] == [0] and len(chunks["long"]) > 10
+    assert all(str(c["chunk_text"]).endswith("dog.") for c in chunks["long"])
+    assert all(str(c["chunk_text"]).endswith("。") for c in chunks["chinese"])
+    # A chunk has the vector of a passage that is its title and its text.
+    alone = [
+        {"id": f"{key}-{c['chunk_no']}", "title": f"title of {key}", "text": c["chunk_text"]}
+        for key, found in chunks.items()
+        for c in found
+    ]
+    upload(f"{bucket}/alone", {"x.jsonl": jsonl_bytes(alone)})
+    embed(
+        settings_for(f"{bucket}", tiny_model, f"corpus.uri={bucket}/alone", f"output.uri={bucket}/alone-out")
+    )
+    vectors = vectors_by_id(f"{bucket}/alone-out")
+    for key, found in chunks.items():
+        for chunk in found:
+            assert np.abs(np.asarray(chunk["embedding"]) - vectors[f"{key}-{chunk['chunk_no']}"]).max() < 1e-5
+    with pytest.raises(DatasetMismatchError, match="chunking.max_tokens: there 40, now 64"):
+        embed(settings_for(bucket, tiny_model, *keys, "chunking.max_tokens=64", "chunking.keep_text=true"))
+    with pytest.raises(SettingsError, match="chunking.max_tokens 600: the model keeps"):
+        embed(settings_for(bucket, tiny_model, "chunking.max_tokens=600"))
+
+
 BAD_LINES = [
     (b'{"id": "null text", "text": null}', "null_text"),
     (b'{"id": "no text"}', "null_text"),
@@ -180,6 +243,54 @@ BAD_LINES = [
     (b'{"id": "cut", "text": "no end', "malformed_line"),
     (b'["a", "list"]', "malformed_line"),
 ]
+
+
+def test_small_objects_go_together_and_come_out_one_by_one(bucket: str, tiny_model: Path) -> None:
+    """Of a group that was cut off only what is missing is written, with the bytes of an undisturbed run."""
+    small = [
+        {"id": f"{i}-{j}", "text": f"object {i} row {j} " * (1 + i * 37 % 90)}
+        for i in range(40)
+        for j in range(3)
+    ]
+    objects = {f"{i:02d}.jsonl": jsonl_bytes(small[3 * i : 3 * i + 3]) for i in range(40)}
+    objects["07.jsonl"] += b'{"id": "7-3", "text": ""}\n'
+    upload(f"{bucket}/corpus", objects)
+    limits = ["batching.unit_rows=auto", "corpus.max_rejected_fraction=0.1"]
+    clean = embed(settings_for(bucket, tiny_model, *limits))
+    assert (clean.report.rows_in, clean.report.rows_out, clean.report.units_done) == (121, 120, 40)
+    assert [(m.unit.object_no, m.unit.n_rows) for m in clean.manifest.shards] == [
+        (i, 4 if i == 7 else 3) for i in range(40)
+    ]
+    assert read_shards(f"{bucket}/out")["passage_id"].to_pylist() == [row["id"] for row in small]
+    lost = [m.embeddings.path for m in clean.manifest.shards if m.unit.object_no % 3]
+    STORAGE.delete([f"{bucket}/out/{path}" for path in lost])
+    again = embed(settings_for(bucket, tiny_model, *limits))
+    assert again.report.units_done == len(lost)
+    assert again.manifest == clean.manifest  # sha256 of every file included
+    # One of them changes, one goes: the others stay as they are.
+    upload(f"{bucket}/corpus", {"20.jsonl": jsonl_bytes(small[:2])})
+    STORAGE.delete([f"{bucket}/corpus/21.jsonl"])
+    third = embed(settings_for(bucket, tiny_model, *limits))
+    assert third.report.units_done == 1
+    kept = {m.unit.object_no: m for m in clean.manifest.shards if m.unit.object_no not in (20, 21)}
+    assert {m.unit.object_no: m for m in third.manifest.shards if m.unit.object_no < 40} == kept
+
+
+def test_without_its_dataset_json_nothing_is_mixed_in(bucket: str, tiny_model: Path) -> None:
+    """Of a complete data set it must be restored; a run that died before writing it is planned again."""
+    upload(
+        f"{bucket}/corpus", {"a.jsonl": jsonl_bytes([{"id": str(i), "text": f"text {i}"} for i in range(30)])}
+    )
+    settings = settings_for(bucket, tiny_model)
+    plan = prepare(settings).plan
+    dataset = Dataset(STORAGE, f"{bucket}/out")
+    dataset.folder.claim()
+    dataset.create_plan(1, plan)
+    again = prepare(settings)
+    assert (again.previous_number, again.plan, again.todo_rows) == (1, plan, 30)
+    dataset.folder.put("manifest.json", to_json(make_manifest(again.spec.vector_fingerprint, [])))
+    with pytest.raises(DatasetMismatchError, match=r"dataset\.json is gone.*restore it"):
+        prepare(settings)
 
 
 def test_each_bad_row_is_rejected_with_its_reason_and_the_rest_is_done(bucket: str, tiny_model: Path) -> None:
