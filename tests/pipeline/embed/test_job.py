@@ -222,9 +222,9 @@ def test_chunks_of_long_texts_lie_where_they_say_and_have_vectors_of_their_own(
     for key, found in chunks.items():
         for chunk in found:
             assert np.abs(np.asarray(chunk["embedding"]) - vectors[f"{key}-{chunk['chunk_no']}"]).max() < 1e-5
-    with pytest.raises(DatasetMismatchError, match="chunking.max_tokens: there 40, now 64"):
+    with pytest.raises(DatasetMismatchError, match=r"chunking.max_tokens: there 40, now 64"):
         embed(settings_for(bucket, tiny_model, *keys, "chunking.max_tokens=64", "chunking.keep_text=true"))
-    with pytest.raises(SettingsError, match="chunking.max_tokens 600: the model keeps"):
+    with pytest.raises(SettingsError, match=r"chunking.max_tokens 600: the model keeps"):
         embed(settings_for(bucket, tiny_model, "chunking.max_tokens=600"))
 
 
