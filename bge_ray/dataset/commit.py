@@ -108,7 +108,8 @@ class ShardWriter:
         }
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), **facts})
         # A dictionary makes the embedding column larger and ten times slower to read (faiss notes, 7).
-        text = [f.name for f in table.schema if f.name != "passage_id" and pa.types.is_string(f.type)]
+        unlike = ("passage_id", "chunk_text")  # no two are the same, or hardly
+        text = [f.name for f in table.schema if f.name not in unlike and pa.types.is_string(f.type)]
         outputs = {output.name for output in model.outputs}
         buffer = io.BytesIO()
         pq.write_table(

@@ -33,11 +33,17 @@ class RawRows:
 
 @dataclass(frozen=True)
 class Passages:
-    """The accepted rows: ``rows`` are (n,) int64 positions within the unit, ascending."""
+    """The accepted rows: ``rows`` are (n,) int64 positions within the unit, ascending.
+
+    ``texts`` are title and text joined, as a model reads them whole; ``bodies`` and ``titles`` the two as
+    they stand in the corpus, "" for no title.
+    """
 
     rows: IdArray
     passage_ids: list[str]
     texts: list[str]
+    bodies: list[str]
+    titles: list[str]
     kept: dict[str, pa.Array]
 
 
@@ -60,6 +66,8 @@ def check_rows(rows: RawRows) -> tuple[Passages, list[Rejected]]:
     accepted: list[int] = []
     passage_ids: list[str] = []
     texts: list[str] = []
+    bodies: list[str] = []
+    titles: list[str] = []
     rejected: list[Rejected] = []
     seen: set[str] = set()
     for row in range(len(rows)):
@@ -79,9 +87,11 @@ def check_rows(rows: RawRows) -> tuple[Passages, list[Rejected]]:
         accepted.append(row)
         passage_ids.append(passage_id)
         texts.append(text)
+        bodies.append(str(rows.texts[row]))
+        titles.append("" if title is None else str(title))
     positions = np.asarray(accepted, dtype=np.int64)
     kept = {name: column.take(pa.array(positions)) for name, column in rows.kept.items()}
-    return Passages(positions, passage_ids, texts, kept), rejected
+    return Passages(positions, passage_ids, texts, bodies, titles, kept), rejected
 
 
 def take_passages(passages: Passages, keep: IdArray) -> Passages:
@@ -90,6 +100,8 @@ def take_passages(passages: Passages, keep: IdArray) -> Passages:
         rows=passages.rows[keep],
         passage_ids=[passages.passage_ids[i] for i in keep],
         texts=[passages.texts[i] for i in keep],
+        bodies=[passages.bodies[i] for i in keep],
+        titles=[passages.titles[i] for i in keep],
         kept={name: column.take(pa.array(keep)) for name, column in passages.kept.items()},
     )
 

@@ -13,11 +13,14 @@ from pydantic import TypeAdapter
 
 from bge_ray.errors import DatasetMismatchError
 from bge_ray.records.canonical import digest, flatten
+from bge_ray.records.chunking import Chunking
 from bge_ray.records.columns import Columns
 from bge_ray.records.ids import FORMAT_VERSION
 from bge_ray.records.model import Canary, ModelSpec
 from bge_ray.records.plan import Unit
 
+# Of which no vector depends, but the rows of shards do.
+ROWS_ONLY = ("columns.", "chunking.keep_text")
 # Where a model lies and what is put before queries change no vector of the data set; canaries follow from
 # the model.
 NOT_DECISIVE = (
@@ -39,12 +42,13 @@ class DatasetSpec:
     model: ModelSpec
     columns: Columns
     canaries: tuple[Canary, ...] = ()
+    chunking: Chunking | None = None
     format_version: int = FORMAT_VERSION
 
     @property
     def vector_fingerprint(self) -> str:
         """Hex sha256 over all that makes a vector of a text."""
-        return digest({k: v for k, v in self.decisive().items() if not k.startswith("columns.")})
+        return digest({k: v for k, v in self.decisive().items() if not k.startswith(ROWS_ONLY)})
 
     @property
     def rows_fingerprint(self) -> str:
@@ -60,6 +64,8 @@ class DatasetSpec:
         }
         # The name says all of a type, the same in every version of Arrow.
         facts["columns"]["kept"] = {name: kind.name for name, kind in self.columns.kept.items()}
+        if self.chunking is None:
+            del facts["chunking"]
         flat = flatten(facts)
         absent = {key for key in OPTIONAL if flat[key] is None}
         return {key: value for key, value in flat.items() if key not in NOT_DECISIVE and key not in absent}

@@ -57,6 +57,11 @@ def split_vector_ids(ids: IdArray) -> Places:
     )
 
 
+def first_ids(ids: IdArray) -> IdArray:
+    """Return for (n,) vector ids that of the first chunk of the same row."""
+    return ids & ~np.int64(MAX_CHUNKS_PER_ROW - 1)
+
+
 def id_range(object_no: int, first_row: int, n_rows: int) -> tuple[int, int]:
     """Return (start, stop) of the ids that the vectors of a range of rows may have."""
     start = (object_no << (ROW_BITS + CHUNK_BITS)) | (first_row << CHUNK_BITS)

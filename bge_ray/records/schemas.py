@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import pyarrow as pa
 
+from bge_ray.records.chunking import Chunking
 from bge_ray.records.outputs import Output
 
 TEXT_HASH_BYTES = 16
@@ -35,17 +36,27 @@ REJECTED_SCHEMA = pa.schema(
 )
 
 
-def embedding_schema(outputs: Sequence[Output], kept: pa.Schema) -> pa.Schema:
+def embedding_schema(
+    outputs: Sequence[Output], kept: pa.Schema, chunking: Chunking | None = None
+) -> pa.Schema:
     """Schema of an embedding shard.
 
     Args:
         outputs: of the model, a column each.
         kept: the metadata columns carried along, with their types.
+        chunking: how texts are cut; ``start`` and ``end`` (exclusive) count characters of the text as it
+            stands in the corpus.
     """
+    chunk = []
+    if chunking is not None:
+        chunk = [pa.field(name, pa.int32(), nullable=False) for name in ("chunk_no", "start", "end")]
+        if chunking.keep_text:
+            chunk.append(pa.field("chunk_text", pa.string(), nullable=False))
     return pa.schema(
         [
             pa.field("vector_id", pa.int64(), nullable=False),
             pa.field("passage_id", pa.string(), nullable=False),
+            *chunk,
             pa.field("text_hash", pa.binary(TEXT_HASH_BYTES), nullable=False),
             pa.field("n_tokens", pa.int32(), nullable=False),
             pa.field("truncated", pa.bool_(), nullable=False),

@@ -37,6 +37,14 @@ class PackedTokens:
         return len(self.truncated)
 
     @staticmethod
+    def of(ids: "Sequence[Sequence[int]]", truncated: npt.NDArray[np.bool_]) -> "PackedTokens":
+        """Lay the token ids of n rows end to end."""
+        offsets = np.zeros(len(ids) + 1, dtype=np.int32)
+        np.cumsum([len(row) for row in ids], out=offsets[1:])
+        flat = np.concatenate([np.zeros(0, np.int32), *(np.asarray(row, dtype=np.int32) for row in ids)])
+        return PackedTokens(flat, offsets, truncated)
+
+    @staticmethod
     def concatenate(parts: "Sequence[PackedTokens]") -> "PackedTokens":
         """Lay the rows of several parts end to end.
 

@@ -245,6 +245,42 @@ class BatchingSettings(Section):
         return self
 
 
+class ChunkingSettings(Section):
+    """Whether and how long texts are cut, so that the model sees all of each."""
+
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="most tokens of a chunk as the model sees it: special tokens, instruction and title "
+        "included; null: a text is one row, and cut off at model.max_length",
+    )
+    overlap_tokens: int = Field(
+        0, ge=0, description="most tokens that a chunk repeats of the one before, in whole sentences"
+    )
+    boundary: Literal["sentence", "paragraph", "token"] = Field(
+        "sentence",
+        description="where a chunk ends if it can: sentence, paragraph (then sentence), or token; what is "
+        "longer than a chunk is cut at lines, words, tokens",
+    )
+    language: str = Field(
+        "en",
+        min_length=2,
+        description="language whose abbreviations end no sentence (ISO 639-1); others are cut, too",
+    )
+    titles: Literal["first", "every"] = Field(
+        "first", description="which chunks have the title in front: the first of a text, or every one"
+    )
+    keep_text: bool = Field(False, description="store the text of each chunk in the column chunk_text")
+
+    @model_validator(mode="after")
+    def _overlaps_less_than_half(self) -> "ChunkingSettings":
+        if self.max_tokens is None and self.overlap_tokens:
+            raise ValueError("overlap_tokens: there are no chunks without max_tokens")
+        if self.max_tokens is not None and self.overlap_tokens > self.max_tokens // 2:
+            raise ValueError(f"overlap_tokens: must be at most half of max_tokens ({self.max_tokens})")
+        return self
+
+
 class OutputSettings(Section):
     """Where the data set is written."""
 
@@ -573,6 +609,7 @@ class Settings(Section):
 
     corpus: CorpusSettings = CorpusSettings()
     model: ModelSettings = ModelSettings()
+    chunking: ChunkingSettings = ChunkingSettings()
     batching: BatchingSettings = BatchingSettings()
     output: OutputSettings = OutputSettings()
     resources: ResourcesSettings = ResourcesSettings()

@@ -30,6 +30,7 @@ from bge_ray.records.canonical import from_json, to_json
 from bge_ray.records.columns import Columns
 from bge_ray.records.dataset import DatasetSpec
 from bge_ray.records.plan import Unit, UnitLimits
+from bge_ray.records.schemas import hash_texts
 from bge_ray.storage.objects import Storage
 from tests.support.reading import compress, csv_bytes, jsonl_bytes, parquet_bytes, read, resolve, scan
 from tests.support.records import DIM, make_spec, make_writer
@@ -58,7 +59,8 @@ def through_a_shard(objects: dict[str, bytes], *names: str) -> pa.Table:
                 assert not rejected
                 n = len(passages.rows)
                 unit = Unit(number, first_row, n)
-                table = _through_ipc(unit_table(unit, passages, [], ""))
+                table = _through_ipc(unit_table(unit, passages, []))
+                table = table.append_column("text_hash", hash_texts(passages.texts))
                 table = table.append_column("n_tokens", pa.array(np.ones(n, np.int32)))
                 table = table.append_column("truncated", pa.array(np.zeros(n, np.bool_)))
                 vectors = pa.array([[0.0] * DIM] * n, pa.list_(pa.float32(), DIM))

@@ -4,7 +4,7 @@ Queries of a model that learns from examples are cut and joined as FlagEmbedding
 decoder_only/icl.py): the query is cut to its share and decoded again, so that what stands behind it stays.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +78,11 @@ class DecoderFeeder(TextFeeder):
 
     def _cut(self, instruction: str, texts: Sequence[str]) -> PackedTokens:
         return self._ended([instruction + text for text in texts], self._max_length)
+
+    def uncut(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """Yield all tokens of each text as it is, the first and the last token included."""
+        for ids in super().uncut(texts):
+            yield [*self._head.tolist(), *ids, *self._tail.tolist()]
 
     def _ended(self, texts: Sequence[str], max_length: int) -> PackedTokens:
         """Tokenise texts, each cut to max_length tokens, the first and the last token among them."""

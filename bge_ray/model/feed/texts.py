@@ -1,11 +1,12 @@
 """Texts to packed token ids, on the CPU, exactly as the model's own tokenizer cuts them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from bge_ray.errors import ModelError
 from bge_ray.model.feed.pipeline import (
@@ -88,9 +89,30 @@ class TextFeeder:
             for instruction in {query_instruction, passage_instruction} - {""}:
                 self._unpooled[instruction] = self._count(instruction, set(tokenizer.all_special_ids))
 
+    @property
+    def passage_instruction(self) -> str:
+        """What is put before each passage."""
+        return self._passage_instruction
+
     def passages(self, texts: Sequence[str]) -> PackedTokens:
         """Tokenise n passages, special tokens included, each cut to max_length tokens."""
         return self._cut(self._passage_instruction, texts)
+
+    def uncut(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """Yield all tokens of each text as it is, without an instruction, special tokens included."""
+        yield from self._cutter.ids(texts, special_tokens=True)
+
+    def laid_out(self, ids: Sequence[Sequence[int]], truncated: npt.NDArray[np.bool_]) -> PackedTokens:
+        """Lay what `uncut` gave of n passages with their instruction end to end."""
+        return self._without_prompt(self._passage_instruction, PackedTokens.of(ids, truncated))
+
+    def bare(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """Yield all tokens of each text as it is, without an instruction and without special tokens."""
+        yield from self._cutter.ids(texts, special_tokens=False)
+
+    def places(self, text: str) -> list[tuple[int, int]]:
+        """Return which characters of a text each of its tokens stands for, special tokens apart."""
+        return self._cutter.places(text)
 
     def queries(self, texts: Sequence[str]) -> PackedTokens:
         """Tokenise n queries, special tokens included, each cut to max_length tokens."""
@@ -100,9 +122,13 @@ class TextFeeder:
         if instruction:
             texts = [instruction + text for text in texts]
         tokens = self._cutter.cut(texts, self._max_length, special_tokens=True)
+        return self._without_prompt(instruction, tokens)
+
+    def _without_prompt(self, instruction: str, tokens: PackedTokens) -> PackedTokens:
+        """Say of texts behind an instruction how many tokens of it are not pooled."""
         if instruction not in self._unpooled:
             return tokens
-        n_left_out = np.full(len(texts), self._unpooled[instruction], dtype=np.int32)
+        n_left_out = np.full(len(tokens), self._unpooled[instruction], dtype=np.int32)
         return dataclasses.replace(tokens, prompt_tokens=n_left_out)
 
     def _count(self, instruction: str, special: set[int]) -> int:
@@ -144,10 +170,21 @@ class Cutter:
                 ids.append(kept)
                 # Asking for the overflow copies it, and a short row has none.
                 truncated[start + row] = len(kept) >= max_length and bool(encoding.overflowing)
-        offsets = np.zeros(len(texts) + 1, dtype=np.int32)
-        np.cumsum([len(row) for row in ids], out=offsets[1:])
-        flat = np.concatenate([np.asarray(row, dtype=np.int32) for row in ids] or [np.zeros(0, np.int32)])
-        return PackedTokens(flat, offsets, truncated)
+        return PackedTokens.of(ids, truncated)
+
+    def ids(self, texts: Sequence[str], *, special_tokens: bool) -> Iterator[list[int]]:
+        """Yield all tokens of each text."""
+        for start in range(0, len(texts), ENCODE_TEXTS):
+            self._backend.no_truncation()
+            part = list(texts[start : start + ENCODE_TEXTS])
+            for encoding in self._backend.encode_batch_fast(part, add_special_tokens=special_tokens):
+                yield encoding.ids
+
+    def places(self, text: str) -> list[tuple[int, int]]:
+        """Return the characters of each token of a text."""
+        self._backend.no_truncation()
+        found: list[tuple[int, int]] = self._backend.encode(text, add_special_tokens=False).offsets
+        return found
 
     def _cut_long(self, text: str, chars: int, special_tokens: bool) -> Any:
         """Tokenise a text by prefixes, longer and longer until the rest cannot matter."""

@@ -1,6 +1,7 @@
 """What a run would do and roughly take, measured on a sample of its own first passages."""
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,11 +11,13 @@ import ray
 
 from bge_ray.formats.corpus import read_units
 from bge_ray.formats.rows import check_rows
+from bge_ray.model.feed.chunks import Chunker
 from bge_ray.model.run.batching import settle_budget
 from bge_ray.model.spec import model_folder, text_feeder
 from bge_ray.pipeline.embed.prepare import Planned
 from bge_ray.pipeline.embed.tasks import ReadTask, SpanTask
 from bge_ray.pipeline.engine.pools import Pool, Sizes
+from bge_ray.records.chunking import Chunking
 from bge_ray.records.columns import Columns
 from bge_ray.records.model import ModelSpec
 from bge_ray.records.outputs import row_bytes
@@ -99,16 +102,17 @@ def estimate(planned: Planned, sizes: Sizes | None, settings: Settings) -> Estim
     budget = settle_budget(settings.batching.token_budget, on_gpu=encoders.gpus > 0)
     sampling = ray.remote(num_cpus=0)(sample_task)
     texts = sampling.remote(planned.dataset.storage, _sample(planned), planned.spec.columns)
+    chunking = planned.spec.chunking
     measure = ray.remote(num_cpus=encoders.cpus, num_gpus=encoders.gpus)(measure_task)
     trust = settings.model.trust_remote_code
-    measured = ray.get(measure.remote(model, texts, encoders, budget, trust))
+    measured = ray.get(measure.remote(model, chunking, texts, encoders, budget, trust))
     if measured is None:
         return base
-    tokens_per_row, rate = measured
+    tokens_per_row, pieces_per_row, rate = measured
     tokens = int(tokens_per_row * planned.todo_rows)
     handed_on = sum(task.n_parcels for task in planned.todo) * PARCEL_S + len(todo) * COMMIT_S
     seconds = tokens / (rate * encoders.count) + handed_on
-    output_bytes = row_bytes(model.outputs, tokens_per_row)
+    output_bytes = pieces_per_row * row_bytes(model.outputs, tokens_per_row / pieces_per_row)
     in_flight = 2 * encoders.count + sum(tasks.count for tasks in sizes.tasks.values())
     largest = max(_largest_parcel(task) for task in planned.todo)
     price = settings.report.price_per_hour
@@ -118,7 +122,7 @@ def estimate(planned: Planned, sizes: Sizes | None, settings: Settings) -> Estim
         tokens_per_s=rate * encoders.count,
         seconds=seconds,
         memory_bytes=int(in_flight * largest * (output_bytes + 8 * tokens_per_row)),
-        output_bytes=int(planned.todo_rows * (output_bytes * 0.93 + 56)),
+        output_bytes=int(planned.todo_rows * (output_bytes * 0.93 + 56 * pieces_per_row)),
         num_encoders=encoders.count,
         cost=None if price is None else price * encoders.devices * seconds / 3600,
     )
@@ -136,27 +140,42 @@ def _sample(planned: Planned) -> list[SpanTask]:
     return [spans[place] for place in np.random.default_rng(0).permutation(len(spans))[:SAMPLE_SPANS]]
 
 
-def sample_task(storage: Storage, spans: Sequence[SpanTask], columns: Columns) -> list[str]:
-    """Return texts of the first units of some spans; in a task, because a unit may be large."""
-    texts: list[str] = []
+def sample_task(storage: Storage, spans: Sequence[SpanTask], columns: Columns) -> list[tuple[str, str, str]]:
+    """Return passages of the first units of some spans; in a task, because a unit may be large.
+
+    Each is its title, its text, and the two as a model reads them.
+    """
+    texts: list[tuple[str, str, str]] = []
     for span in spans:
         if len(texts) >= SAMPLE_ROWS:
             break
         first = {span.todo[0].unit.first_row}
         for _, rows in read_units(storage, span.corpus_object, span.span, columns, first):
-            texts += check_rows(rows)[0].texts[: SAMPLE_ROWS // MIN_SAMPLE_SPANS]
+            found = check_rows(rows)[0]
+            some = zip(found.titles, found.bodies, found.texts, strict=True)
+            texts += itertools.islice(some, SAMPLE_ROWS // MIN_SAMPLE_SPANS)
     return texts
 
 
 def measure_task(
-    spec: ModelSpec, texts: list[str], pool: Pool, budget: int, trust_remote_code: bool
-) -> tuple[float, float] | None:
-    """Return (tokens a row, tokens/s of one encoder) on sample texts; None without any."""
+    spec: ModelSpec,
+    chunking: Chunking | None,
+    sample: list[tuple[str, str, str]],
+    pool: Pool,
+    budget: int,
+    trust_remote_code: bool,
+) -> tuple[float, float, float] | None:
+    """Return (tokens a row, vectors a row, tokens/s of one encoder) of `sample_task`; None without any."""
     from bge_ray.model.run.model import Model, Place  # torch, only where there is a model
 
-    if not texts:
+    if not sample:
         return None
-    tokens = text_feeder(spec, trust_remote_code=trust_remote_code).passages(texts)
+    titles, bodies, texts = zip(*sample, strict=True)
+    feeder = text_feeder(spec, trust_remote_code=trust_remote_code)
+    if chunking is None:
+        tokens = feeder.passages(texts)
+    else:
+        tokens = Chunker(feeder, chunking).cut(titles, bodies).tokens
     model = Model(spec, model_folder(spec), Place(pool.device, pool.threads, trust_remote_code))
     batches = model.cut(tokens.lengths, budget)
     result = model.empty_result(len(tokens))
@@ -164,4 +183,4 @@ def measure_task(
     started = time.perf_counter()
     model.run(tokens, batches, result)
     total = int(tokens.lengths.sum())
-    return total / len(tokens), total / (time.perf_counter() - started)
+    return total / len(texts), len(tokens) / len(texts), total / (time.perf_counter() - started)

@@ -12,8 +12,9 @@ from bge_ray.errors import CorpusError, StorageError
 from bge_ray.formats.corpus import ScannedObject, check_columns, coding_of, scan_object
 from bge_ray.pipeline.engine.progress import Step
 from bge_ray.pipeline.engine.tasks import run_tasks
+from bge_ray.records.chunking import Chunking
 from bge_ray.records.columns import Columns
-from bge_ray.records.ids import MAX_OBJECTS, MAX_ROWS_PER_OBJECT
+from bge_ray.records.ids import MAX_CHUNKS_PER_ROW, MAX_OBJECTS, MAX_ROWS_PER_OBJECT
 from bge_ray.records.model import ModelSpec
 from bge_ray.records.plan import CorpusObject, Plan, UnitLimits
 from bge_ray.settings.sections import BatchingSettings, CorpusSettings
@@ -52,7 +53,11 @@ def unchanged_objects(
 
 
 def settle_limits(
-    batching: BatchingSettings, infos: Sequence[ObjectInfo], encoders: int, model: ModelSpec
+    batching: BatchingSettings,
+    infos: Sequence[ObjectInfo],
+    encoders: int,
+    model: ModelSpec,
+    chunking: Chunking | None = None,
 ) -> UnitLimits:
     """Return when a unit of new objects is full, with all its outputs.
 
@@ -61,13 +66,20 @@ def settle_limits(
         infos: the new objects; how their bytes share out the units is all that is known before the scan.
         encoders: that the cluster has room for.
         model: what it makes of a row counts.
+        chunking: with it, what it makes of each chunk counts.
     """
+    vector_bytes = sum(output.fixed_bytes for output in model.outputs)
+    token_bytes = sum(output.token_bytes for output in model.outputs)
+    max_tokens = model.max_length
+    if chunking is not None:
+        token_bytes += math.ceil(vector_bytes / (chunking.max_tokens - chunking.overlap_tokens))
+        max_tokens = chunking.max_tokens * MAX_CHUNKS_PER_ROW
     limits = UnitLimits(
         max_rows=MOST_AUTO_ROWS if batching.unit_rows == "auto" else batching.unit_rows,
         max_bytes=batching.unit_bytes,
-        vector_bytes=sum(output.fixed_bytes for output in model.outputs),
-        token_bytes=sum(output.token_bytes for output in model.outputs),
-        max_tokens=model.max_length,
+        vector_bytes=vector_bytes,
+        token_bytes=token_bytes,
+        max_tokens=max_tokens,
     )
     if batching.unit_rows != "auto":
         return limits

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from bge_ray.dataset.folder import Dataset
-from bge_ray.errors import CorpusError, DatasetMismatchError
+from bge_ray.errors import CorpusError, DatasetMismatchError, SettingsError
 from bge_ray.formats.corpus import list_corpus, resolve_columns
+from bge_ray.model.feed.chunks import Chunker, splitting_rules
 from bge_ray.model.folder import ModelFolder
 from bge_ray.model.spec import for_trial, model_folder, resolve_encoder, text_feeder
 from bge_ray.model.weights import weights_bytes
@@ -16,11 +17,12 @@ from bge_ray.pipeline.embed.planning import extend_plan, scan_objects, settle_li
 from bge_ray.pipeline.embed.tasks import CorpusUnit, ReadTask, SpanTask
 from bge_ray.pipeline.engine.pools import await_pools, cluster_sizes, device_of, encoder_request
 from bge_ray.pipeline.engine.tasks import run_tasks
+from bge_ray.records.chunking import Chunking
 from bge_ray.records.columns import Columns, ColumnType
 from bge_ray.records.dataset import DatasetSpec, Marker
 from bge_ray.records.model import Canary, ModelSpec
 from bge_ray.records.plan import Plan, Removal, find_removal, span_units, unit_fingerprint
-from bge_ray.settings.sections import Settings
+from bge_ray.settings.sections import ChunkingSettings, Settings
 from bge_ray.storage.folders import refuse_collisions, refuse_own_files
 from bge_ray.storage.objects import Storage
 
@@ -79,15 +81,16 @@ def prepare(settings: Settings) -> Planned:
     changed = [info for info in listed if info.uri not in unchanged]
     refuse_own_files("corpus.uri", (info.uri for info in listed), {"output.uri": settings.output.uri})
     model = _resolve_model(settings, spec_there)
+    chunking = settle_chunking(settings.chunking, model)
     canaries = spec_there.canaries if spec_there is not None else ()
     if changed and _must_be_tried(model, spec_there):
-        canaries = _try_model(settings, model)
+        canaries = _try_model(settings, model, chunking)
     scanned = []
     encoders = 1
     if changed:
         sizes = cluster_sizes(settings, [encoder_request(settings, MOST_ENCODERS)], [], lambda: None)
         encoders = sizes.pools["encoders"].count
-    limits = settle_limits(settings.batching, changed, encoders, model)
+    limits = settle_limits(settings.batching, changed, encoders, model, chunking)
     if changed:
         logger.info("scanning %d of %d corpus objects", len(changed), len(listed))
         scanned = scan_objects(storage, changed, settings.corpus, limits, settings.report.log_interval_s)
@@ -95,7 +98,7 @@ def prepare(settings: Settings) -> Planned:
         columns = _same_columns(settings, spec_there.columns)
     else:
         columns = resolve_columns(scanned, settings.corpus)
-    spec = DatasetSpec(model, columns, canaries)
+    spec = DatasetSpec(model, columns, canaries, chunking)
     if spec_there is not None:
         spec.check_same(spec_there, dataset.root)
     plan = extend_plan(unchanged, previous, scanned, columns, limits)
@@ -105,7 +108,7 @@ def prepare(settings: Settings) -> Planned:
     if todo and settings.index.build:
         _check_index(settings, storage, spec, plan)
     if todo and not changed and _must_be_tried(model, spec_there):
-        _try_model(settings, model)
+        _try_model(settings, model, chunking)
     return Planned(dataset, spec, plan, number, still_finished, todo, removal)
 
 
@@ -178,7 +181,31 @@ def _must_be_tried(model: ModelSpec, there: DatasetSpec | None) -> bool:
     return there is None or "auto_map" in ModelFolder(model_folder(model)).config
 
 
-def _try_model(settings: Settings, model: ModelSpec) -> tuple[Canary, ...]:
+def settle_chunking(asked: ChunkingSettings, model: ModelSpec) -> Chunking | None:
+    """Return how texts are cut; None: not at all.
+
+    Raises:
+        SettingsError: chunks are longer than what the model keeps of a text.
+    """
+    if asked.max_tokens is None:
+        return None
+    if asked.max_tokens > model.max_length:
+        raise SettingsError(
+            f"chunking.max_tokens {asked.max_tokens}: the model keeps {model.max_length} tokens of a text; "
+            "lower it, or raise model.max_length if the model has positions for more"
+        )
+    return Chunking(
+        max_tokens=asked.max_tokens,
+        overlap_tokens=asked.overlap_tokens,
+        boundary=asked.boundary,
+        language=asked.language,
+        titles=asked.titles,
+        keep_text=asked.keep_text,
+        rules=splitting_rules(),
+    )
+
+
+def _try_model(settings: Settings, model: ModelSpec, chunking: Chunking | None) -> tuple[Canary, ...]:
     """Refuse here, before anything is written, what an encoder would refuse to load; return its canaries."""
     encoders = encoder_request(settings, 1)
     await_pools(settings, [encoders], lambda: None)
@@ -192,7 +219,7 @@ def _try_model(settings: Settings, model: ModelSpec) -> tuple[Canary, ...]:
     # In a task, because it takes torch: seconds, and more memory than all else that a driver holds.
     [(_, canaries)] = run_tasks(
         try_task,
-        [(trial, settings.model.trust_remote_code)],
+        [(trial, chunking, settings.model.trust_remote_code)],
         at_once=1,
         watch=lambda: None,
         num_cpus=0,
@@ -211,11 +238,13 @@ def room_task(spec: ModelSpec) -> None:
     check_room(spec, model_folder(spec), torch.device("cuda"))
 
 
-def try_task(spec: ModelSpec, trust_remote_code: bool) -> tuple[Canary, ...]:
-    """Load a model on a CPU, and return what it makes of the canary texts."""
+def try_task(spec: ModelSpec, chunking: Chunking | None, trust_remote_code: bool) -> tuple[Canary, ...]:
+    """Load a model on a CPU and what cuts its texts, and return what it makes of the canary texts."""
     from bge_ray.model.canary import make_canaries
     from bge_ray.model.run.model import Model, Place
 
+    if chunking is not None:
+        Chunker(text_feeder(spec, trust_remote_code=trust_remote_code), chunking)
     model = Model(spec, model_folder(spec), Place(trust_remote_code=trust_remote_code))
     return make_canaries(model, text_feeder(spec, trust_remote_code=trust_remote_code))
 

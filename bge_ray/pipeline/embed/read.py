@@ -15,14 +15,14 @@ import pyarrow as pa
 from bge_ray.errors import CorpusError, StorageError
 from bge_ray.formats.corpus import read_units
 from bge_ray.formats.rows import Passages, Rejected, check_rows
+from bge_ray.pipeline.embed.cut import Texts, cut_passages, with_pieces
 from bge_ray.pipeline.embed.tasks import CorpusUnit, EmbedJob, ReadTask, SpanTask, UnitsTask
 from bge_ray.pipeline.engine.isolation import LETHAL_DEATHS, Attempt
 from bge_ray.pipeline.engine.parcel import Parcel
-from bge_ray.pipeline.engine.rows import Fault, spread, with_faults, with_tokens
-from bge_ray.pipeline.engine.tokenise import load_text_feeder, tokenise
+from bge_ray.pipeline.engine.rows import spread, with_faults
+from bge_ray.pipeline.engine.tokenise import load_text_feeder
 from bge_ray.records.ids import vector_ids
 from bge_ray.records.plan import Unit, span_units
-from bge_ray.records.schemas import TEXT_HASH_BYTES, hash_texts
 from bge_ray.records.tokens import PackedTokens
 
 # Upper edges, in tokens, of the length histogram: half powers of two from 4 to 16384.
@@ -128,36 +128,25 @@ def _filled(
 def _tokenised(
     job: EmbedJob, attempt: Attempt, name: str, parts: Sequence[Checked]
 ) -> tuple[pa.Table, PackedTokens]:
-    """Return all rows of some units, those with texts tokenised and the others with their reasons."""
-    feeder = load_text_feeder(job.spec.model, trust_remote_code=job.trust_remote_code)
-    texts = [text for part in parts for text in part.passages.texts]
-    firsts = np.cumsum([0, *(part.unit.n_rows for part in parts)])
-    places = np.concatenate([part.passages.rows + first for part, first in zip(parts, firsts, strict=False)])
-    rows, tokens, killed = tokenise(
-        attempt, f"tokenising {name}", len(texts), lambda piece: feeder.passages([texts[i] for i in piece])
+    """Return all rows of some units: one for each piece that is tokenised, the others with their reasons."""
+    firsts = np.cumsum([0, *(part.unit.n_rows for part in parts)]).tolist()
+    texts = Texts.of([(first, part.passages) for first, part in zip(firsts, parts, strict=False)])
+    pieces, faults = cut_passages(
+        attempt, f"tokenising {name}", texts, job.spec, trust_remote_code=job.trust_remote_code
     )
-    instruction = job.spec.model.passage_instruction
-    table = pa.concat_tables(unit_table(p.unit, p.passages, p.rejected, instruction) for p in parts)
-    lengths = np.zeros(len(texts), np.int32)
-    truncated = np.zeros(len(texts), np.bool_)
-    lengths[rows], truncated[rows] = tokens.lengths, tokens.truncated
-    table = table.append_column("n_tokens", spread(pa.array(lengths), places, len(table)))
-    table = table.append_column("truncated", spread(pa.array(truncated), places, len(table)))
-    faults: dict[int, Fault] = {int(places[i]): fault for i, fault in killed.items()}
-    return with_faults(with_tokens(table, places[rows], tokens), faults), tokens
+    table = pa.concat_tables(unit_table(part.unit, part.passages, part.rejected) for part in parts)
+    return with_pieces(table, texts, pieces, faults, job.spec), pieces.tokens
 
 
-def unit_table(unit: Unit, passages: Passages, rejected: list[Rejected], instruction: str) -> pa.Table:
-    """Return every row of a unit: ids, hash of the text that the model reads, kept columns, and faults.
+def unit_table(unit: Unit, passages: Passages, rejected: list[Rejected]) -> pa.Table:
+    """Return every row of a unit: ids, kept columns, and faults.
 
     What a rejected row lacks is null.
     """
     n_rows, rows = unit.n_rows, passages.rows
-    hashes = hash_texts(instruction + text for text in passages.texts)
     columns = {
         "vector_id": pa.array(vector_ids(unit.object_no, unit.first_row + np.arange(n_rows, dtype=np.int64))),
         "passage_id": spread(pa.array(passages.passage_ids, pa.string()), rows, n_rows),
-        "text_hash": spread(hashes.cast(pa.binary(TEXT_HASH_BYTES)), rows, n_rows),
         **{name: spread(column, rows, n_rows) for name, column in passages.kept.items()},
     }
     table = pa.table(columns)

@@ -17,7 +17,7 @@ from bge_ray.pipeline.embed.tasks import CorpusUnit, EmbedJob, UnitsTask
 from bge_ray.pipeline.engine.isolation import Attempt
 from bge_ray.pipeline.engine.parcel import Parcel
 from bge_ray.records.dataset import DatasetSpec, Marker
-from bge_ray.records.ids import id_range, split_vector_ids
+from bge_ray.records.ids import first_ids, id_range, split_vector_ids
 from bge_ray.records.plan import Unit
 from bge_ray.records.schemas import REJECTED_SCHEMA, embedding_schema
 from bge_ray.report.facts import EXAMPLES_PER_REASON
@@ -78,13 +78,20 @@ def _of_unit(table: pa.Table, unit: Unit) -> pa.Table:
 
 
 def split_rows(spec: DatasetSpec, table: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """Return the rows of a unit that have their outputs, as an embedding shard, and those with a reason."""
-    schema = embedding_schema(spec.model.outputs, spec.columns.kept_schema())
+    """Return the rows that have their outputs, as an embedding shard, and those with a reason.
+
+    A corpus row goes one way with all of its chunks: to the rejected if one of them has a reason, its first.
+    """
+    schema = embedding_schema(spec.model.outputs, spec.columns.kept_schema(), spec.chunking)
     reasons = table["reason"]
     rejected = REJECTED_SCHEMA.empty_table()
     if reasons.null_count < len(table):
-        rejected = table.filter(pc.is_valid(reasons)).select(REJECTED_SCHEMA.names).cast(REJECTED_SCHEMA)
-        table = table.filter(pc.is_null(reasons))
+        rows = first_ids(table["vector_id"].to_numpy())
+        faulty = np.flatnonzero(pc.is_valid(reasons).to_numpy())
+        left_out, first = np.unique(rows[faulty], return_index=True)
+        rejected = table.take(pa.array(faulty[first])).select(REJECTED_SCHEMA.names)
+        rejected = rejected.set_column(0, "vector_id", pa.array(left_out)).cast(REJECTED_SCHEMA)
+        table = table.filter(pa.array(~np.isin(rows, left_out)))
     return pa.table([table[name] for name in schema.names], schema=schema), rejected
 
 

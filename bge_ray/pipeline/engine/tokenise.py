@@ -3,19 +3,24 @@
 import functools
 import os
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
+from bge_ray.model.feed.chunks import Chunker
 from bge_ray.model.feed.pairs import PairFeeder
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.spec import pair_feeder, text_feeder
 from bge_ray.pipeline.engine.isolation import Attempt, run_isolated
 from bge_ray.pipeline.engine.rows import Fault
+from bge_ray.records.chunking import Chunking
 from bge_ray.records.ids import IdArray
 from bge_ray.records.model import ModelSpec
 from bge_ray.records.tokens import PackedTokens
 
 PIECE_ROWS = 1024
+
+T = TypeVar("T")
 
 
 def tokenise(
@@ -32,7 +37,20 @@ def tokenise(
     Returns:
         The (m,) numbers of the texts that were tokenised, ascending; their tokens; and faults of the others.
     """
-    done: list[tuple[IdArray, PackedTokens]] = []
+    done, faults = in_pieces(attempt, prefix, n_rows, run)
+    rows = np.concatenate([np.zeros(0, np.int64), *(piece for piece, _ in done)])
+    return rows, PackedTokens.concatenate([tokens for _, tokens in done]), faults
+
+
+def in_pieces(
+    attempt: Attempt, prefix: str, n_rows: int, run: Callable[[IdArray], T]
+) -> tuple[list[tuple[IdArray, T]], dict[int, Fault]]:
+    """Do n texts piece by piece; see `tokenise`.
+
+    Returns:
+        The numbers of each piece, ascending, with what was made of it; and faults of the texts left out.
+    """
+    done: list[tuple[IdArray, T]] = []
     faults: dict[int, Fault] = {}
 
     def run_pieces(pieces: Sequence[IdArray]) -> None:
@@ -44,8 +62,7 @@ def tokenise(
     everything = np.arange(n_rows, dtype=np.int64)
     pieces = [everything[i : i + PIECE_ROWS] for i in range(0, n_rows, PIECE_ROWS)]
     run_isolated(attempt, prefix, pieces, run_pieces, reject)
-    rows = np.concatenate([everything[:0], *(piece for piece, _ in done)])
-    return rows, PackedTokens.concatenate([tokens for _, tokens in done]), faults
+    return done, faults
 
 
 @functools.lru_cache(maxsize=2)
@@ -54,6 +71,13 @@ def load_text_feeder(spec: ModelSpec, *, trust_remote_code: bool) -> TextFeeder:
     # Ray counts one CPU for this task; the tokenizer's own threads would take the others, too.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     return text_feeder(spec, trust_remote_code=trust_remote_code)
+
+
+@functools.lru_cache(maxsize=2)
+def load_chunker(spec: ModelSpec, rules: Chunking, *, trust_remote_code: bool) -> Chunker:
+    """Return what cuts texts for an encoder; see `load_text_feeder`, of which it has its own."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return Chunker(text_feeder(spec, trust_remote_code=trust_remote_code), rules)
 
 
 @functools.lru_cache(maxsize=2)

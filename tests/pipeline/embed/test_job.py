@@ -23,6 +23,7 @@ from bge_ray.errors import (
     IncompleteRunError,
     ModelError,
     RejectedRowsError,
+    SettingsError,
 )
 from bge_ray.pipeline.embed.job import embed, plan_only
 from bge_ray.pipeline.embed.prepare import prepare
@@ -167,6 +168,64 @@ def test_a_process_of_its_own_resumes_what_another_planned(
     run = JobProcess(tmp_path / "log", keys)
     assert run.wait() == 0, run.log()
     assert read_manifest(f"{bucket}/out") == before
+
+
+def test_chunks_of_long_texts_lie_where_they_say_and_have_vectors_of_their_own(
+    bucket: str, tiny_model: Path
+) -> None:
+    sentence = "the quick brown fox number {} jumps over the lazy dog."
+    texts = {
+        "short": "a corpus in object storage.",
+        "long": " ".join(sentence.format(n) for n in range(40)),
+        "chinese": "为这个句子生成表示。" * 40,
+        "endless": "fox jumps over it. " * 60_000,
+        "bad": "",
+    }
+    rows = [{"id": key, "title": f"title of {key}", "text": text} for key, text in texts.items()]
+    rows[-1]["title"] = ""
+    upload(f"{bucket}/corpus", {"x.jsonl": jsonl_bytes(rows)})
+    keys = ["chunking.max_tokens=40", "chunking.overlap_tokens=16", "chunking.titles=every"]
+    settings = settings_for(
+        bucket, tiny_model, *keys, "chunking.keep_text=true", "corpus.max_rejected_fraction=0.5"
+    )
+    result = embed(settings)
+    assert (result.report.rows_in, result.report.rows_out, result.report.rows_rejected) == (5, 3, 2)
+    rejected = {r["passage_id"]: r["reason"] for r in read_shards(f"{bucket}/out", "rejected").to_pylist()}
+    assert rejected == {"endless": "too_many_chunks", "bad": "empty_text"}
+    table = read_shards(f"{bucket}/out")
+    assert result.manifest.vectors == len(table) > 20
+    places = split_vector_ids(table["vector_id"].to_numpy())
+    assert places.chunk_no.tolist() == table["chunk_no"].to_pylist()
+    assert int(table["n_tokens"].to_numpy().max()) <= 40
+    assert not any(table["truncated"].to_pylist())
+    chunks: dict[str, list[dict[str, object]]] = {}
+    for row in table.to_pylist():
+        chunks.setdefault(row["passage_id"], []).append(row)
+        assert texts[row["passage_id"]][row["start"] : row["end"]] == row["chunk_text"]
+    assert {key: [c["chunk_no"] for c in found] for key, found in chunks.items()} == {
+        key: list(range(len(found))) for key, found in chunks.items()
+    }
+    assert [c["start"] for c in chunks["short"]] == [0] and len(chunks["long"]) > 10
+    assert all(str(c["chunk_text"]).endswith("dog.") for c in chunks["long"])
+    assert all(str(c["chunk_text"]).endswith("。") for c in chunks["chinese"])
+    # A chunk has the vector of a passage that is its title and its text.
+    alone = [
+        {"id": f"{key}-{c['chunk_no']}", "title": f"title of {key}", "text": c["chunk_text"]}
+        for key, found in chunks.items()
+        for c in found
+    ]
+    upload(f"{bucket}/alone", {"x.jsonl": jsonl_bytes(alone)})
+    embed(
+        settings_for(f"{bucket}", tiny_model, f"corpus.uri={bucket}/alone", f"output.uri={bucket}/alone-out")
+    )
+    vectors = vectors_by_id(f"{bucket}/alone-out")
+    for key, found in chunks.items():
+        for chunk in found:
+            assert np.abs(np.asarray(chunk["embedding"]) - vectors[f"{key}-{chunk['chunk_no']}"]).max() < 1e-5
+    with pytest.raises(DatasetMismatchError, match=r"chunking.max_tokens: there 40, now 64"):
+        embed(settings_for(bucket, tiny_model, *keys, "chunking.max_tokens=64", "chunking.keep_text=true"))
+    with pytest.raises(SettingsError, match=r"chunking.max_tokens 600: the model keeps"):
+        embed(settings_for(bucket, tiny_model, "chunking.max_tokens=600"))
 
 
 BAD_LINES = [
