@@ -20,6 +20,7 @@ from bge_ray.model.modules import (
 )
 from bge_ray.model.weights import weight_files
 
+PROMPTS_FILE = "config_sentence_transformers.json"
 # The names of the prompts that sentence-transformers looks for, in this order.
 QUERY_PROMPTS = ("query",)
 PASSAGE_PROMPTS = ("document", "passage", "corpus")
@@ -129,6 +130,19 @@ class ModelFolder:
         names = ("config.json", "tokenizer_config.json")
         return [name for name in names if self._optional(name).get("auto_map")]
 
+    def prompts(self) -> dict[str, str | None]:
+        """Return sentence-transformers' prompts by name.
+
+        Raises:
+            ModelError: they are no map of texts.
+        """
+        prompts = self._optional(PROMPTS_FILE).get("prompts") or {}
+        if not isinstance(prompts, dict) or not all(
+            isinstance(text, str | None) for text in prompts.values()
+        ):
+            raise ModelError(f"{self.path}/{PROMPTS_FILE}: prompts is not a map of texts")
+        return prompts
+
     def instructions(self) -> tuple[str, str]:
         """Return what sentence-transformers' files put before a query and before a passage; empty if nothing.
 
@@ -137,17 +151,11 @@ class ModelFolder:
         Raises:
             ModelError: they are no texts, or the default names one that is not there.
         """
-        name = "config_sentence_transformers.json"
-        config = self._optional(name)
-        prompts = config.get("prompts") or {}
-        if not isinstance(prompts, dict) or not all(
-            isinstance(text, str | None) for text in prompts.values()
-        ):
-            raise ModelError(f"{self.path}/{name}: prompts is not a map of texts")
-        default = config.get("default_prompt_name")
+        prompts = self.prompts()
+        default = self._optional(PROMPTS_FILE).get("default_prompt_name")
         if default is not None and default not in (*prompts, *QUERY_PROMPTS, *PASSAGE_PROMPTS):
             raise ModelError(
-                f"{self.path}/{name}: default_prompt_name {default!r} is none of {list(prompts)}"
+                f"{self.path}/{PROMPTS_FILE}: default_prompt_name {default!r} is none of {list(prompts)}"
             )
 
         def of_side(own: tuple[str, ...], other: tuple[str, ...]) -> str:

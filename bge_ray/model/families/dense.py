@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from bge_ray.errors import ModelError
 from bge_ray.model.cards import ModelCard, find_card
 from bge_ray.model.family import Role, check_length, refuse_code, settle_dtype, task_prompts
+from bge_ray.model.feed.pipeline import Expected
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.folder import ModelFolder
 from bge_ray.model.modules import pooled_dim
@@ -91,9 +92,11 @@ def feeder(spec: ModelSpec, folder: Path, *, trust_remote_code: bool) -> TextFee
         passage_instruction=spec.passage_instruction,
         lower_case=opened.lower_cases,
         pools_prompt=opened.modules is None or opened.modules.pools_prompt,
-        pools_first="cls" in spec.pooling.split("+"),
-        last_token=card.last_token if card is not None else None,
-        vocab_size=opened.vocab_size,
+        expected=Expected(
+            special_first="cls" in spec.pooling.split("+"),
+            last_token=card.last_token if card is not None else None,
+            vocab_size=opened.vocab_size,
+        ),
         trust_remote_code=trust_remote_code,
     )
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from bge_ray.errors import ModelError
 from bge_ray.model.feed.ends import PROBE
+from bge_ray.model.feed.pipeline import Expected
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.records.model import ModelSpec
 from bge_ray.records.tokens import PackedTokens
@@ -49,7 +50,7 @@ class DecoderFeeder(TextFeeder):
             spec.max_length,
             query_instruction=before,
             passage_instruction=spec.passage_instruction,
-            vocab_size=vocab_size,
+            expected=Expected(vocab_size=vocab_size),
             trust_remote_code=trust_remote_code,
         )
         self._head, self._tail = self._missing_ends(spec)

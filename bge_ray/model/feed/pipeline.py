@@ -6,6 +6,7 @@ those that the model was trained with, and nothing says so.
 """
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,43 +82,45 @@ def read_tokenizer(path: Path) -> Any:
     return raw
 
 
-def check_first_token(tokenizer: Any, folder: Path) -> None:
-    """Refuse CLS pooling of a tokenizer that puts no special token first: it would read a word.
+@dataclass(frozen=True)
+class Expected:
+    """What a model wants of its tokenizer.
+
+    ``special_first``: a special token stands first, because it is pooled. ``last_token`` is what every text
+    ends with, and ``vocab_size`` how many tokens the model knows; None if that is not known.
+    """
+
+    special_first: bool = False
+    last_token: str | None = None
+    vocab_size: int | None = None
+
+
+NOTHING_EXPECTED = Expected()
+
+
+def check_tokenizer(tokenizer: Any, folder: Path, expected: Expected) -> None:
+    """Refuse a tokenizer that is not the model's.
 
     Raises:
-        ModelError: names what stands first.
+        ModelError: names what it makes and what is expected.
     """
-    first = tokenizer.backend_tokenizer.encode("x").ids[:1]
-    if not first or first[0] not in tokenizer.all_special_ids:
+    backend = tokenizer.backend_tokenizer
+    probe = backend.encode("x")
+    first, last = probe.tokens[:1], probe.tokens[-1:]
+    if expected.special_first and (not first or probe.ids[0] not in tokenizer.all_special_ids):
         raise ModelError(
             f"{folder}: pooling cls takes the first token, and its tokenizer puts no special token there but "
-            f"{tokenizer.convert_ids_to_tokens(first)}; it is not the tokenizer of this model, or "
-            "model.pooling is another one"
+            f"{first}; it is not the tokenizer of this model, or model.pooling is another one"
         )
-
-
-def check_last_token(tokenizer: Any, folder: Path, expected: str) -> None:
-    """Refuse a tokenizer that ends texts with another token than the model was trained with.
-
-    Raises:
-        ModelError: names both.
-    """
-    tokens = tokenizer.backend_tokenizer.encode("x").tokens
-    if tokens[-1:] != [expected]:
+    if expected.last_token is not None and last != [expected.last_token]:
         raise ModelError(
-            f"{folder}: its tokenizer ends texts with {(tokens or ['nothing'])[-1]!r}, and its card says "
-            f"{expected!r}: its tokenizer files are not whole, or another model's"
+            f"{folder}: its tokenizer ends texts with {last}, and its card says {expected.last_token!r}: its "
+            "tokenizer files are not whole, or another model's"
         )
-
-
-def check_vocabulary(tokenizer: Any, folder: Path, vocab_size: int | None) -> None:
-    """Refuse a tokenizer whose vocabulary is larger than the model's; added tokens may be.
-
-    Raises:
-        ModelError: names both sizes.
-    """
-    own = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False)
-    if vocab_size is not None and own > vocab_size:
+    # Added tokens may lie beyond what the model knows: EmbeddingGemma has one for pictures.
+    own = backend.get_vocab_size(with_added_tokens=False)
+    if expected.vocab_size is not None and own > expected.vocab_size:
         raise ModelError(
-            f"{folder}: its tokenizer has {own} tokens and its model {vocab_size}: it is another model's"
+            f"{folder}: its tokenizer has {own} tokens and its model {expected.vocab_size}: it is another "
+            "model's"
         )

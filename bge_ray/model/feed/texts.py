@@ -9,12 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bge_ray.errors import ModelError
-from bge_ray.model.feed.pipeline import (
-    check_first_token,
-    check_last_token,
-    check_vocabulary,
-    take_file,
-)
+from bge_ray.model.feed.pipeline import NOTHING_EXPECTED, Expected, check_tokenizer, take_file
 from bge_ray.records.tokens import PackedTokens
 
 # A text beyond this many characters a token is tokenised by a prefix first. English has about 4.5.
@@ -45,9 +40,7 @@ class TextFeeder:
         passage_instruction: str = "",
         lower_case: bool = False,
         pools_prompt: bool = True,
-        pools_first: bool = False,
-        last_token: str | None = None,
-        vocab_size: int | None = None,
+        expected: Expected = NOTHING_EXPECTED,
         trust_remote_code: bool = False,
     ) -> None:
         """Load the tokenizer of a model folder.
@@ -60,9 +53,7 @@ class TextFeeder:
             lower_case: whether texts are lower-cased before all else.
             pools_prompt: whether the tokens of an instruction are pooled as the others are; where they are
                 not, rows say how many they are.
-            pools_first: whether the first token is pooled, which is then to be a special one.
-            last_token: what every text is to end with, if that is known.
-            vocab_size: how many tokens the model knows, if that is known.
+            expected: what the model wants of its tokenizer.
             trust_remote_code: run Python code found in the folder.
 
         Raises:
@@ -72,11 +63,7 @@ class TextFeeder:
         tokenizer, self.note = open_tokenizer(folder, trust_remote_code=trust_remote_code)
         if max_length <= tokenizer.num_special_tokens_to_add():
             raise ModelError(f"model.max_length {max_length} leaves no room beside the special tokens")
-        check_vocabulary(tokenizer, folder, vocab_size)
-        if pools_first:
-            check_first_token(tokenizer, folder)
-        if last_token is not None:
-            check_last_token(tokenizer, folder, last_token)
+        check_tokenizer(tokenizer, folder, expected)
         if lower_case:
             _lower_case(tokenizer.backend_tokenizer)
         self._tokenizer = tokenizer

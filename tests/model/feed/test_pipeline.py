@@ -78,7 +78,7 @@ def test_a_token_at_the_end_that_the_card_does_not_know_is_refused(
 ) -> None:
     text_feeder(resolve(Path(shutil.copytree(encoder_folder("xlm-roberta", "cls"), tmp_path / "bge-m3"))))
     other = Path(shutil.copytree(encoder_folder("bert", "cls"), tmp_path / "bge-m3-unsupervised"))
-    with pytest.raises(ModelError, match=r"ends texts with '\[SEP\]', and its card says '</s>'"):
+    with pytest.raises(ModelError, match=r"ends texts with \['\[SEP\]'\], and its card says '</s>'"):
         text_feeder(resolve(other))
 
 
