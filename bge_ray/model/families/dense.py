@@ -101,7 +101,7 @@ def _instructions(folder: ModelFolder, settings: ModelSettings, card: ModelCard 
     """Return what is put before a query and before a passage."""
     prompts = folder.prompts()
     query, passage = settings.query_instruction, settings.passage_instruction
-    if (of_task := task_prompts(settings)) is not None:
+    if (of_task := task_prompts(settings.task, settings.name)) is not None:
         query = of_task.query if query is None else query
         passage = of_task.passage if passage is None else passage
     if query is None:
