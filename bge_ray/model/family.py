@@ -33,20 +33,20 @@ def settle_dtype(asked: ComputeDtype | Auto, *, on_gpu: bool, half: ComputeDtype
     return half if on_gpu else "float32"
 
 
-def task_prompts(settings: ModelSettings) -> Prompts | None:
-    """Return what `model.task` puts before queries and passages; None if it is not set.
+def task_prompts(task: str | None, name: str) -> Prompts | None:
+    """Return what ``model.task`` puts before queries and passages of the model of a name; None if not set.
 
     Raises:
         ModelError: the model has no tasks, or none of that name.
     """
-    if settings.task is None:
+    if task is None:
         return None
-    card = find_card(settings.name)
+    card = find_card(name)
     known = card.prompts if card is not None else {}
-    if settings.task not in known:
+    if task not in known:
         tasks = f"its tasks are {', '.join(known)}" if known else "it has no tasks; leave model.task out"
-        raise ModelError(f"model.task {settings.task}: {settings.name} has none of that name; {tasks}")
-    return known[settings.task]
+        raise ModelError(f"model.task {task}: {name} has none of that name; {tasks}")
+    return known[task]
 
 
 def shown(settings: ModelSettings, instruction: str) -> tuple[Example, ...]:

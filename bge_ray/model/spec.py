@@ -59,7 +59,7 @@ def asked_of_queries(spec: ModelSpec, asked: ModelSettings) -> ModelSpec:
     """
     _check_llm_settings(spec.family, asked, spec.name)
     changes: dict[str, Any] = {}
-    if (of_task := task_prompts(asked)) is not None:
+    if (of_task := task_prompts(asked.task, spec.name)) is not None:
         if of_task.passage != spec.passage_instruction:
             raise DatasetMismatchError(
                 f"model.task {asked.task}: the passages were embedded with {spec.passage_instruction!r} "

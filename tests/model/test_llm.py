@@ -321,7 +321,7 @@ def test_tasks_of_llm_embedder(tmp_path: Path) -> None:
     assert resolve(folder, task="tool", query_instruction="mine").query_instruction == "mine"
     with pytest.raises(ModelError, match=r"model.task search: .* its tasks are qa, icl, chat"):
         resolve(folder, task="search")
-    named = ModelSettings(name=str(folder), task="chat")
+    named = ModelSettings(task="chat")  # whose model is that of the data set
     assert asked_of_queries(resolve(folder, task="chat"), named) == resolve(folder, task="chat")
     with pytest.raises(DatasetMismatchError, match="search with the task they were embedded for"):
         asked_of_queries(resolve(folder, task="qa"), named)

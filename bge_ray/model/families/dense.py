@@ -157,7 +157,7 @@ def _instructions(folder: ModelFolder, settings: ModelSettings, card: ModelCard 
     query, passage = folder.instructions()
     if card is not None:
         query, passage = query or card.query_prefix(), passage or card.passage_instruction
-    if (of_task := task_prompts(settings)) is not None:
+    if (of_task := task_prompts(settings.task, settings.name)) is not None:
         query, passage = of_task.query, of_task.passage
     return (
         query if settings.query_instruction is None else settings.query_instruction,
