@@ -216,6 +216,8 @@ def test_merge_topk_is_a_sort(columns, k, seed):
         next_id += width
         results.append(best(scores, ids, max(width, 1)))
     scores, ids = merge_topk(results, k)
+    k = min(k, sum(ids.shape[1] for _, ids in results))  # no wider than what there is
+    assert ids.shape == (3, k)
     for row in range(3):
         pairs = sorted(
             (-score, name)
@@ -248,10 +250,11 @@ def test_exact_topk_is_brute_force_with_equal_vectors(make_vectors, blocks, k, n
     cuts = np.cumsum(blocks)[:-1]
     queries = unit(make_vectors(n_queries, seed=2))
     scores, found = exact_topk(queries, zip(np.split(vectors, cuts), np.split(ids, cuts), strict=True), k)
-    true_scores, truth = brute(queries, vectors, ids, k)
+    true_scores, truth = brute(queries, vectors, ids, min(k, n))
+    assert found.shape == (n_queries, min(k, n))  # k beyond the corpus costs nothing
     np.testing.assert_allclose(scores, true_scores, atol=1e-6)
     swapped = found != truth
-    assert swapped.mean() < 0.01 or np.allclose(scores[swapped], true_scores[swapped], atol=1e-7)
+    assert swapped.sum() <= 0.01 * swapped.size or np.allclose(scores[swapped], true_scores[swapped], atol=1e-7)
 
 
 def test_exact_topk_does_not_depend_on_blocks(make_vectors):

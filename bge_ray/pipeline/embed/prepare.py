@@ -115,8 +115,8 @@ def _check_index(settings: Settings, storage: Storage, spec: DatasetSpec, plan: 
     from bge_ray.pipeline.index.inputs import settle_spec  # takes faiss
     from bge_ray.pipeline.index.queries import given_queries
 
-    settle_spec(spec, sum(unit.n_rows for unit in plan.units()), settings.index)
-    given_queries(storage, settings.index)
+    settle_spec(spec, sum(unit.n_rows for unit in plan.units()), settings)
+    given_queries(storage, settings)
 
 
 def _subtract(

@@ -13,8 +13,8 @@ from bge_ray.pipeline.engine.tasks import run_tasks
 from bge_ray.records.canonical import digest
 from bge_ray.records.dataset import DatasetSpec
 from bge_ray.records.ids import FloatArray
-from bge_ray.records.model import EMBEDDING
-from bge_ray.settings.sections import IndexSettings, ModelSettings
+from bge_ray.records.model import EMBEDDING, ModelSpec
+from bge_ray.settings.sections import ModelSettings, Settings
 from bge_ray.storage.objects import Storage
 
 # What one encoder on a CPU takes, large models included.
@@ -30,21 +30,29 @@ class Queries:
     texts: tuple[str, ...]
 
 
-def given_queries(storage: Storage, settings: IndexSettings) -> Queries | None:
+def given_queries(storage: Storage, settings: Settings) -> Queries | None:
     """Read the user's own queries, index.num_queries at most; None where no index.queries are named.
+
+    Their columns are those of search.queries.
 
     Raises:
         CorpusError: the file cannot be read, or holds no query.
     """
-    uri = settings.queries
+    uri = settings.index.queries
     if uri is None:
         return None
-    batches = read_queries(storage, uri)
+    batches = read_queries(storage, uri, settings.search.id_column, settings.search.text_column)
     every = (text for batch in batches for text in batch.texts)
-    texts = tuple(itertools.islice(every, settings.num_queries))
+    texts = tuple(itertools.islice(every, settings.index.num_queries))
     if not texts:
         raise CorpusError(f"index.queries {uri}: holds no query")
     return Queries(uri, digest(list(texts)), texts)
+
+
+def read_as(dataset: DatasetSpec, settings: Settings) -> tuple[str, int]:
+    """Return what decides a query's vector beside model and text: the instruction in front, and the cut."""
+    model = _query_model(dataset, settings.model)
+    return model.query_instruction, model.max_length
 
 
 def encode_given(
@@ -77,9 +85,7 @@ def encode_task(texts: tuple[str, ...], dataset: DatasetSpec, settings: ModelSet
     from bge_ray.model.canary import check_canaries  # torch, only where there is a model
     from bge_ray.model.run.model import Model, Place
 
-    spec = dataset.model
-    if settings.query_instruction is not None:
-        spec = dataclasses.replace(spec, query_instruction=settings.query_instruction)
+    spec = _query_model(dataset, settings)
     # Half precision is for GPUs; on a CPU the same weights give the same directions in float32.
     spec = dataclasses.replace(spec, dtype="float32").stored_as("float32")
     trust = settings.trust_remote_code
@@ -94,3 +100,13 @@ def encode_task(texts: tuple[str, ...], dataset: DatasetSpec, settings: ModelSet
         raise ModelError(f"index.queries: query {number} has no vector: {reason} {detail}")
     vectors: FloatArray = result.array(EMBEDDING)
     return vectors
+
+
+def _query_model(dataset: DatasetSpec, settings: ModelSettings) -> ModelSpec:
+    """Return the model of the data set as it reads queries; a search with these settings reads them so."""
+    spec = dataset.model
+    if settings.max_length is not None and settings.max_length < spec.max_length:
+        spec = dataclasses.replace(spec, max_length=settings.max_length)
+    if settings.query_instruction is not None:
+        spec = dataclasses.replace(spec, query_instruction=settings.query_instruction)
+    return spec
