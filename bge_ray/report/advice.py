@@ -94,6 +94,7 @@ def advise_search(report: SearchReport) -> list[str]:
             f"{report.doubled_passages:,} results were passages whose id stands more than once, and were "
             "dropped for others: give each passage of the corpus an id of its own."
         )
+    lines += _on_trec(report)
     if report.truncated_queries > HIGH_TRUNCATED * max(1, report.queries_in):
         lines.append(
             f"{report.truncated_queries:,} queries were cut at model.max_length: shorten them, or search "
@@ -106,7 +107,14 @@ def advise_search(report: SearchReport) -> list[str]:
 
 def advise_rerank(report: RerankReport) -> list[str]:
     """Return what to change after a rerank run, most valuable first."""
-    return _on_scoring(report, report.scoring) + _on_startup(report)
+    return _on_scoring(report, report.scoring) + _on_trec(report) + _on_startup(report)
+
+
+def _on_trec(report: SearchReport | RerankReport) -> list[str]:
+    return [
+        f"There is no run.trec: {why}. evaluate.py reads run.parquet; other programs need ids without blanks."
+        for why in report.without_trec[:1]
+    ]
 
 
 def _on_scoring(report: Report, scoring: Scoring) -> list[str]:

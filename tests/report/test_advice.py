@@ -91,6 +91,7 @@ def test_advice_on_an_index(change: dict[str, Any], word: str) -> None:
         ({"index": searched_index(tuned_rescore=100)}, "100 candidates rescored for 10"),
         ({"doubled_passages": 5}, "an id of its own"),
         ({"truncated_queries": 5}, "model.max_length"),
+        ({"without_trec": ("passage_id 'a b' cannot stand in one",)}, "There is no run.trec"),
         (scoring(truncated_pairs=30), "rerank.max_length"),
         (scoring(utilisation=0.3), "rerank.num_rerankers"),
         (scoring(padding_waste=0.3), "rerank.unit_pairs"),

@@ -13,7 +13,7 @@ from bge_ray.pipeline.index.steps import key_of, read_training
 from bge_ray.records.dataset import DatasetSpec, Manifest
 from bge_ray.records.index import INDEX_FORMAT_VERSION
 from bge_ray.settings.sections import Settings
-from bge_ray.storage.objects import join
+from bge_ray.storage.objects import Storage, join
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +55,7 @@ def read_inputs(dataset: Dataset, settings: Settings) -> Inputs:
     if not manifest.rows_out:
         raise SettingsError(f"{name}: the data set has no vectors")
     asked, k = settings.index, asked_k(settings)
-    training = read_training(dataset.storage, join(dataset.root, FOLDER))
-    trained = training.factory if training is not None else None
+    trained = trained_factory(dataset.storage, dataset.root)
     spec, rescore = settle_spec(there, manifest.rows_out, settings, trained)
     queries = given_queries(dataset.storage, settings)
     key = key_of(
@@ -75,6 +74,12 @@ def read_inputs(dataset: Dataset, settings: Settings) -> Inputs:
         [m.embeddings.sha256 for m in manifest.shards if m.embeddings is not None],
     )
     return Inputs(there, manifest, spec, k, rescore, queries, key)
+
+
+def trained_factory(storage: Storage, root: str) -> str | None:
+    """Return the factory of the training that a data set's index has, if it has one."""
+    training = read_training(storage, join(root, FOLDER))
+    return training.factory if training is not None else None
 
 
 def asked_k(settings: Settings) -> int:
@@ -96,7 +101,7 @@ def asked_rescore(settings: Settings) -> int | None:
 
 
 def settle_spec(
-    dataset: DatasetSpec, n_vectors: int, settings: Settings, trained: str | None = None
+    dataset: DatasetSpec, n_vectors: int, settings: Settings, trained: str | None
 ) -> tuple[IndexSpec, int]:
     """Return the index that the settings mean for so many vectors, and the candidates to score again.
 
@@ -104,7 +109,7 @@ def settle_spec(
         dataset: whose vectors; their length and norm decide what is possible.
         n_vectors: at least 1. Before the rows are embedded, their number: no more vectors can come of them.
         settings: the factory, or by what to choose it.
-        trained: the factory of a training that is there, if one is; it needs no rows.
+        trained: the factory of the training that is there, if one is; it needs no rows.
 
     Raises:
         SettingsError: no such index can be built from them.

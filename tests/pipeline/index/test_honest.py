@@ -1,4 +1,4 @@
-"""What index.json says of an index is true: of its recall, its training, its files; on a real Ray, local folders."""
+"""What index.json says is true: of recall, training and files; on a real Ray, local folders."""
 
 from pathlib import Path
 

@@ -184,7 +184,9 @@ def test_hnsw_is_built_as_shards_that_open_with_the_tuned_breadth(bucket: str) -
 
 def test_recall_and_nprobe_are_what_brute_force_says(bucket: str, tmp_path: Path) -> None:
     made = make_dataset(bucket, UNEVEN, DIM)
-    index = build_index(settings_for(bucket, "index.factory=IVF64,SQ4", "index.recall_target=0.8", "index.recall_k=10"))
+    index = build_index(
+        settings_for(bucket, "index.factory=IVF64,SQ4", "index.recall_target=0.8", "index.recall_k=10")
+    )
     assert index.reached
     path = tmp_path / "index.faiss"
     path.write_bytes(file_bytes(bucket, index)[0])
