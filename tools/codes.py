@@ -5,12 +5,11 @@
 Takes the passages and queries of `tools/real_vectors.py`; a query's text is not a part of the passage that it
 came with. For each code: its recall with all lists probed, alone and after the best 2, 4, 10 and 20
 candidates a result were scored again exactly; then the fewest lists with which it reaches the target,
-and what such a query scans. One thread, so that times compare.
+and what such a query scans.
 """
 
 import argparse
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -42,7 +41,6 @@ class Row:
     ceilings: tuple[float, ...]  # by DEPTHS
     nprobe: int
     scanned: float
-    microseconds: float
 
 
 def measure(vectors: FloatArray, queries: FloatArray) -> Iterator[Row]:
@@ -66,20 +64,9 @@ def measure(vectors: FloatArray, queries: FloatArray) -> Iterator[Row]:
             at = partial(_found, index, queries, truth[:, : DEPTHS[0]], factor)
             tuning = tune_effort(at, truth[:, : DEPTHS[0]], TARGET, nlist, k=DEPTHS[0])
             nprobe = tuning.chosen.effort
-            started = time.perf_counter()
-            at(nprobe)
-            seconds = time.perf_counter() - started
             _, probed = faiss.extract_index_ivf(index).quantizer.search(_seen(index, queries), nprobe)
             scanned = float(sizes[probed].sum(axis=1).mean()) / n
-            yield Row(
-                code.name,
-                spec.code_size + ID_BYTES,
-                factor,
-                ceilings,
-                nprobe,
-                scanned,
-                1e6 * seconds / len(queries),
-            )
+            yield Row(code.name, spec.code_size + ID_BYTES, factor, ceilings, nprobe, scanned)
 
 
 def _found(index: faiss.Index, queries: FloatArray, truth: IdArray, factor: int, nprobe: int) -> IdArray:
@@ -113,16 +100,16 @@ def to_markdown(rows: list[Row], n: int, dim: int, queries: int) -> str:
         "",
         "| code | bytes a vector | candidates a result, rescored | "
         + " | ".join(f"recall@{k}, all lists" for k in DEPTHS)
-        + " | lists probed for the target | of the vectors scanned | microseconds a query |",
-        "|---|---:|---:|" + "---:|" * len(DEPTHS) + "---:|---:|---:|",
+        + " | lists probed for the target | kB scanned a query |",
+        "|---|---:|---:|" + "---:|" * len(DEPTHS) + "---:|---:|",
     ]
     for row in rows:
         reached = f"{row.nprobe:,}" if row.nprobe < choose_nlist(n) else "not reached"
         ceilings = " | ".join(f"{value:.4f}" for value in row.ceilings)
-        times = f"{row.scanned:.1%} | {row.microseconds:,.0f}"
+        scanned = f"{row.scanned * n * row.bytes / 1000:,.0f}"
         lines.append(
             f"| {row.code} | {row.bytes} | {row.factor if row.factor > 1 else 'none'} | {ceilings} | "
-            f"{reached} | {times} |"
+            f"{reached} | {scanned} |"
         )
     return "\n".join(lines) + "\n"
 

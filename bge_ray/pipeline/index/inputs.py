@@ -1,11 +1,10 @@
 """What decides an index: the data set, the factory, the queries; checked before anything is built."""
 
-import logging
 from dataclasses import dataclass
 
 from bge_ray.dataset.folder import Dataset
 from bge_ray.errors import DatasetMismatchError, IndexBuildError, SettingsError
-from bge_ray.index.choice import Wish, choose
+from bge_ray.index.choice import Choice, Wish, choose
 from bge_ray.index.factory import IndexSpec, Metric, check_factory, choose_nlist
 from bge_ray.pipeline.index.published import FOLDER
 from bge_ray.pipeline.index.queries import Queries, given_queries, read_as
@@ -14,8 +13,6 @@ from bge_ray.records.dataset import DatasetSpec, Manifest
 from bge_ray.records.index import INDEX_FORMAT_VERSION
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.objects import Storage, join
-
-logger = logging.getLogger(__name__)
 
 # Deeper results are measured no more: a query's true results must be held, and searched for again and again.
 MAX_TUNED_K = 1000
@@ -26,6 +23,7 @@ class Inputs:
     """All that decides an index, checked; ``key`` is a name for it.
 
     ``k`` and ``rescore`` are what searches will ask for: results, and candidates to score again, if any.
+    ``choice`` says what an auto factory was chosen from.
     """
 
     dataset: DatasetSpec
@@ -33,6 +31,7 @@ class Inputs:
     spec: IndexSpec
     k: int
     rescore: int
+    choice: Choice | None
     queries: Queries | None
     key: str
 
@@ -56,7 +55,7 @@ def read_inputs(dataset: Dataset, settings: Settings) -> Inputs:
         raise SettingsError(f"{name}: the data set has no vectors")
     asked, k = settings.index, asked_k(settings)
     trained = trained_factory(dataset.storage, dataset.root)
-    spec, rescore = settle_spec(there, manifest.rows_out, settings, trained)
+    spec, rescore, choice = settle_spec(there, manifest.rows_out, settings, trained)
     queries = given_queries(dataset.storage, settings)
     key = key_of(
         INDEX_FORMAT_VERSION,
@@ -73,7 +72,7 @@ def read_inputs(dataset: Dataset, settings: Settings) -> Inputs:
         [queries.sha256, *read_as(there, settings)] if queries else None,
         [m.embeddings.sha256 for m in manifest.shards if m.embeddings is not None],
     )
-    return Inputs(there, manifest, spec, k, rescore, queries, key)
+    return Inputs(there, manifest, spec, k, rescore, choice, queries, key)
 
 
 def trained_factory(storage: Storage, root: str) -> str | None:
@@ -102,8 +101,10 @@ def asked_rescore(settings: Settings) -> int | None:
 
 def settle_spec(
     dataset: DatasetSpec, n_vectors: int, settings: Settings, trained: str | None
-) -> tuple[IndexSpec, int]:
+) -> tuple[IndexSpec, int, Choice | None]:
     """Return the index that the settings mean for so many vectors, and the candidates to score again.
+
+    Where the factory is auto, the third is what it was chosen from.
 
     Args:
         dataset: whose vectors; their length and norm decide what is possible.
@@ -119,14 +120,13 @@ def settle_spec(
             "the vectors of the data set are not normalised, and an index needs model.normalize"
         )
     asked, rescore = settings.index, asked_rescore(settings)
-    factory = asked.factory
+    factory, choice = asked.factory, None
     if factory == "auto":
         wish = Wish(n_vectors, dataset.model.dim, asked.memory_bytes, asked.recall_target, asked_k(settings))
         try:
             choice = choose(wish, rescore)
         except IndexBuildError as error:
             raise SettingsError(str(error)) from error
-        logger.info("%s", choice)
         factory, rescore = choice.factory, choice.rescore
     try:
         spec = check_factory(factory, dataset.model.dim, Metric(asked.metric))
@@ -137,4 +137,4 @@ def settle_spec(
             f"index.factory {factory!r} needs at least {spec.min_training_rows:,} vectors to train on, there "
             f"are {n_vectors:,}: use 'auto', 'Flat' or fewer lists, such as IVF{choose_nlist(n_vectors)}"
         )
-    return spec, rescore or 0
+    return spec, rescore or 0, choice

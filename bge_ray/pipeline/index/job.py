@@ -80,6 +80,7 @@ def plan_index(settings: Settings) -> str:
         f"{spec.factory}: {manifest.vectors:,} vectors in {len(manifest.shards):,} shards, "
         f"{min(spec.training_rows, manifest.vectors):,} training rows, about "
         f"{index_bytes(spec, manifest.vectors) / 1e6:,.0f} MB, "
+        + (f"chosen: {work.inputs.choice}; " if work.inputs.choice is not None else "")
         + ("up to date: nothing to do" if work.published() is not None else "to be built")
     )
 
@@ -203,6 +204,8 @@ class IndexWork:
         """Train, add, merge and tune, unless a run that was cut off had published."""
         if self._index is not None:
             return
+        if self.inputs.choice is not None:
+            logger.info("auto chose %s", self.inputs.choice)
         settings, gpus = self._settings, self._settings.index.gpus_per_task
         tasks = PoolRequest("tasks", "index.gpus_per_task", 1, count=1 if gpus else None, gpus=gpus)
         await_pools(settings, [tasks], watch)

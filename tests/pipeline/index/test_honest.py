@@ -78,7 +78,6 @@ def test_the_effort_is_tuned_for_the_searches_that_will_come(tmp_path: Path) -> 
     assert rescored.effort < alone.effort
     assert rescored.recall["@10"].value >= 0.9 > rescored.recall_of_codes["@10"].value
     assert alone.reranked_candidates == 100
-    assert alone.recall_after_exact_reranking.value >= rescored.recall_after_exact_reranking.value
     deep = build_index(settings_for(tmp_path, *common, "index.recall_k=50", "index.rescore=500"))
     assert deep.tuned_recall == deep.recall["@50"]
     assert deep.rescored(100) == 1000
@@ -92,22 +91,22 @@ def test_the_effort_is_tuned_for_the_searches_that_will_come(tmp_path: Path) -> 
 
 
 def test_a_training_that_vectors_left_behind_is_done_anew_though_the_lists_stay_even(tmp_path: Path) -> None:
-    """All vectors replaced by others that fill the same lists: drift sees little, the recall sees it."""
-    first = clustered(6000, DIM, 1, clusters=300)
-    made = made_of(tmp_path, first)
-    settings = settings_for(tmp_path, "index.factory=IVF16,PQ16x4", "index.recall_target=0.45")
+    """Vectors spread further than the code's ranges know: the lists do not tell, and the recall does."""
+    centres = uniform(16, 4)
+    tight = centres[np.arange(4000) % 16] + np.float32(0.02) * uniform(4000, 1)
+    tight /= np.linalg.norm(tight, axis=1, keepdims=True)
+    made = made_of(tmp_path, tight)
+    settings = settings_for(
+        tmp_path, "index.factory=IVF16,SQ8", "index.recall_target=0.8", "index.max_drift=1"
+    )
     before = build_index(settings)
     assert before.reached
-    # The same cells, and other residuals than the codebooks know.
-    moved = np.roll(clustered(9000, DIM, 2, clusters=300, centres_seed=8), 7, axis=1)
     made.remove(0)
-    made.put(1, moved)
+    made.put(1, uniform(5000, 2))
     made.publish()
-    loose = settings_for(
-        tmp_path, "index.factory=IVF16,PQ16x4", "index.recall_target=0.45", "index.max_drift=1"
-    )
-    after = build_index(loose)
+    after = build_index(settings)
     assert after.training.sha256 != before.training.sha256
+    assert after.reached
 
 
 def test_a_missed_target_fails_the_run_that_built_it_and_no_other(tmp_path: Path) -> None:
