@@ -11,7 +11,7 @@ from bge_ray.errors import CorpusError, SettingsError
 from bge_ray.formats.candidates import read_candidate_lists
 from bge_ray.formats.qrels import read_qrels
 from bge_ray.metrics import Comparison, PerQuery, Qrels, compare, mean, measure, metric_names
-from bge_ray.settings.sections import Settings
+from bge_ray.settings.sections import EvaluateSettings, Settings
 from bge_ray.storage.objects import Storage
 from bge_ray.storage.ownership import OwnedFolder
 
@@ -34,6 +34,7 @@ class EvaluatedRun:
     queries: int
     unanswered: int
     unjudged: int
+    identical: int
     left_out: dict[str, int]
 
 
@@ -60,7 +61,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     qrels = read_qrels(storage, str(asked.qrels))
     runs: list[EvaluatedRun] = []
     for uri, name in zip(uris, short_names(uris), strict=True):
-        runs.append(_evaluate_run(storage, uri, name, qrels, asked.k, runs[0] if runs else None))
+        runs.append(_evaluate_run(storage, uri, name, qrels, asked, runs[0] if runs else None))
     metrics = _as_json(runs, qrels, settings)
     if asked.output is not None:
         text = json.dumps(metrics, indent=1, ensure_ascii=False) + "\n"
@@ -77,7 +78,7 @@ def _evaluate_run(
     uri: str,
     name: str,
     qrels: Qrels,
-    cuts: tuple[int, ...],
+    asked: EvaluateSettings,
     first: EvaluatedRun | None,
 ) -> EvaluatedRun:
     left_out: Counter[str] = Counter()
@@ -88,21 +89,33 @@ def _evaluate_run(
             logger.warning("%s: query %s passage %s left out: %s", uri, query_id, passage_id, detail)
 
     scores: dict[str, dict[str, float]] = {}
-    queries = unjudged = 0
-    for found in read_candidate_lists(storage, uri, reject):
-        queries += 1
+    queries: set[str] = set()
+    identical = 0
+    for found in read_candidate_lists(storage, uri, reject, scattered=True):
+        queries.add(found.query_id)
         if found.query_id not in qrels:
-            unjudged += 1
-        elif found.scores is None and found.passage_ids:
+            continue
+        if found.scores is None and found.passage_ids:
             raise CorpusError(f"{uri}: query {found.query_id!r} has candidates without scores: it is no run")
-        else:
-            scores[found.query_id] = dict(zip(found.passage_ids, found.scores or [], strict=True))
+        there = scores.setdefault(found.query_id, {})
+        for passage_id, score in zip(found.passage_ids, found.scores or [], strict=True):
+            if asked.ignore_identical_ids and passage_id == found.query_id:
+                identical += 1
+            elif passage_id in there:
+                detail = "stands twice in the run, the better score counts"
+                reject(found.query_id, passage_id, "duplicate_passage", detail)
+                there[passage_id] = max(score, there[passage_id])
+            else:
+                there[passage_id] = score
     if not scores:
-        raise CorpusError(f"{uri}: none of its {queries} queries is judged in the qrels")
-    per_query = measure(scores, qrels, cuts)
+        raise CorpusError(f"{uri}: none of its {len(queries)} queries is judged in the qrels")
+    per_query = measure(scores, qrels, asked.k)
     against = {} if first is None else {m: compare(per_query[m], first.per_query[m]) for m in per_query}
     unanswered = sum(not scores.get(query_id) for query_id in qrels)
-    return EvaluatedRun(name, uri, per_query, against, queries, unanswered, unjudged, dict(left_out))
+    unjudged = len(queries - qrels.keys())
+    return EvaluatedRun(
+        name, uri, per_query, against, len(queries), unanswered, unjudged, identical, dict(left_out)
+    )
 
 
 def short_names(uris: tuple[str, ...]) -> list[str]:
@@ -133,6 +146,7 @@ def _as_json(runs: list[EvaluatedRun], qrels: Qrels, settings: Settings) -> dict
                 "queries": run.queries,
                 "unanswered": run.unanswered,
                 "unjudged": run.unjudged,
+                "identical_ids": run.identical,
                 "left_out": run.left_out,
                 "mean": {metric: mean(values) for metric, values in run.per_query.items()},
                 "against_baseline": {m: asdict(comparison) for m, comparison in run.comparisons.items()},
@@ -166,6 +180,9 @@ def to_markdown(metrics: dict[str, Any]) -> str:
         notes = [f"{run['queries']:,} queries"]
         notes += [f"{run['unanswered']:,} judged queries without an answer (counted as 0)"] * bool(
             run["unanswered"]
+        )
+        notes += [f"{run['identical_ids']:,} results with the id of their query, ignored"] * bool(
+            run["identical_ids"]
         )
         notes += [f"{run['unjudged']:,} queries that nobody judged"] * bool(run["unjudged"])
         notes += [f"{count:,} lines left out: {reason}" for reason, count in run["left_out"].items()]

@@ -25,7 +25,8 @@ def retrieve(root: Path, question: str, k: int = 5) -> list[NodeWithScore]:
         k: how many.
     """
     # The file answers with vector ids and holds its tuned nprobe; mapped, only the lists probed are read.
-    (file,) = json.loads((root / "index/index.json").read_text())["files"]
+    description = json.loads((root / "index/index.json").read_text())
+    (file,) = description["files"]
     index = faiss.read_index(str(root / "index" / file["path"]), faiss.IO_FLAG_MMAP)
     store = FaissVectorStore(faiss_index=index)
 
@@ -40,12 +41,12 @@ def retrieve(root: Path, question: str, k: int = 5) -> list[NodeWithScore]:
         columns=["vector_id", "passage_id", "text"], filter=ds.field("vector_id").isin(ids)
     )
     by_id = {row["vector_id"]: row for row in rows.to_pylist()}
-    # index.metric l2: FAISS answers with squared distances d; of unit vectors, 1 - d / 2 is the cosine.
+    # index.metric l2: FAISS answers with squared distances d; of unit vectors, 1 - d / 2 is the cosine, which
+    # is what it answers with where the metric is ip.
+    cosines = [float(1 - v / 2 if description["metric"] == "l2" else v) for v in found.similarities]
     return [
-        NodeWithScore(
-            node=TextNode(id_=by_id[i]["passage_id"], text=by_id[i]["text"]), score=float(1 - d / 2)
-        )
-        for i, d in zip(ids, found.similarities, strict=True)
+        NodeWithScore(node=TextNode(id_=by_id[i]["passage_id"], text=by_id[i]["text"]), score=cosine)
+        for i, cosine in zip(ids, cosines, strict=True)
     ]
 
 

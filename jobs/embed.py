@@ -17,9 +17,9 @@ def job(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
     outcome = f"{result.report.outcome}; report at {settings.output.uri}/report.html"
     if not settings.index.build:
         return outcome
-    from bge_ray.pipeline.index.job import build_index, index_outcome
+    from bge_ray.pipeline.index.job import index_outcome
 
-    return f"{outcome}\n{index_outcome(settings, build_index(settings, stop))}"
+    return f"{outcome}\n{index_outcome(settings, stop)}"
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ from bge_ray.settings.sections import Settings
 
 def job(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
     """Build, or say what would be built; returns the last line to print."""
-    from bge_ray.pipeline.index.job import build_index, index_outcome, plan_index
+    from bge_ray.pipeline.index.job import index_outcome, plan_index
 
     if dry_run:
         return plan_index(settings)
-    return index_outcome(settings, build_index(settings, stop))
+    return index_outcome(settings, stop)
 
 
 if __name__ == "__main__":

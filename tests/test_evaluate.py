@@ -174,3 +174,32 @@ def test_metrics_lie_beside_their_run_and_replace_no_file_of_others(tmp_path: Pa
         evaluate(settings)
     assert (folder / "metrics.json").read_bytes() == before
     assert (folder / "metrics.md").read_text() == "somebody's own notes"
+
+
+def test_lines_in_any_order_measure_the_same(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    run = {f"q{i}": {f"p{j}": float(rng.integers(0, 6)) for j in range(12)} for i in range(9)}  # with ties
+    qrels = write(tmp_path, "qrels.txt", "".join(f"q{i} 0 p{i} 1\n" for i in range(9)))
+    lines = trec(run).splitlines(keepends=True)
+    in_order = evaluate(settings_for(run=write(tmp_path, "a.trec", "".join(lines)), qrels=qrels))
+    rng.shuffle(lines)
+    shuffled = evaluate(settings_for(run=write(tmp_path, "b.trec", "".join(lines)), qrels=qrels))
+    one, other = in_order["runs"][0], shuffled["runs"][0]
+    assert one["mean"]["MAP"] > 0.1
+    assert {**one, "name": "", "uri": ""} == {**other, "name": "", "uri": ""}
+    # By trec_eval itself, which is told of ties by nothing but scores and ids.
+    judged = {f"q{i}": {f"p{i}": 1} for i in range(9)}
+    theirs = pytrec_eval.RelevanceEvaluator(judged, {"map"}).evaluate(run)
+    assert other["per_query"]["MAP"] == {q: values["map"] for q, values in theirs.items()}
+
+
+def test_a_result_with_the_id_of_its_query_is_ignored_if_asked(tmp_path: Path) -> None:
+    """Where queries are passages, each finds itself first: nDCG@10 is 0.63 for a run that is perfect."""
+    run = write(tmp_path, "x.trec", trec({"d1": {"d1": 1.0, "d2": 0.9}, "d3": {"d4": 0.5}}))
+    qrels = write(tmp_path, "qrels.txt", "d1 0 d2 1\nd3 0 d4 1\n")
+    (plain,) = evaluate(settings_for(run=run, qrels=qrels))["runs"]
+    assert plain["per_query"]["nDCG@10"]["d1"] == pytest.approx(1 / math.log2(3))
+    metrics = evaluate(settings_for(run=run, qrels=qrels, ignore_identical_ids=True))
+    assert metrics["runs"][0]["per_query"]["nDCG@10"]["d1"] == 1.0
+    assert metrics["runs"][0]["identical_ids"] == 1
+    assert "1 results with the id of their query, ignored" in to_markdown(metrics)

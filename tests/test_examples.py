@@ -16,7 +16,10 @@ from tests.support.datasets import vectors_by_id
 pytestmark = [pytest.mark.ray, pytest.mark.parity, pytest.mark.usefixtures("ray_cluster")]
 
 
-def test_llama_index_opens_the_index_and_finds_what_numpy_finds(tmp_path: Path, tiny_model: Path) -> None:
+@pytest.mark.parametrize("metric", ["l2", pytest.param("ip", marks=pytest.mark.slow)])
+def test_llama_index_opens_the_index_and_finds_what_numpy_finds(
+    tmp_path: Path, tiny_model: Path, metric: str
+) -> None:
     passages = docstrings(600)
     (tmp_path / "corpus.parquet").write_bytes(parquet_bytes(passages))
     keys = {
@@ -26,6 +29,7 @@ def test_llama_index_opens_the_index_and_finds_what_numpy_finds(tmp_path: Path, 
         "model.name": tiny_model,
         "resources.num_encoders": 1,
         "index.factory": "Flat",
+        "index.metric": metric,
     }
     settings = parse_settings(None, [f"{key}={value}" for key, value in keys.items()])
     embed(settings)

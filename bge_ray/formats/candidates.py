@@ -35,6 +35,7 @@ class Candidates:
     """The candidates of one query: ``scores`` is None where the file has none, ``texts`` where it has ids.
 
     With scores they are sorted by (-score, passage_id), otherwise they are in the order of the file.
+    ``vector_ids`` say which of several passages of one id a search meant; None where the file does not.
     """
 
     query_id: str
@@ -42,6 +43,7 @@ class Candidates:
     scores: list[float] | None = None
     query: str | None = None
     texts: list[str] | None = None
+    vector_ids: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class _Row:
     text: str | None
     score: float | None
     place: str
+    vector_id: int | None = None
 
 
 def find_candidates(storage: Storage, uri: str) -> ObjectInfo:
@@ -71,7 +74,9 @@ def find_candidates(storage: Storage, uri: str) -> ObjectInfo:
     raise CorpusError(f"{uri}: no such file, and no folder with a run.parquet or run.trec")
 
 
-def read_candidate_lists(storage: Storage, uri: str, reject: Reject) -> Iterator[Candidates]:
+def read_candidate_lists(
+    storage: Storage, uri: str, reject: Reject, *, scattered: bool = False
+) -> Iterator[Candidates]:
     """Yield the candidates of each query, each passage once, sorted where there are scores.
 
     JSONL and Parquet hold either one record a query (``query`` with ``pos`` and ``neg``, as FlagEmbedding
@@ -83,6 +88,8 @@ def read_candidate_lists(storage: Storage, uri: str, reject: Reject) -> Iterator
         storage: where to read.
         uri: a file; of a folder its run.parquet, or else run.trec, is taken.
         reject: told of every query and candidate that is left out.
+        scattered: a query may come again, with more candidates, as in a run whose lines are in any order;
+            otherwise what comes later is left out.
 
     Raises:
         CorpusError: there is no such file, it is unreadable, or nothing in it looks like candidates.
@@ -93,7 +100,7 @@ def read_candidate_lists(storage: Storage, uri: str, reject: Reject) -> Iterator
     for query_id, group in itertools.groupby(_read_rows(storage, info, reject), key=lambda row: row.query_id):
         rows = list(group)
         read += 1
-        if query_id in seen:
+        if query_id in seen and not scattered:
             detail = f"{rows[0].place}: the query began earlier; its {len(rows)} candidates here are left out"
             reject(query_id, None, "duplicate_query", detail)
             continue
@@ -119,17 +126,20 @@ def _candidates(query_id: str, rows: list[_Row], reject: Reject) -> Candidates:
     ids = list(kept)
     scores = [row.score for row in found if row.score is not None]
     texts = [row.text for row in found if row.text is not None]
+    vector_ids = [row.vector_id for row in found if row.vector_id is not None]
     query = next((row.query for row in rows if row.query is not None), None)
     if found and len(scores) == len(found):
         order = sort_candidates(ids, scores)
         ids, scores = [ids[i] for i in order], [scores[i] for i in order]
         texts = [texts[i] for i in order] if len(texts) == len(found) else texts
+        vector_ids = [vector_ids[i] for i in order] if len(vector_ids) == len(found) else vector_ids
     return Candidates(
         query_id,
         ids,
         scores if found and len(scores) == len(found) else None,
         query,
         texts if found and len(texts) == len(found) else None,
+        vector_ids if found and len(vector_ids) == len(found) else None,
     )
 
 
@@ -177,7 +187,10 @@ def _single(record: dict[str, Any], query_id: str, query: str | None, place: str
     text = record.get("text")
     if text is not None and not isinstance(text, str):
         raise _MalformedError(f"the text is a {type(text).__name__}")
-    return _Row(query_id, query, str(passage_id), text, _score(record.get("score")), place)
+    vector_id = record.get("vector_id")
+    # A column of another meaning is no place; the passage is looked up by its id then.
+    placed = vector_id if type(vector_id) is int and 0 <= vector_id < 1 << 63 else None
+    return _Row(query_id, query, str(passage_id), text, _score(record.get("score")), place, placed)
 
 
 def _passage(entry: Any) -> tuple[str, str | None, float | None]:
@@ -224,7 +237,7 @@ def _score(value: Any) -> float | None:
 def _parquet_records(storage: Storage, info: ObjectInfo) -> Iterator[tuple[str, dict[str, Any]]]:
     row = 0
     with open_parquet(storage, info.uri, info.size, stream=True) as file:
-        wanted = ("query", "pos", "neg", "pos_id", "neg_id", "passages", "text", "score")
+        wanted = ("query", "pos", "neg", "pos_id", "neg_id", "passages", "text", "score", "vector_id")
         names = [n for n in (*_QUERY_ID_NAMES, *_PASSAGE_ID_NAMES, *wanted) if n in file.schema_arrow.names]
         if not {"pos", "neg", "passages", *_PASSAGE_ID_NAMES} & set(names):
             raise CorpusError(
@@ -261,7 +274,8 @@ def _trec_rows(storage: Storage, info: ObjectInfo, reject: Reject) -> Iterator[_
 
 
 def _trec_row(line: str, place: str) -> _Row:
-    fields = line.split()
+    # Tabs tell the fields apart where ids hold blanks.
+    fields = [field.strip() for field in line.split("\t")] if line.count("\t") in (4, 5) else line.split()
     if len(fields) not in (5, 6):
         raise _MalformedError(f"expected `query_id Q0 passage_id rank score tag`, got {line[:100]!r}")
     return _Row(fields[0], None, fields[2], None, _score(fields[4]), place)

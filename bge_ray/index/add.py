@@ -77,21 +77,42 @@ def build_shard(trained: TrainedIndex, shards: Iterable[Shard]) -> bytes:
     """
     if trained.spec.kind is not Kind.SHARDS:
         raise IndexBuildError(f"{trained.spec.factory} is built from parts, not as shards")
-    index = trained.open()
-    ids = [_no_ids()]
+    data, rows = _insert(trained.open(), shards)
+    if not rows:
+        raise IndexBuildError("an index shard needs at least one vector")
+    return data
+
+
+def complete_shard(data: bytes, shards: Iterable[Shard]) -> tuple[bytes, int]:
+    """Insert more vectors into an HNSW shard; returns the file, and how many it holds by then.
+
+    Args:
+        data: a file of `build_shard`.
+        shards: what it lacks; may be nothing.
+
+    Raises:
+        IndexBuildError: this is no index file; a vector or id that `check_vectors` refuses, or an id twice.
+    """
+    try:
+        index = faiss.deserialize_index(np.frombuffer(data, np.uint8))
+    except RuntimeError as error:
+        raise IndexBuildError(f"an index shard cannot be read: {error}") from error
+    return _insert(index, shards)
+
+
+def _insert(index: Index, shards: Iterable[Shard]) -> tuple[bytes, int]:
+    ids = [faiss.vector_to_array(index.id_map)]
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
-        for rows, row_ids in _batches(shards, trained.spec.dim):
-            index.add_with_ids(rows, row_ids)
-            ids.append(row_ids)
+        for rows, row_ids in _batches(shards, index.d):
+            if len(rows):
+                index.add_with_ids(rows, row_ids)
+                ids.append(row_ids)
     finally:
         faiss.omp_set_num_threads(threads)
     check_unique(np.concatenate(ids))
-    if not index.ntotal:
-        raise IndexBuildError("an index shard needs at least one vector")
-    data: bytes = faiss.serialize_index(index).tobytes()
-    return data
+    return faiss.serialize_index(index).tobytes(), int(index.ntotal)
 
 
 def _batches(shards: Iterable[Shard], dim: int) -> Iterator[tuple[FloatArray, IdArray]]:

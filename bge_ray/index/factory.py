@@ -184,29 +184,6 @@ def _code_size(factory: str, dim: int, metric: Metric, asked: str) -> int:
     return int(storage.sa_code_size())
 
 
-def choose_factory(n_rows: int, dim: int, memory_bytes: int) -> str:
-    """Choose a factory string by the number of vectors and the memory of a search machine.
-
-    Exact up to FLAT_MAX_ROWS; then 8-bit codes if they fit, 4-bit codes, and at last one bit a
-    dimension, which needs exact re-ranking from the embedding shards to reach a high recall.
-
-    Args:
-        n_rows: vectors to index, at least 1.
-        dim: length of a vector.
-        memory_bytes: what the finished index may take.
-    """
-    if n_rows <= FLAT_MAX_ROWS:
-        options = ["IDMap2,Flat", "IDMap2,SQfp16"]
-    else:
-        options = []
-    lists = choose_nlist(n_rows)
-    options += [f"IVF{lists},SQ8", f"RR{dim},IVF{lists},RaBitQ4", f"RR{dim},IVF{lists},RaBitQ"]
-    for factory in options:
-        if index_bytes(check_factory(factory, dim, Metric.L2), n_rows) <= memory_bytes:
-            return factory
-    return options[-1]
-
-
 def choose_nlist(n_rows: int) -> int:
     """Return the power of two nearest to 8 * sqrt(n_rows) that leaves TRAINING_POINTS rows a list."""
     wanted = round(math.log2(8 * math.sqrt(max(n_rows, 1))))

@@ -10,7 +10,7 @@ from bge_ray.index.factory import ID_BYTES, Kind
 from bge_ray.index.header import HeaderFormatError, flat_header, ivf_header
 from bge_ray.index.merge import CHUNK_BYTES, ListRange, check_parts, merge_range, plan_ranges
 from bge_ray.index.package import faiss
-from bge_ray.index.part import Part, list_crc, read_lists
+from bge_ray.index.part import WAY_OUT, Part, list_crc, read_lists
 from bge_ray.index.train import TrainedIndex
 from bge_ray.records.ids import IdArray
 
@@ -114,7 +114,7 @@ def _flat_columns(parts: Sequence[Part], between: bytes) -> Iterator[bytes]:
             crc = zlib.crc32(chunk, crc)
             yield chunk
         if head.rows and crc != list_crc(part, 0):
-            raise IndexBuildError(f"index part {part.name} is damaged")
+            raise IndexBuildError(f"index part {part.name} is damaged{WAY_OUT}")
 
 
 def _chunks(part: Part, begin: int, length: int) -> Iterator[bytes]:

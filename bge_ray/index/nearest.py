@@ -8,8 +8,9 @@ from bge_ray.records.ids import FloatArray, IdArray
 
 # float32 products of rows of unit norm differ by about 1e-6 between devices and kernels.
 CLOSE_CALL = 1e-5
-# Scores in memory at once, 1 GB of them.
+# Scores on the device at once, 1 GB of them, and numbers of the rows that they are of, 256 MB of them.
 BLOCK_SCORES = 1 << 28
+BLOCK_NUMBERS = 1 << 26
 SEED = 1234
 
 
@@ -31,7 +32,7 @@ def find_nearest(
     found = torch.from_numpy(np.ascontiguousarray(centroids)).to(device)
     numbers = np.empty(len(rows), np.int64)
     sure = np.empty(len(rows), np.bool_)
-    step = _block_rows(len(centroids))
+    step = _block_rows(centroids)
     for start in range(0, len(rows), step):
         block = torch.from_numpy(np.ascontiguousarray(rows[start : start + step])).to(device)
         best = _scores(block, found, spherical=spherical).topk(min(2, len(centroids)), dim=1)
@@ -45,7 +46,8 @@ def kmeans(
 ) -> FloatArray:
     """Find centroids by Lloyd's iterations from points drawn at random.
 
-    A centroid that no point is nearest to takes the place of a point drawn from those of the fullest.
+    A centroid that no point is nearest to takes the place of a point drawn from those of the fullest. The
+    device holds the centroids three times and a block of points, however many there are.
 
     Args:
         points: (n, d) float32, at least as many as centroids.
@@ -58,29 +60,28 @@ def kmeans(
         (k, d) float32.
     """
     generator = np.random.default_rng(SEED)
-    data = torch.from_numpy(np.ascontiguousarray(points)).to(device)
-    centroids = data[torch.from_numpy(generator.permutation(len(points))[:n_centroids]).to(device)].clone()
-    step = _block_rows(n_centroids)
+    drawn = np.ascontiguousarray(points[generator.permutation(len(points))[:n_centroids]])
+    centroids = torch.from_numpy(drawn).to(device)
+    step = _block_rows(drawn)
+    nearest = np.empty(len(points), np.int64)
     for _ in range(iterations):
-        nearest = torch.cat(
-            [
-                _scores(block, centroids, spherical=spherical).argmax(dim=1)
-                for block in torch.split(data, step)
-            ]
-        )
-        counts = torch.bincount(nearest, minlength=n_centroids)
-        sums = torch.zeros_like(centroids).index_add_(0, nearest, data)
+        sums, counts = torch.zeros_like(centroids), torch.zeros(n_centroids, dtype=torch.int64, device=device)
+        for start in range(0, len(points), step):
+            block = torch.from_numpy(np.ascontiguousarray(points[start : start + step])).to(device)
+            found = _scores(block, centroids, spherical=spherical).argmax(dim=1)
+            sums.index_add_(0, found, block)
+            counts += torch.bincount(found, minlength=n_centroids)
+            nearest[start : start + step] = found.cpu().numpy()
         centroids = sums / counts.clamp(min=1).unsqueeze(1)
         empty = torch.nonzero(counts == 0).flatten()
         if len(empty):
-            fullest = torch.isin(nearest, counts.topk(min(len(empty), n_centroids)).indices)
-            crowd = torch.nonzero(fullest).flatten().cpu().numpy()
-            taken = generator.choice(crowd, len(empty), replace=False)
-            centroids[empty] = data[torch.from_numpy(taken).to(device)]
+            fullest = counts.topk(min(len(empty), n_centroids)).indices.cpu().numpy()
+            taken = generator.choice(np.flatnonzero(np.isin(nearest, fullest)), len(empty), replace=False)
+            centroids[empty] = torch.from_numpy(np.ascontiguousarray(points[taken])).to(device)
         if spherical:
             centroids = torch.nn.functional.normalize(centroids, dim=1)
-    found: FloatArray = centroids.cpu().numpy()
-    return found
+    result: FloatArray = centroids.cpu().numpy()
+    return result
 
 
 def _scores(rows: torch.Tensor, centroids: torch.Tensor, *, spherical: bool) -> torch.Tensor:
@@ -89,5 +90,6 @@ def _scores(rows: torch.Tensor, centroids: torch.Tensor, *, spherical: bool) -> 
     return products if spherical else products - centroids.square().sum(dim=1) / 2
 
 
-def _block_rows(n_centroids: int) -> int:
-    return max(1, BLOCK_SCORES // n_centroids)
+def _block_rows(centroids: FloatArray) -> int:
+    n_centroids, dim = centroids.shape
+    return int(max(1, min(BLOCK_SCORES // n_centroids, BLOCK_NUMBERS // dim)))

@@ -28,6 +28,8 @@ from bge_ray.records.ids import IdArray
 
 MAGIC = b"BGEPART1"
 HEAD_BYTES = 4096
+# Of a damaged part: its name says what it was made from, so it can be made again.
+WAY_OUT = "; run index.py with index.verify, which makes damaged parts anew"
 _PREFIX = struct.Struct("<8sII")  # magic, crc32 of the JSON, length of the JSON
 _ENTRY = np.dtype([("start", "<u8"), ("crc", "<u4")])
 
@@ -80,7 +82,7 @@ class Part:
         data = self.read(offset, length) if length else b""
         if len(data) != length:
             raise IndexBuildError(
-                f"index part {self.name}: {len(data)} of {length} bytes at {offset}, it is truncated"
+                f"index part {self.name}: {len(data)} of {length} bytes at {offset}, it is truncated{WAY_OUT}"
             )
         return data
 
@@ -146,11 +148,11 @@ def open_part(name: str, read: ReadRange) -> Part:
     """
     data = read(0, HEAD_BYTES)
     if len(data) != HEAD_BYTES or not data.startswith(MAGIC):
-        raise IndexBuildError(f"{name} is no index part, or a truncated one")
+        raise IndexBuildError(f"{name} is no index part, or a truncated one{WAY_OUT}")
     _, crc, length = _PREFIX.unpack_from(data)
     text = data[_PREFIX.size : _PREFIX.size + length]
     if zlib.crc32(text) != crc:
-        raise IndexBuildError(f"index part {name}: its head is damaged")
+        raise IndexBuildError(f"index part {name}: its head is damaged{WAY_OUT}")
     fields: dict[str, Any] = json.loads(text)
     return Part(name, PartHead(**fields), read)
 
@@ -163,7 +165,7 @@ def part_sizes(part: Part) -> IdArray:
     """
     data = part.read_exactly(HEAD_BYTES, part.head.lists_offset - HEAD_BYTES)
     if zlib.crc32(data) != part.head.table_crc32:
-        raise IndexBuildError(f"index part {part.name}: its table is damaged")
+        raise IndexBuildError(f"index part {part.name}: its table is damaged{WAY_OUT}")
     starts = np.frombuffer(data, _ENTRY)["start"].astype(np.int64)
     return starts[1:] - starts[:-1]
 
@@ -204,7 +206,7 @@ def read_table(part: Part, first: int, stop: int) -> Table:
     )
     table = Table(first, entries["start"].astype(np.int64), entries["crc"].tolist())
     if (table.sizes < 0).any() or table.starts[-1] > part.head.rows:
-        raise IndexBuildError(f"index part {part.name}: its table is damaged")
+        raise IndexBuildError(f"index part {part.name}: its table is damaged{WAY_OUT}")
     return table
 
 
@@ -234,7 +236,9 @@ def read_blocks(part: Part, table: Table, max_bytes: int) -> Iterator[tuple[int,
         for number in range(begin, stop):
             rows = data[ends[number - begin] : ends[number - begin + 1]]
             if len(rows) and zlib.crc32(rows) != table.crcs[number]:
-                raise IndexBuildError(f"index part {part.name}: list {table.first + number} is damaged")
+                raise IndexBuildError(
+                    f"index part {part.name}: list {table.first + number} is damaged{WAY_OUT}"
+                )
         yield begin, ListRows(data, (starts[begin + 1 : stop + 1] - starts[begin:stop]).tolist())
         begin = stop
 

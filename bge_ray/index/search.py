@@ -58,11 +58,13 @@ def search(index: Index, queries: npt.NDArray[Any], k: int, *, effort: int | Non
         queries: (n_queries, dim) float16 or float32, unit norm.
         k: results a query.
         effort: lists to probe (nprobe) of an IVF index, at most nlist; breadth of the walk (efSearch)
-            of an HNSW index; without meaning for a flat one. None takes what the file says.
+            of an HNSW index, which is never less than what is asked for; without meaning for a flat one. None
+            takes what the file says.
 
     Returns:
-        Scores (n_queries, k) float32, falling, and ids (n_queries, k) int64; ties by id; NO_RESULT
-        with score -inf at the end of rows that found fewer.
+        Scores (n_queries, w) float32, falling, and ids (n_queries, w) int64, w being k or the vectors of
+        the index, if these are fewer; ties by id; NO_RESULT with score -inf at the end of rows that found
+        fewer.
 
     Raises:
         IndexBuildError: k or effort below 1, or a query that `check_rows` refuses: FAISS answers a
@@ -72,6 +74,7 @@ def search(index: Index, queries: npt.NDArray[Any], k: int, *, effort: int | Non
     if k < 1 or (effort is not None and effort < 1):
         raise IndexBuildError(f"k is {k} and effort {effort}, both must be at least 1")
     rows = normalise(queries)
+    k = min(k, max(index.ntotal, 1))
     fetched = _search(index, rows, min(k + _TIE_MARGIN, max(index.ntotal, 1)), effort)
     scores, ids = best(*fetched, k)
     margin = _TIE_MARGIN
@@ -115,17 +118,21 @@ def _unclear(results: Results, k: int) -> IdArray:
 def _search(index: Index, rows: FloatArray, k: int, effort: int | None) -> Results:
     if not len(rows):
         return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
-    distances, ids = index.search(rows, k, params=None if effort is None else _parameters(index, effort))
+    distances, ids = index.search(rows, k, params=_parameters(index, effort, k))
     # On unit vectors |q - x|^2 = 2 - 2 q.x
     scores = np.float32(1) - distances / np.float32(2) if index.metric_type == faiss.METRIC_L2 else distances
     return best(scores, ids, k)
 
 
-def _parameters(index: Index, effort: int) -> Any:
+def _parameters(index: Index, effort: int | None, k: int) -> Any:
     outer = faiss.downcast_index(index)
     if isinstance(outer, faiss.IndexPreTransform):
-        return faiss.SearchParametersPreTransform(index_params=_parameters(outer.index, effort))
+        inside = _parameters(outer.index, effort, k)
+        return None if inside is None else faiss.SearchParametersPreTransform(index_params=inside)
     if isinstance(outer, faiss.IndexIVF):
-        return faiss.SearchParametersIVF(nprobe=min(effort, outer.nlist))
+        return None if effort is None else faiss.SearchParametersIVF(nprobe=min(effort, outer.nlist))
     inner = faiss.downcast_index(outer.index) if isinstance(outer, faiss.IndexIDMap) else outer
-    return faiss.SearchParametersHNSW(efSearch=effort) if isinstance(inner, faiss.IndexHNSW) else None
+    if not isinstance(inner, faiss.IndexHNSW):
+        return None
+    # A walk that keeps fewer candidates than it is asked for misses the last of them.
+    return faiss.SearchParametersHNSW(efSearch=max(effort or inner.hnsw.efSearch, k))

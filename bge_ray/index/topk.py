@@ -54,13 +54,16 @@ def merge_topk(results: Sequence[Results], k: int) -> Results:
         results: at least one; each with any number of columns, and holes.
         k: results to keep.
 
+    Returns:
+        k columns, or as many as all results together have, if these are fewer.
+
     Raises:
         IndexBuildError: nothing to merge, or the numbers of queries differ.
     """
     if len({len(ids) for _, ids in results}) != 1:
         raise IndexBuildError(f"cannot merge results of {[len(ids) for _, ids in results]} queries")
     scores = np.concatenate([scores for scores, _ in results], axis=1)
-    return best(scores, np.concatenate([ids for _, ids in results], axis=1), k)
+    return best(scores, np.concatenate([ids for _, ids in results], axis=1), min(k, max(1, scores.shape[1])))
 
 
 def exact_topk(
@@ -69,7 +72,7 @@ def exact_topk(
     """Search all vectors exactly, block by block; the truth that recall is measured against.
 
     Equal vectors get equal scores wherever they stand, so results do not depend on how vectors are
-    dealt to blocks. Memory: one block and (n_queries, k) results.
+    dealt to blocks. Memory: one block and the results, which are no wider than there are vectors.
 
     Args:
         queries: (n_queries, dim) float16 or float32, unit norm.
@@ -82,15 +85,16 @@ def exact_topk(
     dim = queries.shape[-1]
     check_rows(queries, dim, "queries")
     rows = normalise(queries)
-    found = best(np.empty((len(rows), 0), np.float32), np.empty((len(rows), 0), np.int64), k)
+    found = np.empty((len(rows), 0), np.float32), np.empty((len(rows), 0), np.int64)
     for vectors, block_ids in blocks:
         unit, ids = check_vectors(vectors, block_ids, dim)
         if not len(ids) or not len(rows):
             continue
         rough, places = faiss.knn(rows, unit, min(k + _MARGIN, len(ids)), metric=faiss.METRIC_INNER_PRODUCT)
         # Most of a later block is worse than the k best so far by more than rounding: not worth scoring.
-        hopeful = rough >= found[0][:, -1:] - _ROUNDING
-        found = merge_topk([found, best(*_score_some(rows, unit, ids, places, hopeful), k)], k)
+        full = found[0].shape[1] == k
+        hopeful = rough >= found[0][:, -1:] - _ROUNDING if full else np.ones(rough.shape, np.bool_)
+        found = merge_topk([found, _score_some(rows, unit, ids, places, hopeful)], k)
     return found
 
 

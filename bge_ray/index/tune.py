@@ -5,6 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
 from bge_ray.errors import IndexBuildError
 from bge_ray.index.topk import NO_RESULT
 from bge_ray.records.ids import IdArray
@@ -61,7 +64,7 @@ def measure_recall(found: IdArray, truth: IdArray, k: int) -> Recall:
         raise IndexBuildError(f"recall@{k} needs {k} columns: found {found.shape}, truth {truth.shape}")
     wanted = truth[:, :k]
     real = wanted != NO_RESULT
-    hits = (wanted[:, :, None] == found[:, None, :k]).any(axis=2) & real
+    hits = among(wanted, found[:, :k]) & real
     counted = real.any(axis=1)
     n_queries = int(counted.sum())
     if not n_queries:
@@ -69,6 +72,29 @@ def measure_recall(found: IdArray, truth: IdArray, k: int) -> Recall:
     value = float((hits.sum(axis=1)[counted] / real.sum(axis=1)[counted]).mean())
     low, high = wilson(value, n_queries)
     return Recall(k, value, low, high)
+
+
+def among(wanted: IdArray, found: IdArray) -> npt.NDArray[np.bool_]:
+    """Tell which of (n, k) ids are in the same row of (n, m) ids."""
+    rows = [np.isin(some, there) for some, there in zip(wanted, found, strict=True)]
+    return np.stack(rows) if rows else np.empty(wanted.shape, np.bool_)
+
+
+def rescored(candidates: IdArray, truth: IdArray) -> IdArray:
+    """Return what is found once candidates are scored again exactly, up to the depth of the truth.
+
+    The truth is in the order of exact scores, so its ids that are among the candidates come first, in its
+    order: place p of the truth is at p or before. Places of others are holes here, which are never right.
+
+    Args:
+        candidates: (n, m) ids.
+        truth: (n, k) ids from exact search.
+
+    Returns:
+        (n, k) ids of the truth, NO_RESULT where one is not among the candidates.
+    """
+    found: IdArray = np.where(among(truth, candidates), truth, NO_RESULT)
+    return found
 
 
 def wilson(share: float, trials: int) -> tuple[float, float]:
@@ -79,10 +105,11 @@ def wilson(share: float, trials: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def measure(found: IdArray, truth: IdArray, effort: int) -> Measurement:
-    """Measure the recall at every depth of RECALL_DEPTHS that both sides are wide enough for."""
+def measure(found: IdArray, truth: IdArray, effort: int, k: int) -> Measurement:
+    """Measure the recall at k, and at every depth of RECALL_DEPTHS that both sides are wide enough for."""
     width = min(found.shape[1], truth.shape[1])
-    return Measurement(effort, tuple(measure_recall(found, truth, k) for k in RECALL_DEPTHS if k <= width))
+    depths = sorted(depth for depth in {*RECALL_DEPTHS, k} if depth <= width)
+    return Measurement(effort, tuple(measure_recall(found, truth, depth) for depth in depths))
 
 
 def tune_effort(
@@ -92,6 +119,7 @@ def tune_effort(
     largest: int,
     *,
     k: int = 10,
+    smallest: int = 1,
     measure_ceiling: bool = True,
 ) -> Tuning:
     """Find the smallest effort with recall@k at or above a target, by doubling and bisecting.
@@ -103,24 +131,25 @@ def tune_effort(
         truth: (n_queries, at least k) ids from `topk.exact_topk`.
         target: in (0, 1].
         largest: the most that makes sense, nlist for an IVF index.
-        k: one of RECALL_DEPTHS.
+        k: depth of the recall that is to reach the target.
+        smallest: the least effort that differs from none; HNSW widens its walk to what is asked for.
         measure_ceiling: also search with ``largest``, which scans everything.
 
     Raises:
         IndexBuildError: target, k or largest out of range, or results too narrow for k.
     """
-    if not 0 < target <= 1 or k not in RECALL_DEPTHS or largest < 1:
+    if not 0 < target <= 1 or k < 1 or not 1 <= smallest <= largest:
         raise IndexBuildError(f"cannot tune recall@{k} to {target} with an effort up to {largest}")
     curve: dict[int, Measurement] = {}
 
     def reaches(effort: int) -> bool:
         if effort not in curve:
-            curve[effort] = measure(search_at(effort), truth, effort)
+            curve[effort] = measure(search_at(effort), truth, effort, k)
             if all(recall.k != k for recall in curve[effort].recalls):
                 raise IndexBuildError(f"results have fewer than {k} columns")
         return curve[effort].at(k).value >= target
 
-    low, high = 0, 1
+    low, high = smallest - 1, smallest
     while not reaches(high) and high < largest:
         low, high = high, min(2 * high, largest)
     reached = reaches(high)

@@ -51,7 +51,9 @@ def resolve_encoder(settings: ModelSettings, *, on_gpu: bool) -> ModelSpec:
 
 
 def asked_of_queries(spec: ModelSpec, asked: ModelSettings) -> ModelSpec:
-    """Return the model of a data set with what the settings, where they say so, put around its queries.
+    """Return the model of a data set as the settings, where they say so, let it read queries.
+
+    That is what is put around them, and a shorter cut.
 
     Raises:
         DatasetMismatchError: the passages were embedded for another task.
@@ -70,6 +72,8 @@ def asked_of_queries(spec: ModelSpec, asked: ModelSettings) -> ModelSpec:
         changes["query_instruction"] = asked.query_instruction
     if asked.query_template is not None:
         changes["query_template"] = asked.query_template
+    if asked.max_length is not None:
+        changes["max_length"] = min(asked.max_length, spec.max_length)
     spec = dataclasses.replace(spec, **changes)
     if asked.examples:
         spec = dataclasses.replace(spec, examples=shown(asked, spec.query_instruction))

@@ -1,12 +1,15 @@
 """What a published index is, as index.json says it: read by searches, by the next build, by other people."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from bge_ray.records.dataset import FileFact
 
-# 2: the effort stands under `effort` and its name under `parameter`, which were `nprobe` and `effort`.
-INDEX_FORMAT_VERSION = 2
+# 3: which shards are in it, and what its effort was tuned for.
+INDEX_FORMAT_VERSION = 3
+# Of a shard's sha256, enough to tell it from any other.
+SHARD_DIGITS = 16
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,10 @@ class TrainedOn:
 
 @dataclass(frozen=True)
 class Training:
-    """The trained index that the next build may start from, as training.json says it; ``path`` as above."""
+    """The trained index that the next build may start from, as training.json says it; ``path`` as above.
+
+    ``ceiling`` is what the first index with it recalls at most; None until there is one.
+    """
 
     vector_fingerprint: str
     factory: str
@@ -49,17 +55,22 @@ class Training:
     dim: int
     path: str
     sha256: str
+    ceiling: float | None = None
 
 
 @dataclass(frozen=True)
 class IndexDescription:
     """A published index.
 
-    ``inputs`` names all that it was made from, ``files`` and ``parts`` are below the folder of the
-    index. ``parameter`` is what FAISS calls the effort of a search, None where it has none, and
-    ``effort`` the value that was tuned. Recalls go by their depth, such as "@10"; ``ceiling`` is what
-    the code allows at most. ``imbalance`` is what a search scans against equal lists, ``drift`` the
-    share of vectors out of place since the training, ``seconds`` what the build took.
+    ``inputs`` names all that it was made from, ``shards`` the embedding shards that are in it by the first
+    SHARD_DIGITS of their sha256; ``files`` and ``parts`` are below the folder of the index. ``parameter`` is
+    what FAISS calls the effort of a search, None where it has none, and ``effort`` the value that was tuned,
+    for ``recall_target`` at ``k`` results of ``rescore`` candidates that are scored again (0: none are).
+    Recalls go by their depth, such as "@10": ``recall`` is what such a search finds, ``recall_of_codes`` what
+    it finds without scoring again, ``ceiling`` what it finds at the largest effort, and
+    ``recall_after_exact_reranking`` what it would find at k with ``reranked_candidates``. ``imbalance`` is
+    what a search scans against equal lists, ``drift`` the share of vectors out of place since the training,
+    ``seconds`` what the build took.
     """
 
     inputs: str
@@ -71,18 +82,23 @@ class IndexDescription:
     ntotal: int
     nlist: int
     files: tuple[FileFact, ...]
+    shards: tuple[str, ...]
     training: TrainedOn
     parts: tuple[str, ...]
     parameter: Literal["nprobe", "efSearch"] | None
     effort: int
     recall_target: float
+    k: int
+    rescore: int
     reached: bool
     queries: str
     num_queries: int
     recall: dict[str, Recall]
+    recall_of_codes: dict[str, Recall]
     ceiling: dict[str, Recall] | None
     ceiling_queries: int
     recall_after_exact_reranking: Recall
+    reranked_candidates: int
     gain_of_exact_reranking: float
     curve: tuple[CurvePoint, ...]
     imbalance: float
@@ -92,8 +108,17 @@ class IndexDescription:
 
     @property
     def tuned_recall(self) -> Recall:
-        """The recall that the target is about: at 10, or at 1 where there are fewer vectors."""
-        return self.recall.get("@10") or self.recall["@1"]
+        """The recall that the target is about."""
+        return self.recall[f"@{self.k}"]
+
+    def rescored(self, k: int) -> int:
+        """Return the candidates to score again for k results, in the proportion that was tuned; 0: none."""
+        return -(-self.rescore * max(k, self.k) // self.k)
+
+    def lacks(self, shard_hashes: Iterable[str]) -> list[str]:
+        """Return those of a data set's shards, by their sha256, that are not in the index."""
+        there = set(self.shards)
+        return [sha256 for sha256 in shard_hashes if sha256[:SHARD_DIGITS] not in there]
 
     @property
     def bytes(self) -> int:

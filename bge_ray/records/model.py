@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from bge_ray.records.outputs import Output
 
@@ -68,6 +69,11 @@ class ModelSpec:
         # By hand: an instruction may hold braces. Without one, nothing of the template stands before.
         before = before.replace("{instruction}", self.query_instruction) if self.query_instruction else ""
         return before, behind
+
+    def query_key(self) -> list[Any]:
+        """Return all that decides what the model reads of a query, beside its text and the tokenizer."""
+        examples = [dataclasses.asdict(example) for example in self.examples]
+        return [*self.around_query(), examples, self.max_length]
 
     @property
     def dim(self) -> int:

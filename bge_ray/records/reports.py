@@ -138,13 +138,23 @@ class IndexReport(Report):
 
 @dataclass(frozen=True)
 class SearchedIndex:
-    """The index that a search used, and the effort that it was asked with."""
+    """The index that a search used, and the effort that it was asked with.
+
+    ``recall`` was measured with ``tuned_effort``, for ``tuned_k`` results, of ``tuned_rescore`` candidates
+    scored again for as many results as this search asked for. ``lacking_shards`` of the data set are not
+    in it.
+    """
 
     factory: str
     kind: str
     ntotal: int
     parameter: str | None
     effort: int
+    tuned_effort: int
+    rescore: int
+    tuned_k: int
+    tuned_rescore: int
+    lacking_shards: int
     recall: dict[str, Recall]
 
 
@@ -184,6 +194,7 @@ class SearchReport(Report):
     unknown_ids: int
     missing_results: int
     doubled_passages: int
+    refilled_queries: int
     query_tokens: int
     truncated_queries: int
     scoring: Scoring | None

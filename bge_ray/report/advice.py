@@ -39,12 +39,12 @@ def advise_index(report: IndexReport) -> list[str]:
     if index is None:
         return []
     if not index.reached:
-        ceiling = (index.ceiling or {}).get("@10")
-        bound = f" (this code allows at most {ceiling.value:.4f})" if ceiling else ""
+        ceiling = (index.ceiling or {}).get(f"@{index.k}")
+        bound = f" (at most {ceiling.value:.4f} with all of it probed)" if ceiling else ""
         lines.append(
-            f"Recall misses index.recall_target {index.recall_target:g}{bound}: set search.rescore to ten "
-            f"times search.k, which gives {index.recall_after_exact_reranking.value:.4f}, or choose an "
-            "index.factory with a larger code."
+            f"Recall@{index.k} misses index.recall_target {index.recall_target:g}{bound}: set index.rescore "
+            f"to {index.reranked_candidates:,}, which gives {index.recall_after_exact_reranking.value:.4f} "
+            f"at this {index.parameter or 'effort'}, or choose an index.factory with a larger code."
         )
     if index.imbalance > HIGH_IMBALANCE:
         lines.append(
@@ -68,21 +68,35 @@ def advise_index(report: IndexReport) -> list[str]:
 def advise_search(report: SearchReport) -> list[str]:
     """Return what to change after a search, most valuable first."""
     lines = []
+    index = report.index
+    if index is not None and index.lacking_shards:
+        lines.append(
+            f"The index is older than the data set: {index.lacking_shards:,} shards are not in it, and none "
+            "of their passages was found. Run index.py, then search again."
+        )
+    if index is not None and (report.k > index.tuned_k or index.rescore < index.tuned_rescore):
+        lines.append(
+            f"The recall of the index was measured for {index.tuned_k:,} results a query, "
+            f"{index.tuned_rescore:,} candidates rescored for {report.k:,}; this search asked for "
+            f"{report.k:,}, {index.rescore:,} rescored, and may find less. Run index.py with the search.k "
+            "and search.rescore that searches use."
+        )
     if report.unknown_ids:
         lines.append(
-            f"{report.unknown_ids:,} results were vectors that the data set no longer has, and were dropped: "
-            "the index is older than the data set. Run index.py, then search again."
+            f"{report.unknown_ids:,} results were vectors that the data set no longer has, and others took "
+            "their places: the index is older than the data set. Run index.py."
         )
     if report.missing_results:
         lines.append(
-            f"{report.missing_results:,} results are missing: raise search.nprobe, so that more lists are "
-            "probed, unless the data set has fewer passages than search.k."
+            f"{report.missing_results:,} results are missing, though all of the index was looked through: it "
+            "holds fewer passages with different ids than search.k."
         )
     if report.doubled_passages:
         lines.append(
             f"{report.doubled_passages:,} results were passages whose id stands more than once, and were "
-            "dropped: give each passage of the corpus an id of its own."
+            "dropped for others: give each passage of the corpus an id of its own."
         )
+    lines += _on_trec(report)
     if report.truncated_queries > HIGH_TRUNCATED * max(1, report.queries_in):
         lines.append(
             f"{report.truncated_queries:,} queries were cut at model.max_length: shorten them, or search "
@@ -95,7 +109,14 @@ def advise_search(report: SearchReport) -> list[str]:
 
 def advise_rerank(report: RerankReport) -> list[str]:
     """Return what to change after a rerank run, most valuable first."""
-    return _on_scoring(report, report.scoring) + _on_startup(report)
+    return _on_scoring(report, report.scoring) + _on_trec(report) + _on_startup(report)
+
+
+def _on_trec(report: SearchReport | RerankReport) -> list[str]:
+    return [
+        f"There is no run.trec: {why}. evaluate.py reads run.parquet; other programs need ids without blanks."
+        for why in report.without_trec[:1]
+    ]
 
 
 def _on_scoring(report: Report, scoring: Scoring) -> list[str]:

@@ -70,9 +70,11 @@ RECALL_HEADER = ("", "recall", "between", "at most, with this code")
 
 
 def _measurement(index: IndexDescription) -> str:
+    rescored = f" of {index.rescore:,} candidates scored again exactly" if index.rescore else ""
     return (
-        "The share of the true nearest passages, by exact search over all embedding shards, that the "
-        f"index returns; with a 95 % interval. Measured with {index.num_queries:,} queries: {index.queries}."
+        "The share of the true nearest passages, by exact search over all embedding shards, that a search "
+        f"for {index.k:,} results{rescored} finds; with a 95 % interval. Measured with "
+        f"{index.num_queries:,} queries: {index.queries}."
     )
 
 
@@ -105,7 +107,11 @@ def _recalls(index: IndexDescription) -> list[tuple[str, str, str, str]]:
         for depth, found in index.recall.items()
     ]
     reranked = index.recall_after_exact_reranking
-    return [*rows, (f"recall@{reranked.k}, candidates rescored exactly", *_measured(reranked), "")]
+    if index.rescore:
+        codes = index.recall_of_codes.items()
+        rows += [(f"recall{depth}, not rescored", *_measured(found), "") for depth, found in codes]
+    words = f"recall@{reranked.k}, {index.reranked_candidates:,} candidates rescored exactly"
+    return [*rows, (words, *_measured(reranked), "")]
 
 
 def _measured(recall: Recall) -> tuple[str, str]:
@@ -140,10 +146,10 @@ def _pictures(index: IndexDescription, sizes: IdArray | None) -> list[Html]:
 
 def _draw_recall(axes: Any, index: IndexDescription) -> None:
     efforts = [point.effort for point in index.curve]
-    for depth, marker in (("@1", "^"), ("@10", "o"), ("@100", "s")):
-        if depth in index.curve[0].recall:
+    for depth, marker in zip(index.curve[0].recall, "^osD", strict=False):
+        if all(depth in point.recall for point in index.curve):
             values = [point.recall[depth] for point in index.curve]
-            color, line = (ACCENT, "-") if depth == "@10" else (FAINT, ":")
+            color, line = (ACCENT, "-") if depth == f"@{index.k}" else (FAINT, ":")
             axes.plot(
                 efforts,
                 values,

@@ -35,6 +35,7 @@ def search_page(report: SearchReport) -> bytes:
         f"{report.queries_in:,} queries = {report.queries_out:,} answered + {lost:,} left out, with "
         f"{count(report.results, 'result')}. Of what the index gave, {report.unknown_ids:,} were of vectors "
         f"that the data set no longer has, {report.doubled_passages:,} of ids that stand twice; "
+        f"{count(report.refilled_queries, 'query', 'queries')} asked again for more, "
         f"{count(report.missing_results, 'place')} stayed empty."
     )
     done = f"{report.queries_out:,} of {report.queries_in:,} queries"

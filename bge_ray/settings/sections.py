@@ -387,7 +387,18 @@ class IndexSettings(Section):
         description="GPUs of the training and of each add task, which then find centroids and lists through "
         "torch; 0 leaves both to FAISS on CPUs",
     )
-    recall_target: float = Field(0.95, gt=0, le=1, description="recall@10 to reach by choosing nprobe")
+    recall_target: float = Field(
+        0.95, gt=0, le=1, description="recall to reach by choosing nprobe or efSearch, as searches will ask"
+    )
+    recall_k: int | None = Field(
+        None, ge=1, le=1000, description="k of recall_target; null takes search.k, 1000 at most"
+    )
+    rescore: int | None = Field(
+        None,
+        ge=0,
+        description="candidates that searches score again for recall_k results, at least that many, or 0; "
+        "null takes search.rescore, or what an auto factory needs, or else 0",
+    )
     queries: str | None = Field(
         None,
         description="file, folder or glob of queries to measure recall with, as search.queries; null draws "
@@ -400,6 +411,18 @@ class IndexSettings(Section):
         le=1,
         description="share of vectors out of place since the training above which the index is trained anew",
     )
+    retrain: bool = Field(
+        False, description="train anew on the data set as it is now, unless the published index was"
+    )
+    verify: bool = Field(
+        False, description="read all files and parts of the index, and make those anew that are damaged"
+    )
+
+    @model_validator(mode="after")
+    def _rescores_enough(self) -> "IndexSettings":
+        if self.rescore and self.recall_k is not None and self.rescore < self.recall_k:
+            raise ValueError(f"rescore: must be 0, or at least recall_k ({self.recall_k})")
+        return self
 
 
 class SearchSettings(Section):
@@ -425,10 +448,15 @@ class SearchSettings(Section):
     nprobe: int | None = Field(
         None, ge=1, description="inverted lists to probe (or efSearch of HNSW); null takes the tuned value"
     )
-    rescore: int = Field(
-        0,
+    rescore: int | None = Field(
+        None,
         ge=0,
-        description="candidates from the index to score again from the stored vectors, at least k; 0: none",
+        description="candidates from the index to score again from the stored vectors, at least k; 0: none; "
+        "null takes what the index was tuned with, in proportion to k",
+    )
+    stale_index: bool = Field(
+        False,
+        description="search an index that lacks passages of the data set, which is refused otherwise",
     )
     rerank: bool = Field(
         False, description="rerank the results in the same job; the section rerank says with what"
@@ -449,7 +477,7 @@ class SearchSettings(Section):
 
     @model_validator(mode="after")
     def _rescores_enough(self) -> "SearchSettings":
-        if 0 < self.rescore < self.k:
+        if self.rescore is not None and 0 < self.rescore < self.k:
             raise ValueError(f"rescore: must be 0, or at least k ({self.k})")
         if self.tag.split() != [self.tag]:
             raise ValueError("tag: must hold no white space, which separates the columns of a TREC run")
@@ -567,11 +595,18 @@ class EvaluateSettings(Section):
     run: str | tuple[str, ...] | None = Field(
         None, description="a run file or folder, or a list of them; the others are compared with the first"
     )
-    qrels: str | None = Field(None, description="judgements: TREC qrels, or BEIR's tsv with its header")
+    qrels: str | None = Field(
+        None,
+        description="judgements: TREC qrels, BEIR's tsv, or Parquet with its columns; or a folder with one",
+    )
     output: str | None = Field(
         None, description="folder of metrics.json, metrics.md and metrics.svg; null writes none"
     )
     k: tuple[int, ...] = Field((1, 5, 10, 100), description="cut-offs of nDCG, MRR, recall and success")
+    ignore_identical_ids: bool = Field(
+        False,
+        description="leave out results that have the id of their query, as where queries are passages",
+    )
 
     @model_validator(mode="after")
     def _cuts_are_positive(self) -> "EvaluateSettings":

@@ -201,3 +201,29 @@ def test_rows_are_found_by_their_ids_wherever_they_lie(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(StorageError, match=r"00000000-0000000000\.parquet"):
         read_places(STORAGE, root, shards, there, ["passage_id"])
+
+
+def test_a_run_keeps_which_vector_each_candidate_is_and_may_come_in_any_order(tmp_path: Path) -> None:
+    rows = [
+        {"query_id": "q", "passage_id": "p", "score": 0.5, "vector_id": 1 << 41},
+        {"query_id": "r", "passage_id": "p", "score": 0.5, "vector_id": 7},
+        {"query_id": "q", "passage_id": "o", "score": 0.75, "vector_id": 0},
+    ]
+    path = tmp_path / "run.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    grouped, rejected = read(path)
+    assert [(c.query_id, c.passage_ids, c.vector_ids) for c in grouped] == [
+        ("q", ["p"], [1 << 41]),
+        ("r", ["p"], [7]),
+    ]
+    assert rejected == [("q", None, "duplicate_query")]
+    every = list(read_candidate_lists(STORAGE, str(path), lambda *_: None, scattered=True))
+    assert [(c.query_id, c.passage_ids) for c in every] == [("q", ["p"]), ("r", ["p"]), ("q", ["o"])]
+    pq.write_table(pa.Table.from_pylist([rows[0], rows[2]]), path)
+    assert read(path)[0] == [Candidates("q", ["o", "p"], [0.75, 0.5], None, None, [0, 1 << 41])]
+
+
+def test_tabs_tell_the_fields_of_a_run_apart_where_ids_hold_blanks(tmp_path: Path) -> None:
+    path = tmp_path / "run.trec"
+    path.write_text("a query\tQ0\tthe doc\t1\t0.5\ttag\n")
+    assert read(path) == ([Candidates("a query", ["the doc"], [0.5])], [])

@@ -1,4 +1,4 @@
-"""Factory strings: what is taken, what is refused with which advice, and what `auto` chooses."""
+"""Factory strings: what is taken, what is refused with which advice."""
 
 import subprocess
 import sys
@@ -6,11 +6,9 @@ import sys
 import faiss
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from bge_ray.errors import IndexBuildError
-from bge_ray.index.factory import Kind, Metric, check_factory, choose_factory, choose_nlist, index_bytes
+from bge_ray.index.factory import Kind, Metric, check_factory, choose_nlist, index_bytes
 from bge_ray.index.package import check_distributions
 
 
@@ -85,32 +83,6 @@ def test_training_rows():
     assert check_factory("IVF4096,SQ8", 32, Metric.L2).min_training_rows == 39 * 4096
     assert check_factory("IVF16,PQ8", 32, Metric.L2).min_training_rows == 39 * 256
     assert check_factory("Flat", 32, Metric.L2).training_rows == 0
-
-
-@pytest.mark.parametrize(
-    ("n_rows", "memory_gb", "factory"),
-    [
-        (1, 1, "IDMap2,Flat"),
-        (100_000, 1, "IDMap2,Flat"),
-        (100_000, 0.2, "IDMap2,SQfp16"),
-        (1_000_000, 64, "IVF8192,SQ8"),
-        (10_000_000, 64, "IVF32768,SQ8"),
-        (1_000_000_000, 1000, "IVF262144,SQ8"),
-        (1_000_000_000, 500, "RR768,IVF262144,RaBitQ4"),
-        (1_000_000_000, 200, "RR768,IVF262144,RaBitQ"),
-        (10_000_000_000, 100, "RR768,IVF1048576,RaBitQ"),
-    ],
-)
-def test_auto(n_rows, memory_gb, factory):
-    assert choose_factory(n_rows, 768, int(memory_gb * 1e9)) == factory
-
-
-@given(n_rows=st.integers(1, 10**11), dim=st.sampled_from([384, 768, 1024]), memory=st.integers(0, 10**13))
-def test_auto_is_always_buildable(n_rows, dim, memory):
-    spec = check_factory(choose_factory(n_rows, dim, memory), dim, Metric.L2)
-    if n_rows > 100_000:
-        assert spec.nlist * 64 <= n_rows
-        assert index_bytes(spec, n_rows) <= memory or spec.factory.endswith("RaBitQ")
 
 
 def test_nlist_grows_with_the_root():

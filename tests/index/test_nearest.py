@@ -5,7 +5,11 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from bge_ray.index import nearest
 from bge_ray.index.factory import Metric, check_factory
 from bge_ray.index.nearest import CLOSE_CALL, find_nearest, kmeans
 from bge_ray.pipeline.index.tasks import TrainedFile, add_task, train_task
@@ -50,6 +54,33 @@ def test_its_centroids_are_as_good_as_those_of_faiss(spherical: bool) -> None:
     assert cost(points, ours) < 1.03 * cost(points, theirs.centroids)
     if spherical:
         np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, atol=1e-5)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest tensor that any operation takes or gives."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, out)):
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return out
+
+
+def test_the_device_holds_a_block_of_points_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nearest, "BLOCK_NUMBERS", 100 * DIM)
+    points = clustered(5000, DIM, 3, clusters=40)
+    whole = kmeans(points, 16, spherical=True, iterations=4, device="cpu")
+    with LargestTensor() as largest:
+        blocks = kmeans(points, 16, spherical=True, iterations=4, device="cpu")
+    assert largest.numbers <= 100 * DIM
+    monkeypatch.setattr(nearest, "BLOCK_NUMBERS", 1 << 26)
+    np.testing.assert_allclose(
+        blocks, kmeans(points, 16, spherical=True, iterations=4, device="cpu"), atol=1e-5
+    )
+    np.testing.assert_array_equal(blocks, whole)
 
 
 def test_centroids_without_points_are_placed_anew() -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from bge_ray.errors import IndexBuildError
 from bge_ray.index.drift import drift, imbalance
-from bge_ray.index.tune import measure_recall, tune_effort, wilson
+from bge_ray.index.tune import measure_recall, rescored, tune_effort, wilson
 
 
 def simulated(recall_of, n_queries: int = 200, k: int = 10):
@@ -83,6 +83,26 @@ def test_recall_counts_by_hand():
 def test_recall_refuses_what_cannot_be_compared(found, truth):
     with pytest.raises(IndexBuildError):
         measure_recall(found.astype(np.int64), truth.astype(np.int64), 3)
+
+
+def test_rescored_candidates_are_in_the_order_of_the_truth():
+    """Exact scores of candidates, by hand: the recall at each depth is that of sorting them again."""
+    rng = np.random.default_rng(0)
+    scores = rng.random((40, 200))
+    truth = np.argsort(-scores, axis=1)[:, :20]
+    candidates = np.stack([rng.permutation(200)[:60] for _ in range(40)])
+    found = rescored(candidates, truth)
+    for k in (1, 5, 20):
+        again = [sorted(row, key=lambda i, s=s: -s[i])[:k] for row, s in zip(candidates, scores, strict=True)]
+        expected = np.mean([len(set(a) & set(t[:k])) / k for a, t in zip(again, truth, strict=True)])
+        assert measure_recall(found, truth, k).value == pytest.approx(expected)
+
+
+def test_tuning_begins_where_efforts_begin_to_differ():
+    search_at, truth, calls = simulated(lambda effort: min(1, effort / 100))
+    assert tune_effort(search_at, truth, 0.1, 400, smallest=20, measure_ceiling=False).chosen.effort == 20
+    assert calls == [20]
+    assert tune_effort(search_at, truth, 0.5, 400, smallest=20).chosen.effort == 50
 
 
 def test_wilson_against_known_values():

@@ -94,18 +94,23 @@ def index_description(**changes: Any) -> IndexDescription:
         ntotal=100,
         nlist=8,
         files=(FileFact("a/index.faiss", 1000, "f", 100),),
+        shards=("0" * 16,),
         training=TrainedOn("trained/f.faiss", "f"),
         parts=("parts/f.part",),
         parameter="nprobe",
         effort=2,
         recall_target=0.95,
+        k=10,
+        rescore=0,
         reached=True,
         queries=HOSTILE,
         num_queries=10,
         recall={"@10": recall},
+        recall_of_codes={"@10": recall},
         ceiling={"@10": recall},
         ceiling_queries=10,
         recall_after_exact_reranking=recall,
+        reranked_candidates=100,
         gain_of_exact_reranking=0.0,
         curve=(CurvePoint(1, {"@10": 0.9}), CurvePoint(2, {"@10": 0.96})),
         imbalance=1.2,
@@ -123,6 +128,23 @@ def index_report(**changes: Any) -> IndexReport:
 SCORING = Scoring({"name": HOSTILE}, 40, 2, 4000, 0, 0.05, 400.0, 2, 0.9)
 
 
+def searched_index(**changes: Any) -> SearchedIndex:
+    index = SearchedIndex(
+        factory=HOSTILE,
+        kind="ivf",
+        ntotal=100,
+        parameter="nprobe",
+        effort=2,
+        tuned_effort=2,
+        rescore=0,
+        tuned_k=10,
+        tuned_rescore=0,
+        lacking_shards=0,
+        recall={"@10": Recall(10, 0.96, 0.95, 0.97)},
+    )
+    return dataclasses.replace(index, **changes)
+
+
 def search_report(**changes: Any) -> SearchReport:
     report = SearchReport(
         **common(facts_of_two("search"), steady_s=70.0),
@@ -131,7 +153,7 @@ def search_report(**changes: Any) -> SearchReport:
         queries=HOSTILE,
         dataset="s3://b/out",
         model=MODEL,
-        index=SearchedIndex(HOSTILE, "ivf", 100, "nprobe", 2, {"@10": Recall(10, 0.96, 0.95, 0.97)}),
+        index=searched_index(),
         k=10,
         queries_in=10,
         queries_out=9,
@@ -139,6 +161,7 @@ def search_report(**changes: Any) -> SearchReport:
         unknown_ids=0,
         missing_results=0,
         doubled_passages=0,
+        refilled_queries=0,
         query_tokens=100,
         truncated_queries=0,
         scoring=SCORING,

@@ -8,7 +8,14 @@ from bge_ray.records.reports import EmbedReport
 from bge_ray.report import advice
 from bge_ray.report.advice import advise_embed, advise_index, advise_rerank, advise_search
 from bge_ray.settings.sections import parse_settings
-from tests.report.samples import SCORING, embed_report, index_report, rerank_report, search_report
+from tests.report.samples import (
+    SCORING,
+    embed_report,
+    index_report,
+    rerank_report,
+    search_report,
+    searched_index,
+)
 
 LONG = {"steady_s": 600.0, "wall_s": 610.0}
 UNITS_OF_50 = {"settings": parse_settings(None, ["batching.unit_rows=50"]).model_dump(mode="json")}
@@ -69,7 +76,7 @@ def test_advice_begins_at_its_threshold() -> None:
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"reached": False}, "search.rescore"),
+        ({"reached": False}, "set index.rescore to 100"),
         ({"imbalance": 3.0}, "uneven"),
         ({"effort": 96, "nlist": 128}, "75% of the lists"),
         ({"drift": 0.25}, "index.max_drift"),
@@ -84,9 +91,13 @@ def test_advice_on_an_index(change: dict[str, Any], word: str) -> None:
     ("change", "word"),
     [
         ({"unknown_ids": 5}, "Run index.py"),
-        ({"missing_results": 5}, "search.nprobe"),
+        ({"missing_results": 5}, "fewer passages with different ids"),
+        ({"index": searched_index(lacking_shards=2)}, "2 shards are not in it"),
+        ({"k": 100}, "measured for 10 results"),
+        ({"index": searched_index(tuned_rescore=100)}, "100 candidates rescored for 10"),
         ({"doubled_passages": 5}, "an id of its own"),
         ({"truncated_queries": 5}, "model.max_length"),
+        ({"without_trec": ("passage_id 'a b' cannot stand in one",)}, "There is no run.trec"),
         (scoring(truncated_pairs=30), "rerank.max_length"),
         (scoring(utilisation=0.3), "rerank.num_rerankers"),
         (scoring(padding_waste=0.3), "rerank.unit_pairs"),

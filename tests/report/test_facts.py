@@ -184,5 +184,5 @@ def test_a_description_of_an_index_comes_back_whole() -> None:
     assert from_json(IndexDescription, to_json(index)) == index
     assert index.bytes == 15
     assert index.tuned_recall == index.recall["@10"]
-    tiny = index_description(recall={"@1": index.recall["@10"]})
+    tiny = index_description(k=1, recall={"@1": index.recall["@10"]})
     assert tiny.tuned_recall is tiny.recall["@1"]

@@ -42,9 +42,9 @@ class VectorDataset:
         self.dataset.create_spec(self.spec)
         self._markers: dict[int, Marker] = {}
 
-    def put(self, object_no: int, vectors: np.ndarray) -> Marker:
+    def put(self, object_no: int, vectors: np.ndarray, names: Sequence[str] | None = None) -> Marker:
         """Write one shard of (n, dim) vectors; their ids are those of rows 0 to n - 1 of the object."""
-        marker = write_shard(self.dataset, self.spec, object_no, vectors)
+        marker = write_shard(self.dataset, self.spec, object_no, vectors, names)
         self._markers[object_no] = marker
         return marker
 
@@ -62,14 +62,20 @@ class VectorDataset:
         return manifest
 
 
-def write_shard(dataset: Dataset, spec: DatasetSpec, object_no: int, vectors: np.ndarray) -> Marker:
+def write_shard(
+    dataset: Dataset,
+    spec: DatasetSpec,
+    object_no: int,
+    vectors: np.ndarray,
+    names: Sequence[str] | None = None,
+) -> Marker:
     rows = len(vectors)
     schema = embedding_schema(spec.model.outputs, pa.schema([]))
     flat = pa.array(np.ascontiguousarray(vectors, dtype=spec.model.output("embedding").dtype).reshape(-1))
     table = pa.table(
         [
             pa.array(vector_ids(object_no, np.arange(rows))),
-            pa.array([f"{object_no}-{row}" for row in range(rows)], pa.string()),
+            pa.array(names or [f"{object_no}-{row}" for row in range(rows)], pa.string()),
             hash_texts(f"text {object_no}-{row}" for row in range(rows)),
             pa.array(np.full(rows, 5, np.int32)),
             pa.array(np.zeros(rows, bool)),

@@ -128,11 +128,12 @@ def _refuse_large(removal: Removal, settings: Settings, root: str) -> None:
 
 def _check_index(settings: Settings, storage: Storage, spec: DatasetSpec, plan: Plan) -> None:
     """Refuse here what the index job would refuse after hours of embedding."""
-    from bge_ray.pipeline.index.inputs import settle_spec  # takes faiss
+    from bge_ray.pipeline.index.inputs import settle_spec, trained_factory  # takes faiss
     from bge_ray.pipeline.index.queries import given_queries
 
-    settle_spec(spec, sum(unit.n_rows for unit in plan.units()), settings.index)
-    given_queries(storage, settings.index)
+    trained = trained_factory(storage, str(settings.output.uri))
+    settle_spec(spec, sum(unit.n_rows for unit in plan.units()), settings, trained)
+    given_queries(storage, settings)
 
 
 def _subtract(

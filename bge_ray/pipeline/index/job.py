@@ -15,14 +15,14 @@ from dataclasses import replace
 import ray
 
 from bge_ray.dataset.folder import PARALLEL_REQUESTS, Dataset
-from bge_ray.errors import IndexBuildError, RecallError, StorageError
+from bge_ray.errors import DatasetMismatchError, IndexBuildError, RecallError, StorageError
 from bge_ray.index.factory import index_bytes
 from bge_ray.pipeline.engine.pools import PoolRequest, await_pools
 from bge_ray.pipeline.engine.stopping import StopRequest
 from bge_ray.pipeline.index.build import carry_build
 from bge_ray.pipeline.index.inputs import Inputs, read_inputs
 from bge_ray.pipeline.index.published import FOLDER, index_files, read_index
-from bge_ray.pipeline.index.steps import Build
+from bge_ray.pipeline.index.steps import Build, trained_path
 from bge_ray.pipeline.work import carry_out
 from bge_ray.records.canonical import to_json
 from bge_ray.records.ids import IdArray
@@ -35,7 +35,7 @@ from bge_ray.run_id import run_id
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.concatenate import remove_unfinished
 from bge_ray.storage.objects import Storage, join
-from bge_ray.storage.ownership import OwnedFolder, open_folder
+from bge_ray.storage.ownership import OwnedFolder, digest_object, open_folder
 from bge_ray.storage.sweep import is_due, remove_empty_folders, retire
 
 logger = logging.getLogger(__name__)
@@ -80,30 +80,42 @@ def plan_index(settings: Settings) -> str:
         f"{spec.factory}: {manifest.vectors:,} vectors in {len(manifest.shards):,} shards, "
         f"{min(spec.training_rows, manifest.vectors):,} training rows, about "
         f"{index_bytes(spec, manifest.vectors) / 1e6:,.0f} MB, "
+        + (f"chosen: {work.inputs.choice}; " if work.inputs.choice is not None else "")
         + ("up to date: nothing to do" if work.published() is not None else "to be built")
     )
 
 
-def index_outcome(settings: Settings, index: IndexDescription) -> str:
-    """Say in one line what `build_index` came to.
+def index_outcome(settings: Settings, stop: StopRequest | None = None) -> str:
+    """Build the index as `build_index` does, and say in one line what came of it.
 
     Raises:
-        RecallError: the index is published, and misses its recall target.
+        RecallError: the index was built now and is published, and misses its recall target. A run that has
+            nothing to do tells of that and is a success: another one would not find more.
     """
-    recall = index.tuned_recall
+    work = IndexWork(settings)
+    carry_out(work, RunFacts("index", run_id()), stop)
+    index, recall = work.index, work.index.tuned_recall
     effort = f" at {index.parameter} {index.effort}" if index.parameter else ""
+    rescored = f" of {index.rescore} candidates rescored exactly" if index.rescore else ""
+    reranked = index.recall_after_exact_reranking
     line = (
-        f"{index.factory}: {index.ntotal:,} vectors, "
-        f"recall@{recall.k} {recall.value:.4f}{effort}, "
-        f"{index.recall_after_exact_reranking.value:.4f} with exact re-ranking; "
-        f"see {join(str(settings.output.uri), 'index', 'report.html')}"
-    )
-    if not index.reached:
-        raise RecallError(
-            f"{line}; index.recall_target {index.recall_target:g} was not reached: the index is "
-            "published, search it with exact re-ranking, or build one with a larger code"
+        f"{index.factory}: {index.ntotal:,} vectors, recall@{recall.k} {recall.value:.4f}{effort}{rescored}"
+        + (
+            ""
+            if index.rescore
+            else f", {reranked.value:.4f} with {index.reranked_candidates:,} rescored exactly"
         )
-    return line
+        + f"; see {join(str(settings.output.uri), 'index', 'report.html')}"
+    )
+    if index.reached:
+        return line
+    line += f"; index.recall_target {index.recall_target:g} was not reached: "
+    if not work.built:
+        return f"{line}as the run that built it said"
+    raise RecallError(
+        f"{line}the index is published; set index.rescore, so that searches score candidates again, or build "
+        "one with a larger code"
+    )
 
 
 class IndexWork:
@@ -117,6 +129,7 @@ class IndexWork:
         self._root = str(settings.output.uri)
         self._folder = open_folder(self._storage, join(self._root, FOLDER), "index", "output.uri", NAMES)
         self.inputs: Inputs = self._read_inputs()
+        self.built = False
         self._index: IndexDescription | None = None
         self._sizes: IdArray | None = None
 
@@ -131,7 +144,7 @@ class IndexWork:
         return (self._folder,)
 
     def _read_inputs(self) -> Inputs:
-        return read_inputs(Dataset(self._storage, self._root), self._settings.index)
+        return read_inputs(Dataset(self._storage, self._root), self._settings)
 
     @property
     def index(self) -> IndexDescription:
@@ -148,18 +161,30 @@ class IndexWork:
         """Return the published index if it is of these inputs and its files are there."""
         try:
             there = read_index(self._storage, self._root)
+        except DatasetMismatchError as error:
+            logger.warning("%s; building it anew", error)
+            return None
         except StorageError:
             # Nobody is told to remove a file that is not ours.
             self._folder.check_replaceable("index.json")
             raise
         if there is None or there.inputs != self.inputs.key:
             return None
+        if self._settings.index.retrain and there.training.path != self._fresh_training():
+            return None
         for file in index_files(self._root, there):
             info = self._storage.info(file.path)
             if info is None or info.size != file.bytes:
                 logger.warning("%s: is missing or has another size; building it again", file.path)
                 return None
+            if self._settings.index.verify and digest_object(self._storage, info) != file.sha256:
+                logger.warning("%s: is damaged; building it again", file.path)
+                return None
         return there
+
+    def _fresh_training(self) -> str:
+        shards = [m.embeddings.sha256 for m in self.inputs.manifest.shards if m.embeddings is not None]
+        return trained_path(self.inputs.spec, shards)
 
     def current(self) -> IndexReport | None:
         """Return the report of the published index, if it is of what the data set is now."""
@@ -179,6 +204,8 @@ class IndexWork:
         """Train, add, merge and tune, unless a run that was cut off had published."""
         if self._index is not None:
             return
+        if self.inputs.choice is not None:
+            logger.info("auto chose %s", self.inputs.choice)
         settings, gpus = self._settings, self._settings.index.gpus_per_task
         tasks = PoolRequest("tasks", "index.gpus_per_task", 1, count=1 if gpus else None, gpus=gpus)
         await_pools(settings, [tasks], watch)
@@ -190,6 +217,8 @@ class IndexWork:
             root=self._root,
             manifest=self.inputs.manifest,
             spec=self.inputs.spec,
+            k=self.inputs.k,
+            rescore=self.inputs.rescore,
             settings=settings.index,
             at_once=at_once,
             watch=watch,
@@ -197,6 +226,7 @@ class IndexWork:
             log_interval_s=settings.report.log_interval_s,
         )
         self._index, self._sizes = carry_build(build, self.inputs, settings)
+        self.built = True
 
     def publish(self, facts: RunFacts) -> None:  # noqa: ARG002 - nothing of it goes into index.json
         """Replace index.json."""

@@ -34,7 +34,7 @@ def read_index(storage: Storage, root: str) -> IndexDescription | None:
         version = from_json(_Versioned, data).format_version
         if version != INDEX_FORMAT_VERSION:
             raise DatasetMismatchError(
-                f"{uri}: is of format {version}, this version reads {INDEX_FORMAT_VERSION}; remove it to "
+                f"{uri}: is of format {version}, this version reads {INDEX_FORMAT_VERSION}; run index.py to "
                 "build the index anew"
             )
         return from_json(IndexDescription, data)

@@ -13,7 +13,7 @@ from bge_ray.records.canonical import digest
 from bge_ray.records.dataset import DatasetSpec
 from bge_ray.records.ids import FloatArray
 from bge_ray.records.model import EMBEDDING
-from bge_ray.settings.sections import IndexSettings, ModelSettings
+from bge_ray.settings.sections import ModelSettings, Settings
 from bge_ray.storage.objects import Storage
 
 # What one encoder on a CPU takes, large models included.
@@ -29,18 +29,20 @@ class Queries:
     texts: tuple[str, ...]
 
 
-def given_queries(storage: Storage, settings: IndexSettings) -> Queries | None:
+def given_queries(storage: Storage, settings: Settings) -> Queries | None:
     """Read the user's own queries, index.num_queries at most; None where no index.queries are named.
+
+    Their columns are those of search.queries.
 
     Raises:
         CorpusError: the file cannot be read, or holds no query.
     """
-    uri = settings.queries
+    uri = settings.index.queries
     if uri is None:
         return None
-    batches = read_queries(storage, uri)
+    batches = read_queries(storage, uri, settings.search.id_column, settings.search.text_column)
     every = (text for batch in batches for text in batch.texts)
-    texts = tuple(itertools.islice(every, settings.num_queries))
+    texts = tuple(itertools.islice(every, settings.index.num_queries))
     if not texts:
         raise CorpusError(f"index.queries {uri}: holds no query")
     return Queries(uri, digest(list(texts)), texts)

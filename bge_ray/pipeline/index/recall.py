@@ -1,6 +1,7 @@
 """How good an index is: recall against exact search, and the smallest effort that reaches a target."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,9 +12,10 @@ import ray
 from bge_ray.dataset.commit import ROW_GROUP_ROWS
 from bge_ray.errors import IndexBuildError
 from bge_ray.index.factory import Kind
-from bge_ray.index.topk import NO_RESULT, Results, merge_topk
-from bge_ray.index.tune import Measurement, Tuning, measure, measure_recall, tune_effort
+from bge_ray.index.topk import Results, merge_topk
+from bge_ray.index.tune import Measurement, Tuning, measure, measure_recall, rescored, tune_effort
 from bge_ray.pipeline.engine.tasks import run_tasks
+from bge_ray.pipeline.index.heldout import held_rows
 from bge_ray.pipeline.index.searchers import IndexSource, search_all, start_searchers
 from bge_ray.pipeline.index.steps import SEED, TASK_BYTES, Build
 from bge_ray.pipeline.index.tasks import exact_task, sample_task
@@ -21,11 +23,14 @@ from bge_ray.records.dataset import FileFact
 from bge_ray.records.ids import FloatArray, IdArray
 from bge_ray.records.index import Recall
 
-TUNED_K = 10
+# What is measured beside the k that is tuned for, and the least that index.json says.
 MEASURED_K = 100
+# A graph is searched as widely as asked, and at least this wide where the target is hard to reach.
 MAX_EF_SEARCH = 512
 # The ceiling scans every vector for each query; this many say it within a per cent.
 CEILING_QUERIES = 200
+# Candidates for each result in the recall that exact scores would give.
+RERANKED_PER_RESULT = 10
 # Exact searches of one CPU; each returns (queries, k) results to the driver.
 EXACT_TASKS_PER_CPU = 4
 
@@ -34,50 +39,70 @@ EXACT_TASKS_PER_CPU = 4
 class HeldOut:
     """Queries with their exact results.
 
-    ``queries`` are (n, dim) float32, ``truth`` (n, up to MEASURED_K) int64. ``own`` are the (n,) int64
-    ids of queries that are rows of the data set, which count neither as results nor as truth; None
-    for queries of the user.
+    ``queries`` are (n, dim) float32, ``truth`` (n, up to MEASURED_K or the k that is tuned for) int64.
+    ``own`` are the (n,) int64 ids of queries that are rows of the index, which count neither as results nor
+    as truth; None for queries of the user, and for rows that are not in it. ``source`` says what they are.
     """
 
     queries: FloatArray
     own: IdArray | None
     truth: IdArray
+    source: str
 
-    def results(self, ids: IdArray) -> IdArray:
-        """Return (n, k - 1) results without each query's own row, or (n, k) where there is none."""
-        return ids if self.own is None else drop_own(ids, self.own)
-
-    @property
-    def fetched_k(self) -> int:
-        """Results to ask for, so that ``results`` is as wide as ``truth``."""
-        return int(self.truth.shape[1]) + (self.own is not None)
+    def first(self, count: int | None) -> "HeldOut":
+        """Return the first queries alone."""
+        own = None if self.own is None else self.own[:count]
+        return dataclasses.replace(self, queries=self.queries[:count], own=own, truth=self.truth[:count])
 
 
 @dataclass(frozen=True)
 class Quality:
     """What was measured.
 
-    ``rescored`` is the recall after the candidates were scored again exactly, ``ceiling_queries`` how
-    many queries the ceiling in ``tuning`` was measured with.
+    ``k`` is what was tuned for, ``tuning`` what such searches find, ``of_codes`` what they find at the chosen
+    effort without scoring again, ``rescored`` the recall at k of ``reranked_candidates`` that are scored
+    again exactly, ``ceiling_queries`` how many queries the ceiling was measured with.
     """
 
+    k: int
     tuning: Tuning
+    of_codes: Measurement
     rescored: Recall
+    reranked_candidates: int
     ceiling_queries: int
 
 
 def hold_out(build: Build, given: FloatArray | None) -> HeldOut:
-    """Search all shards exactly, side by side, for the given (n, dim) queries or for rows drawn as such."""
-    rows = sum(fact.rows for fact in build.shards)
-    queries, own = (given, None) if given is not None else _draw(build)
+    """Search all shards exactly, side by side, for the given (n, dim) queries or for rows drawn as such.
+
+    A graph lacks some rows as yet (see `heldout`): they are its queries, and no part of the truth.
+    """
+    graphs = build.spec.kind is Kind.SHARDS
+    groups = build.graph_groups() if graphs else [(fact,) for fact in build.shards]
+    rows = build.manifest.vectors
+    source = build.settings.queries or ""
+    own: IdArray | None = None
+    if graphs:
+        left_out = [held_rows(group) for group in groups]
+        rows -= sum(map(len, itertools.chain.from_iterable(left_out)))
+    if given is not None:
+        queries = given
+    elif rows < build.manifest.vectors:
+        queries, _ = _draw(build, [r for some in left_out for r in some])
+        source = "rows of the data set that were not in the graphs when they were asked"
+    else:
+        queries, own = _draw(build, None)
+        source = "rows of the data set, their own row left out"
     if rows == 1:
         own = None  # beside its own row there is nothing to find
-    k = min(MEASURED_K, rows) + (own is not None)
+    depth = min(max(MEASURED_K, build.k), rows)
+    k = depth + (own is not None)
     shared = ray.put(queries)
-    groups = _even_groups(build.shards, EXACT_TASKS_PER_CPU * build.at_once)
-    arguments = ((build.storage, build.root, group, shared, k) for group in groups)
+    dealt = _even_groups(groups, EXACT_TASKS_PER_CPU * build.at_once)
+    kept = "others" if graphs else "all"
+    arguments = ((build.storage, build.root, some, shared, k, kept) for some in dealt)
     best: Results | None = None
-    with build.step("searching exactly", "groups of shards", len(groups)) as step:
+    with build.step("searching exactly", "groups of shards", len(dealt)) as step:
         for _, found in run_tasks(
             exact_task, arguments, at_once=build.at_once, watch=build.watch, memory_bytes=TASK_BYTES
         ):
@@ -86,39 +111,42 @@ def hold_out(build: Build, given: FloatArray | None) -> HeldOut:
     if best is None:
         raise IndexBuildError("the data set has no vectors")
     truth = best[1] if own is None else drop_own(best[1], own)
-    return HeldOut(queries, own, truth[:, : min(MEASURED_K, rows)])
+    return HeldOut(queries, own, truth[:, :depth], source)
 
 
 def tune(build: Build, sources: Sequence[IndexSource], held_out: HeldOut) -> Quality:
-    """Find the effort, and measure what it gives.
+    """Find the effort with which searches for k results, as they will be made, reach the target.
 
     Args:
-        build: names target and kind.
+        build: names target, kind, k, and the candidates that are scored again.
         sources: files or pieces that together are the index.
         held_out: queries and truth.
     """
-    spec = build.spec
-    largest = {Kind.IVF: spec.nlist, Kind.FLAT: 1, Kind.SHARDS: MAX_EF_SEARCH}[spec.kind]
+    spec, k = build.spec, min(build.k, held_out.truth.shape[1])
+    graphs = spec.kind is Kind.SHARDS
+    # The width decides how far a graph is walked, so it is searched for what will be asked and no more.
+    width = build.rescore or (k if graphs else max(k, MEASURED_K))
+    smallest = width if graphs else 1
+    largest = {Kind.IVF: spec.nlist, Kind.FLAT: 1, Kind.SHARDS: max(MAX_EF_SEARCH, 4 * width)}[spec.kind]
     searchers = start_searchers(build.storage, sources, build.at_once)
     step = build.step("tuning", "searches", None)
-    last: dict[int, IdArray] = {}
 
-    def search_at(effort: int, n_queries: int | None = None) -> IdArray:
-        some = dataclasses.replace(
-            held_out,
-            queries=held_out.queries[:n_queries],
-            own=None if held_out.own is None else held_out.own[:n_queries],
-        )
-        _, ids = search_all(searchers, some.queries, held_out.fetched_k, effort, build.watch)
+    def candidates_at(effort: int, width: int, some: HeldOut) -> IdArray:
+        fetched = width + (some.own is not None)
+        _, ids = search_all(searchers, some.queries, fetched, effort, build.watch)
         step.advance()
-        return some.results(ids)
+        return ids if some.own is None else drop_own(ids, some.own)
+
+    def as_searched(candidates: IdArray, some: HeldOut) -> IdArray:
+        return rescored(candidates, some.truth) if build.rescore else candidates
+
+    last: dict[int, IdArray] = {}
 
     def remembered(effort: int) -> IdArray:
         last.clear()  # the chosen effort is searched last, or once more
-        last[effort] = search_at(effort)
-        return last[effort]
+        last[effort] = candidates_at(effort, width, held_out)
+        return as_searched(last[effort], held_out)
 
-    depth = min(TUNED_K, held_out.truth.shape[1])
     try:
         with step:
             tuning = tune_effort(
@@ -126,29 +154,30 @@ def tune(build: Build, sources: Sequence[IndexSource], held_out: HeldOut) -> Qua
                 held_out.truth,
                 build.settings.recall_target,
                 largest,
-                k=TUNED_K if depth == TUNED_K else 1,
+                k=k,
+                smallest=smallest,
                 measure_ceiling=False,
             )
             chosen = tuning.chosen.effort
-            candidates = last[chosen] if chosen in last else search_at(chosen)
-            asked = len(held_out.queries)
+            candidates = last[chosen] if chosen in last else candidates_at(chosen, width, held_out)
+            deeper = max(width, RERANKED_PER_RESULT * k)
+            reranked = candidates if deeper == width else candidates_at(chosen, deeper, held_out)
+            few = held_out.first(None if tuning.ceiling else CEILING_QUERIES)
             if tuning.ceiling is None:
-                asked = min(asked, CEILING_QUERIES)
-                ceiling = measure(search_at(largest, asked), held_out.truth[:asked], largest)
-                tuning = dataclasses.replace(tuning, ceiling=ceiling)
+                found = as_searched(candidates_at(largest, width, few), few)
+                tuning = dataclasses.replace(tuning, ceiling=measure(found, few.truth, largest, k))
     finally:
         for searcher in searchers:
             ray.kill(searcher)
-    # Exact scores order the candidates as the truth does, so re-ranked recall@10 is the share of the
-    # true 10 best that are among the candidates at all.
-    in_reach = held_out.truth[:, :depth]
-    hits = np.where((in_reach[:, :, None] == candidates[:, None, :]).any(axis=2), in_reach, NO_RESULT)
-    return Quality(tuning, measure_recall(hits, in_reach, depth), asked)
-
-
-def tuned_recall(measurement: Measurement) -> Recall:
-    """Return the recall that the target is about: at TUNED_K, or at what a tiny data set allows."""
-    return next((r for r in measurement.recalls if r.k == TUNED_K), measurement.recalls[0])
+    in_reach = rescored(reranked, held_out.truth)
+    return Quality(
+        k=k,
+        tuning=tuning,
+        of_codes=measure(candidates, held_out.truth, chosen, k),
+        rescored=measure_recall(in_reach, held_out.truth, k),
+        reranked_candidates=min(deeper, build.manifest.vectors),
+        ceiling_queries=len(few.queries),
+    )
 
 
 def drop_own(ids: IdArray, own: IdArray) -> IdArray:
@@ -160,27 +189,32 @@ def drop_own(ids: IdArray, own: IdArray) -> IdArray:
     return rest
 
 
-def _even_groups(facts: Sequence[FileFact], count: int) -> list[tuple[FileFact, ...]]:
-    """Deal shards to at most ``count`` groups of near-equal rows, in order."""
-    ends = np.cumsum([fact.rows for fact in facts])
-    numbers = (ends - 1) * min(count, len(facts)) // ends[-1]
+def _even_groups(
+    groups: Sequence[tuple[FileFact, ...]], count: int
+) -> list[tuple[tuple[FileFact, ...], ...]]:
+    """Deal groups of shards to at most ``count`` tasks of near-equal rows, in order."""
+    ends = np.cumsum([sum(fact.rows for fact in group) for group in groups])
+    numbers = (ends - 1) * min(count, len(groups)) // ends[-1]
     return [
-        tuple(fact for fact, at in zip(facts, numbers, strict=True) if at == number)
+        tuple(group for group, at in zip(groups, numbers, strict=True) if at == number)
         for number in np.unique(numbers)
     ]
 
 
-def _draw(build: Build) -> tuple[FloatArray, IdArray]:
+def _draw(build: Build, among: Sequence[IdArray] | None) -> tuple[FloatArray, IdArray]:
+    """Draw index.num_queries rows at most, of all or of those given for each shard; with their ids."""
     rng = np.random.default_rng(SEED + 1)
-    rows = np.array([fact.rows for fact in build.shards])
-    places = np.sort(
-        rng.choice(int(rows.sum()), min(build.settings.num_queries, int(rows.sum())), replace=False)
-    )
+    rows = np.array([fact.rows for fact in build.shards] if among is None else [len(some) for some in among])
+    total = int(rows.sum())
+    places = np.sort(rng.choice(total, min(build.settings.num_queries, total), replace=False))
     starts = np.cumsum(rows) - rows
     tasks = []
-    for fact, start in zip(build.shards, starts.tolist(), strict=True):
+    for number, (fact, start, count) in enumerate(
+        zip(build.shards, starts.tolist(), rows.tolist(), strict=True)
+    ):
+        drawn = places[(places >= start) & (places < start + count)] - start
         groups: dict[int, list[int]] = {}
-        for row in (places[(places >= start) & (places < start + fact.rows)] - start).tolist():
+        for row in (drawn if among is None else among[number][drawn]).tolist():
             groups.setdefault(row // ROW_GROUP_ROWS, []).append(row % ROW_GROUP_ROWS)
         if groups:
             tasks.append((build.storage, build.root, fact, groups))

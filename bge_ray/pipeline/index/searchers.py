@@ -70,7 +70,8 @@ class Searcher:
                 found = _download(self._storage, source.path, source.bytes, target)
                 if found != source.sha256:
                     raise IndexBuildError(
-                        f"{source.path}: is damaged, its sha256 is {found}, not {source.sha256}"
+                        f"{source.path}: is damaged, its sha256 is {found}, not {source.sha256}; run "
+                        "index.py with index.verify, which makes it anew, or set search.exact"
                     )
                 return
             inside = sizes_inside(read_sizes(self._storage, source.sizes_uri), source.lists)

@@ -5,7 +5,7 @@ Parts and pieces are named by what went into them, so "is it there" is the whole
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,15 +19,18 @@ from bge_ray.index.header import HeaderFormatError, ivf_header
 from bge_ray.index.merge import ListRange, plan_ranges, total_sizes
 from bge_ray.pipeline.engine.progress import Step
 from bge_ray.pipeline.engine.tasks import largest_node, run_tasks
+from bge_ray.pipeline.index.heldout import held_rows
 from bge_ray.pipeline.index.searchers import RangePiece
 from bge_ray.pipeline.index.tasks import (
     StoredPart,
     TrainedFile,
     WrittenFile,
     add_task,
+    complete_graph_task,
     facts_task,
     finish_task,
     flat_task,
+    is_sound_task,
     open_stored,
     piece_task,
     read_sizes,
@@ -59,12 +62,17 @@ SEED = 20260101
 
 @dataclass(frozen=True)
 class Build:
-    """What a build works on: inputs, the checked factory, and where its files go."""
+    """What a build works on: inputs, the checked factory, and where its files go.
+
+    ``k`` and ``rescore`` are what searches will ask for, which the effort is tuned for.
+    """
 
     folder: OwnedFolder
     root: str
     manifest: Manifest
     spec: IndexSpec
+    k: int
+    rescore: int
     settings: IndexSettings
     at_once: int
     watch: Callable[[], None]
@@ -80,6 +88,14 @@ class Build:
     def shards(self) -> list[FileFact]:
         """The embedding shards, in order of place."""
         return [marker.embeddings for marker in self.manifest.shards if marker.embeddings is not None]
+
+    def is_fresh(self, trained: TrainedFile) -> bool:
+        """Tell whether an index was trained on the shards as they are now."""
+        return trained.uri == self.uri(trained_path(self.spec, [fact.sha256 for fact in self.shards]))
+
+    def graph_groups(self) -> list[tuple[FileFact, ...]]:
+        """Return the shards of each graph of an index that cannot be merged."""
+        return group_shards(self.shards, max(1, self.settings.range_bytes // self.spec.code_size))
 
     def uri(self, *parts: str) -> str:
         """Return the URI of a file of the index."""
@@ -133,23 +149,31 @@ def key_of(*parts: object) -> str:
 def get_trained(build: Build, *, reuse: bool) -> TrainedFile:
     """Return the stored trained index if it is of this factory, else train one on a sample of all shards.
 
+    Args:
+        build: whose shards.
+        reuse: whether one that was trained on other shards than there are now will do.
+
     Raises:
         IndexBuildError: training.json is damaged.
     """
     spec = build.spec
     what = (build.manifest.vector_fingerprint, spec.factory, spec.metric.value, spec.dim)
-    there = _read_training(build) if reuse else None
-    if there is not None and (there.vector_fingerprint, there.factory, there.metric, there.dim) == what:
-        uri = build.uri(there.path)
-        if build.storage.info(uri) is not None:
-            return TrainedFile(uri, there.sha256, spec.factory, spec.metric.value, spec.dim)
-        logger.warning("%s is gone: training anew", uri)
+    path = trained_path(spec, [fact.sha256 for fact in build.shards])
+    there = read_training(build.storage, build.folder.uri)
+    same = there is not None and (there.vector_fingerprint, there.factory, there.metric, there.dim) == what
+    if there is not None and same and (reuse or there.path == path):
+        trained = TrainedFile(build.uri(there.path), there.sha256, spec.factory, spec.metric.value, spec.dim)
+        if build.storage.info(trained.uri) is None:
+            logger.warning("%s is gone: training anew", trained.uri)
+        elif build.settings.verify and not trained.is_sound(build.storage):
+            logger.warning("%s is damaged: training anew", trained.uri)
+        else:
+            return trained
     if spec.training_rows:
         rows = min(spec.training_rows, build.manifest.vectors)
         logger.info("training %s on %s rows", spec.factory, f"{rows:,}")
     else:
         logger.info("%s needs no training", spec.factory)
-    path = f"trained/{key_of(spec.factory, spec.metric.value, [f.sha256 for f in build.shards])}.faiss"
     cpus = max(1, int(largest_node("CPU")))
     sample = _draw_sample(build, spec.training_rows)
     gpus = build.settings.gpus_per_task if spec.kind is Kind.IVF else 0.0
@@ -168,11 +192,25 @@ def get_trained(build: Build, *, reuse: bool) -> TrainedFile:
     return TrainedFile(build.uri(path), sha256, spec.factory, spec.metric.value, spec.dim)
 
 
+def trained_path(spec: IndexSpec, shard_hashes: Sequence[str]) -> str:
+    """Return where an index that was trained on just these shards has its place."""
+    return f"trained/{key_of(spec.factory, spec.metric.value, list(shard_hashes))}.faiss"
+
+
+def note_ceiling(build: Build, trained: TrainedFile, ceiling: float) -> None:
+    """Note beside a training what the first index with it recalls at most, to hold later ones against."""
+    there = read_training(build.storage, build.folder.uri)
+    if there is not None and there.sha256 == trained.sha256 and there.ceiling is None:
+        build.folder.put("training.json", to_json(replace(there, ceiling=ceiling)))
+
+
 def add_parts(build: Build, trained: TrainedFile) -> list[StoredPart]:
     """Encode all shards into parts, in order of place."""
     groups = group_shards(build.shards, build.settings.part_bytes // (build.spec.code_size + 8))
     names = [f"{key_of(trained.sha256, [f.sha256 for f in group])}.part" for group in groups]
     there = build.there("parts")
+    if build.settings.verify:
+        there = _sound_parts(build, [name for name in names if name in there], there)
     # An HNSW quantizer answers nearly right, and a search asks the same one: it must not differ.
     on_gpu = build.spec.kind is Kind.IVF and "HNSW" not in build.spec.factory
     gpus = build.settings.gpus_per_task if on_gpu else 0.0
@@ -185,6 +223,17 @@ def add_parts(build: Build, trained: TrainedFile) -> list[StoredPart]:
     memory = TASK_BYTES + 2 * build.settings.part_bytes + 2 * index_bytes(build.spec, 0)
     build.run(add_task, todo, step="adding", things="parts", num_gpus=gpus, memory_bytes=memory)
     return open_stored(build.storage, [build.uri("parts", name) for name in names])
+
+
+def _sound_parts(build: Build, names: Sequence[str], there: dict[str, int]) -> dict[str, int]:
+    """Read parts, remove those that are damaged, and return the others."""
+    arguments = [(build.storage, build.uri("parts", name)) for name in names]
+    sound = build.run(is_sound_task, arguments, step="verifying", things="parts", memory_bytes=TASK_BYTES)
+    damaged = [name for name, good in zip(names, sound, strict=True) if not good]
+    for name in damaged:
+        logger.warning("%s is damaged, and is made anew", build.uri("parts", name))
+        build.storage.delete([build.uri("parts", name)])
+    return {name: size for name, size in there.items() if name not in damaged}
 
 
 def list_sizes(build: Build, trained: TrainedFile, parts: Sequence[StoredPart]) -> IdArray:
@@ -335,10 +384,17 @@ def rebuild_files(
 
 
 def build_shards(build: Build, trained: TrainedFile) -> list[WrittenFile]:
-    """Build HNSW indexes side by side, to be searched together; those that are there are kept."""
-    groups = group_shards(build.shards, max(1, build.settings.range_bytes // build.spec.code_size))
-    names = [f"{key_of(trained.sha256, [f.sha256 for f in group])}.shard" for group in groups]
+    """Build HNSW indexes side by side, to be searched together; those that are there are kept.
+
+    They lack the rows that they are measured with; `complete_graphs` adds those.
+    """
+    groups = build.graph_groups()
+    names = [f"{key_of('graph', trained.sha256, [f.sha256 for f in group])}.shard" for group in groups]
     there = build.there("parts")
+    if build.settings.verify:
+        # A graph has no checksum of its own: its links may be damaged where its vectors are not.
+        build.storage.delete([build.uri("parts", name) for name in names if name in there])
+        there = {}
     todo = [
         (build.storage, build.root, trained, group, build.uri("parts", name))
         for group, name in zip(groups, names, strict=True)
@@ -350,7 +406,11 @@ def build_shards(build: Build, trained: TrainedFile) -> list[WrittenFile]:
     return build.run(
         facts_task,
         [
-            (build.storage, build.uri("parts", name), sum(fact.rows for fact in group))
+            (
+                build.storage,
+                build.uri("parts", name),
+                sum(fact.rows for fact in group) - sum(map(len, held_rows(group))),
+            )
             for group, name in zip(groups, names, strict=True)
         ],
         step="hashing",
@@ -358,13 +418,25 @@ def build_shards(build: Build, trained: TrainedFile) -> list[WrittenFile]:
     )
 
 
-def set_effort(
-    build: Build, files: Sequence[WrittenFile], effort: int, folder: str, *, name: str
+def complete_graphs(
+    build: Build, files: Sequence[WrittenFile], effort: int, folder: str
 ) -> list[WrittenFile]:
-    """Copy files with the tuned nprobe or efSearch in them, which plain FAISS then uses."""
-    names = [f"{name}-{number:05d}.faiss" for number in range(len(files))]
-    if name == "index":
-        names = file_names(build, len(files))
+    """Copy graphs with the rows that they lack, and with the tuned efSearch, which plain FAISS then uses."""
+    return build.run(
+        complete_graph_task,
+        [
+            (build.storage, build.root, file, group, effort, build.uri(folder, f"shard-{number:05d}.faiss"))
+            for number, (file, group) in enumerate(zip(files, build.graph_groups(), strict=True))
+        ],
+        step="finishing",
+        things="files",
+        memory_bytes=TASK_BYTES + 3 * max(file.bytes for file in files),
+    )
+
+
+def set_effort(build: Build, files: Sequence[WrittenFile], effort: int, folder: str) -> list[WrittenFile]:
+    """Copy files with the tuned nprobe in them, which plain FAISS then uses."""
+    names = file_names(build, len(files))
     return build.run(
         set_effort_task,
         [
@@ -402,9 +474,14 @@ def group_shards(facts: Sequence[FileFact], max_rows: int) -> list[tuple[FileFac
     return [tuple(group) for group in groups]
 
 
-def _read_training(build: Build) -> Training | None:
-    uri = build.uri("training.json")
-    stored = build.storage.read_optional(uri)
+def read_training(storage: Storage, folder: str) -> Training | None:
+    """Read training.json below the folder of an index; None if there is none.
+
+    Raises:
+        IndexBuildError: it is damaged.
+    """
+    uri = join(folder, "training.json")
+    stored = storage.read_optional(uri)
     if stored is None:
         return None
     try:

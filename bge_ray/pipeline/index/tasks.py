@@ -8,22 +8,24 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from bge_ray.dataset.read import Vectors, read_vectors, sample_vectors
 from bge_ray.errors import IndexBuildError
-from bge_ray.index.add import Assign, add_part, build_shard
+from bge_ray.index.add import Assign, add_part, build_shard, complete_shard
 from bge_ray.index.factory import IndexSpec, Metric
 from bge_ray.index.files import merged_file, rebuild
 from bge_ray.index.header import ivf_header
-from bge_ray.index.merge import ListRange, merged_range
+from bge_ray.index.merge import CHUNK_BYTES, ListRange, merged_range
 from bge_ray.index.package import use_threads
-from bge_ray.index.part import Part, PartHead, ReadRange, open_part
+from bge_ray.index.part import Part, PartHead, ReadRange, open_part, read_blocks, read_table
 from bge_ray.index.search import set_default_effort
-from bge_ray.index.topk import Results, exact_topk
+from bge_ray.index.topk import Results, exact_topk, merge_topk
 from bge_ray.index.train import KMEANS_ITERATIONS, KMeans, TrainedIndex, centroids, load_trained, train
 from bge_ray.index.vectors import check_rows
+from bge_ray.pipeline.index.heldout import held_rows
 from bge_ray.records.dataset import FileFact
 from bge_ray.records.ids import FloatArray, IdArray
 from bge_ray.storage.concatenate import Piece, concatenate, write_large
@@ -43,6 +45,14 @@ class TrainedFile:
     metric: str
     dim: int
 
+    def is_sound(self, storage: Storage) -> bool:
+        """Tell whether it is the one that was trained."""
+        try:
+            self.load(storage)
+        except IndexBuildError:
+            return False
+        return True
+
     def load(self, storage: Storage) -> TrainedIndex:
         """Read it.
 
@@ -54,7 +64,7 @@ class TrainedFile:
             return load_trained(data, self.factory, Metric(self.metric), self.dim, self.sha256)
         except IndexBuildError as error:
             raise IndexBuildError(
-                f"{self.uri}: {error}; remove training.json beside its folder to train anew"
+                f"{self.uri}: {error}; run index.py with index.verify, which trains anew"
             ) from error
 
 
@@ -81,20 +91,36 @@ class WrittenFile:
 
 
 class ShardReader:
-    """Row groups of some embedding shards in order; knows which it is at, for messages."""
+    """Row groups of some embedding shards in order; knows which it is at, for messages.
 
-    def __init__(self, storage: Storage, root: str, facts: Iterable[FileFact]) -> None:
-        self._storage, self._root, self._facts = storage, root, facts
+    Without the rows that a graph is measured with, or those rows alone, or all; see `heldout`.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        root: str,
+        facts: Sequence[FileFact],
+        rows: Literal["all", "held", "others"] = "all",
+    ) -> None:
+        self._storage, self._root, self._facts, self._rows = storage, root, facts, rows
         self._at = root
 
     def __iter__(self) -> Iterator[Vectors]:
         """Yield (n, dim) vectors and (n,) ids of each row group."""
-        for fact in self._facts:
+        held: Sequence[IdArray | None] = [None] * len(self._facts)
+        if self._rows != "all":
+            held = held_rows(self._facts)
+        for fact, some in zip(self._facts, held, strict=True):
             first = 0
             for vectors, ids in read_vectors(self._storage, self._root, fact):
                 self._at = f"{join(self._root, fact.path)} from row {first} on"
+                if some is None:
+                    yield vectors, ids
+                else:
+                    wanted = np.isin(np.arange(first, first + len(ids)), some) == (self._rows == "held")
+                    yield vectors[wanted], ids[wanted]
                 first += len(ids)
-                yield vectors, ids
 
     @contextlib.contextmanager
     def named(self) -> Iterator["ShardReader"]:
@@ -173,9 +199,9 @@ def _assign_on(device: str, trained: TrainedIndex) -> Assign:
 def shard_index_task(
     storage: Storage, root: str, trained: TrainedFile, facts: tuple[FileFact, ...], uri: str
 ) -> int:
-    """Build one HNSW index over some shards; returns its bytes."""
+    """Build one HNSW index over some shards, without the rows that it is measured with; returns its bytes."""
     use_threads(1)
-    with ShardReader(storage, root, facts).named() as shards:
+    with ShardReader(storage, root, facts, "others").named() as shards:
         data = build_shard(trained.load(storage), shards)
     write_large(storage, uri, data)
     return len(data)
@@ -240,13 +266,42 @@ def set_effort_task(storage: Storage, file: WrittenFile, effort: int, uri: str) 
     return _store(storage, uri, set_default_effort(storage.read(file.path), effort), file.rows)
 
 
-def exact_task(
-    storage: Storage, root: str, facts: tuple[FileFact, ...], queries: FloatArray, k: int
-) -> Results:
-    """Search some shards exactly; memory: one shard as it is stored, and (queries, k) results."""
+def complete_graph_task(
+    storage: Storage, root: str, file: WrittenFile, facts: tuple[FileFact, ...], effort: int, uri: str
+) -> WrittenFile:
+    """Copy an HNSW index with the rows that were left out of it, and its efSearch; memory: three times it."""
     use_threads(1)
-    with ShardReader(storage, root, facts).named() as shards:
-        return exact_topk(queries, shards, k)
+    with ShardReader(storage, root, facts, "held").named() as shards:
+        data, rows = complete_shard(storage.read(file.path), shards)
+    return _store(storage, uri, set_default_effort(data, effort), rows)
+
+
+def exact_task(
+    storage: Storage,
+    root: str,
+    groups: tuple[tuple[FileFact, ...], ...],
+    queries: FloatArray,
+    k: int,
+    rows: Literal["all", "others"],
+) -> Results:
+    """Search groups of shards exactly; memory: one shard as it is stored, and (queries, k) results."""
+    use_threads(1)
+    best: list[Results] = []
+    for facts in groups:
+        with ShardReader(storage, root, facts, rows).named() as shards:
+            best = [merge_topk([*best, exact_topk(queries, shards, k)], k)]
+    return best[0]
+
+
+def is_sound_task(storage: Storage, uri: str) -> bool:
+    """Tell whether all of a part is as it was written; memory: a block of it."""
+    try:
+        part = open_part(uri, _reader(storage, uri))
+        for _ in read_blocks(part, read_table(part, 0, part.head.nlist), CHUNK_BYTES):
+            pass
+    except IndexBuildError:
+        return False
+    return True
 
 
 def facts_task(storage: Storage, uri: str, rows: int) -> WrittenFile:

@@ -253,7 +253,7 @@ def _block(found: Candidates, query: str, depth: int) -> Block:
         "query": [query] * len(ids),
         "passage_id": ids,
         "text": found.texts[:depth] if found.texts is not None else nothing,
-        "vector_id": nothing,
+        "vector_id": found.vector_ids[:depth] if found.vector_ids is not None else nothing,
         "first_score": found.scores[:depth] if found.scores is not None else nothing,
         "score": nothing,
         "reason": nothing,

@@ -7,7 +7,8 @@ hold a candidate. What comes back is as large as the candidates of one group.
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bge_ray.dataset.folder import Dataset
-from bge_ray.dataset.lookup import ShardMap, find_passages, read_shard
-from bge_ray.errors import SettingsError
+from bge_ray.dataset.lookup import ShardMap, find_passages, read_places, read_shard
+from bge_ray.errors import CorpusError, SettingsError
 from bge_ray.formats.corpus import read_units
 from bge_ray.formats.rows import RawRows, check_rows
 from bge_ray.pipeline.engine.pools import Tasks
@@ -29,8 +30,11 @@ from bge_ray.records.columns import Columns
 from bge_ray.records.dataset import FileFact
 from bge_ray.records.ids import IdArray, id_range, vector_ids
 from bge_ray.records.plan import CorpusObject, Span, span_units
+from bge_ray.records.schemas import hash_texts
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.objects import Storage
+
+logger = logging.getLogger(__name__)
 
 TEXT_SCHEMA = pa.schema(
     [
@@ -42,10 +46,20 @@ TEXT_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
+class Text:
+    """The text of a passage, or what keeps it from being read."""
+
+    passage_id: str | None
+    text: str | None
+    fault: str = ""
+
+
+@dataclass(frozen=True)
 class TextSource:
     """Where the texts of a data set are: in the corpus objects, or (``kept``) in its own shards.
 
-    ``at_once`` tasks of ``task_cpus`` each read side by side.
+    ``moved`` objects lie elsewhere than when they were embedded, so that only their texts prove what they
+    are. ``at_once`` tasks of ``task_cpus`` each read side by side.
     """
 
     storage: Storage
@@ -54,6 +68,8 @@ class TextSource:
     shards: ShardMap
     objects: tuple[CorpusObject, ...]
     kept: bool
+    moved: bool
+    instruction: str
     at_once: int
     task_cpus: float
 
@@ -68,20 +84,38 @@ class TextSource:
                 found[name] = min(vector_id, found.get(name, vector_id))
         return found
 
-    def texts_of(self, ids: IdArray) -> pa.Table:
-        """Return TEXT_SCHEMA rows in order of the (n,) ascending ids, without those that are nowhere."""
+    def texts_of(self, ids: IdArray) -> dict[int, Text]:
+        """Return what is known of the (n,) ascending ids, without those that are nowhere."""
+        found: dict[int, Text] = {}
         if self.kept:
             arguments: Iterator[tuple[Any, ...]] = (
                 (self.storage, self.root, fact, some, self.columns) for fact, some in self.shards.split(ids)
             )
-            tables = self._run(kept_texts, arguments)
+            tables = [(table, ids[:0], "") for table in self._run(kept_texts, arguments)]
         else:
             arguments = (
                 (self.storage, corpus_object, span, some, self.columns)
                 for corpus_object, span, some in _spans_of(self.objects, ids)
             )
-            tables = self._run(corpus_texts, arguments)
-        return pa.concat_tables([TEXT_SCHEMA.empty_table(), *tables]).sort_by("vector_id")
+            tables = list(self._run(corpus_texts, arguments))
+        for table, unreadable, fault in tables:
+            found |= {vector_id: Text(None, None, fault) for vector_id in unreadable.tolist()}
+            rows = zip(*(table[name].to_pylist() for name in TEXT_SCHEMA.names), strict=True)
+            found |= {vector_id: Text(passage_id, text) for vector_id, passage_id, text in rows}
+        return self._verified(found) if self.moved else found
+
+    def _verified(self, found: dict[int, Text]) -> dict[int, Text]:
+        """Return texts of a moved corpus, those that are not what was embedded without their text."""
+        ids = _ascending(vector_id for vector_id, text in found.items() if text.text is not None)
+        stored = read_places(self.storage, self.root, self.shards, ids, ["text_hash"])
+        there = stored["vector_id"].to_pylist()
+        hashes = hash_texts(f"{self.instruction}{found[vector_id].text}" for vector_id in there)
+        same = pc.equal(whole(stored["text_hash"]).cast(hashes.type), hashes).to_pylist() if there else []
+        for vector_id, unchanged in zip(there, same, strict=True):
+            if not unchanged:
+                fault = "the text at its place in corpus.uri is not the one that was embedded"
+                found[vector_id] = Text(None, None, fault)
+        return found
 
     def _run(self, function: Any, arguments: Iterator[tuple[Any, ...]]) -> Iterator[Any]:
         tasks = run_tasks(
@@ -93,8 +127,10 @@ class TextSource:
 def open_texts(settings: Settings, source: Source, tasks: Tasks) -> TextSource:
     """Return where the texts of a data set come from.
 
+    Objects are where they were planned, or below corpus.uri if they were moved there.
+
     Raises:
-        SettingsError: rerank.texts asks for columns that were not kept.
+        SettingsError: rerank.texts asks for columns that were not kept, or corpus.uri has no object.
     """
     columns, asked = source.spec.columns, settings.rerank.texts
     kept = has_kept_texts(columns)
@@ -106,16 +142,52 @@ def open_texts(settings: Settings, source: Source, tasks: Tasks) -> TextSource:
         )
     use_kept = kept and asked != "corpus"
     _, plan = Dataset(source.storage, source.root).latest_plan()
+    objects = () if use_kept or plan is None else plan.objects
+    there = _find_moved(source.storage, objects, settings.corpus.uri) if objects else None
     return TextSource(
         storage=source.storage,
         root=source.root,
         columns=columns,
         shards=ShardMap.of(source.manifest),
-        objects=() if use_kept or plan is None else plan.objects,
+        objects=there or objects,
         kept=use_kept,
+        moved=there is not None,
+        instruction=source.spec.model.passage_instruction,
         at_once=max(1, 2 * tasks.count),
         task_cpus=tasks.cpus,
     )
+
+
+def _find_moved(
+    storage: Storage, objects: Sequence[CorpusObject], corpus: str | None
+) -> tuple[CorpusObject, ...] | None:
+    """Return the objects where corpus.uri has them now; None where that is where they were, or not set."""
+    listed = {info.uri: info for info in storage.list_files(corpus)} if corpus is not None else {}
+    uris = [planned.uri for planned in objects]
+    if corpus is None or not listed.keys().isdisjoint(uris):
+        return None
+    # What the paths of all have in common, and each below it; so it is for what was listed.
+    before, after = _common_folder(uris), _common_folder(list(listed))
+    moved = []
+    for planned in objects:
+        info = listed.get(after + planned.uri.removeprefix(before))
+        if info is not None and info.size == planned.size:
+            moved.append(replace(planned, uri=info.uri, etag=info.etag))
+    if not moved:
+        raise SettingsError(
+            f"corpus.uri {corpus}: has none of the {len(objects):,} objects that were embedded from "
+            f"{before}, as their paths and sizes tell; name the folder that they were moved "
+            "to, or leave corpus.uri out"
+        )
+    logger.info("texts are read from %s, where %s of %s objects are", corpus, len(moved), len(objects))
+    return tuple(moved)
+
+
+def _common_folder(uris: Sequence[str]) -> str:
+    """Return the longest folder, with its slash, that all lie in."""
+    first, last = (uri.split("/")[:-1] for uri in (min(uris, default=""), max(uris, default="")))
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return "".join(f"{name}/" for name, _ in shared)
 
 
 def has_kept_texts(columns: Columns) -> bool:
@@ -136,13 +208,24 @@ def kept_texts(storage: Storage, root: str, fact: FileFact, ids: IdArray, column
 
 def corpus_texts(
     storage: Storage, corpus_object: CorpusObject, span: Span, ids: IdArray, columns: Columns
-) -> pa.Table:
+) -> tuple[pa.Table, IdArray, str]:
     """Read texts of one span of a corpus object, checked and put together as they were embedded.
 
+    Returns:
+        TEXT_SCHEMA rows; the ids of all if the object is not what was embedded any more; and why.
+
     Raises:
-        CorpusError: the object is not what was embedded any more.
         StorageError: it cannot be fetched.
     """
+    try:
+        return _corpus_texts(storage, corpus_object, span, ids, columns), ids[:0], ""
+    except CorpusError as error:
+        return TEXT_SCHEMA.empty_table(), ids, str(error)
+
+
+def _corpus_texts(
+    storage: Storage, corpus_object: CorpusObject, span: Span, ids: IdArray, columns: Columns
+) -> pa.Table:
     bare = replace(columns, kept={})
     units = span_units(corpus_object.object_no, span)
     starts = vector_ids(corpus_object.object_no, np.array([unit.first_row for unit in units]))
@@ -160,37 +243,37 @@ def corpus_texts(
 def add_texts(table: pa.Table, source: TextSource, depth: int) -> pa.Table:
     """Fill in the texts of candidates that have none, and name those whose text is nowhere.
 
+    A candidate's vector id says which of several passages of one id it is. Where the data set has another
+    passage at that place by now, or none, and where there is no vector id, the passage id is looked up.
+
     Args:
         table: rows of CANDIDATE_SCHEMA, the best first within each row_no or query.
         source: of the data set that they come from.
         depth: candidates of each query that need a text.
 
     Raises:
-        CorpusError, StorageError: a part of the corpus cannot be read.
+        StorageError: a part of the corpus cannot be fetched.
     """
-    needed = _to_score(table, depth) & pc.is_null(table["text"]).to_numpy()
-    if not needed.any():
+    needed = np.flatnonzero(_to_score(table, depth) & pc.is_null(table["text"]).to_numpy()).tolist()
+    if not needed:
         return table
-    passage_ids = table["passage_id"].to_pylist()
-    given = table["vector_id"].to_pylist()
-    bare = sorted({passage_ids[i] for i in np.flatnonzero(needed) if given[i] is None})
-    places = source.places_of(bare) if bare else {}
-    ids = [
-        (given[i] if given[i] is not None else places.get(passage_ids[i])) if needed[i] else given[i]
-        for i in range(len(table))
-    ]
-    wanted = np.unique(np.array([ids[i] for i in np.flatnonzero(needed) if ids[i] is not None], np.int64))
-    found = source.texts_of(wanted)
-    names, texts = found["passage_id"].to_pylist(), found["text"].to_pylist()
-    by_id = dict(zip(found["vector_id"].to_pylist(), zip(names, texts, strict=True), strict=True))
+    names, ids = table["passage_id"].to_pylist(), table["vector_id"].to_pylist()
+    texts: dict[int, Text] = source.texts_of(_ascending(ids[i] for i in needed))
+    lost = [i for i in needed if ids[i] not in texts or texts[ids[i]].passage_id not in (None, names[i])]
+    places = source.places_of(sorted({names[i] for i in lost})) if lost else {}
+    for i in lost:
+        ids[i] = places.get(names[i])
+    texts |= source.texts_of(_ascending(ids[i] for i in lost))
     columns = {name: table[name].to_pylist() for name in ("text", "reason", "detail")}
-    for i in np.flatnonzero(needed):
-        name, text = by_id.get(ids[i], (None, None))
-        if text is not None and name == passage_ids[i]:
-            columns["text"][i] = text
-        else:
+    for i in needed:
+        found = texts.get(ids[i])
+        if found is None:
             columns["reason"][i] = "unknown_passage"
             columns["detail"][i] = "the data set has no passage of this id"
+        elif found.text is None:
+            columns["reason"][i], columns["detail"][i] = "unreadable_text", found.fault
+        else:
+            columns["text"][i] = found.text
     columns["vector_id"] = ids
     for name, values in columns.items():
         place = table.schema.get_field_index(name)
@@ -198,6 +281,10 @@ def add_texts(table: pa.Table, source: TextSource, depth: int) -> pa.Table:
             place, table.schema.field(name), pa.array(values, table.schema.field(name).type)
         )
     return table
+
+
+def _ascending(ids: Iterable[int | None]) -> IdArray:
+    return np.unique(np.array([vector_id for vector_id in ids if vector_id is not None], np.int64))
 
 
 def _to_score(table: pa.Table, depth: int) -> npt.NDArray[np.bool_]:

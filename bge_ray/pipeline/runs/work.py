@@ -196,6 +196,8 @@ class RunWork(Generic[R]):
             lambda totals: self._job.check(intake, totals),
         )
         facts.book_rejected(self._totals.reasons, self._totals.examples)
+        for why in self._totals.without_trec:
+            logger.warning("there is no run.trec, only run.parquet: %s", why)
 
     def sweep(self) -> None:
         """Remove stored inputs and parts."""

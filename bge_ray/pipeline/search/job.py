@@ -41,6 +41,7 @@ from bge_ray.pipeline.runs.parts import LEFT_OUT, RUN_FILES, RunOutput, Totals, 
 from bge_ray.pipeline.runs.source import Source, open_source
 from bge_ray.pipeline.runs.work import TASKS, Outcome, RunWork, check_rejected, published_files
 from bge_ray.pipeline.search.stages import (
+    GROUP_RESULTS,
     QueryJob,
     RetrieveJob,
     ShardSearcher,
@@ -63,7 +64,7 @@ from bge_ray.storage.ownership import OwnedFolder, open_folder
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # Below search.output, where rerank.output does not say otherwise.
 RERANKED = "reranked"
 # A searcher that dies is started again this often, and then the run ends: an index that does not fit
@@ -142,7 +143,7 @@ class SearchJob:
             )
         self.index = None if asked.exact else read_index(self.storage, self.source.root)
         if self.index is not None:
-            _check_index(self.index, self.source)
+            _check_index(self.index, self.source, allowed=asked.stale_index)
         elif not asked.exact:
             logger.info("%s has no index: the embedding shards are searched exactly", self.source.root)
         self.model = _query_model(settings, self.source)
@@ -185,14 +186,32 @@ class SearchJob:
             logger.info("%s: %s of an earlier search removed", folder.uri, ", ".join(sorted(gone)))
 
     def limits(self) -> Limits:
-        """Return when units and groups are full, in queries; a reranked unit is counted in pairs."""
+        """Return when units and groups are full, in queries; a reranked unit is counted in pairs.
+
+        A group is as small as its results ask for, because all of them are in memory together.
+        """
         settings = self._settings
-        most = settings.search.unit_queries
+        most = max(1, min(settings.search.unit_queries, GROUP_RESULTS // self._fetched()))
         if not settings.search.rerank:
             return Limits(most, most)
         depth = min(settings.rerank.depth, settings.search.k)
         unit = max(1, min(most, settings.rerank.unit_pairs // depth))
         return Limits(unit, max(unit, min(most, settings.rerank.join_pairs // depth)))
+
+    def _rescored(self) -> int:
+        """Return the candidates of the index that are scored again; 0 for none."""
+        asked = self._settings.search
+        if self.index is None:
+            return 0
+        return self.index.rescored(asked.k) if asked.rescore is None else asked.rescore
+
+    def _held(self) -> int:
+        """Return how many vectors there are to be found."""
+        return self.source.manifest.vectors if self.index is None else self.index.ntotal
+
+    def _fetched(self) -> int:
+        """Return the results a query that are asked for, no more than there are."""
+        return min(max(self._settings.search.k, self._rescored()), self._held())
 
     def settle(self, watch: Callable[[], None]) -> str:
         """Settle the compute dtypes, which go by the devices of the cluster."""
@@ -215,13 +234,12 @@ class SearchJob:
         index = None
         if self.index is not None:
             effort = asked.nprobe or self.index.effort
-            index = [self.index.kind, [file.sha256 for file in self.index.files], effort, asked.rescore]
+            index = [self.index.kind, [file.sha256 for file in self.index.files], effort, self._rescored()]
         rerank: list[Any] | None = None
         if self.reranker is not None:
             spec = dataclasses.replace(self.reranker, name="", revision=None, dtype="")
             rerank = [dataclasses.asdict(spec), settings.rerank.depth, settings.rerank.texts]
-        examples = [dataclasses.asdict(example) for example in self.model.examples]
-        queries = [*self.model.around_query(), examples, self.model.max_length]
+        queries = self.model.query_key()
         fingerprint = source.spec.vector_fingerprint
         return ["search", FORMAT_VERSION, fingerprint, source.shard_hashes, index, queries, asked.k, rerank]
 
@@ -258,10 +276,12 @@ class SearchJob:
             root=source.root,
             shards=shards,
             searchers=tuple(self._searchers),
-            k=asked.k,
-            fetched=max(asked.k, asked.rescore if self.index is not None else 0),
+            k=min(asked.k, source.manifest.vectors),
+            fetched=self._fetched(),
+            most=self._held(),
             effort=asked.nprobe or self.index.effort if self.index is not None else None,
-            rescores=self.index is not None and asked.rescore > 0,
+            largest_effort=_largest_effort(self.index),
+            rescores=self._rescored() > 0,
         )
         texts = open_texts(settings, source, sizes.tasks["tasks"]) if self.reranker is not None else None
         logger.info("%s queries to answer; %s", f"{facts.rows_planned:,}", sizes)
@@ -342,7 +362,7 @@ class SearchJob:
             queries=str(asked.queries),
             dataset=self.source.root,
             model=self.model,
-            index=_searched(self.index, asked.nprobe) if self.index is not None else None,
+            index=self._searched(),
             k=asked.k,
             units=len(what.intake.units),
             queries_in=what.intake.rows + len(what.rejections),
@@ -351,6 +371,7 @@ class SearchJob:
             unknown_ids=counts["unknown_ids"],
             missing_results=counts["missing_results"],
             doubled_passages=counts["doubled_passages"],
+            refilled_queries=counts["refilled_queries"],
             query_tokens=counts["query_tokens"],
             truncated_queries=counts["truncated_queries"],
             without_trec=tuple(totals.without_trec),
@@ -359,6 +380,24 @@ class SearchJob:
             else summarise_scoring(self.reranker, facts, totals, counts),
         )
         return dataclasses.replace(report, advice=tuple(advise_search(report)))
+
+    def _searched(self) -> SearchedIndex | None:
+        index, asked = self.index, self._settings.search
+        if index is None:
+            return None
+        return SearchedIndex(
+            factory=index.factory,
+            kind=index.kind,
+            ntotal=index.ntotal,
+            parameter=index.parameter,
+            effort=asked.nprobe or index.effort,
+            tuned_effort=index.effort,
+            rescore=self._rescored(),
+            tuned_k=index.k,
+            tuned_rescore=index.rescored(asked.k),
+            lacking_shards=len(index.lacks(self.source.shard_hashes)),
+            recall=index.recall,
+        )
 
     def page(self, report: SearchReport) -> bytes:
         """Return its page."""
@@ -392,21 +431,45 @@ def _check_share(settings: Settings, report: SearchReport) -> None:
         check_rejected(folder, share, allowed, "rerank.max_rejected_fraction", reasons)
 
 
-def _check_index(index: IndexDescription, source: Source) -> None:
-    """Refuse an index of other vectors; one that is merely older than the data set is told of."""
+def _check_index(index: IndexDescription, source: Source, *, allowed: bool) -> None:
+    """Refuse an index of other vectors, and one that lacks some of them, unless such a one is ``allowed``.
+
+    One that has more than the data set is searched: what is gone is dropped, and its places are filled.
+    """
     where = f"output.uri {source.root}"
     if index.vector_fingerprint != source.spec.vector_fingerprint or index.dim != source.spec.model.dim:
         raise DatasetMismatchError(
             f"{where}: its index was built from vectors of another model or other settings; run index.py "
             "again, or set search.exact"
         )
-    if index.ntotal != source.manifest.vectors:
+    lacking = set(index.lacks(source.shard_hashes))
+    facts = [m.embeddings for m in source.manifest.shards if m.embeddings is not None]
+    rows = sum(fact.rows for fact in facts if fact.sha256 in lacking)
+    if lacking:
+        message = (
+            f"{where}: {rows:,} of its {source.manifest.vectors:,} vectors ({len(lacking):,} of "
+            f"{len(facts):,} shards) are not in its index, which is older, and would not be found"
+        )
+        if not allowed:
+            raise DatasetMismatchError(
+                f"{message}; run index.py to renew it, set search.exact, or set search.stale_index to "
+                "search what it holds"
+            )
+        logger.warning("%s; search.stale_index allows it", message)
+    elif index.ntotal != source.manifest.vectors:
         logger.warning(
-            "%s: the index holds %d vectors, the data set %d: it is older; run index.py to renew it",
+            "%s: its index holds %d vectors, %d of them gone from the data set; run index.py to renew it",
             where,
             index.ntotal,
-            source.manifest.vectors,
+            index.ntotal - source.manifest.vectors,
         )
+
+
+def _largest_effort(index: IndexDescription | None) -> int:
+    """Return the effort beyond which an index finds no more."""
+    if index is None:
+        return 1
+    return index.nlist if index.parameter == "nprobe" else index.ntotal
 
 
 def _query_model(settings: Settings, source: Source) -> ModelSpec:
@@ -425,17 +488,4 @@ def _query_model(settings: Settings, source: Source) -> ModelSpec:
             f"output.uri {source.root}: was embedded with {source.spec.model.name}, whose files differ from "
             f"those of {spec.name}; queries need the same model"
         )
-    if asked.max_length is not None and asked.max_length < spec.max_length:
-        spec = dataclasses.replace(spec, max_length=asked.max_length)
     return dataclasses.replace(asked_of_queries(spec, asked), revision=commit)
-
-
-def _searched(index: IndexDescription, nprobe: int | None) -> SearchedIndex:
-    return SearchedIndex(
-        factory=index.factory,
-        kind=index.kind,
-        ntotal=index.ntotal,
-        parameter=index.parameter,
-        effort=nprobe or index.effort,
-        recall=index.recall,
-    )

@@ -4,6 +4,7 @@ A query that cannot be answered ends as one row with its reason; a group that ca
 up with an error; only defects raise.
 """
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,13 +34,21 @@ from bge_ray.storage.objects import Storage
 
 # Vectors that an exact searcher keeps from one group of queries to the next.
 KEPT_VECTOR_BYTES = 256 << 20
+# Results of all queries of a group: what ids, scores and their sorting take is some hundred megabytes.
+GROUP_RESULTS = 2_000_000
+# Where passages fell together, so many times as many results are fetched, or lists probed, as before.
+REFILL = 4
 # Candidates whose vectors are in memory at once to be scored again.
 RESCORED_AT_ONCE = 50_000
 
 
 @dataclass(frozen=True)
 class RetrieveJob:
-    """What a search task must know; ``fetched`` results a query are asked for, ``k`` are kept."""
+    """What a search task must know.
+
+    ``k`` results a query are kept, ``fetched`` are asked for at first, and no more than ``most``, which are
+    all there are. ``effort`` is that of the index, None in an exact search, and at most ``largest_effort``.
+    """
 
     place: Workplace
     root: str
@@ -47,7 +56,9 @@ class RetrieveJob:
     searchers: tuple[ActorHandle, ...]
     k: int
     fetched: int
+    most: int
     effort: int | None
+    largest_effort: int
     rescores: bool
 
 
@@ -131,39 +142,124 @@ def retrieve_stage(batch: pa.Table, job: RetrieveJob) -> pa.Table:
 def _retrieve(parcel: Parcel, table: pa.Table, job: RetrieveJob, started: float) -> Parcel:
     able = table.filter(pc.is_null(table["reason"]))
     unable = table.filter(pc.is_valid(table["reason"]))
-    queries = _matrix(able[EMBEDDING])
-    scores, ids = np.empty((0, job.k), np.float32), np.empty((0, job.k), np.int64)
-    if len(able):
-        scores, ids = search_all(job.searchers, queries, job.fetched, job.effort, watch=lambda: None)
-    searched = time.time()
-    places = read_places(job.place.storage, job.root, job.shards, _distinct(ids), ["passage_id"])
-    known = np.isin(ids, places["vector_id"].to_numpy())
-    facts = {
-        "unknown_ids": int(((ids != NO_RESULT) & ~known).sum()),
-        "missing_results": int((ids == NO_RESULT).sum()),
-    }
-    if job.rescores and len(able):
-        scores, ids = _rescore(job, queries, np.where(known, ids, NO_RESULT))
-        known = ids != NO_RESULT
-    found, doubled = _rows(able, scores, ids, known, places, job.k)
+    first = Ask(job.fetched, job.effort)
+    todo = [(able, first)] if len(able) else []
+    answers: list[Answer] = []
+    refilled = 0
+    while todo:
+        asked, ask = todo.pop()
+        step = max(1, GROUP_RESULTS // ask.fetched)
+        if len(asked) > step:
+            todo += [(asked.slice(start, step), ask) for start in range(0, len(asked), step)]
+            continue
+        answer = _answer(asked, job, ask)
+        # Passages that fell together, or are gone from the data set, leave places: those queries ask again.
+        wider = ask.wider(job, holes=answer.holes)
+        if wider is not None and answer.lacking.any():
+            todo.append((asked.filter(pa.array(answer.lacking)), wider))
+            refilled += int(answer.lacking.sum()) if ask == first else 0
+            answer = answer.of(asked, ~answer.lacking)
+        answers.append(answer)
+    found = pa.concat_tables([_as_candidates(able.slice(0, 0)), *(answer.rows for answer in answers)])
+    found = found.take(pa.array(np.argsort(found["row_no"].to_numpy(), kind="stable")))
     answered = np.isin(able["row_no"].to_numpy(), found["row_no"].to_numpy())
     silent = able.filter(pa.array(~answered))
-    facts["doubled_passages"] = doubled
     rows = pa.concat_tables([found, _as_candidates(unable), _without_result(silent)])
-    return parcel.filled(rows, search_s=searched - started, resolve_s=time.time() - searched, **facts)
+    search_s = sum(answer.search_s for answer in answers)
+    facts = {
+        "unknown_ids": sum(int(answer.unknown.sum()) for answer in answers),
+        "doubled_passages": sum(int(answer.doubled.sum()) for answer in answers),
+        "missing_results": len(able) * job.k - len(found),
+        "refilled_queries": refilled,
+    }
+    return parcel.filled(rows, search_s=search_s, resolve_s=time.time() - started - search_s, **facts)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """How many results the searchers are asked for, and how hard they look."""
+
+    fetched: int
+    effort: int | None
+
+    def wider(self, job: RetrieveJob, *, holes: bool) -> "Ask | None":
+        """Return what to ask next where results lack, or None where all was asked for.
+
+        Args:
+            job: says how much there is.
+            holes: whether less was found than asked for, so that a greater effort finds more.
+        """
+        fetched = max(self.fetched, min(REFILL * self.fetched, job.most, GROUP_RESULTS))
+        effort = self.effort
+        if holes and effort is not None:
+            effort = min(REFILL * effort, max(effort, job.largest_effort))
+        wider = Ask(fetched, effort)
+        return None if wider == self else wider
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Candidates of some queries, and (n,) what became of the results of each.
+
+    ``lacking`` have fewer than k, ``unknown`` counts results that the data set does not have, ``doubled``
+    those that were the same passage as a better one; ``holes`` tells whether any found fewer than asked for.
+    """
+
+    rows: pa.Table
+    lacking: npt.NDArray[np.bool_]
+    unknown: IdArray
+    doubled: IdArray
+    holes: bool
+    search_s: float
+
+    def of(self, queries: pa.Table, chosen: npt.NDArray[np.bool_]) -> "Answer":
+        """Return what some of the (n,) queries were answered; the time is that of all."""
+        inside = np.isin(self.rows["row_no"].to_numpy(), queries["row_no"].to_numpy()[chosen])
+        return dataclasses.replace(
+            self,
+            rows=self.rows.filter(pa.array(inside)),
+            lacking=self.lacking[chosen],
+            unknown=self.unknown[chosen],
+            doubled=self.doubled[chosen],
+        )
+
+
+def _answer(queries: pa.Table, job: RetrieveJob, ask: Ask) -> Answer:
+    """Search, score again, and resolve ids to passages."""
+    vectors = _matrix(queries[EMBEDDING])
+    started = time.time()
+    scores, ids = search_all(job.searchers, vectors, ask.fetched, ask.effort, watch=lambda: None)
+    search_s = time.time() - started
+    places = read_places(job.place.storage, job.root, job.shards, _distinct(ids), ["passage_id"])
+    known = np.isin(ids, places["vector_id"].to_numpy())
+    real = ids != NO_RESULT
+    unknown = (real & ~known).sum(axis=1)
+    if job.rescores:
+        scores, ids = _rescore(job, vectors, np.where(known, ids, NO_RESULT))
+        known = ids != NO_RESULT
+    rows, kept = _rows(queries, scores, ids, known, places, job.k)
+    return Answer(
+        rows=rows,
+        lacking=kept < job.k,
+        unknown=unknown,
+        doubled=known.sum(axis=1) - kept,
+        holes=bool((real.sum(axis=1) < min(ask.fetched, job.most)).any()),
+        search_s=search_s,
+    )
 
 
 def _rescore(job: RetrieveJob, queries: FloatArray, ids: IdArray) -> Results:
-    """Score candidates again from their stored vectors, some queries at a time."""
+    """Score all candidates again from their stored vectors, some queries at a time."""
 
     def fetch(wanted: IdArray) -> npt.NDArray[np.floating]:
         return _matrix(
             read_places(job.place.storage, job.root, job.shards, wanted, ["embedding"])["embedding"]
         )
 
-    step = max(1, RESCORED_AT_ONCE // ids.shape[1])
+    width = ids.shape[1]
+    step = max(1, RESCORED_AT_ONCE // width)
     parts = [
-        rescore(queries[start : start + step], ids[start : start + step], fetch, job.k)
+        rescore(queries[start : start + step], ids[start : start + step], fetch, width)
         for start in range(0, len(ids), step)
     ]
     return np.concatenate([s for s, _ in parts]), np.concatenate([i for _, i in parts])
@@ -176,8 +272,8 @@ def _rows(
     known: npt.NDArray[np.bool_],
     places: pa.Table,
     k: int,
-) -> tuple[pa.Table, int]:
-    """Return at most k candidates a query, ties by passage id, and how many more were the same passage.
+) -> tuple[pa.Table, IdArray]:
+    """Return at most k candidates a query, ties by passage id, and (n,) how many passages each query had.
 
     A passage id that was embedded twice (in two objects of the corpus) counts once, with its best score.
     """
@@ -190,14 +286,16 @@ def _rows(
     order = [("row_no", "ascending"), ("first_score", "descending"), ("passage_id", "ascending")]
     found = found.sort_by([*order, ("vector_id", "ascending")])
     if not len(found):
-        return _as_candidates(found), 0
+        return _as_candidates(found), np.zeros(len(queries), np.int64)
     rows = found["row_no"].to_numpy()
     numbers = whole(found["passage_id"]).dictionary_encode().indices.to_numpy()
     _, first = np.unique(rows * len(found) + numbers, return_index=True)
     first.sort()
     rows = rows[first]
     rank = np.arange(len(first)) - np.searchsorted(rows, rows)
-    return _as_candidates(found.take(pa.array(first[rank < k]))), len(found) - len(first)
+    asked = queries["row_no"].to_numpy()
+    distinct = np.searchsorted(rows, asked, side="right") - np.searchsorted(rows, asked)
+    return _as_candidates(found.take(pa.array(first[rank < k]))), distinct
 
 
 def _without_result(queries: pa.Table) -> pa.Table:

@@ -10,6 +10,7 @@ from bge_ray.pipeline.index.job import build_index
 from bge_ray.pipeline.index.published import index_files, read_index
 from bge_ray.settings.sections import Settings, parse_settings
 from bge_ray.storage.objects import Storage
+from bge_ray.storage.ownership import open_folder
 from tests.support.vectors import VectorDataset, clustered, make_dataset
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -115,15 +116,21 @@ def test_an_index_that_was_edited_by_hand_is_nobodys_to_replace(tmp_path: Path) 
     assert build_index(settings_for(tmp_path)).ntotal == 900
 
 
-def test_an_index_of_another_format_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_an_index_of_another_format_is_built_anew_and_a_foreign_one_refused(tmp_path: Path) -> None:
     make_dataset(str(tmp_path), [400], DIM)
     path = tmp_path / "index/index.json"
     path.parent.mkdir()
-    path.write_text(json.dumps({"format_version": 1, "nprobe": 4}))
-    with pytest.raises(DatasetMismatchError, match=r"is of format 1, .* remove it to build") as caught:
+    older = json.dumps({"format_version": 1, "nprobe": 4}).encode()
+    path.write_bytes(older)
+    with pytest.raises(OutputCollisionError, match="was not written by this project"):
         build_index(settings_for(tmp_path))
-    assert caught.value.exit_code == 2
-    assert set(below(tmp_path / "index")) == {"index.json"}
+    assert set(below(tmp_path / "index")) <= {"index.json", "lease.json"}
+    path.unlink()
+    first = build_index(settings_for(tmp_path))
+    open_folder(STORAGE, str(path.parent), "index", "output.uri").put("index.json", older)
+    with pytest.raises(DatasetMismatchError, match=r"is of format 1, .* run index\.py"):
+        read_index(STORAGE, str(tmp_path))
+    assert build_index(settings_for(tmp_path)).files == first.files
 
 
 def test_a_build_that_fails_leaves_no_report_of_the_one_before(tmp_path: Path) -> None:

@@ -1,0 +1,123 @@
+"""Texts of candidates: the passage that was meant, wherever the corpus lies by now; on a real Ray."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from bge_ray.dataset.commit import ShardWriter
+from bge_ray.dataset.folder import Dataset
+from bge_ray.errors import SettingsError
+from bge_ray.pipeline.engine.pools import Tasks
+from bge_ray.pipeline.rerank import texts
+from bge_ray.pipeline.runs.groups import CANDIDATE_SCHEMA
+from bge_ray.pipeline.runs.source import open_source
+from bge_ray.records.columns import Columns
+from bge_ray.records.dataset import DatasetSpec, make_manifest
+from bge_ray.records.ids import vector_ids
+from bge_ray.records.plan import Coding, CorpusObject, Plan, Span, Unit
+from bge_ray.records.schemas import REJECTED_SCHEMA, embedding_schema, hash_texts
+from bge_ray.storage.objects import Storage
+from tests.support.searches import settings_for
+from tests.support.vectors import MODEL, clustered
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+STORAGE = Storage(5)
+TWINS = {"a/x.jsonl": {"p0": "the text in a", "p1": "one"}, "b/y.jsonl": {"p0": "the text in b", "p2": "two"}}
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """A corpus in which the id p0 stands in two objects, and its data set, as embed.py leaves them."""
+    corpus, root = tmp_path / "corpus", str(tmp_path / "data")
+    spec = DatasetSpec(
+        dataclasses.replace(MODEL, passage_instruction="passage: "), Columns("id", "text", None)
+    )
+    dataset = Dataset(STORAGE, root)
+    dataset.create_spec(spec)
+    objects, markers = [], []
+    for number, (name, rows) in enumerate(TWINS.items()):
+        path = corpus / name
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in rows.items()))
+        info = STORAGE.info(str(path))
+        span = Span(0, info.size, 0, (len(rows),))
+        objects.append(CorpusObject(number, info.uri, info.size, info.etag, Coding("jsonl", ""), (span,)))
+        schema = embedding_schema(spec.model.outputs, pa.schema([]))
+        vectors = pa.array(clustered(len(rows), 32, number).reshape(-1))
+        table = pa.table(
+            [
+                pa.array(vector_ids(number, pa.array(range(len(rows))).to_numpy())),
+                pa.array(list(rows)),
+                hash_texts("passage: " + text for text in rows.values()),
+                pa.array([5] * len(rows), pa.int32()),
+                pa.array([False] * len(rows)),
+                pa.FixedSizeListArray.from_arrays(vectors, type=schema.field("embedding").type),
+            ],
+            schema=schema,
+        )
+        writer = ShardWriter(STORAGE, root, spec, "zstd")
+        unit = Unit(number, 0, len(rows))
+        markers.append(writer.commit(unit, f"f{number}", table, REJECTED_SCHEMA.empty_table()))
+    dataset.create_plan(1, Plan(tuple(objects), len(objects)))
+    dataset.publish(make_manifest(spec.vector_fingerprint, markers))
+    return corpus, tmp_path / "data"
+
+
+def joined(folder: Path, rows: list[tuple[str, int | None]], **keys: object) -> list[tuple[Any, ...]]:
+    """(text, vector id, reason) of candidates with these passage and vector ids."""
+    settings = settings_for(output__uri=str(folder), **keys)
+    source = texts.open_texts(settings, open_source(settings), Tasks(1, 0.0))
+    table = pa.Table.from_pylist(
+        [
+            {"row_no": i, "query_id": "q", "query": "?", "passage_id": name, "vector_id": vector_id}
+            for i, (name, vector_id) in enumerate(rows)
+        ],
+        schema=CANDIDATE_SCHEMA,
+    )
+    found = texts.add_texts(table, source, depth=100)
+    return [(row["text"], row["vector_id"], row["reason"]) for row in found.to_pylist()]
+
+
+IN_A, IN_B = (int(vector_ids(number, pa.array([0]).to_numpy())[0]) for number in (0, 1))
+
+
+def test_the_vector_id_says_which_of_two_passages_of_one_id_is_meant(folders: tuple[Path, Path]) -> None:
+    found = joined(folders[1], [("p0", IN_B), ("p0", IN_A), ("p0", None)])
+    assert found == [
+        ("the text in b", IN_B, None),
+        ("the text in a", IN_A, None),
+        ("the text in a", IN_A, None),
+    ]
+
+
+def test_a_place_that_is_anothers_by_now_is_looked_up_by_its_passage_id(folders: tuple[Path, Path]) -> None:
+    found = joined(folders[1], [("p2", IN_A), ("p1", 99 << 41), ("gone", IN_A)])
+    assert [text for text, *_ in found] == ["two", "one", None]
+    assert found[2][1:] == (None, "unknown_passage")
+
+
+def test_a_moved_corpus_is_read_where_it_is_and_proven_by_its_texts(folders: tuple[Path, Path]) -> None:
+    corpus, root = folders
+    moved = corpus.rename(corpus.parent / "elsewhere")
+    (moved / "b/y.jsonl").write_text((moved / "b/y.jsonl").read_text().replace("two", "six"))
+    rows = [("p0", IN_B), ("p1", None), ("p2", None)]
+    found = joined(root, rows, corpus__uri=str(moved))
+    assert [text for text, *_ in found] == ["the text in b", "one", None]
+    assert found[2][2] == "unreadable_text"  # of the size that was planned, and another text
+    (corpus.parent / "empty").mkdir()
+    with pytest.raises(SettingsError, match="has none of the 2 objects"):
+        joined(root, rows, corpus__uri=str(corpus.parent / "empty"))
+
+
+def test_a_changed_object_costs_its_own_candidates_and_no_others(folders: tuple[Path, Path]) -> None:
+    corpus, root = folders
+    (corpus / "a/x.jsonl").write_text("{}\n")
+    found = joined(root, [("p0", IN_B), ("p1", None)])
+    assert found[0] == ("the text in b", IN_B, None)
+    assert found[1][0] is None
+    assert found[1][2] == "unreadable_text"
