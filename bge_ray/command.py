@@ -209,7 +209,9 @@ def _add_demo(app: "Typer", ending: Ending) -> None:
         carry_out(DEMO, Asked(None, (), dry_run, False, log_format), ending, made)
 
 
-def _settings_epilog(reads: Sequence[str]) -> str:
+def _settings_epilog(reads: Sequence[str]) -> str | None:
+    if not reads:
+        return None
     from bge_ray.settings.sections import settings_help
 
     # \b keeps lines as they are.

@@ -157,8 +157,8 @@ class IndexReader:
         known = self._places(found[1], ())["vector_id"].to_numpy()
 
         def fetch(ids: IdArray) -> npt.NDArray[Any]:
-            column = self._places(ids, (EMBEDDING,))[EMBEDDING].combine_chunks()
-            return np.asarray(pa.concat_arrays(column.chunks).flatten()).reshape(len(ids), self.dim)
+            column = pa.concat_arrays(self._places(ids, (EMBEDDING,))[EMBEDDING].chunks)
+            return np.asarray(column.flatten()).reshape(len(ids), self.dim)
 
         return rescore(vectors, np.where(np.isin(found[1], known), found[1], NO_RESULT), fetch, asked)
 

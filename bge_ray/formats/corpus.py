@@ -333,5 +333,6 @@ def _check_unchanged(storage: Storage, corpus_object: CorpusObject) -> None:
         )
     if (now.size, now.etag) != (corpus_object.size, corpus_object.etag):
         raise CorpusError(
-            f"{corpus_object.uri}: changed since the run began; run again to embed its new content"
+            f"{corpus_object.uri}: changed since the run began; run again, the embed job first if it is the "
+            "corpus of a data set"
         )
