@@ -185,9 +185,9 @@ def _add_job(app: "Typer", job: "Job", ending: Ending) -> None:
 def _add_demo(app: "Typer", ending: Ending) -> None:
     from typer import Option
 
-    from bge_ray.demo import DEMO, demo_settings
+    from bge_ray.demo import SAYS, demo_job, demo_settings
 
-    @app.command("demo", help=DEMO.says)
+    @app.command("demo", help=SAYS)
     def demo(
         work: Annotated[Path, Option(help="Folder for corpus and output.")] = Path("demo-out"),
         limit: Annotated[int, Option(min=1, help="Most passages to embed.")] = 3000,
@@ -206,7 +206,7 @@ def _add_demo(app: "Typer", ending: Ending) -> None:
         def made() -> tuple[str, ...]:
             return (*demo_settings(work, limit, ask or ()), *(overrides or ()))
 
-        carry_out(DEMO, Asked(None, (), dry_run, False, log_format), ending, made)
+        carry_out(demo_job(ask or ()), Asked(None, (), dry_run, False, log_format), ending, made)
 
 
 def _settings_epilog(reads: Sequence[str]) -> str | None:

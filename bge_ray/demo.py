@@ -5,10 +5,11 @@ packages, one passage each, written as Parquet shards below the work folder. The
 the packaged all-MiniLM-L6-v2, indexed, and asked a dozen questions, or others: `--ask "..."`.
 """
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from bge_ray.errors import InstallationError
 from bge_ray.jobs import Job
@@ -18,8 +19,12 @@ from bge_ray.settings.sections import Settings
 if TYPE_CHECKING:
     from rich.console import Console
 
+# A question, and the score and id of each passage that answers it, best first.
+Answer: TypeAlias = tuple[str, list[tuple[float, str]]]
+
 PASSAGES_PER_SHARD = 1000
 SHOWN_CHARS = 68
+SAYS = "Embed, index and search the docstrings of this Python, offline; ask your own question by --ask."
 QUESTIONS = (
     "How do I read a file line by line?",
     "run a coroutine with a timeout",
@@ -60,7 +65,7 @@ def _write_corpus(folder: Path, limit: int) -> int:
     return len(passages)
 
 
-def _demo(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
+def _demo(settings: Settings, dry_run: bool, stop: StopRequest, asked: Sequence[str]) -> str:
     """Embed the demo corpus, index it, answer the questions, and show what came of each."""
     from rich.console import Console
 
@@ -81,10 +86,38 @@ def _demo(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
             f"\nindex: {index.factory}, {index.ntotal:,} vectors, "
             f"recall@{index.tuned_recall.k} {recall:.3f}, measured\n"
         )
-        search(settings, stop)
-    _show_answers(console, settings)
+        if not asked:
+            search(settings, stop)
+    _show_answers(console, settings, _asked_here(settings, asked) if asked else _answers_of_run(settings))
     root = settings.output.uri
     return f"{result.report.outcome}; open {root}/report.html and {root}/index/report.html"
+
+
+def _asked_here(settings: Settings, asked: Sequence[str]) -> list[Answer]:
+    """Answer questions in this process, which takes seconds where a job would start a cluster."""
+    from bge_ray.retrieval import open_index_reader
+
+    reader = open_index_reader(str(settings.output.uri), model=None, device="cpu")
+    found = reader.search(asked, settings.search.k)
+    return [
+        (question, [(hit.score, hit.passage_id) for hit in hits])
+        for question, hits in zip(asked, found, strict=True)
+    ]
+
+
+def _answers_of_run(settings: Settings) -> list[Answer]:
+    """Return the answers that the search job published."""
+    import pyarrow.parquet as pq
+
+    run = pq.read_table(Path(str(settings.search.output)) / "run.parquet").to_pylist()
+    lines = Path(str(settings.search.queries)).read_text().splitlines()
+    return [
+        (
+            question["text"],
+            [(row["score"], row["passage_id"]) for row in run if row["query_id"] == question["_id"]],
+        )
+        for question in map(json.loads, lines)
+    ]
 
 
 def _show_shards(console: "Console", settings: Settings) -> None:
@@ -103,24 +136,17 @@ def _show_shards(console: "Console", settings: Settings) -> None:
     console.print(pq.read_schema(shards[0]).remove_metadata(), highlight=False)
 
 
-def _show_answers(console: "Console", settings: Settings) -> None:
+def _show_answers(console: "Console", settings: Settings, answers: Sequence[Answer]) -> None:
     """Print the best passages of each question, with the first line of their text."""
     import pyarrow.parquet as pq
 
-    run = pq.read_table(Path(str(settings.search.output)) / "run.parquet").to_pylist()
-    texts = {
-        row["id"]: row["text"]
-        for row in pq.read_table(str(settings.corpus.uri), columns=["id", "text"]).to_pylist()
-    }
-    questions = [json.loads(line) for line in Path(str(settings.search.queries)).read_text().splitlines()]
-    for question in questions:
-        console.print(question["text"], style="bold", markup=False, highlight=False)
-        for row in run:
-            if row["query_id"] == question["_id"]:
-                first_line = texts[row["passage_id"]].strip().splitlines()[0][:SHOWN_CHARS]
-                console.print(
-                    f"  {row['score']:.3f}  {row['passage_id']}: {first_line}", markup=False, highlight=False
-                )
+    table = pq.read_table(str(settings.corpus.uri), columns=["id", "text"])
+    texts = {row["id"]: row["text"] for row in table.to_pylist()}
+    for question, hits in answers:
+        console.print(question, style="bold", markup=False, highlight=False)
+        for score, passage_id in hits:
+            first_line = texts[passage_id].strip().splitlines()[0][:SHOWN_CHARS]
+            console.print(f"  {score:.3f}  {passage_id}: {first_line}", markup=False, highlight=False)
 
 
 def demo_settings(work: Path, limit: int, questions: Sequence[str]) -> list[str]:
@@ -157,9 +183,6 @@ def demo_settings(work: Path, limit: int, questions: Sequence[str]) -> list[str]
     return [f"{key}={value}" for key, value in keys.items()]
 
 
-DEMO = Job(
-    "demo",
-    "Embed, index and search the docstrings of this Python, offline; ask your own question by --ask.",
-    (),
-    _demo,
-)
+def demo_job(asked: Sequence[str] = ()) -> Job:
+    """Return the demo as a job; with questions of the user these are answered in its own process."""
+    return Job("demo", SAYS, (), functools.partial(_demo, asked=tuple(asked)))
