@@ -177,7 +177,7 @@ def _add_job(app: "Typer", job: "Job", ending: Ending) -> None:
             Option("--version", callback=_tell_version, is_eager=True, help="Say which version this is."),
         ] = False,
     ) -> int:
-        return carry_out(
+        return _run_here(
             job, Asked(config, tuple(overrides or ()), dry_run, print_config, log_format), ending
         )
 
@@ -206,7 +206,7 @@ def _add_demo(app: "Typer", ending: Ending) -> None:
         def made() -> tuple[str, ...]:
             return (*demo_settings(work, limit, ask or ()), *(overrides or ()))
 
-        carry_out(demo_job(ask or ()), Asked(None, (), dry_run, False, log_format), ending, made)
+        _run_here(demo_job(ask or ()), Asked(None, (), dry_run, False, log_format), ending, made)
 
 
 def _settings_epilog(reads: Sequence[str]) -> str | None:
@@ -218,8 +218,8 @@ def _settings_epilog(reads: Sequence[str]) -> str | None:
     return "\b\nsettings (YAML sections, or --set):\n" + settings_help(reads)
 
 
-def carry_out(
-    job: "Job", asked: Asked, ending: Ending, more: Callable[[], Sequence[str]] = tuple[str, ...]
+def _run_here(
+    job: "Job", asked: Asked, ending: Ending, more: Callable[[], Sequence[str]] = lambda: ()
 ) -> int:
     """Run a job in this process, which is its own; the last line of its log tells how it ended.
 
@@ -254,7 +254,7 @@ def carry_out(
         from bge_ray.pipeline.engine.cluster import prepare_environment
 
         prepare_environment(settings[0].resources)
-        return job.work(settings[0], asked.dry_run, ending.stop)
+        return job.action(settings[0], asked.dry_run, ending.stop)
 
     def place() -> str | None:
         if asked.dry_run or asked.print_config or job.report is None:

@@ -8,7 +8,7 @@ from bge_ray.pipeline.engine.stopping import StopRequest
 from bge_ray.settings.sections import Settings
 
 # Settings, whether this is a dry run, and the stop request that signals reach, to the answer to be printed.
-Work: TypeAlias = Callable[[Settings, bool, StopRequest], str]
+Action: TypeAlias = Callable[[Settings, bool, StopRequest], str]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Job:
     name: str
     says: str
     reads: tuple[str, ...]
-    work: Work
+    action: Action
     report: str | None = None
 
 

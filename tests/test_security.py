@@ -195,6 +195,7 @@ def test_a_run_leaves_no_secret_anywhere_and_listens_on_loopback_only(
     keys |= {"resources.num_encoders": 2, "batching.unit_rows": 30, "corpus.max_rejected_fraction": 1}
     keys |= {"index.build": "true"}
     environment = planted() | {"RAY_TMPDIR": str(ray_folder), "HOME": str(tmp_path / "home")}
+    environment["BGE_RAY_KEEP_SESSION"] = "1"  # whose logs are searched, too
     if place == "local":  # where no server is asked whether they are right
         environment |= {
             "AWS_ACCESS_KEY_ID": canary("id"),

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 LOCAL = "local"
 # What the processes of a local cluster are given to end.
 EXIT_S = 10.0
+# Set to anything, it keeps the session folder of a run that went well, too.
+KEEP_SESSION = "BGE_RAY_KEEP_SESSION"
 # What a cluster that is there needs to answer, and one that is about to be there may take.
 PROBE_S, PROBES = 3.0, 3
 # What every gRPC server answers to: how HTTP/2 begins (RFC 9113, 3.4), with settings that change nothing.
@@ -253,7 +255,7 @@ def disconnect(*, keep_logs: bool = True) -> None:
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    if session is not None and not keep_logs:
+    if session is not None and not keep_logs and not os.environ.get(KEEP_SESSION):
         _remove_session(session)
 
 
