@@ -176,10 +176,9 @@ def _add_job(app: "Typer", job: "Job", ending: Ending) -> None:
             bool,
             Option("--version", callback=_tell_version, is_eager=True, help="Say which version this is."),
         ] = False,
-    ) -> int:
-        return _run_here(
-            job, Asked(config, tuple(overrides or ()), dry_run, print_config, log_format), ending
-        )
+    ) -> None:
+        asked = Asked(config, tuple(overrides or ()), dry_run, print_config, log_format)
+        _run_here(job, asked, ending)
 
 
 def _add_demo(app: "Typer", ending: Ending) -> None:

@@ -176,13 +176,26 @@ def test_an_address_without_a_cluster_is_refused_in_time(address: str, says: str
     assert time.monotonic() - started < 15
 
 
+def test_a_server_that_speaks_as_a_head_does_is_let_pass() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    import grpc
+
+    from bge_ray.pipeline.engine.cluster import check_address
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    check_address(f"127.0.0.1:{port}", "RAY_ADDRESS")
+    check_address(f"localhost:{port}", "RAY_ADDRESS")
+    server.stop(None).wait()
+
+
 def test_a_dead_address_ends_the_job_with_2(tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "corpus.jsonl").write_text('{"id": "1", "text": "a"}\n')
     words = ["embed", "--set", f"corpus.uri={tmp_path}/corpus.jsonl", "--set", f"output.uri={tmp_path}/out"]
     words += ["--set", f"model.name={tiny_model}"]
-    started = time.monotonic()
     done = run(*words, RAY_ADDRESS="http://127.0.0.1:8265")
-    assert time.monotonic() - started < 60
     assert done.returncode == 2, done.stderr
     *_, said, last = done.stderr.splitlines()
     assert "ERROR embed: RAY_ADDRESS http://127.0.0.1:8265: is the address of a dashboard" in said
