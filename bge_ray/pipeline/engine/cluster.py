@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from bge_ray.errors import BgeRayError, SettingsError
-from bge_ray.pipeline.engine.liveness import tcp_door, unix_door, unwatch_cluster, watch_cluster
+from bge_ray.pipeline.engine.liveness import tcp_door, unwatch_cluster, watch_cluster
 from bge_ray.pipeline.engine.receipts import wait_for_paths
 from bge_ray.settings.sections import ResourcesSettings
 
@@ -212,11 +212,13 @@ def _speaks_grpc(made: socket.socket) -> bool:
 
 def _watch(ray: Any) -> None:
     """Have the cluster watched: neither Ray nor its data paths tell of its end in time."""
-    doors = {"head": tcp_door(ray.get_runtime_context().gcs_address)}
-    # None where Ray Client stands between, which a user may have started.
-    node = ray._private.worker._global_node
-    if node is not None and node.raylet_socket_name:
-        doors["raylet on this node"] = unix_door(node.raylet_socket_name.removeprefix("unix://"))
+    if ray.util.client.ray.is_connected():
+        return  # by Ray Client, which a user may have started; head and raylet are out of reach
+    here = ray.get_runtime_context()
+    doors = {"head": tcp_door(here.gcs_address)}
+    for node in ray.nodes():
+        if node["NodeID"] == here.get_node_id():
+            doors["raylet on this node"] = tcp_door(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
     watch_cluster(doors)
 
 

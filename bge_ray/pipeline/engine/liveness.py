@@ -3,7 +3,6 @@
 Imports nothing large, because a command asks at its end whether this is what it ended of.
 """
 
-import contextlib
 import socket
 import threading
 import time
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 
 from bge_ray.errors import IncompleteRunError
 
-LOOK_EVERY_S = 1.0
+LOOK_EVERY_S = 2.0
 # What a process that is busy may be out of reach.
 LOST_AFTER_S = 10.0
 CONNECT_S = 2.0
@@ -76,20 +75,6 @@ def tcp_door(address: str) -> Callable[[], socket.socket]:
     """Return what connects to ``host:port``."""
     host, _, port = address.rpartition(":")
     return lambda: socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S)
-
-
-def unix_door(path: str) -> Callable[[], socket.socket]:
-    """Return what connects to a socket in the file system."""
-
-    def connect() -> socket.socket:
-        with contextlib.ExitStack() as stack:
-            made = stack.enter_context(socket.socket(socket.AF_UNIX))
-            made.settimeout(CONNECT_S)
-            made.connect(path)
-            stack.pop_all()
-            return made
-
-    return connect
 
 
 def _look(watched: _Watched, doors: dict[str, Callable[[], socket.socket]]) -> None:
