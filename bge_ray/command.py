@@ -38,13 +38,15 @@ def main() -> NoReturn:
     """Run `bge-ray` with the arguments of this process, and end with its exit code."""
     words = sys.argv[1:]
     named = next((word for word in words if not word.startswith("-")), NAME)
-    sys.exit(_run(named, lambda ending: _invoke(_group(ending), words, NAME, ending)))
+    sys.exit(_run(named, words, lambda ending: _invoke(_group(ending), words, NAME, ending)))
 
 
 def script(name: str) -> NoReturn:
     """Run one job with the arguments of this process, as `python jobs/<name>.py` does, and end."""
     words = sys.argv[1:]
-    sys.exit(_run(name, lambda ending: _invoke(_group(ending).commands[name], words, f"{name}.py", ending)))
+    sys.exit(
+        _run(name, words, lambda ending: _invoke(_group(ending).commands[name], words, f"{name}.py", ending))
+    )
 
 
 def run_job(job: "Job", words: Sequence[str]) -> int:
@@ -61,11 +63,12 @@ def run_job(job: "Job", words: Sequence[str]) -> int:
         _add_job(app, job, ending)
         return _invoke(get_command(app), words, job.name, ending)
 
-    return _run(job.name, dispatch)
+    return _run(job.name, words, dispatch)
 
 
-def _run(name: str, dispatch: Callable[[Ending], int]) -> int:
-    ending = Ending(name)
+def _run(name: str, words: Sequence[str], dispatch: Callable[[Ending], int]) -> int:
+    # The last line has the form that was asked for, also where it comes before the words are parsed.
+    ending = Ending(name, "json" if "--log-format=json" in "=".join(words) else "text")
     with ending.listening():
         try:
             return dispatch(ending)

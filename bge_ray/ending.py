@@ -34,15 +34,15 @@ LOOK_S = 0.5
 class Ending:
     """The end of one command in this process."""
 
-    def __init__(self, name: str) -> None:
-        """Take the name that the last line begins with; nothing is listened for yet."""
+    def __init__(self, name: str, log_format: LogFormat) -> None:
+        """Take the name that the last line begins with, and its form; nothing is listened for yet."""
         self.name = name
         self.stop = StopRequest()
-        self.log_format: LogFormat = "text"
+        self.log_format = log_format
         # What the command ends with, once that is known.
         self.code: int | None = None
         self._line = threading.Lock()
-        self._asked = False
+        self._told = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -96,6 +96,8 @@ class Ending:
                 self.configure(self.log_format)
             self.code = code = self._code_of(error)
             _leave_ray(keep_logs=code != 0)
+            if code > 128:  # a Ray that was about to start is not left, and its processes are there
+                _kill_started()
             wrote = not isinstance(error, BgeRayError) or isinstance(error, StorageAccessError)
             self._tell(code, place(), wrote=wrote)
         return code
@@ -134,9 +136,9 @@ class Ending:
     def _tell(self, code: int, place: str | None, *, wrote: bool) -> None:
         """Log the last line, once."""
         with self._line:
-            if self._asked:
+            if self._told:
                 return
-            self._asked = True
+            self._told = True
             logger.info("%s", self._last_line(code, place, wrote=wrote))
 
     def _last_line(self, code: int, place: str | None, *, wrote: bool) -> str:
@@ -167,7 +169,7 @@ class Ending:
         if self.code is not None:
             code = self.code
         # Not by the logger: the thread that hangs may hold its lock.
-        if self._line.acquire(timeout=1) and not self._asked:
+        if self._line.acquire(timeout=1) and not self._told:
             why = cluster_gone() or f"stopped by {self.stop.pending()}"
             line = formatter(self.log_format)
             for text in (

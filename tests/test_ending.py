@@ -3,6 +3,7 @@
 Real processes, and real signals at many moments: during the imports, while Ray starts, while it works.
 """
 
+import json
 import os
 import re
 import signal
@@ -106,6 +107,15 @@ def test_a_signal_during_the_imports(
     command = Command(tmp_path, tiny_model)
     wait_until(lambda: command.said(f" {moment}\n"))
     check_end(command, number)
+
+
+def test_the_last_line_has_the_form_that_was_asked_for(tmp_path: Path, tiny_model: Path) -> None:
+    command = Command(tmp_path, tiny_model, "--log-format", "json")
+    wait_until(lambda: command.said(" pydantic\n"))
+    command.process.send_signal(signal.SIGTERM)
+    code, _, last = command.end()
+    assert code == 143
+    assert json.loads(last)["message"] == "embed: stopped; exit code 143"
 
 
 def at_ray_init(command: Command) -> None:
