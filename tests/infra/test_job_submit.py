@@ -104,7 +104,7 @@ def test_exit_codes_come_through(head: RayHead, bucket: str, tiny_model: Path) -
     upload(bucket, {"x.jsonl": jsonl_bytes(records)})
     for code, last, words in [
         (2, "embed: refused, nothing was written; exit code 2", ["--set", "corpus.ury=s3://x"]),
-        (1, f"embed: incomplete; exit code 1; report at {bucket}/out/report.html", []),
+        (2, f"embed: refused; exit code 2; report at {bucket}/out/report.html", []),
     ]:
         submission_id = f"code-{code}-{secrets.token_hex(4)}"
         run = head.submit(
