@@ -1,12 +1,15 @@
 """What a process is prepared with before Ray is imported, by where its cluster will be."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 
+from bge_ray.pipeline.engine.cluster import quiet_ray
 from tests.support.runs import REPOSITORY
 
 SCRIPT = """
@@ -50,3 +53,23 @@ def test_a_cluster_of_its_own_gets_a_token_and_loopback_and_others_are_left_alon
     changed = json.loads(done.stdout)
     assert ("RAY_AUTH_TOKEN" in changed) == own
     assert (changed.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") == "0") == own
+
+
+def test_what_is_quiet_meanwhile_is_as_it_was_afterwards() -> None:
+    names = ["ray", "ray.data", "ray.data._internal.progress"]
+    operators = logging.getLogger("ray.data._internal.execution.operators.map_operator")
+
+    def state() -> tuple[object, ...]:
+        return (
+            [logging.getLogger(name).level for name in names],
+            list(warnings.filters),
+            list(operators.filters),
+        )
+
+    before = state()
+    with pytest.raises(ZeroDivisionError), quiet_ray():
+        assert state() != before
+        assert logging.getLogger("ray.data").level == logging.WARNING
+        logging.getLogger("ray").setLevel(logging.ERROR)  # as ray.init does
+        raise ZeroDivisionError
+    assert state() == before
