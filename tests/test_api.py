@@ -112,7 +112,7 @@ def notebook(way: str, folder: Path, model: Path, **environment: str) -> dict[st
     done = subprocess.run(
         [sys.executable, "-c", NOTEBOOK, way, folder / "corpus.jsonl", folder / "out", model],
         cwd="/",
-        env=plain | {"PYTHONPATH": str(REPOSITORY), "RAY_TMPDIR": str(folder)[:60], **environment},
+        env=plain | {"PYTHONPATH": str(REPOSITORY), **environment},
         capture_output=True,
         text=True,
         timeout=280,
