@@ -150,7 +150,7 @@ class Ending:
         return f"{self.name}: {outcome}; exit code {code}" + (f"; report at {told}" if told else "")
 
     def _watch(self, listen: int, ended: threading.Event) -> None:
-        deadline, code = None, 1
+        deadline, code, why = None, 1, ""
         while not ended.is_set():
             if select.select([listen], [], [], LOOK_S)[0]:
                 for number in os.read(listen, 64):
@@ -158,19 +158,18 @@ class Ending:
                         self.stop.note(number)
             stopped = self.stop.pending()
             if deadline is None and stopped is not None:
-                deadline, code = time.monotonic() + STOP_S, stopped.exit_code
-            elif deadline is None and cluster_gone() is not None:
-                deadline = time.monotonic() + LOST_S
+                deadline, code, why = time.monotonic() + STOP_S, stopped.exit_code, f"stopped by {stopped}"
+            elif deadline is None and (gone := cluster_gone()) is not None:
+                deadline, why = time.monotonic() + LOST_S, gone
             if deadline is not None and time.monotonic() > deadline:
-                self._end_now(code)
+                self._end_now(code, why)
 
-    def _end_now(self, code: int) -> None:
+    def _end_now(self, code: int, why: str) -> None:
         """End the process from beside the thread that does not come to it."""
         if self.code is not None:
             code = self.code
         # Not by the logger: the thread that hangs may hold its lock.
         if self._line.acquire(timeout=1) and not self._told:
-            why = cluster_gone() or f"stopped by {self.stop.pending()}"
             line = formatter(self.log_format)
             for text in (
                 f"{self.name}: {why}; what it was at has not ended in time; run it again to continue",

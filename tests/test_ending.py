@@ -199,7 +199,9 @@ def test_what_swallows_signals_is_ended_in_time(tmp_path: Path) -> None:
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)  # a second one changes nothing
     assert process.wait(20) == 143
-    assert '"message": "embed: stopped; exit code 143"' in (tmp_path / "log").read_text().splitlines()[-1]
+    *_, why, last = (tmp_path / "log").read_text().splitlines()
+    assert "embed: stopped by SIGTERM; what it was at has not ended in time" in why
+    assert '"message": "embed: stopped; exit code 143"' in last
 
 
 def test_a_run_under_nohup_lives_on(tmp_path: Path) -> None:
