@@ -1,134 +1,275 @@
-"""The command line that all jobs share: arguments, settings, logging, signals, exit code."""
+"""The command line: `bge-ray <job>`, and `python jobs/<job>.py`, which is the same.
 
-import argparse
-import json
-import logging
-import signal
+Nothing large is imported before signals are listened for, and no Ray or torch before the settings are read.
+"""
+
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-from bge_ray.errors import BgeRayError, SettingsError, StorageAccessError
-from bge_ray.pipeline.engine.cluster import disconnect, prepare_environment
-from bge_ray.pipeline.engine.stopping import Stopped, StopRequest
-from bge_ray.report.start import count_from_process
-from bge_ray.run_id import run_id
-from bge_ray.settings.sections import Settings, parse_settings, refuse_credentials, settings_help
-from bge_ray.storage.objects import Storage, join
-from bge_ray.storage.reports import last_report
+from bge_ray.ending import Ending
+from bge_ray.logs import LogFormat
+from bge_ray.pipeline.engine.stopping import Stopped
 
-logger = logging.getLogger("bge_ray")
+if TYPE_CHECKING:
+    from typer import Typer
+    from typer.core import TyperGroup
 
-Job = Callable[[Settings, bool, StopRequest], str]
-OUTCOMES = {0: "done", 1: "incomplete", 2: "refused", 75: "busy"}
+    from bge_ray.jobs import Job
+    from bge_ray.settings.sections import Settings
 
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line, with the run it is of and, where it is about one, the work unit."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the record as JSON, with the traceback if there is one."""
-        entry = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-            "run_id": run_id(),
-        }
-        if (unit := getattr(record, "unit", None)) is not None:
-            entry["unit"] = unit
-        if record.exc_info:
-            entry["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(entry, ensure_ascii=False)
+NAME = "bge-ray"
 
 
-def run_job(
-    name: str,
-    description: str,
-    job: Job,
-    argv: list[str] | None = None,
-    report: str | None = None,
-) -> int:
-    """Run a job from its command line; the last line of its log tells outcome, exit code and report place.
+@dataclass(frozen=True)
+class Asked:
+    """What the options say that every job has."""
 
-    Args:
-        name: of the job, for messages.
-        description: first line of ``--help``.
-        job: takes the settings, whether this is a dry run, and the stop request that signals reach;
-            returns the last line to print.
-        argv: arguments; those of the process if None.
-        report: where its report is, as the key of a folder and a name in it: "output.uri/report.html".
+    config: str | None
+    overrides: tuple[str, ...]
+    dry_run: bool
+    print_config: bool
+    log_format: LogFormat
+
+
+def main() -> NoReturn:
+    """Run `bge-ray` with the arguments of this process, and end with its exit code."""
+    words = sys.argv[1:]
+    named = next((word for word in words if not word.startswith("-")), NAME)
+    sys.exit(_run(named, words, lambda ending: _invoke(_group(ending), words, NAME, ending)))
+
+
+def script(name: str) -> NoReturn:
+    """Run one job with the arguments of this process, as `python jobs/<name>.py` does, and end."""
+    words = sys.argv[1:]
+    sys.exit(
+        _run(name, words, lambda ending: _invoke(_group(ending).commands[name], words, f"{name}.py", ending))
+    )
+
+
+def run_job(job: "Job", words: Sequence[str]) -> int:
+    """Run a job with the given arguments; the last line of its log tells outcome, code and report place.
 
     Returns:
         The exit code: 0 done, 1 incomplete, 2 refused, 75 busy (`bge_ray.errors`), 128 + signal if stopped.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"{name}.py",
-        description=description,
-        epilog="settings (YAML sections, or --set):\n" + settings_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--config", metavar="FILE_OR_URI", help="YAML file with settings, local or on any fsspec URI"
-    )
-    parser.add_argument(
-        "--set",
-        metavar="SECTION.KEY=VALUE",
-        action="append",
-        default=[],
-        dest="overrides",
-        help="override one setting",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
-    parser.add_argument(
-        "--log-format", choices=["text", "json"], default="text", help="format of the log lines"
-    )
-    words = sys.argv[1:] if argv is None else argv
+
+    def dispatch(ending: Ending) -> int:
+        from typer.main import get_command
+
+        app = _app()
+        _add_job(app, job, ending)
+        return _invoke(get_command(app), words, job.name, ending)
+
+    return _run(job.name, words, dispatch)
+
+
+def _run(name: str, words: Sequence[str], dispatch: Callable[[Ending], int]) -> int:
+    # The last line has the form that was asked for, also where it comes before the words are parsed.
+    ending = Ending(name, "json" if "--log-format=json" in "=".join(words) else "text")
+    with ending.listening():
+        try:
+            return dispatch(ending)
+        except (Stopped, Exception) as error:  # noqa: BLE001 - it is told, and ends the process
+            # While the command line was read, or what that takes was imported.
+            return ending.conclude(error)
+
+
+def _invoke(command: Any, words: Sequence[str], shown_as: str, ending: Ending) -> int:
+    """Parse arguments and run what they ask for; wrong ones end with 2."""
+    from bge_ray.errors import SettingsError
+    from bge_ray.settings.credentials import refuse_credentials
+
     try:
-        for word in words:  # first, because argparse repeats what it does not know
+        for word in words:  # first, because what is not understood is repeated
             refuse_credentials(word, word.partition("=")[0])
+        command.main(args=list(words), prog_name=shown_as)
     except SettingsError as error:
-        parser.error(str(error))
-    arguments = parser.parse_args(words)
-    _configure_logging(arguments.log_format)
-    logger.info("%s: run %s", name, run_id())
+        print(f"{shown_as}: {error}", file=sys.stderr)  # noqa: T201 - no log is configured yet
+    except SystemExit as ended:
+        if ending.code is not None:
+            return ending.code
+        if ended.code in (0, None):  # of --help and the like
+            return 0
+    return ending.refuse()
+
+
+def _app() -> "Typer":
+    from typer import Typer
+
+    return Typer(
+        name=NAME,
+        help="Corpora to embeddings, a FAISS index and reranked runs: offline batch jobs on Ray.",
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    )
+
+
+def _group(ending: Ending) -> "TyperGroup":
+    """Return the command with a subcommand a job."""
+    from typer import Option
+    from typer.main import get_group
+
+    from bge_ray.jobs import JOBS
+
+    app = _app()
+
+    @app.callback()
+    def shared(
+        _version: Annotated[
+            bool,
+            Option("--version", callback=_tell_version, is_eager=True, help="Say which version this is."),
+        ] = False,
+    ) -> None:
+        """Take what stands before a job."""
+
+    for job in JOBS:
+        _add_job(app, job, ending)
+    _add_demo(app, ending)
+
+    @app.command("schema", help="Print the JSON schema of the settings, for editors.")
+    def schema() -> None:
+        import json
+
+        from bge_ray.settings.schema import settings_schema
+
+        print(json.dumps(settings_schema(), indent=1))  # noqa: T201 - the answer of the command
+
+    return get_group(app)
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        from typer import Exit
+
+        from bge_ray import __version__
+
+        print(f"{NAME} {__version__}")  # noqa: T201 - the answer of the command
+        raise Exit
+
+
+def _add_job(app: "Typer", job: "Job", ending: Ending) -> None:
+    from typer import Option
+
+    epilog = _settings_epilog(job.reads)
+
+    @app.command(job.name, help=job.says, epilog=epilog)
+    def command(
+        config: Annotated[
+            str | None,
+            Option(metavar="FILE_OR_URI", help="YAML file with settings, local or on any fsspec URI."),
+        ] = None,
+        overrides: Annotated[
+            list[str] | None,
+            Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; may be repeated."),
+        ] = None,
+        dry_run: Annotated[
+            bool, Option("--dry-run", help="Say what would be done, and write nothing.")
+        ] = False,
+        print_config: Annotated[
+            bool, Option("--print-config", help="Print the settled settings as YAML, and do nothing.")
+        ] = False,
+        log_format: Annotated[LogFormat, Option(help="Format of the log lines.")] = "text",
+        _version: Annotated[
+            bool,
+            Option("--version", callback=_tell_version, is_eager=True, help="Say which version this is."),
+        ] = False,
+    ) -> None:
+        asked = Asked(config, tuple(overrides or ()), dry_run, print_config, log_format)
+        _run_here(job, asked, ending)
+
+
+def _add_demo(app: "Typer", ending: Ending) -> None:
+    from typer import Option
+
+    from bge_ray.demo import SAYS, demo_job, demo_settings
+
+    @app.command("demo", help=SAYS)
+    def demo(
+        work: Annotated[Path, Option(help="Folder for corpus and output.")] = Path("demo-out"),
+        limit: Annotated[int, Option(min=1, help="Most passages to embed.")] = 3000,
+        ask: Annotated[
+            list[str] | None, Option(metavar="QUESTION", help="Ask this instead; may be repeated.")
+        ] = None,
+        overrides: Annotated[
+            list[str] | None,
+            Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; may be repeated."),
+        ] = None,
+        dry_run: Annotated[
+            bool, Option("--dry-run", help="Say what would be embedded; the corpus is written.")
+        ] = False,
+        log_format: Annotated[LogFormat, Option(help="Format of the log lines.")] = "text",
+    ) -> None:
+        def made() -> tuple[str, ...]:
+            return (*demo_settings(work, limit, ask or ()), *(overrides or ()))
+
+        _run_here(demo_job(ask or ()), Asked(None, (), dry_run, False, log_format), ending, made)
+
+
+def _settings_epilog(reads: Sequence[str]) -> str | None:
+    if not reads:
+        return None
+    from bge_ray.settings.sections import settings_help
+
+    # \b keeps lines as they are.
+    return "\b\nsettings (YAML sections, or --set):\n" + settings_help(reads)
+
+
+def _run_here(
+    job: "Job", asked: Asked, ending: Ending, more: Callable[[], Sequence[str]] = lambda: ()
+) -> int:
+    """Run a job in this process, which is its own; the last line of its log tells how it ended.
+
+    Args:
+        job: what to run.
+        asked: by the options.
+        ending: of this process.
+        more: makes further overrides, once everything is listened for.
+
+    Returns:
+        The exit code, which the ending has, too.
+    """
+    from bge_ray.report.start import count_from_process
+    from bge_ray.run_id import run_id
+
+    ending.configure(asked.log_format)
+    if not asked.print_config:
+        ending.tell(f"run {run_id()}")
     count_from_process()
-    stop = StopRequest()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    place, may_have_written = None, False
-    try:
-        prepare_environment()
-        document = _read_config(arguments.config) if arguments.config else None
-        settings = parse_settings(document, arguments.overrides, arguments.config or "the command line")
-        place = None if arguments.dry_run or report is None else _place(settings, report)
-        print(job(settings, arguments.dry_run, stop), flush=True)  # noqa: T201 - the answer of the command
-        code = 0
-    except BgeRayError as error:
-        logger.error("%s: %s", name, error)  # noqa: TRY400 - the message is the whole story
-        code, may_have_written = error.exit_code, isinstance(error, StorageAccessError)
-    except (Stopped, Exception):
-        # What a signal raises may be lost in foreign code, as in Ray's, which then raises something else.
-        if (stopped := stop.pending()) is not None:
-            logger.warning("%s: stopped by %s; run it again to continue", name, stopped)
-            code = stopped.exit_code
-        else:
-            logger.exception("%s: an error that no one foresaw", name)
-            code = 1
-    finally:
-        with stop.deferred():
-            disconnect()
-    outcome = OUTCOMES.get(code, "stopped")
-    # A run that failed tells of a report only if it has come to write one: an older one is of another run.
-    told = place if code == 0 else last_report()
-    if code in (2, 75) and not told and not may_have_written:
-        outcome += ", nothing was written"
-    where = f"; report at {told}" if told else ""
-    logger.info("%s: %s; exit code %d%s", name, outcome, code, where)
-    return code
+    settings: list[Settings] = []
+
+    def work() -> str:
+        from bge_ray.settings.sections import parse_settings
+
+        document = _read_config(asked.config) if asked.config else None
+        overrides = [*more(), *asked.overrides]
+        settings.append(parse_settings(document, overrides, asked.config or "the command line"))
+        if asked.print_config:
+            from bge_ray.settings.shown import to_yaml
+
+            return to_yaml(settings[0]).rstrip("\n")
+        from bge_ray.pipeline.engine.cluster import prepare_environment
+
+        prepare_environment(settings[0].resources)
+        return job.action(settings[0], asked.dry_run, ending.stop)
+
+    def place() -> str | None:
+        if asked.dry_run or asked.print_config or job.report is None:
+            return None
+        return _place(settings[0], job.report)
+
+    return ending.run(work, place)
 
 
 def _read_config(uri: str) -> str:
+    from bge_ray.errors import SettingsError
+    from bge_ray.storage.objects import Storage
+
     content = Storage().read_optional(uri)
     if content is None:
         raise SettingsError(f"--config {uri}: no such file or object")
@@ -138,20 +279,10 @@ def _read_config(uri: str) -> str:
         raise SettingsError(f"--config {uri}: is not UTF-8: {error}") from error
 
 
-def _place(settings: Settings, report: str) -> str | None:
+def _place(settings: "Settings", report: str) -> str | None:
+    from bge_ray.storage.objects import join
+
     key, _, name = report.partition("/")
     section, _, setting = key.partition(".")
     folder = getattr(getattr(settings, section), setting)
     return join(str(folder), name) if folder else None
-
-
-def _configure_logging(log_format: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    if log_format == "json":
-        handler.setFormatter(JsonFormatter())
-    else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
-    # Libraries and Python's own warnings go the same way, so that all lines are of one form.
-    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-    logging.captureWarnings(True)
-    logging.getLogger("bge_ray").setLevel(logging.INFO)

@@ -4,6 +4,7 @@
       SettingsError         2   a setting is unknown, of the wrong type or impossible
       CorpusError           2   the input cannot be read or lacks what the settings name
       ModelError            2   a model cannot be loaded, or its folder is not what it claims
+      InstallationError     2   a package is missing, or two stand in each other's way
       DatasetMismatchError  2   the output holds a data set made with other settings or weights
       OutputCollisionError  2   the output is another job's, or holds a file that this project did not write
       OutputBusyError      75   another run is writing this output: try again later
@@ -40,6 +41,12 @@ class CorpusError(BgeRayError):
 
 class ModelError(BgeRayError):
     """A model cannot be loaded or is not usable as the settings ask."""
+
+    exit_code = 2
+
+
+class InstallationError(BgeRayError):
+    """A package that the job needs is missing, broken, or overwritten by another."""
 
     exit_code = 2
 

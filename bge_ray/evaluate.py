@@ -48,16 +48,12 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         The content of metrics.json.
 
     Raises:
-        SettingsError: a run is named twice.
+        SettingsError: a run is named twice, or what is named is not there.
         CorpusError: a run or the judgements cannot be read, or have no query in common.
         OutputCollisionError: a foreign file has one of the names; none was written.
     """
-    settings.require("evaluate.run", "evaluate.qrels")
-    storage = Storage(settings.output.storage_timeout_s)
+    storage, uris = _inputs(settings)
     asked = settings.evaluate
-    uris = (asked.run,) if isinstance(asked.run, str) else asked.run or ()
-    if not uris or len(set(uris)) != len(uris):
-        raise SettingsError("evaluate.run: expected one run or more, each named once")
     qrels = read_qrels(storage, str(asked.qrels))
     runs: list[EvaluatedRun] = []
     for uri, name in zip(uris, short_names(uris), strict=True):
@@ -71,6 +67,43 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         for name, data in zip(FILES, contents, strict=True):
             folder.put(name, data)
     return metrics
+
+
+def plan_evaluate(settings: Settings) -> str:
+    """Say what `evaluate` would do, without writing anything (``--dry-run``).
+
+    Raises:
+        SettingsError: a run is named twice, or what is named is not there.
+    """
+    _, uris = _inputs(settings)
+    asked = settings.evaluate
+    return f"{', '.join(uris)} against {asked.qrels}, to {asked.output or 'the terminal'}"
+
+
+def _inputs(settings: Settings) -> tuple[Storage, tuple[str, ...]]:
+    """Return the storage and the URIs of the runs, once runs and judgements are known to be there."""
+    settings.require("evaluate.run", "evaluate.qrels")
+    storage, asked = Storage(settings.output.storage_timeout_s), settings.evaluate
+    uris = (asked.run,) if isinstance(asked.run, str) else asked.run or ()
+    if not uris or len(set(uris)) != len(uris):
+        raise SettingsError("evaluate.run: expected one run or more, each named once")
+    qrels = str(asked.qrels)
+    kind = storage.attempt("look at", qrels, _kind)
+    if kind != "file":
+        fault = "not there" if kind is None else "a folder; name the file in it"
+        raise SettingsError(f"evaluate.qrels {qrels}: is {fault}")
+    for uri in uris:
+        if not storage.list_files(uri):
+            raise SettingsError(f"evaluate.run {uri}: is not there")
+    return storage, uris
+
+
+def _kind(fs: Any, path: str) -> str | None:
+    """Return what is at a path, "file" or "directory"; None for nothing."""
+    try:
+        return str(fs.info(path)["type"])
+    except FileNotFoundError:
+        return None
 
 
 def _evaluate_run(

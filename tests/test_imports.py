@@ -9,6 +9,10 @@ DRIVERS = (
     "pipeline.search.job",
     "pipeline.rerank.job",
     "evaluate",
+    "notebook",
+    "retrieval",
+    "jobs",
+    "demo",
 )
 TASKS = (
     "embed.read",

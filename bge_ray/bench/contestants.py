@@ -119,11 +119,11 @@ def _encode_units(task: Task, texts: list[str]) -> Callable[[], None]:
 
 def embed_job(task: Task) -> Result:
     """The whole job: reading, tokenising, encoding, committing; from the first unit encoded to the last."""
-    from bge_ray.pipeline.engine.cluster import disconnect, prepare_environment
+    from bge_ray.pipeline.engine.cluster import disconnect, prepare_environment, quiet_ray
+    from bge_ray.settings.sections import ResourcesSettings, parse_settings
 
-    prepare_environment()
+    prepare_environment(ResourcesSettings())
     from bge_ray.pipeline.embed.job import embed
-    from bge_ray.settings.sections import parse_settings
 
     with tempfile.TemporaryDirectory(prefix="bge-ray-bench-") as folder:
         keys = {
@@ -137,8 +137,9 @@ def embed_job(task: Task) -> Result:
             "batching.token_budget": task.token_budget,
             "resources.num_encoders": task.num_encoders,
         }
-        report = embed(parse_settings(None, [f"{k}={v}" for k, v in keys.items()])).report
-        disconnect()
+        with quiet_ray():
+            report = embed(parse_settings(None, [f"{k}={v}" for k, v in keys.items()])).report
+        disconnect(keep_logs=False)
     return Result(report.steady_s, report.rows_out, report.padding_waste, 1 - report.utilisation)
 
 
@@ -186,7 +187,7 @@ def ray_map_batches(task: Task) -> Result:
     from bge_ray.pipeline.engine.cluster import connect, disconnect, prepare_environment
     from bge_ray.settings.sections import ResourcesSettings
 
-    prepare_environment()
+    prepare_environment(ResourcesSettings())
     import ray.data
 
     connect(ResourcesSettings())

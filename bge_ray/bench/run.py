@@ -1,5 +1,6 @@
 """The bench job: one command, one table, one run, with the alternatives side by side."""
 
+import itertools
 import json
 import logging
 import statistics
@@ -25,6 +26,7 @@ from bge_ray.bench.contestants import (
 from bge_ray.bench.machine import copy_rate, count_flop, describe_machine, matrix_rate
 from bge_ray.bench.models import make_encoder, make_reranker
 from bge_ray.errors import SettingsError
+from bge_ray.formats.docstrings import find_docstrings
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.run.batching import settle_budget
 from bge_ray.model.spec import resolve_encoder
@@ -37,6 +39,13 @@ RUN_TIMEOUT_S = 3600
 SHARDS = 16
 # Of a simulated pool: seconds a unit (as 50,000 short passages on a fast GPU take; none), units an encoder.
 SIMULATED = ((10.0, 12), (0.0, 60))
+
+
+def bench_docstrings(settings: Settings) -> dict[str, Any]:
+    """Measure over the docstrings of this Python; see `run_bench`."""
+    needed = max(settings.bench.rows, settings.bench.pairs)
+    passages = list(itertools.islice(find_docstrings(), needed))
+    return run_bench(settings, [title for _, title, _ in passages], [text for *_, text in passages])
 
 
 def run_bench(settings: Settings, titles: list[str], texts: list[str]) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def _spans(units: int) -> tuple[ReadTask, ...]:
 
 def main(encoders: int, unit_s: float, units_each: int) -> None:
     """Start Ray, simulate, print."""
-    prepare_environment()
+    prepare_environment(ResourcesSettings())
     import ray
 
     ray.init(

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from bge_ray.dataset.card import make_card
 from bge_ray.dataset.changes import write_change
 from bge_ray.dataset.commit import FINGERPRINT_KEY
-from bge_ray.errors import DatasetMismatchError, OutputCollisionError, StorageError
+from bge_ray.errors import DatasetMismatchError, OutputCollisionError, SettingsError, StorageError
 from bge_ray.records.canonical import from_json, to_json
 from bge_ray.records.dataset import DatasetSpec, FileFact, Manifest, Marker
 from bge_ray.records.ids import FORMAT_VERSION
@@ -225,6 +225,25 @@ class Dataset:
         uri = join(self.root, path)
         data = self.storage.read_optional(uri)
         return None if data is None else _parse(Marker, data, uri, "remove it to do its unit again")
+
+
+def read_complete(storage: Storage, root: str) -> tuple[DatasetSpec, Manifest]:
+    """Return what the data set at ``root`` is, and what is in it.
+
+    Raises:
+        SettingsError: there is no complete data set.
+        DatasetMismatchError: its files do not belong together, or are of another version.
+    """
+    dataset = Dataset(storage, root)
+    spec, manifest = dataset.read_spec(), dataset.read_manifest()
+    if spec is None or manifest is None:
+        raise SettingsError(f"output.uri {root}: no complete data set there; run embed.py first")
+    if manifest.vector_fingerprint != spec.vector_fingerprint:
+        raise DatasetMismatchError(
+            f"output.uri {root}: its manifest is of another data set than its dataset.json; "
+            "run embed.py again"
+        )
+    return spec, manifest
 
 
 def marker_files(marker: Marker) -> list[FileFact]:

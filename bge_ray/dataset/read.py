@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -35,6 +35,11 @@ def read_vectors(storage: Storage, root: str, fact: FileFact) -> Iterator[Vector
         StorageError: it is missing, or its bytes are not those that the manifest vouches for. Raised
             before the first row group.
     """
+    return map(_arrays, read_groups(storage, root, fact, COLUMNS))
+
+
+def read_groups(storage: Storage, root: str, fact: FileFact, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Read columns of one embedding shard, row group by row group; see `read_vectors`."""
     uri = join(root, fact.path)
     data = storage.read(uri)
     if len(data) != fact.bytes or hashlib.sha256(data).hexdigest() != fact.sha256:
@@ -45,7 +50,7 @@ def read_vectors(storage: Storage, root: str, fact: FileFact) -> Iterator[Vector
     with pq.ParquetFile(pa.BufferReader(data)) as file:
         for group in range(file.num_row_groups):
             # The task that reads has one CPU; Arrow would take all there are.
-            yield _arrays(file.read_row_group(group, columns=COLUMNS, use_threads=False))
+            yield file.read_row_group(group, columns=list(columns), use_threads=False)
 
 
 @contextlib.contextmanager

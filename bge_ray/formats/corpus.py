@@ -376,5 +376,6 @@ def _check_unchanged(storage: Storage, corpus_object: CorpusObject) -> None:
         if corpus_object.uri.startswith("file:") and now.size == corpus_object.size:
             hint = "; if it did not, this node has a copy of another time: all nodes must see the same file"
         raise CorpusError(
-            f"{corpus_object.uri}: changed since the run began; run again to embed its new content{hint}"
+            f"{corpus_object.uri}: changed since the run began; run again, the embed job first if it is the "
+            f"corpus of a data set{hint}"
         )

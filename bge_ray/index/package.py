@@ -8,7 +8,7 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any, TypeAlias
 
-from bge_ray.errors import IndexBuildError
+from bge_ray.errors import InstallationError
 
 # FAISS ships type stubs, but they lack fields and functions that are used here.
 Index: TypeAlias = Any
@@ -44,11 +44,11 @@ def check_distributions(is_installed: Callable[[str], bool] = _is_installed) -> 
         is_installed: tells whether a distribution of that name is installed.
 
     Raises:
-        IndexBuildError: several of DISTRIBUTIONS are installed.
+        InstallationError: several of DISTRIBUTIONS are installed.
     """
     found = [name for name in DISTRIBUTIONS if is_installed(name)]
     if len(found) > 1:
-        raise IndexBuildError(
+        raise InstallationError(
             f"{' and '.join(found)} are both installed, and one has overwritten files of the other: "
             f"run `pip uninstall -y {' '.join(found)}`, then `pip install 'bge-ray[cpu]'` "
             "or `pip install 'bge-ray[gpu]'`"
@@ -59,13 +59,13 @@ check_distributions()
 try:
     faiss: Any = importlib.import_module("faiss")
 except (ImportError, RuntimeError) as error:  # faiss-gpu raises RuntimeError without its CUDA libraries
-    raise IndexBuildError(
+    raise InstallationError(
         "FAISS cannot be imported: run `pip install 'bge-ray[cpu]'`, or `pip install 'bge-ray[gpu]'` "
         f"on a machine with CUDA ({error})"
     ) from error
 if not hasattr(faiss, "index_factory"):
     # Uninstalling one of two packages leaves an empty `faiss` folder, which imports.
-    raise IndexBuildError(
+    raise InstallationError(
         "the module faiss is an empty remainder of an uninstalled package: run "
         "`pip install --force-reinstall 'bge-ray[cpu]'` or `'bge-ray[gpu]'`"
     )

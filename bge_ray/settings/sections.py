@@ -25,19 +25,14 @@ from pydantic import (
 from bge_ray.errors import SettingsError
 from bge_ray.records.ids import MAX_ROWS_PER_OBJECT
 from bge_ray.records.schemas import RESERVED_COLUMNS
+from bge_ray.settings.credentials import refuse_credentials
+from bge_ray.settings.variables import expand
 
 Pooling: TypeAlias = Literal["cls", "mean", "last_token", "max", "mean_sqrt_len", "weighted_mean"]
 ComputeDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 OutputDtype: TypeAlias = Literal["float32", "float16"]
 EncoderOutput: TypeAlias = Literal["embedding", "sparse", "colbert"]
 Auto: TypeAlias = Literal["auto"]
-
-# A name and a password in front of a bucket or host (digits after the colon are a port), or a signed URL.
-_CREDENTIALS = re.compile(
-    r"://[^/\s@:]+:(?!\d+/)[^@\s]*@|[?&](sig|signature|x-amz-\w*-?(signature|credential|token)|awsaccesskeyid)=",
-    re.IGNORECASE,
-)
-
 
 # Of two letters or more: C:/ is a path.
 _ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
@@ -735,7 +730,23 @@ def parse_settings(
         key, value = _parse_override(override)
         section, _, name = key.partition(".")
         tree.setdefault(section, {})[name] = value
+    return parse_tree(tree)
+
+
+def parse_tree(tree: dict[str, dict[str, Any]]) -> Settings:
+    """Build the settings from sections with their keys.
+
+    Raises:
+        SettingsError: see `parse_settings`.
+    """
+    for section, keys in tree.items():
+        for name, value in keys.items():
+            refuse_credentials(str(value), f"{section}.{name}")
     _refuse_unknown(tree)
+    tree = {
+        section: {name: expand(value, f"{section}.{name}") for name, value in keys.items()}
+        for section, keys in tree.items()
+    }
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
@@ -743,20 +754,6 @@ def parse_settings(
             f"{'.'.join(map(str, e['loc'][:2]))}: {e['msg']} (got {e['input']!r})" for e in error.errors()
         ]
         raise SettingsError("impossible setting: " + "; ".join(dict.fromkeys(lines))) from error
-
-
-def refuse_credentials(text: str, place: str) -> None:
-    """Refuse a text with a URI that holds credentials; they would end up in logs, plans and reports.
-
-    Raises:
-        SettingsError: it does; the message names the place and does not repeat them.
-    """
-    if _CREDENTIALS.search(text) is not None:
-        place = "the command line" if _CREDENTIALS.search(place) else place
-        raise SettingsError(
-            f"{place}: holds a URI with credentials; take them out, and give them in the environment "
-            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ...) or by the machine's role"
-        )
 
 
 def _parse_override(override: str) -> tuple[str, Any]:
@@ -807,8 +804,9 @@ def _nearest_key(key: str, known: list[str]) -> str | None:
     return next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.8)), None)
 
 
-def settings_help() -> str:
-    """Return one line a setting: dotted key, default and meaning."""
-    rows = list(known_keys())
+def settings_help(reads: Sequence[str] = tuple(Settings.model_fields)) -> str:
+    """Return one line a setting of the given sections and single keys: dotted key, default and meaning."""
+    rows = [row for row in known_keys() if row[0] in reads or row[0].partition(".")[0] in reads]
+    rows.sort(key=lambda row: reads.index(row[0] if row[0] in reads else row[0].partition(".")[0]))
     width = max(len(key) for key, *_ in rows)
     return "\n".join(f"  {key:<{width}}  {meaning} [default: {default}]" for key, _, default, meaning in rows)

@@ -29,7 +29,11 @@ REQUEST_S = 60.0
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 # What `ray job stop` waits for before it kills: enough to give the lease back and write the report.
 STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
-SETTINGS_WRONG = 2
+# Exit codes of the jobs (bge_ray/errors.py): what no rerun mends, and an output that another run holds.
+REFUSED, BUSY = 2, 75
+# A run that holds the output is waited for without using up a try: so often, and for so long.
+BUSY_S = 300.0
+BUSY_PATIENCE_S = 6 * 3600.0
 
 
 class RayJobs:
@@ -115,19 +119,31 @@ class RayJobOperator(BaseOperator):
         self._running: str | None = None
 
     def execute(self, context: Any) -> dict[str, Any]:
-        """Submit or join the job, follow its log, and return how it ended."""
+        """Submit or join the job, follow its log, and return how it ended.
+
+        Raises:
+            AirflowFailException: exit code 2, which no retry mends.
+            AirflowException: any other end but success; a retry goes on where this one ended.
+        """
         jobs = self._jobs()
-        self._running, there = next_submission(jobs, context)
-        if there:
-            self.log.info("%s is still running: following it", self._running)
-        else:
-            self._submit(jobs, self._running)
-        job = self._follow(jobs, self._running)
-        code = job.get("driver_exit_code")
-        if job["status"] != "SUCCEEDED":
+        patience = time.monotonic() + BUSY_PATIENCE_S
+        while True:
+            self._running, there = next_submission(jobs, context)
+            if there:
+                self.log.info("%s is still running: following it", self._running)
+            else:
+                self._submit(jobs, self._running)
+            job = self._follow(jobs, self._running)
+            code = job.get("driver_exit_code")
+            if job["status"] == "SUCCEEDED":
+                return {"submission_id": self._running, "status": job["status"], "exit_code": code}
             message = f"{self._running} {job['status']}, exit code {code}: {job.get('message') or ''}"[:4000]
-            raise AirflowFailException(message) if code == SETTINGS_WRONG else AirflowException(message)
-        return {"submission_id": self._running, "status": job["status"], "exit_code": code}
+            if code == REFUSED:
+                raise AirflowFailException(message)
+            if code != BUSY or time.monotonic() > patience:
+                raise AirflowException(message)
+            self.log.info("another run holds the output: trying again in %.0f s", BUSY_S)
+            time.sleep(BUSY_S)
 
     def on_kill(self) -> None:
         """Stop the job: it gives its lease back, and the next try goes on where it was."""

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import secrets
+import sys
 import zipfile
 from pathlib import Path
 
@@ -80,12 +81,30 @@ def test_a_submitted_job_joins_the_cluster_runs_the_shipped_code_and_succeeds(
 
 
 @pytest.mark.timeout(600)
+def test_the_installed_command_is_submitted_without_a_checkout(
+    head: RayHead, bucket: str, tiny_model: Path
+) -> None:
+    command = Path(sys.executable).with_name("bge-ray")
+    if not command.exists():
+        pytest.skip("needs the package to be installed: pip install -e .")
+    records = docstrings(60)
+    upload(bucket, {"x.jsonl": jsonl_bytes(records)})
+    submission_id = f"installed-{secrets.token_hex(4)}"
+    words = [str(command), "embed", *embed_words(bucket, tiny_model)[2:]]
+    run = head.submit("submit", "--submission-id", submission_id, "--", *words)
+    assert run.returncode == 0, run.stdout + run.stderr
+    last = job_lines(head, submission_id)[-1]
+    assert last.endswith(f"INFO embed: done; exit code 0; report at {bucket}/out/report.html")
+    assert vectors_by_id(f"{bucket}/out").keys() == {record["id"] for record in records}
+
+
+@pytest.mark.timeout(600)
 def test_exit_codes_come_through(head: RayHead, bucket: str, tiny_model: Path) -> None:
     records = [{"id": str(i), "text": "" if i < 5 else f"passage {i}"} for i in range(10)]
     upload(bucket, {"x.jsonl": jsonl_bytes(records)})
     for code, last, words in [
         (2, "embed: refused, nothing was written; exit code 2", ["--set", "corpus.ury=s3://x"]),
-        (1, f"embed: incomplete; exit code 1; report at {bucket}/out/report.html", []),
+        (2, f"embed: refused; exit code 2; report at {bucket}/out/report.html", []),
     ]:
         submission_id = f"code-{code}-{secrets.token_hex(4)}"
         run = head.submit(

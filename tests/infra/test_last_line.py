@@ -16,6 +16,7 @@ from tests.support.runs import REPOSITORY
 DEFECT = """
 import sys
 from bge_ray.command import run_job
+from bge_ray.jobs import Job
 from bge_ray.storage.reports import write_report
 from bge_ray.errors import SettingsError
 from bge_ray.storage.objects import Storage
@@ -25,7 +26,7 @@ def job(settings, dry_run, stop):
         folder = open_folder(Storage(), settings.output.uri, "dataset", "output.uri")
         write_report(folder, b"<html></html>", b"{}")
     raise SettingsError("of the index") if "refused" in sys.argv[0] else ZeroDivisionError("unforeseen")
-raise SystemExit(run_job("embed", "", job, report="output.uri/report.html"))
+raise SystemExit(run_job(Job("embed", "", (), job, "output.uri/report.html"), sys.argv[1:]))
 """
 
 
@@ -66,8 +67,9 @@ def test_an_unforeseen_error_keeps_the_log_whole(tmp_path: Path) -> None:
 
 
 SIGNALLED = """
-import os, signal, subprocess, threading
+import os, signal, subprocess, sys, threading
 from bge_ray.command import run_job
+from bge_ray.jobs import Job
 from bge_ray.pipeline.engine.cluster import connect
 from bge_ray.settings.sections import ResourcesSettings
 def job(settings, dry_run, stop):
@@ -79,7 +81,7 @@ def job(settings, dry_run, stop):
     connect(ResourcesSettings())
     subprocess.Popen(["sleep", "4"])  # what the end of the job waits for
     threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-raise SystemExit(run_job("embed", "", job))
+raise SystemExit(run_job(Job("embed", "", (), job), sys.argv[1:]))
 """
 
 

@@ -171,3 +171,39 @@ def test_the_configs_name_every_key_and_say_the_defaults() -> None:
                         f"{path.name}: {section}.{name}"
                     )
     assert named == set(KEYS)
+
+
+def test_variables_of_the_environment_are_filled_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAGE", "night")
+    monkeypatch.setenv("ROOT", "s3://bucket")
+    document = "corpus:\n  uri: ${ROOT}/${STAGE}/corpus\n  keep_columns: ['${STAGE}']\n"
+    settings = parse_settings(document, ["output.uri=${ROOT}/out", "model.query_instruction=cost: $5 $${X} "])
+    assert settings.corpus.uri == "s3://bucket/night/corpus"
+    assert settings.corpus.keep_columns == ("night",)
+    assert settings.output.uri == "s3://bucket/out"
+    assert settings.model.query_instruction == "cost: $5 ${X} "
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("${NOT_THERE}/x", "the environment has no variable NOT_THERE"),
+        ("${}/x", "is no variable"),
+        ("${a b}", "is no variable"),
+        ("${AWS_SECRET_ACCESS_KEY}", "is a secret by its name"),
+        ("${HF_TOKEN}", "is a secret by its name"),
+        ("${LOGIN}", "holds a URI with credentials"),
+    ],
+)
+def test_a_variable_that_cannot_be_filled_in_is_refused(
+    value: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "canary-of-the-environment"
+    for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN"):
+        monkeypatch.setenv(name, secret)
+    monkeypatch.setenv("LOGIN", f"https://user:{secret}@host/x")
+    for way in ({"overrides": [f"corpus.uri={value}"]}, {"document": f"corpus:\n  uri: '{value}'\n"}):
+        with pytest.raises(SettingsError, match=says) as caught:
+            parse_settings(way.get("document"), way.get("overrides", ()))
+        assert secret not in str(caught.value)
+        assert "corpus.uri" in str(caught.value)

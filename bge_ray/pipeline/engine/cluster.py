@@ -3,16 +3,23 @@
 import contextlib
 import logging
 import os
+import re
 import secrets
+import shutil
 import signal
+import socket
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import psutil
 
-from bge_ray.errors import BgeRayError
+from bge_ray.errors import BgeRayError, SettingsError
+from bge_ray.pipeline.engine.liveness import tcp_door, unwatch_cluster, watch_cluster
 from bge_ray.pipeline.engine.receipts import wait_for_paths
 from bge_ray.settings.sections import ResourcesSettings
 
@@ -21,6 +28,13 @@ logger = logging.getLogger(__name__)
 LOCAL = "local"
 # What the processes of a local cluster are given to end.
 EXIT_S = 10.0
+# Set to anything, it keeps the session folder of a run that went well, too.
+KEEP_SESSION = "BGE_RAY_KEEP_SESSION"
+# What a cluster that is there needs to answer, and one that is about to be there may take.
+PROBE_S, PROBES = 3.0, 3
+# What every gRPC server answers to: how HTTP/2 begins (RFC 9113, 3.4), with settings that change nothing.
+HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+SETTINGS_FRAME = 4
 
 
 # For a cluster that lives as long as one job, on one machine. A worker that waits for the next unit has
@@ -35,35 +49,78 @@ LOCAL_RAY = {
 }
 
 
-def prepare_environment() -> None:
-    """Choose safe defaults for a local cluster; to be called before Ray is imported.
+def cluster_address(settings: ResourcesSettings) -> str:
+    """Return the address of the cluster to join, or LOCAL for one of this process's own."""
+    return settings.address or os.environ.get("RAY_ADDRESS") or LOCAL
+
+
+def is_shared(settings: ResourcesSettings) -> bool:
+    """Tell whether the job joins a cluster, which may grow, instead of starting one on this machine."""
+    return cluster_address(settings) != LOCAL
+
+
+def prepare_environment(settings: ResourcesSettings) -> None:
+    """Choose safe defaults for a local cluster, before Ray is imported where that is possible.
 
     A cluster that this process will start listens on the loopback interface only, asks for a
     token that exists in this process tree alone, tells nobody that it is used, and keeps its workers. A job
-    that joins a cluster (RAY_ADDRESS is set) changes none of that. No job connects again once it has left.
+    that joins a cluster changes none of that. No job connects again once it has left.
     """
-    if "ray" in sys.modules:
+    if is_connected():
         return
-    # A thread of Ray Data that outlives its stopped run would otherwise join the cluster, or start one, anew.
-    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
-    if "RAY_ADDRESS" in os.environ:
+    if "ray" not in sys.modules:
+        # A thread of Ray Data that outlives its stopped run would otherwise join the cluster, or start one.
+        os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+    if is_shared(settings):
         return
     for name, value in LOCAL_RAY.items():
         os.environ.setdefault(name, value)
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if "ray" in sys.modules:
+        _reread_environment()
+
+
+def is_connected() -> bool:
+    """Tell whether this process is in a cluster, without importing Ray."""
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+
+
+def restore_environment(variables: Mapping[str, str]) -> None:
+    """Put the environment back as it was before `prepare_environment`, for this process and for its Ray."""
+    for name in os.environ.keys() - variables.keys():
+        del os.environ[name]
+    os.environ.update(variables)
+    if "ray" in sys.modules:
+        _reread_environment()
+
+
+def _reread_environment() -> None:
+    """Let a Ray that was imported before, by a notebook say, take what it reads at its import."""
+    import ray._private.ray_constants as constants
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    constants.ENABLE_RAY_CLUSTER = constants.env_bool(
+        constants.ENABLE_RAY_CLUSTERS_ENV_VAR, not constants.IS_WINDOWS_OR_OSX
+    )
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def connect(settings: ResourcesSettings) -> None:
-    """Join the cluster of ``resources.address`` or RAY_ADDRESS, or start a local one."""
-    prepare_environment()
+    """Join the cluster of ``resources.address`` or RAY_ADDRESS, or start a local one.
+
+    Raises:
+        SettingsError: no cluster is there, or it refuses; or the address is not that of a cluster.
+    """
+    prepare_environment(settings)
     import ray
 
-    _quieten()
     if ray.is_initialized():
+        _watch(ray)
         return
-    address = settings.address or os.environ.get("RAY_ADDRESS") or LOCAL
+    address = cluster_address(settings)
     with _signal_handlers_kept():
         if address == LOCAL:
             # An address left over from a cluster that died would otherwise be tried first, for minutes.
@@ -74,12 +131,95 @@ def connect(settings: ResourcesSettings) -> None:
                 _node_ip_address="127.0.0.1",
             )
         else:
-            ray.init(address=address, logging_level="WARNING")
+            _join(ray, address, "resources.address" if settings.address else "RAY_ADDRESS")
+    _watch(ray)
 
 
-def is_shared(settings: ResourcesSettings) -> bool:
-    """Tell whether the job joins a cluster, which may grow, instead of starting one on this machine."""
-    return (settings.address or os.environ.get("RAY_ADDRESS") or LOCAL) != LOCAL
+def _join(ray: Any, address: str, key: str) -> None:
+    check_address(_newest_cluster(ray, key) if address == "auto" else address, key)
+    try:
+        ray.init(address=address, logging_level="WARNING")
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise SettingsError(f"{key} {address}: the cluster cannot be joined: {said}") from error
+
+
+def _newest_cluster(ray: Any, key: str) -> str:
+    """Return what `auto` stands for; a cluster that died leaves its address behind."""
+    given = os.environ.get("RAY_ADDRESS", "auto")
+    found = ray._private.utils.read_ray_address(None) if given in ("", "auto") else given
+    if not found:
+        raise SettingsError(f"{key} auto: no Ray cluster runs on this machine; start one, or give host:port")
+    return str(found)
+
+
+def check_address(address: str, key: str) -> None:
+    """Refuse an address at which there is no Ray cluster: Ray itself would wait for one.
+
+    Args:
+        address: what was given.
+        key: by which setting or variable, for messages.
+
+    Raises:
+        SettingsError: says what is wrong with it.
+    """
+    scheme = address.partition("://")[0]
+    if scheme in ("http", "https"):
+        raise SettingsError(
+            f"{key} {address}: is the address of a dashboard, for `ray job submit`; a job takes that of the "
+            "cluster, such as head:6379, and a submitted job needs none"
+        )
+    if scheme == "ray":
+        raise SettingsError(
+            f"{key} {address}: Ray Client cannot run these jobs; submit the job with `ray job submit`, or "
+            "run it on a node of the cluster and give the cluster's address, such as head:6379"
+        )
+    if (match := re.fullmatch(r"(?:[\w.-]+|\[[0-9a-fA-F:]+\]):(\d{1,5})", address)) is None:
+        raise SettingsError(f"{key} {address}: is no address; expected host:port, `auto` or `{LOCAL}`")
+    if not 0 < int(match[1]) < 65536:
+        raise SettingsError(f"{key} {address}: there is no port {match[1]}")
+    for attempt in range(PROBES):
+        try:
+            with tcp_door(address)() as made:
+                speaks = _speaks_grpc(made)
+        except OSError as error:
+            said = str(error)
+            time.sleep(1 if attempt < PROBES - 1 else 0)
+            continue
+        if speaks:
+            return
+        raise SettingsError(
+            f"{key} {address}: what answers there is no Ray cluster; give the address that "
+            "`ray start` printed"
+        )
+    raise SettingsError(
+        f"{key} {address}: no Ray cluster answers there ({said}); start it, or correct or unset {key}"
+    )
+
+
+def _speaks_grpc(made: socket.socket) -> bool:
+    """Tell whether a server answers as gRPC does; one behind TLS is not asked."""
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return True
+    made.settimeout(PROBE_S)
+    made.sendall(HTTP2)
+    answer = b""
+    with contextlib.suppress(TimeoutError):
+        while len(answer) < 9 and (more := made.recv(9 - len(answer))):
+            answer += more
+    return len(answer) == 9 and answer[3] == SETTINGS_FRAME
+
+
+def _watch(ray: Any) -> None:
+    """Have the cluster watched: neither Ray nor its data paths tell of its end in time."""
+    if ray.util.client.ray.is_connected():
+        return  # by Ray Client, which a user may have started; head and raylet are out of reach
+    here = ray.get_runtime_context()
+    doors = {"head": tcp_door(here.gcs_address)}
+    for node in ray.nodes():
+        if node["NodeID"] == here.get_node_id():
+            doors["raylet on this node"] = tcp_door(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
+    watch_cluster(doors)
 
 
 @contextlib.contextmanager
@@ -94,12 +234,21 @@ def _signal_handlers_kept() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def disconnect() -> None:
-    """Leave the cluster; a local one ends with it, to its last process. Nothing to do where Ray never was."""
-    if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
+def disconnect(*, keep_logs: bool = True) -> None:
+    """Leave the cluster; a local one ends with it, to its last process. Nothing to do where Ray never was.
+
+    Args:
+        keep_logs: leave the session folder of a local cluster, with the logs of its processes; Ray itself
+            never removes one.
+    """
+    unwatch_cluster()
+    if not is_connected():
         return
     # Data paths that were cut off end through Ray, while they can.
     wait_for_paths(EXIT_S)
+    node = sys.modules["ray"]._private.worker._global_node
+    own = node is not None and node.head
+    session = Path(node.get_session_dir_path()) if own else None
     started = psutil.Process().children(recursive=True)
     with _signal_handlers_kept():
         sys.modules["ray"].shutdown()
@@ -108,18 +257,41 @@ def disconnect() -> None:
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    if session is not None and not keep_logs and not os.environ.get(KEEP_SESSION):
+        _remove_session(session)
 
 
-def _quieten() -> None:
-    # Our own lines say how far the run is; Ray's warnings still come through.
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    # Encoders reserve a GPU and a CPU on purpose: the process that feeds the GPU needs a core.
+def _remove_session(session: Path) -> None:
+    shutil.rmtree(session, ignore_errors=True)
+    latest = session.parent / "session_latest"
+    if latest.is_symlink() and not latest.exists():
+        latest.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def quiet_ray() -> Iterator[None]:
+    """Leave out what Ray tells of its own while a job tells how far it is; its warnings still come through.
+
+    Levels, filters and what is warned of are as they were afterwards.
+    """
     operators = logging.getLogger("ray.data._internal.execution.operators.map_operator")
-    operators.addFilter(_is_news)
-    # They compare a pool with the number of spans; one span may hold many units.
-    for text in ("The maximum number of concurrent tasks", "The minimum number of concurrent actors"):
-        warnings.filterwarnings("ignore", message=text, module="ray.data")
+    levels = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
+    # Starting or joining Ray sets the level of this one.
+    before = {name: logging.getLogger(name).level for name in (*levels, "ray")}
+    with warnings.catch_warnings():
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        # Encoders reserve a GPU and a CPU on purpose: the process that feeds the GPU needs a core.
+        operators.addFilter(_is_news)
+        # They compare a pool with the number of spans; one span may hold many units.
+        for text in ("The maximum number of concurrent tasks", "The minimum number of concurrent actors"):
+            warnings.filterwarnings("ignore", message=text, module="ray.data")
+        try:
+            yield
+        finally:
+            operators.removeFilter(_is_news)
+            for name, level in before.items():
+                logging.getLogger(name).setLevel(level)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -45,13 +45,14 @@ def await_nodes(
     """
     have = ray.cluster_resources()
     gpus = gpus_each or 0.0
-    if have.get("GPU", 0.0) >= gpus * (count or 0) and have.get("CPU", 0.0) >= 1:
-        return
+    wanted = f"{key} {count or 'unset'}"
     count = count or 1
+    if have.get("GPU", 0.0) >= gpus * count and have.get("CPU", 0.0) >= 1:
+        return
     if not is_shared(settings):
         raise SettingsError(
-            f"{key} {count}: wants {gpus * count:g} GPUs, this machine has {have.get('GPU', 0.0):g}; lower "
-            "it, or join a cluster (resources.address, RAY_ADDRESS)"
+            f"{wanted}: wants {gpus * count:g} GPUs, this machine has {have.get('GPU', 0.0):g}; ask "
+            "for fewer, or join a cluster (resources.address, RAY_ADDRESS)"
         )
     bundle = {"CPU": 1.0, "GPU": gpus} if gpus else {"CPU": 1.0}
     logger.info("waiting for nodes for %d actors of %s", count, bundle)
@@ -64,7 +65,7 @@ def await_nodes(
             now = time.monotonic()
             if now - started > wait_s:
                 raise IncompleteRunError(
-                    f"{key} {count}: after {wait_s:.0f} s the cluster still lacks nodes for {len(missing)} "
+                    f"{wanted}: after {wait_s:.0f} s the cluster still lacks nodes for {len(missing)} "
                     f"of them, each with {bundle}; lower it, let the cluster grow, or run again later"
                 )
             # Not the group's own wait(): it takes whole seconds, and this would become a busy loop.

@@ -1,13 +1,22 @@
-"""Stopping on request: a signal, or a watch that raises, ends a run between two receipts."""
+"""Stopping on request: a signal, a cluster that is gone, or a lost lease ends a run between two receipts.
+
+A command listens for signals before it imports anything large, so this module imports nothing that is.
+"""
 
 import contextlib
 import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from bge_ray.storage.lease import Leases
+from bge_ray.pipeline.engine.liveness import check_cluster
+
+if TYPE_CHECKING:
+    from bge_ray.storage.lease import Leases
 
 POLL_S = 0.2
+# What a scheduler, a terminal and a lost connection send to end a process.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(BaseException):
@@ -31,9 +40,14 @@ class StopRequest:
 
     def __call__(self, number: int, _: FrameType | None = None) -> None:
         """Take note of a signal."""
-        self._number = number
+        self.note(number)
         if not self._deferred:
             raise Stopped(number)
+
+    def note(self, number: int) -> None:
+        """Take note of a signal that a handler of others may keep for itself; the first one counts."""
+        if self._number is None:
+            self._number = number
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -54,11 +68,12 @@ class StopRequest:
         return None if self._number is None else Stopped(self._number)
 
 
-def make_watch(leases: Leases, stop: StopRequest) -> Callable[[], None]:
+def make_watch(leases: "Leases", stop: StopRequest) -> Callable[[], None]:
     """Return what is asked between receipts: are the outputs still ours, and may we go on?"""
 
     def watch() -> None:
         stop.check()
+        check_cluster()
         if leases.lost.is_set():
             leases.check()
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from bge_ray.dataset.folder import Dataset
-from bge_ray.errors import DatasetMismatchError, SettingsError
+from bge_ray.dataset.folder import read_complete
+from bge_ray.errors import SettingsError
 from bge_ray.records.dataset import DatasetSpec, Manifest
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.objects import Storage
@@ -33,15 +33,8 @@ def open_source(settings: Settings) -> Source:
     """
     settings.require("output.uri")
     storage = Storage(settings.output.storage_timeout_s)
-    dataset = Dataset(storage, str(settings.output.uri))
-    spec, manifest = dataset.read_spec(), dataset.read_manifest()
-    if spec is None or manifest is None:
-        raise SettingsError(f"output.uri {dataset.root}: no complete data set there; run embed.py first")
-    if manifest.vector_fingerprint != spec.vector_fingerprint:
-        raise DatasetMismatchError(
-            f"output.uri {dataset.root}: its manifest is of another data set than its dataset.json; "
-            "run embed.py again"
-        )
+    root = str(settings.output.uri)
+    spec, manifest = read_complete(storage, root)
     if not manifest.vectors:
-        raise SettingsError(f"output.uri {dataset.root}: the data set has no vectors")
-    return Source(storage, dataset.root, spec, manifest)
+        raise SettingsError(f"output.uri {root}: the data set has no vectors")
+    return Source(storage, root, spec, manifest)

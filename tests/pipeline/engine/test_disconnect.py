@@ -12,10 +12,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(150)]
 
 SCRIPT = """
 import os, signal
-from bge_ray.pipeline.engine.cluster import connect, disconnect, prepare_environment
+from bge_ray.pipeline.engine.cluster import connect, disconnect
 from bge_ray.settings.sections import ResourcesSettings
 
-prepare_environment()
 connect(ResourcesSettings())
 import ray
 

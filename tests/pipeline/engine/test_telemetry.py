@@ -211,7 +211,7 @@ def test_log_lines_say_whose_they_are(
 
 
 def test_a_record_without_a_unit_has_none() -> None:
-    from bge_ray.command import JsonFormatter
+    from bge_ray.logs import JsonFormatter
 
     record = logging.LogRecord("bge_ray.x", logging.INFO, "", 0, "done %d", (3,), None)
     assert json.loads(JsonFormatter().format(record)).keys() == {

@@ -1,0 +1,142 @@
+"""Every job as a command runs it: what it says of itself, which settings it reads, and its answer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from bge_ray.pipeline.engine.stopping import StopRequest
+from bge_ray.settings.sections import Settings
+
+# Settings, whether this is a dry run, and the stop request that signals reach, to the answer to be printed.
+Action: TypeAlias = Callable[[Settings, bool, StopRequest], str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A subcommand.
+
+    ``reads`` are the sections and single keys of the settings that it reads, which `--help` lists. ``report``
+    is where its report lies, as the key of a folder and a name in it, such as "output.uri/report.html"; None
+    if it writes none.
+    """
+
+    name: str
+    says: str
+    reads: tuple[str, ...]
+    action: Action
+    report: str | None = None
+
+
+def _embed(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
+    """Embed, and index on request, or say what would be done."""
+    from bge_ray.pipeline.embed.job import embed, plan_only
+    from bge_ray.pipeline.engine.cluster import quiet_ray
+
+    with quiet_ray():
+        if dry_run:
+            return "\n".join(plan_only(settings).lines())
+        result = embed(settings, stop)
+        outcome = f"{result.report.outcome}; report at {settings.output.uri}/report.html"
+        if not settings.index.build:
+            return outcome
+        from bge_ray.pipeline.index.job import index_outcome
+
+        return f"{outcome}\n{index_outcome(settings, stop)}"
+
+
+def _index(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
+    from bge_ray.pipeline.engine.cluster import quiet_ray
+    from bge_ray.pipeline.index.job import index_outcome, plan_index
+
+    with quiet_ray():
+        if dry_run:
+            return plan_index(settings)
+        return index_outcome(settings, stop)
+
+
+def _search(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
+    from bge_ray.pipeline.engine.cluster import quiet_ray
+    from bge_ray.pipeline.search.job import plan_search, search
+
+    with quiet_ray():
+        if dry_run:
+            return plan_search(settings)
+        report = search(settings, stop)
+    return (
+        f"{report.outcome}: {report.queries_out:,} of {report.queries_in:,} queries answered, "
+        f"{report.results:,} results in {settings.search.output}/run.parquet"
+    )
+
+
+def _rerank(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
+    from bge_ray.pipeline.engine.cluster import quiet_ray
+    from bge_ray.pipeline.rerank.job import plan_rerank, rerank
+
+    with quiet_ray():
+        if dry_run:
+            return plan_rerank(settings)
+        report = rerank(settings, stop)
+    return (
+        f"{report.outcome}: {report.pairs_out:,} of {report.pairs_in:,} pairs scored, "
+        f"{report.queries:,} queries in {settings.rerank.output}/run.parquet"
+    )
+
+
+def _evaluate(settings: Settings, dry_run: bool, _: StopRequest) -> str:
+    from bge_ray.evaluate import evaluate, plan_evaluate, to_markdown
+
+    return plan_evaluate(settings) if dry_run else to_markdown(evaluate(settings))
+
+
+def _bench(settings: Settings, dry_run: bool, _: StopRequest) -> str:
+    if dry_run:
+        bench = settings.bench
+        return f"{bench.rows:,} passages, {bench.repeats} runs each, shapes {', '.join(bench.shapes)}"
+    from bge_ray.bench.run import bench_docstrings, to_markdown
+
+    return to_markdown(bench_docstrings(settings))
+
+
+JOBS = (
+    Job(
+        "embed",
+        "Embed a corpus into Parquet shards, doing only what is not done yet.",
+        ("corpus", "chunking", "model", "batching", "output", "resources", "report", "index"),
+        _embed,
+        "output.uri/report.html",
+    ),
+    Job(
+        "index",
+        "Build a FAISS index from embedding shards, and measure its recall.",
+        ("output", "index", "model", "resources", "report"),
+        _index,
+        "output.uri/index/report.html",
+    ),
+    Job(
+        "search",
+        "Answer queries from a data set, as a TREC run and Parquet.",
+        ("output", "search", "model", "batching", "resources", "report", "rerank", "corpus"),
+        _search,
+        "search.output/report.html",
+    ),
+    Job(
+        "rerank",
+        "Score candidate lists with a cross-encoder, as a TREC run and Parquet.",
+        ("output", "corpus", "rerank", "search", "resources", "report"),
+        _rerank,
+        "rerank.output/report.html",
+    ),
+    Job(
+        "evaluate",
+        "Measure runs against judgements, side by side, with significance.",
+        ("evaluate", "output.storage_timeout_s"),
+        _evaluate,
+        "evaluate.output/metrics.md",
+    ),
+    Job(
+        "bench",
+        "Measure tokens/s and utilisation of this machine beside what a user would pick instead.",
+        ("bench", "model.dtype", "batching.token_budget", "resources.num_encoders"),
+        _bench,
+    ),
+)

@@ -1,0 +1,75 @@
+"""What a process is prepared with before Ray is imported, by where its cluster will be."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from bge_ray.pipeline.engine.cluster import quiet_ray
+from tests.support.runs import REPOSITORY
+
+SCRIPT = """
+import json, os, sys
+from bge_ray.pipeline.engine.cluster import prepare_environment, restore_environment
+from bge_ray.settings.sections import ResourcesSettings
+before = dict(os.environ)
+prepare_environment(ResourcesSettings(address=json.loads(sys.argv[1])))
+assert "ray" not in sys.modules
+print(json.dumps({k: v for k, v in os.environ.items() if before.get(k) != v}))
+restore_environment(before)
+assert dict(os.environ) == before
+"""
+
+
+@pytest.mark.parametrize(
+    ("address", "environment", "own"),
+    [
+        (None, {}, True),
+        (None, {"RAY_ADDRESS": ""}, True),
+        (None, {"RAY_ADDRESS": "local"}, True),
+        ("local", {"RAY_ADDRESS": "head:6379"}, True),
+        (None, {"RAY_ADDRESS": "head:6379"}, False),
+        ("head:6379", {}, False),  # whose token is not ours to make up
+        ("auto", {}, False),
+    ],
+)
+def test_a_cluster_of_its_own_gets_a_token_and_loopback_and_others_are_left_alone(
+    address: str | None, environment: dict[str, str], own: bool
+) -> None:
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(address)],
+        cwd=REPOSITORY,
+        env=plain | {"PYTHONPATH": str(REPOSITORY)} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    changed = json.loads(done.stdout)
+    assert ("RAY_AUTH_TOKEN" in changed) == own
+    assert (changed.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") == "0") == own
+
+
+def test_what_is_quiet_meanwhile_is_as_it_was_afterwards() -> None:
+    names = ["ray", "ray.data", "ray.data._internal.progress"]
+    operators = logging.getLogger("ray.data._internal.execution.operators.map_operator")
+
+    def state() -> tuple[object, ...]:
+        return (
+            [logging.getLogger(name).level for name in names],
+            list(warnings.filters),
+            list(operators.filters),
+        )
+
+    before = state()
+    with pytest.raises(ZeroDivisionError), quiet_ray():
+        assert state() != before
+        assert logging.getLogger("ray.data").level == logging.WARNING
+        logging.getLogger("ray").setLevel(logging.ERROR)  # as ray.init does
+        raise ZeroDivisionError
+    assert state() == before
