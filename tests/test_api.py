@@ -131,7 +131,7 @@ def test_a_ray_that_the_user_started_is_as_it_was_afterwards(tmp_path: Path, tin
         "RAY_AUTH_TOKEN": "of-the-user",
     }
     told = notebook("own", tmp_path, tiny_model, **loopback)
-    assert (told["outcome"], told["rows"]) == ("complete", 100)
+    assert (told["outcome"], told["rows"]) == ("complete: 100 rows in 3 units", 100)
     assert told["changed"] == {}
 
 
@@ -151,7 +151,7 @@ def test_a_cluster_of_its_own_listens_on_loopback_with_a_token_of_its_own_and_go
     way: str, environment: dict[str, str], tmp_path: Path, tiny_model: Path
 ) -> None:
     told = notebook(way, tmp_path, tiny_model, **environment)
-    assert (told["outcome"], told["rows"]) == ("complete", 100)
+    assert (told["outcome"], told["rows"]) == ("complete: 100 rows in 3 units", 100)
     assert told["changed"] == {}
     assert told["processes"] == 0
     assert told["token"]
