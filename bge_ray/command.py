@@ -132,6 +132,13 @@ def _group(ending: Ending) -> "TyperGroup":
         _add_job(app, job, ending)
     _add_demo(app, ending)
 
+    @app.command("models", help="List the models that are known by card: what each makes, and what it takes.")
+    def models() -> None:
+        """Print the catalogue."""
+        from bge_ray.model.catalogue import print_models
+
+        print_models()
+
     @app.command("schema", help="Print the JSON schema of the settings, for editors.")
     def schema() -> None:
         import json

@@ -9,6 +9,7 @@ from bge_ray.model.cards import ModelCard, cards
 from bge_ray.model.families import FAMILIES
 
 GPU_BYTES, CPU_BYTES = 2, 4  # of one weight, in half precision and in float32
+WIDTH = 190
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def print_models(console: Console | None = None) -> None:
             row.licence or "?",
             row.runs,
         )
-    console = console or Console()
+    # Of a narrower one rich would leave out columns without a word; a terminal wraps its lines.
+    console = console or Console(width=max(WIDTH, Console().width))
     console.print(table)
     console.print(
         "Memory is that of the weights alone, in half precision on a GPU and float32 on a CPU. ? is not "
