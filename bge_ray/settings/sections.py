@@ -544,6 +544,11 @@ class RerankSettings(Section):
         description="where texts of bare ids come from: the corpus, or columns kept in the embedding shards; "
         "auto takes the latter if they are there",
     )
+    reads: Literal["chunk", "passage"] = Field(
+        "chunk",
+        description="what of a passage that was cut into chunks is scored: the chunk that was found, or all "
+        "of it, cut at max_length; a run without vector ids names no chunk, and all of it is scored",
+    )
     unit_pairs: int = Field(
         4096, ge=1, description="pairs of one work unit, the piece that is committed, retried and resumed"
     )

@@ -144,7 +144,15 @@ class RerankJob:
         if self._source is not None:
             corpus = [self._source.spec.vector_fingerprint, self._source.shard_hashes]
         spec = dataclasses.replace(self.spec, name="", revision=None, dtype="")
-        return ["rerank", FORMAT_VERSION, dataclasses.asdict(spec), asked.depth, asked.texts, corpus]
+        return [
+            "rerank",
+            FORMAT_VERSION,
+            dataclasses.asdict(spec),
+            asked.depth,
+            asked.texts,
+            asked.reads,
+            corpus,
+        ]
 
     def blocks(self, rejections: Rejections, watch: Callable[[], None]) -> Iterator[Block]:
         """Yield the candidates of each query, cut at rerank.depth, with the query's text.

@@ -21,14 +21,15 @@ from bge_ray.dataset.folder import Dataset
 from bge_ray.dataset.lookup import ShardMap, find_passages, read_places, read_shard
 from bge_ray.errors import CorpusError, SettingsError
 from bge_ray.formats.corpus import read_units
-from bge_ray.formats.rows import RawRows, check_rows
+from bge_ray.formats.rows import Passages, RawRows, check_rows, take_passages
 from bge_ray.pipeline.engine.pools import Tasks
 from bge_ray.pipeline.engine.tasks import run_tasks
 from bge_ray.pipeline.runs.source import Source
 from bge_ray.records.arrays import whole
+from bge_ray.records.chunking import Chunking
 from bge_ray.records.columns import Columns
 from bge_ray.records.dataset import FileFact
-from bge_ray.records.ids import IdArray, id_range, vector_ids
+from bge_ray.records.ids import IdArray, first_ids, id_range, vector_ids
 from bge_ray.records.plan import CorpusObject, Span, span_units
 from bge_ray.records.schemas import hash_texts
 from bge_ray.settings.sections import Settings
@@ -41,17 +42,23 @@ TEXT_SCHEMA = pa.schema(
         pa.field("vector_id", pa.int64(), nullable=False),
         pa.field("passage_id", pa.string(), nullable=False),
         pa.field("text", pa.string(), nullable=False),
+        pa.field("body_start", pa.int64(), nullable=False),
     ]
 )
 
 
 @dataclass(frozen=True)
 class Text:
-    """The text of a passage, or what keeps it from being read."""
+    """The text of a passage, or what keeps it from being read.
+
+    ``body_start`` is the character at which the text of the corpus begins, behind the title; below 0 where
+    white space before it was dropped.
+    """
 
     passage_id: str | None
     text: str | None
     fault: str = ""
+    body_start: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,8 @@ class TextSource:
     """Where the texts of a data set are: in the corpus objects, or (``kept``) in its own shards.
 
     ``moved`` objects lie elsewhere than when they were embedded, so that only their texts prove what they
-    are. ``at_once`` tasks of ``task_cpus`` each read side by side.
+    are. Of a passage that was cut as ``chunking`` says, a chunk is read, or (``whole``) all of it. ``at_once``
+    tasks of ``task_cpus`` each read side by side.
     """
 
     storage: Storage
@@ -70,6 +78,8 @@ class TextSource:
     kept: bool
     moved: bool
     instruction: str
+    chunking: Chunking | None
+    whole: bool
     at_once: int
     task_cpus: float
 
@@ -84,8 +94,44 @@ class TextSource:
                 found[name] = min(vector_id, found.get(name, vector_id))
         return found
 
-    def texts_of(self, ids: IdArray) -> dict[int, Text]:
-        """Return what is known of the (n,) ascending ids, without those that are nowhere."""
+    def texts_of(self, ids: IdArray, *, whole: bool = False) -> dict[int, Text]:
+        """Return what is known of the (n,) ascending ids, without those that are nowhere.
+
+        Args:
+            ids: of rows, or of chunks.
+            whole: read all of a passage, whatever was asked for: the chunk is not known.
+        """
+        if self.chunking is None:
+            found = self._passages(ids)
+            return self._verified(found) if self.moved else found
+        passages = self._passages(np.unique(first_ids(ids)))
+        chunks = self._chunks(ids, passages, self.chunking)
+        if self.moved:
+            chunks = self._verified(chunks)
+        if not (whole or self.whole):
+            return chunks
+        rows = dict(zip(ids.tolist(), first_ids(ids).tolist(), strict=True))
+        return {i: chunk if chunk.text is None else passages[rows[i]] for i, chunk in chunks.items()}
+
+    def _chunks(self, ids: IdArray, passages: dict[int, Text], chunking: Chunking) -> dict[int, Text]:
+        """Return the chunks of some ids, cut out of their passages as they were embedded."""
+        spans = read_places(self.storage, self.root, self.shards, ids, ["chunk_no", "start", "end"])
+        found = {}
+        for row, place in zip(
+            first_ids(spans["vector_id"].to_numpy()).tolist(), spans.to_pylist(), strict=True
+        ):
+            text = passages.get(row)
+            if text is not None and text.text is not None:
+                body = text.text[text.body_start + place["start"] : text.body_start + place["end"]]
+                titled = chunking.titles == "every" or place["chunk_no"] == 0
+                title = text.text[: max(0, text.body_start - 1)] if titled else ""
+                text = replace(text, text=f"{title} {body}".strip())
+            if text is not None:
+                found[place["vector_id"]] = text
+        return found
+
+    def _passages(self, ids: IdArray) -> dict[int, Text]:
+        """Return what is known of the (n,) ascending ids of rows, without those that are nowhere."""
         found: dict[int, Text] = {}
         if self.kept:
             arguments: Iterator[tuple[Any, ...]] = (
@@ -101,8 +147,11 @@ class TextSource:
         for table, unreadable, fault in tables:
             found |= {vector_id: Text(None, None, fault) for vector_id in unreadable.tolist()}
             rows = zip(*(table[name].to_pylist() for name in TEXT_SCHEMA.names), strict=True)
-            found |= {vector_id: Text(passage_id, text) for vector_id, passage_id, text in rows}
-        return self._verified(found) if self.moved else found
+            found |= {
+                vector_id: Text(passage_id, text, body_start=start)
+                for vector_id, passage_id, text, start in rows
+            }
+        return found
 
     def _verified(self, found: dict[int, Text]) -> dict[int, Text]:
         """Return texts of a moved corpus, those that are not what was embedded without their text."""
@@ -153,6 +202,8 @@ def open_texts(settings: Settings, source: Source, tasks: Tasks) -> TextSource:
         kept=use_kept,
         moved=there is not None,
         instruction=source.spec.model.passage_instruction,
+        chunking=source.spec.chunking,
+        whole=settings.rerank.reads == "passage",
         at_once=max(1, 2 * tasks.count),
         task_cpus=tasks.cpus,
     )
@@ -203,7 +254,7 @@ def kept_texts(storage: Storage, root: str, fact: FileFact, ids: IdArray, column
     rows = RawRows(table["passage_id"].to_pylist(), table[columns.text].to_pylist(), titles, {}, {})
     passages, _ = check_rows(rows)
     there = table["vector_id"].to_numpy()[passages.rows]
-    return pa.table([there, passages.passage_ids, passages.texts], schema=TEXT_SCHEMA)
+    return pa.table([there, passages.passage_ids, passages.texts, _body_starts(passages)], schema=TEXT_SCHEMA)
 
 
 def corpus_texts(
@@ -234,10 +285,20 @@ def _corpus_texts(
     for unit, rows in read_units(storage, corpus_object, span, bare, todo):
         passages, _ = check_rows(rows)
         there = vector_ids(unit.object_no, unit.first_row + passages.rows)
-        take = np.flatnonzero(np.isin(there, ids))
-        names = [passages.passage_ids[i] for i in take]
-        tables.append(pa.table([there[take], names, [passages.texts[i] for i in take]], schema=TEXT_SCHEMA))
+        found = take_passages(passages, np.flatnonzero(np.isin(there, ids)))
+        there = vector_ids(unit.object_no, unit.first_row + found.rows)
+        columns_of = [there, found.passage_ids, found.texts, _body_starts(found)]
+        tables.append(pa.table(columns_of, schema=TEXT_SCHEMA))
     return pa.concat_tables(tables)
+
+
+def _body_starts(passages: Passages) -> list[int]:
+    """Return where in each text of passages the text of the corpus begins; see `Text`."""
+    starts = []
+    for text, body, title in zip(passages.texts, passages.bodies, passages.titles, strict=True):
+        joined = f"{title} {body}"
+        starts.append(0 if text == body else len(title) + 1 - (len(joined) - len(joined.lstrip())))
+    return starts
 
 
 def add_texts(table: pa.Table, source: TextSource, depth: int) -> pa.Table:
@@ -263,7 +324,7 @@ def add_texts(table: pa.Table, source: TextSource, depth: int) -> pa.Table:
     places = source.places_of(sorted({names[i] for i in lost})) if lost else {}
     for i in lost:
         ids[i] = places.get(names[i])
-    texts |= source.texts_of(_ascending(ids[i] for i in lost))
+    texts |= source.texts_of(_ascending(ids[i] for i in lost), whole=True)
     columns = {name: table[name].to_pylist() for name in ("text", "reason", "detail")}
     for i in needed:
         found = texts.get(ids[i])

@@ -238,7 +238,12 @@ class SearchJob:
         rerank: list[Any] | None = None
         if self.reranker is not None:
             spec = dataclasses.replace(self.reranker, name="", revision=None, dtype="")
-            rerank = [dataclasses.asdict(spec), settings.rerank.depth, settings.rerank.texts]
+            rerank = [
+                dataclasses.asdict(spec),
+                settings.rerank.depth,
+                settings.rerank.texts,
+                settings.rerank.reads,
+            ]
         queries = self.model.query_key()
         fingerprint = source.spec.vector_fingerprint
         return ["search", FORMAT_VERSION, fingerprint, source.shard_hashes, index, queries, asked.k, rerank]

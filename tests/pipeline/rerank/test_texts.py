@@ -5,22 +5,27 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from bge_ray.dataset.commit import ShardWriter
 from bge_ray.dataset.folder import Dataset
 from bge_ray.errors import SettingsError
+from bge_ray.model.feed.chunks import Chunker, splitting_rules
+from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.pipeline.engine.pools import Tasks
 from bge_ray.pipeline.rerank import texts
 from bge_ray.pipeline.runs.groups import CANDIDATE_SCHEMA
 from bge_ray.pipeline.runs.source import open_source
+from bge_ray.records.chunking import Chunking
 from bge_ray.records.columns import Columns
 from bge_ray.records.dataset import DatasetSpec, make_manifest
 from bge_ray.records.ids import vector_ids
 from bge_ray.records.plan import Coding, CorpusObject, Plan, Span, Unit
 from bge_ray.records.schemas import REJECTED_SCHEMA, embedding_schema, hash_texts
 from bge_ray.storage.objects import Storage
+from tests.support.models import make_encoder
 from tests.support.searches import settings_for
 from tests.support.vectors import MODEL, clustered
 
@@ -66,6 +71,51 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     dataset.create_plan(1, Plan(tuple(objects), len(objects)))
     dataset.publish(make_manifest(spec.vector_fingerprint, markers))
     return corpus, tmp_path / "data"
+
+
+def test_of_a_passage_in_chunks_the_one_that_was_found_is_read_or_all_of_it(tmp_path: Path) -> None:
+    """By the spans that a chunker found, with titles, and of a corpus that was moved meanwhile."""
+    rules = Chunking(
+        max_tokens=40, overlap_tokens=0, boundary="sentence", language="en", titles="first", keep_text=False,
+        rules=splitting_rules(),
+    )  # fmt: skip
+    feeder = TextFeeder(make_encoder(tmp_path / "model"), 512, passage_instruction="passage: ")
+    body = "  " + "the quick brown fox jumps. a dog sleeps. " * 12
+    found = Chunker(feeder, rules).cut(["fox"], [body])
+    n = len(found.numbers)
+    assert n > 3
+    corpus, root = tmp_path / "corpus" / "x.jsonl", str(tmp_path / "data")
+    corpus.parent.mkdir()
+    corpus.write_text(json.dumps({"id": "p", "text": body, "title": "fox"}) + "\n")
+    model = dataclasses.replace(MODEL, passage_instruction="passage: ")
+    spec = DatasetSpec(model, Columns("id", "text", "title"), (), rules)
+    info = STORAGE.info(str(corpus))
+    dataset = Dataset(STORAGE, root)
+    dataset.create_spec(spec)
+    schema = embedding_schema(model.outputs, pa.schema([]), rules)
+    vectors = pa.FixedSizeListArray.from_arrays(
+        pa.array(clustered(n, 32, 0).reshape(-1)), type=schema.field("embedding").type
+    )
+    ids = vector_ids(0, np.zeros(n, np.int64), found.numbers)
+    starts, stops = found.spans[:, 0], found.spans[:, 1]
+    columns = [ids, ["p"] * n, found.numbers, starts, stops, hash_texts(found.read)]
+    columns += [[5] * n, [False] * n, vectors]
+    table = pa.table([pa.array(c).cast(f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
+    marker = ShardWriter(STORAGE, root, spec, "zstd").commit(
+        Unit(0, 0, 1), "f", table, REJECTED_SCHEMA.empty_table()
+    )
+    span = Span(0, info.size, 0, (1,))
+    planned = CorpusObject(0, info.uri, info.size, info.etag, Coding("jsonl", ""), (span,))
+    dataset.create_plan(1, Plan((planned,), 1))
+    dataset.publish(make_manifest(spec.vector_fingerprint, [marker]))
+    asked = [("p", int(vector_id)) for vector_id in ids]
+    moved = {"corpus__uri": str(corpus.parent.rename(tmp_path / "elsewhere"))}
+    read = [text.removeprefix("passage: ") for text in found.read]
+    assert read[0].startswith("fox the quick") and read[1].startswith("the quick")
+    assert [text for text, *_ in joined(tmp_path / "data", asked, **moved)] == read
+    whole = f"fox {body}".strip()
+    assert [t for t, *_ in joined(tmp_path / "data", asked, **moved, rerank__reads="passage")] == [whole] * n
+    assert joined(tmp_path / "data", [("p", None)], **moved)[0][0] == whole  # no chunk is named
 
 
 def joined(folder: Path, rows: list[tuple[str, int | None]], **keys: object) -> list[tuple[Any, ...]]:
