@@ -66,8 +66,8 @@ class TextSource:
     """Where the texts of a data set are: in the corpus objects, or (``kept``) in its own shards.
 
     ``moved`` objects lie elsewhere than when they were embedded, so that only their texts prove what they
-    are. Of a passage that was cut as ``chunking`` says, a chunk is read, or (``whole``) all of it. ``at_once``
-    tasks of ``task_cpus`` each read side by side.
+    are. Of a passage that was cut as ``chunking`` says, a chunk is read, or (``whole``) all of it.
+    ``at_once`` tasks of ``task_cpus`` each read side by side.
     """
 
     storage: Storage
