@@ -212,8 +212,8 @@ def _on_rows(report: EmbedReport) -> list[str]:
     if report.rows_out and report.truncated > HIGH_TRUNCATED * report.rows_out:
         lines.append(
             f"{report.truncated / report.rows_out:.0%} of the texts were cut at "
-            f"{report.model.max_length:,} tokens: split them first, or raise model.max_length if the "
-            "model has positions for more (which needs another output.uri)."
+            f"{report.model.max_length:,} tokens: cut them into chunks (chunking.max_tokens), or "
+            "raise model.max_length if the model has positions for more; both need another output.uri."
         )
     allowed = report.settings["corpus"]["max_rejected_fraction"] * report.rows_in
     if report.rows_rejected and report.rows_rejected > HIGH_REJECTED * allowed:
