@@ -48,7 +48,8 @@ TEXT_TOKENS = (
 # A packed batch on a CPU.
 MODEL = (
     "pipeline.engine.model_stage:ModelStage.__call__ ModelStage._run _placed",
-    "pipeline.engine.rows:packed_tokens whole without_tokens",
+    "pipeline.engine.rows:packed_tokens without_tokens",
+    "records.arrays:whole",
     "model.run.model:Model.empty_result Model.cut",
     "model.run.result:Result.__init__",
     "model.run.batching:token_budget_batches",
@@ -63,7 +64,7 @@ MODEL = (
 )
 RESULT = (
     "model.run.inputs:pool",
-    "model.run.executor:_checked _to_host _copied Executor._collect _Launched.blocks",
+    "model.run.executor:_checked _send _copied Executor._collect _Launched.blocks _Sent.block",
     "model.run.result:Result.put Block.beyond Result.columns Result._column",
 )
 RECEIPT = (
@@ -92,24 +93,29 @@ PUBLISH_RUN = (
 WAYS: Mapping[str, Sequence[str]] = {
     "a row of a Parquet corpus to its shard": (
         "pipeline.embed.job:EmbedWork._run embedding_receipts",
-        "pipeline.embed.tasks:SpanTask.parcel",
+        "pipeline.embed.tasks:ReadTask.parcel",
         "pipeline.engine.flow:parcels by_tasks by_actors",
         *PARCEL,
-        "pipeline.embed.read:read_span_stage _read_span",
+        "pipeline.embed.read:read_stage _read_span",
         *ATTEMPT,
         *READ_PARQUET,
         "formats.parquet:_keep",
-        "pipeline.embed.tasks:CorpusUnit.parcel",
-        "pipeline.embed.read:_tokenised",
-        "model.feed.texts:TextFeeder.passages",
-        *TEXT_TOKENS,
-        "pipeline.embed.read:unit_table count_lengths",
-        "records.schemas:hash_texts",
+        "pipeline.embed.read:_filled _tokenised",
+        "pipeline.embed.cut:Texts.of cut_passages",
+        "pipeline.engine.tokenise:in_pieces",
+        "model.feed.texts:TextFeeder.passages TextFeeder._cut Cutter.cut",
+        "records.tokens:PackedTokens.of PackedTokens.concatenate",
+        "pipeline.embed.cut:_joined",
+        "pipeline.embed.read:unit_table",
         "records.ids:vector_ids",
+        "pipeline.embed.cut:with_pieces",
+        "records.schemas:hash_texts",
+        "pipeline.engine.rows:spread with_tokens with_faults",
+        "pipeline.embed.read:count_lengths",
         *MODEL,
         "model.heads:Pooled.forward",
         *RESULT,
-        "pipeline.embed.write:commit_stage split_rows",
+        "pipeline.embed.write:commit_stage split_rows _of_unit",
         "records.schemas:embedding_schema",
         "records.outputs:Output.field Output.type",
         "dataset.commit:ShardWriter.commit ShardWriter._create ShardWriter._encode marker_path",
