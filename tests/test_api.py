@@ -185,7 +185,8 @@ def test_overrides_win_and_wrong_ones_are_refused_before_ray() -> None:
     for overrides in ({"corpus__ury": "x"}, {"corpus": "x"}, {"search__k": "many"}):
         with pytest.raises(SettingsError):
             bge_ray.embed({"corpus": {"uri": "/a"}}, **overrides)
-    assert "ray" not in sys.modules or not psutil.Process().children()
+    # Other tests of this process may have servers; Ray none.
+    assert not any("raylet" in child.name() for child in psutil.Process().children())
 
 
 TEXTS = [f"passage {i} about topic {i % 7}" for i in range(60)]

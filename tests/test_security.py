@@ -5,6 +5,7 @@ The secrets are canaries: values that are found wherever they end up, also insid
 
 import ast
 import base64
+import fnmatch
 import gzip
 import pickle
 import re
@@ -307,7 +308,17 @@ def test_what_goes_to_other_processes_carries_no_secret(
         "search": QueryJob(place, model, False),
         "writer": ShardWriter(storage, bucket, spec, "zstd"),
         "index": Build(
-            folder, bucket, manifest, index_spec, Settings().index, 1, dict, RunFacts("index", "run"), 1.0
+            folder,
+            bucket,
+            manifest,
+            index_spec,
+            10,
+            0,
+            Settings().index,
+            1,
+            dict,
+            RunFacts("index", "run"),
+            1.0,
         ),
     }
     pickled = {name: ray.cloudpickle.dumps(thing) for name, thing in shipped.items()}
@@ -403,12 +414,13 @@ def test_a_pickle_beside_the_weights_is_left_alone(tiny_model: Path, tmp_path: P
 
     folder, boom = tmp_path / "model", tmp_path / "boom"
     shutil.copytree(tiny_model, folder)
-    for name in ("pytorch_model.bin", "optimizer.pt", "tokenizer.pkl", "training_args.bin"):
+    names = ("pytorch_model.bin", "optimizer.pt", "tokenizer.pkl", "training_args.bin")
+    for name in names:
         (folder / name).write_bytes(pickle.dumps(Bomb(boom)))
     spec = resolve_encoder(ModelSettings(name=str(folder)), on_gpu=False)
     load_encoder(fetch_model(spec.name, None)[0], Loading(torch.float32))
     assert not boom.exists()
-    assert not any(pattern.endswith((".bin", ".pt", ".pkl", "*")) for pattern in FILE_PATTERNS)
+    assert not any(fnmatch.fnmatch(name, pattern) for name in names for pattern in FILE_PATTERNS)
 
 
 PICKLING = {"pickle", "cloudpickle", "_pickle", "dill", "joblib", "marshal", "shelve", "ray.cloudpickle"}
@@ -479,4 +491,5 @@ def test_the_search_for_pickles_finds_them(source: str) -> None:
 def test_settings_have_no_place_for_a_secret() -> None:
     words = re.compile(r"secret|password|passwd|api_key|access_key|auth|credential|(^|_)token($|_(?!budget))")
     names = [f"{section}.{key}" for section, keys in Settings().model_dump().items() for key in keys]
-    assert [name for name in names if words.search(name.rpartition(".")[2])] == []
+    # What texts of an LLM embedder end with.
+    assert [n for n in names if words.search(n.rpartition(".")[2])] == ["model.last_token"]

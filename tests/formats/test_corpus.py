@@ -673,7 +673,8 @@ def test_kept_types_agree_over_objects(storage: Storage, tmp_path: Path) -> None
         ):
             kept(*some)
     with pytest.raises(
-        CorpusError, match=r"'n' is int64 in .*1\.parquet and list<element: string> in .*6\.jsonl; leave"
+        CorpusError,
+        match=r"'n' is int64 in .*1\.parquet and list<element: string> in .*6\.jsonl; write one of them anew",
     ):
         kept(ints, words)
     with pytest.raises(

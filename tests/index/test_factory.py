@@ -7,7 +7,7 @@ import faiss
 import numpy as np
 import pytest
 
-from bge_ray.errors import IndexBuildError
+from bge_ray.errors import IndexBuildError, InstallationError
 from bge_ray.index.factory import Kind, Metric, check_factory, choose_nlist, index_bytes
 from bge_ray.index.package import check_distributions
 
@@ -112,7 +112,7 @@ def test_estimated_bytes_are_near_the_file(make_vectors, factory):
 def test_two_packages_are_refused():
     check_distributions({"faiss-cpu"}.__contains__)
     check_distributions({"torch"}.__contains__)
-    with pytest.raises(IndexBuildError, match="faiss-cpu and faiss-gpu are both installed"):
+    with pytest.raises(InstallationError, match="faiss-cpu and faiss-gpu are both installed"):
         check_distributions({"faiss-cpu", "faiss-gpu"}.__contains__)
 
 
@@ -126,9 +126,9 @@ def test_two_packages_are_refused():
 def test_missing_package_says_what_to_install(prepare, message):
     code = (
         f"import sys, types; {prepare}\n"
-        "from bge_ray.errors import IndexBuildError\n"
+        "from bge_ray.errors import InstallationError\n"
         "try:\n    import bge_ray.index.package\n"
-        "except IndexBuildError as error:\n    print(error)\n"
+        "except InstallationError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert message in done.stdout

@@ -66,6 +66,7 @@ class EveryKind:
 
     NAME: str = "every_kind"
     ROLE: str = "encoder"
+    PACKS: bool = True
 
     def feeder(self, spec: ModelSpec, folder: Path, *, trust_remote_code: bool) -> TextFeeder:
         return TextFeeder(folder, spec.max_length, trust_remote_code=trust_remote_code)

@@ -4,11 +4,13 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from bge_ray.model.spec import resolve_encoder
+from bge_ray.model.feed.chunks import Chunker
+from bge_ray.model.spec import resolve_encoder, text_feeder
 from bge_ray.pipeline.embed.estimate import SAMPLE_ROWS, measure_task, sample_task
+from bge_ray.pipeline.embed.prepare import settle_chunking
 from bge_ray.pipeline.embed.tasks import CorpusUnit, SpanTask
 from bge_ray.pipeline.engine.pools import Pool
-from bge_ray.settings.sections import ModelSettings
+from bge_ray.settings.sections import ChunkingSettings, ModelSettings
 from bge_ray.storage.objects import Storage
 from tests.support.reading import jsonl_bytes, resolve, scan
 
@@ -25,12 +27,27 @@ def test_tokens_are_those_of_the_texts_with_their_instruction(tiny_model: Path) 
             len(tokenizer(instruction + text, truncation=True, max_length=spec.max_length)["input_ids"])
             for text in texts
         ]
-        measured = measure_task(spec, texts, POOL, 64, False)
+        sample = [("", text, text) for text in texts]
+        measured = measure_task(spec, None, sample, POOL, 64, False)
         assert measured is not None
-        tokens_per_row, rate = measured
+        tokens_per_row, vectors_per_row, rate = measured
         assert tokens_per_row == sum(expected) / len(expected)
+        assert vectors_per_row == 1
         assert rate > 0
-    assert measure_task(spec, [], POOL, 64, False) is None
+    assert measure_task(spec, None, [], POOL, 64, False) is None
+
+
+def test_chunks_are_counted_as_they_will_be(tiny_model: Path) -> None:
+    rules = settle_chunking(
+        ChunkingSettings(max_tokens=24),
+        spec := resolve_encoder(ModelSettings(name=str(tiny_model)), on_gpu=False),
+    )
+    bodies = [f"the quick brown fox number {i} jumps. " * (1 + i % 5) for i in range(20)]
+    chunks = Chunker(text_feeder(spec), rules).cut([""] * 20, bodies)
+    measured = measure_task(spec, rules, [("", body, body) for body in bodies], POOL, 64, False)
+    assert measured is not None
+    assert measured[:2] == (int(chunks.tokens.lengths.sum()) / 20, len(chunks.numbers) / 20)
+    assert measured[1] > 1
 
 
 def test_small_objects_are_sampled_until_there_are_rows_enough(storage: Storage, tmp_path: Path) -> None:
@@ -44,8 +61,8 @@ def test_small_objects_are_sampled_until_there_are_rows_enough(storage: Storage,
         [unit], columns = found.units(), resolve(scanned)
         spans.append(SpanTask(found, found.spans[0], (CorpusUnit(unit, "f", found.uri),)))
     small = sample_task(storage, spans[1:], columns)
-    assert small == [f"{number} {i}" for number in range(1, 5) for i in range(3)]
+    assert [text for _, _, text in small] == [f"{number} {i}" for number in range(1, 5) for i in range(3)]
     # No unit is all of the sample, however large it is.
     mixed = sample_task(storage, spans, columns)
     assert len(mixed) < SAMPLE_ROWS
-    assert {text.split()[0] for text in mixed} == {"0", "1", "2", "3", "4"}
+    assert {text.split()[0] for _, _, text in mixed} == {"0", "1", "2", "3", "4"}

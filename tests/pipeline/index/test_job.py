@@ -23,13 +23,12 @@ from bge_ray.index.search import load_index, search
 from bge_ray.index.topk import merge_topk
 from bge_ray.index.train import load_trained
 from bge_ray.index.vectors import check_vectors
-from bge_ray.pipeline.index.job import build_index, plan_index
+from bge_ray.pipeline.index.job import build_index, index_outcome, plan_index
 from bge_ray.pipeline.index.published import index_files, read_index
 from bge_ray.records.index import IndexDescription
 from bge_ray.settings.sections import Settings, parse_settings
 from bge_ray.storage.lease import Lease
 from bge_ray.storage.objects import Storage, join
-from jobs.index import job
 from tests.support.vectors import VectorDataset, clustered, make_dataset
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -283,18 +282,17 @@ def test_vectors_that_lie_elsewhere_are_trained_on_anew(bucket: str) -> None:
 @pytest.mark.slow
 def test_a_target_out_of_reach_is_said_and_the_index_kept(bucket: str) -> None:
     from bge_ray.errors import RecallError
-    from bge_ray.pipeline.engine.stopping import StopRequest
 
     make_dataset(bucket, [5000, 5000], DIM)
     settings = settings_for(bucket, "index.factory=IVF16,RaBitQ", "index.recall_target=0.99")
     with pytest.raises(RecallError, match=r"0\.99 was not reached") as caught:
-        job(settings, False, StopRequest())
+        index_outcome(settings)
     assert caught.value.exit_code == 1
     index = read_index(STORAGE, bucket)
     assert (index.reached, index.ntotal, index.effort) == (False, 10_000, 16)
     assert len(file_bytes(bucket, index)) == 1
     # Nothing to do: another run would not find more, so a nightly chain goes on.
-    assert "0.99 was not reached: as the run that built it said" in job(settings, False, StopRequest())
+    assert "0.99 was not reached: as the run that built it said" in index_outcome(settings)
 
 
 def test_a_second_run_at_once_is_refused(bucket: str) -> None:
