@@ -4,6 +4,7 @@ import contextlib
 import gc
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -14,6 +15,8 @@ T = TypeVar("T")
 # Of the threads that draw; `wait_for_paths` knows them by it.
 THREAD_NAME = "receipts"
 _LAST = object()
+# An execution gives back its tasks and actors within seconds of its end.
+ENDING_S = 30.0
 
 
 class PathEnd:
@@ -25,6 +28,7 @@ class PathEnd:
 
     def __init__(self) -> None:
         self._event = threading.Event()
+        self._execution: weakref.ref[threading.Thread] | None = None
 
     def set(self) -> None:
         """Let the execution end at its next step, which is a fraction of a second away."""
@@ -40,8 +44,16 @@ class PathEnd:
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return PathEnd, ()  # the context travels to workers, which execute nothing
 
-    def before_execution_starts(self, _: object) -> None:
-        """Do nothing."""
+    def wait(self, timeout_s: float) -> None:
+        """Wait until the execution, a thread, is over."""
+        thread = self._execution() if self._execution is not None else None
+        if thread is not None and thread.is_alive():
+            thread.join(timeout_s)
+
+    def before_execution_starts(self, execution: object) -> None:
+        """Note the execution."""
+        if isinstance(execution, threading.Thread):
+            self._execution = weakref.ref(execution)
 
     def on_execution_step(self, _: object) -> None:
         """Tell the reader of the output that there is no more, if the end was set."""
@@ -104,8 +116,10 @@ def draw_receipts(start: Callable[[], Iterable[T]], watch: Callable[[], None]) -
                 ready.put(item)
             ready.put(_LAST)
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            _forget_frames(error)
             ready.put(error)
         # Ray Data lets its actors go by forgetting them, and what it forgets refers to itself in circles.
+        end.wait(ENDING_S)
         gc.collect()
 
     threading.Thread(target=draw, name=THREAD_NAME, daemon=True).start()
@@ -123,6 +137,19 @@ def draw_receipts(start: Callable[[], Iterable[T]], watch: Callable[[], None]) -
             yield item  # type: ignore[misc]  # what `items` yields
     finally:
         end.set()
+
+
+def _forget_frames(error: BaseException) -> None:
+    """Take the tracebacks off an error and those behind it: their frames hold the path, and its actors."""
+    left: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while left:
+        link = left.pop()
+        if link is None or id(link) in seen:
+            continue
+        seen.add(id(link))
+        link.__traceback__ = None
+        left += [link.__cause__, link.__context__]
 
 
 def wait_for_paths(timeout_s: float) -> None:
