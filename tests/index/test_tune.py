@@ -25,6 +25,7 @@ def simulated(recall_of, n_queries: int = 200, k: int = 10):
     return search_at, truth, calls
 
 
+@pytest.mark.slow
 @given(needed=st.integers(1, 500), largest=st.integers(1, 500))
 def test_smallest_effort_is_found_in_few_searches(needed, largest):
     search_at, truth, calls = simulated(lambda effort: 0.95 if effort >= needed else 0.9)

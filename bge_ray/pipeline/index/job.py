@@ -128,6 +128,9 @@ class IndexWork:
         self._storage = Storage(settings.output.storage_timeout_s)
         self._root = str(settings.output.uri)
         self._folder = open_folder(self._storage, join(self._root, FOLDER), "index", "output.uri", NAMES)
+        # Before anything of it is read: what is not ours says nothing.
+        self._folder.check_owner()
+        self._folder.refuse_foreign(self._folder.names)
         self.inputs: Inputs = self._read_inputs()
         self.built = False
         self._index: IndexDescription | None = None

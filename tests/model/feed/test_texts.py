@@ -142,6 +142,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "n", "truncated"), [("spaces", 3, False), ("chinese", 512, True)])
 def test_ten_megabytes_of_anything_stay_bounded(
     encoder_folder: MakeModel, kind: str, n: int, truncated: bool

@@ -164,6 +164,7 @@ print(peak - before, anonymous() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_takes_one_copy_of_the_weights(tmp_path: Path, dtype: str) -> None:
     """Of 180 MB in float32. What is mapped from the file can be dropped, and is not counted."""

@@ -124,6 +124,7 @@ def test_an_empty_text_has_one_vector_and_no_weight(folder: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_any_subset_gives_the_same_columns(folder: Path, texts: list[str]) -> None:
     whole = outputs(folder, texts)
     for asked in (("sparse",), ("embedding", "colbert"), ("embedding",)):
@@ -178,6 +179,7 @@ def test_a_weight_that_is_no_number_is_found_out(folder: Path, tmp_path: Path) -
         assert sorted(result.faults) == [0, 1]
 
 
+@pytest.mark.slow
 def test_8192_tokens(tmp_path: Path) -> None:
     folder = make_m3(tmp_path / "long", dim=8, positions=8192)
     spec = spec_of(folder)
