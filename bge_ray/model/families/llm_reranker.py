@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from bge_ray.errors import ModelError
 from bge_ray.model.family import LAYER_SETTINGS, MERGE_SETTINGS, Role, refuse_settings
 from bge_ray.model.feed.pairs import PairFeeder
+from bge_ray.model.feed.pipeline import TOKENIZER_FILE, read_tokenizer
 from bge_ray.model.feed.prompts import YES_OR_NO
 from bge_ray.model.folder import ModelFolder
 from bge_ray.model.llm_rerankers import prompt_feeder, resolve_pairs
@@ -89,7 +90,7 @@ def load(spec: ModelSpec, folder: Path, how: "Loading") -> "tuple[torch.nn.Modul
 
     config = load_config(folder)
     model: Any = load_decoder(folder, config, how)
-    answer = _answer_id(Tokenizer.from_file(str(folder / "tokenizer.json")), folder)
+    answer = _answer_id(read_tokenizer(folder / TOKENIZER_FILE), folder)
     tied = config.tie_word_embeddings
     row = model.get_input_embeddings().weight[answer] if tied else read_row(folder, HEAD, answer)
     cap = getattr(config, "final_logit_softcapping", None)
@@ -102,14 +103,10 @@ def _is_tuned_so(name: str) -> bool:
 
 
 def _check_answer(folder: Path) -> None:
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER_FILE
     if not path.is_file():
         raise ModelError(f"{folder}: has no fast tokenizer (tokenizer.json)")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the only type that its reader raises
-        raise ModelError(f"{path}: is no tokenizer: {error}") from error
-    _answer_id(tokenizer, folder)
+    _answer_id(read_tokenizer(path), folder)
 
 
 def _answer_id(tokenizer: Tokenizer, folder: Path) -> int:

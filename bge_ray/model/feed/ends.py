@@ -5,7 +5,6 @@ alone, where version 4 let ``add_eos_token`` of tokenizer_config.json decide for
 disagree, vectors of one version are not those of the other, and nothing says so.
 """
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from bge_ray.errors import ModelError
+from bge_ray.model.feed.pipeline import TOKENIZER_FILE, read_tokenizer
+from bge_ray.model.modules import read_object
 
 logger = logging.getLogger(__name__)
 
@@ -150,26 +151,12 @@ def _by_file(tokenizer: Tokenizer) -> Ends:
 
 
 def _raw(folder: Path) -> Tokenizer:
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER_FILE
     if not path.is_file():
         raise ModelError(f"{folder}: has no tokenizer.json, which says what its texts end with")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise ModelError(f"{path}: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+    return read_tokenizer(path)
 
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: expected a JSON object")
-    return config
+    return read_object(path) if path.is_file() else {}

@@ -8,9 +8,12 @@ those that the model was trained with, and nothing says so.
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bge_ray.errors import ModelError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +68,7 @@ def take_file(tokenizer: Any, folder: Path) -> str | None:
     return note
 
 
-def read_tokenizer(path: Path) -> Any:
+def read_tokenizer(path: Path) -> "Tokenizer":
     """Return the pipeline of a tokenizer.json, which neither cuts nor pads.
 
     Raises:
@@ -76,7 +79,7 @@ def read_tokenizer(path: Path) -> Any:
     try:
         raw = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
-        raise ModelError(f"{path}: {error}") from error
+        raise ModelError(f"{path}: is no tokenizer: {error}") from error
     raw.no_truncation()
     raw.no_padding()
     return raw
