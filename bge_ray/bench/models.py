@@ -47,9 +47,15 @@ def packaged_minilm() -> Path:
     return Path(get_model_path())
 
 
-def make_encoder(shape: str, folder: Path) -> Path:
-    """Return a folder with an encoder of a shape; pooling is CLS, as BGE's."""
-    minilm = packaged_minilm()
+def make_encoder(shape: str, folder: Path, tokenizer: Path | None = None) -> Path:
+    """Return a folder with an encoder of a shape; pooling is CLS, as BGE's.
+
+    Args:
+        shape: of `SHAPES`, or minilm for the packaged one itself.
+        folder: where it is made.
+        tokenizer: a folder of all-MiniLM-L6-v2, of which weights are not looked at; None: the packaged one.
+    """
+    minilm = tokenizer or packaged_minilm()
     if shape == "minilm":
         return minilm
     folder.mkdir(parents=True, exist_ok=True)
