@@ -84,6 +84,18 @@ def _is_packable_decoder(config: PretrainedConfig) -> bool:
     return rope in STATIC_ROPE and not (both_ways and getattr(config, "sliding_window", None))
 
 
+def takes_ready_mask(model: torch.nn.Module) -> bool:
+    """Tell whether a model is known to take a mask of (rows, 1, 1, width) bool as it is.
+
+    Others may add one of their own to it, as a decoder does, or read it in their own way.
+    """
+    config = getattr(model, "config", None)
+    ours = type(model).__module__.startswith("transformers.models.")
+    known = getattr(config, "model_type", None) in ABSOLUTE_POSITIONS | OFFSET_POSITIONS
+    by_torch = getattr(config, "_attn_implementation", None) == "sdpa"
+    return ours and known and by_torch and not getattr(config, "is_decoder", False)
+
+
 def register() -> None:
     """Make the packed attention known to transformers; without a mask of its own, none is built."""
     AttentionInterface.register(ATTENTION, packed_attention)
@@ -171,7 +183,7 @@ def attend(
     Returns:
         Of the shape of ``q``.
     """
-    if q.is_cuda:
+    if has_kernel(q):
         return attend_by_kernel(q, k, v, cu_seqlens, max_seqlen, scaling, reach)
     # No kernel on the CPU knows borders. Rows of equal length need none: batches are sorted by length.
     parts = []
@@ -185,6 +197,11 @@ def attend(
         at += n_rows * n_queries
         start += n_rows * length
     return torch.cat(parts)
+
+
+def has_kernel(q: torch.Tensor) -> bool:
+    """Tell whether there is a kernel for attention that knows borders where a tensor lies."""
+    return q.is_cuda
 
 
 def attend_by_kernel(
