@@ -4,6 +4,8 @@ The model code is transformers' own. Its attention is replaced by a registered f
 the row borders (``cu_seqlens``) from the model call; positions are given explicitly.
 """
 
+import functools
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -236,9 +238,17 @@ def attend_by_kernel(
         max_seqlen,
         scale=scaling,
         window_size=window,
-        enable_gqa=k.shape[1] != q.shape[1],
+        **(_shared_heads() if k.shape[1] != q.shape[1] else {}),
     )
     return torch.as_tensor(out)
+
+
+@functools.cache
+def _shared_heads() -> dict[str, bool]:
+    """Return what tells the kernel that heads of keys are shared; torch 2.11 takes them untold."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def _attend_run(

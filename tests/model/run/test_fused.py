@@ -235,7 +235,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-@pytest.mark.parametrize(("kernels", "a_layer"), [("plain", 11), ("fused", 7)])
+@pytest.mark.parametrize(("kernels", "a_layer"), [("plain", 12), ("fused", 7)])
 def test_launches_of_a_layer(kernels: str, a_layer: int) -> None:
     """Attention counts as one here; `varlen_attn` also fills two numbers on CUDA, of either kind."""
     counted = []
@@ -246,7 +246,7 @@ def test_launches_of_a_layer(kernels: str, a_layer: int) -> None:
             for norm in (part for part in model.modules() if isinstance(part, AddNorm)):
                 norm.kernel = torch.ops.bge_ray_tests.add_norm
         arguments = inputs_of(model, LENGTHS, packed=True).arguments
-        with torch.inference_mode(), Launches() as launches:
+        with torch.no_grad(), Launches() as launches:  # which takes composite operators apart
             model(**arguments)
         counted.append(launches.names)
     assert (len(counted[1]) - len(counted[0])) / 2 == a_layer, counted[1]
