@@ -10,7 +10,7 @@ from bge_ray.model.feed.pairs import PairFeeder
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.folder import ModelFolder
 from bge_ray.records.model import Example, ModelSpec
-from bge_ray.settings.sections import Auto, ComputeDtype, ModelSettings, RerankSettings
+from bge_ray.settings.sections import Auto, ComputeDtype, Kernels, ModelSettings, RerankSettings
 
 if TYPE_CHECKING:  # a family is asked for its spec and its feeder where there is no torch
     import torch
@@ -25,12 +25,54 @@ Feeder: TypeAlias = TextFeeder | PairFeeder
 LAYER_SETTINGS = ("cutoff_layers",)
 MERGE_SETTINGS = ("compress_ratio", "compress_layers", "head_choice")
 
+# Of which `run.fused` knows the layers, and their activation, which is also the one where none is named.
+FUSED_TYPES = {"bert", "camembert", "roberta", "xlm-roberta"}
+FUSED_ACTIVATION = "gelu"
+
 
 def settle_dtype(asked: ComputeDtype | Auto, *, on_gpu: bool, half: ComputeDtype = "float16") -> ComputeDtype:
     """Return what to compute in; automatic goes by the device, and on a GPU is what suits the model."""
     if asked != "auto":
         return asked
     return half if on_gpu else "float32"
+
+
+def settle_kernels(
+    asked: Kernels | Auto, folder: ModelFolder, dtype: str, *, setting: str, on_gpu: bool, trusted: bool
+) -> Kernels:
+    """Return how the layers are computed; automatic is what is faster.
+
+    The vectors depend on it, so that it goes by what the whole run shares, and not by what one GPU can do.
+
+    Args:
+        asked: by the setting.
+        folder: the model's.
+        dtype: what is computed in.
+        setting: its name.
+        on_gpu: whether the model will run on GPUs.
+        trusted: whether Python code of the folder is run, of which nothing is known.
+
+    Raises:
+        ModelError: fused is asked for, of a model whose layers are not known.
+    """
+    if asked == "plain":
+        return "plain"
+    config = folder.config
+    known = (
+        config.get("model_type") in FUSED_TYPES
+        and config.get("hidden_act", FUSED_ACTIVATION) == FUSED_ACTIVATION
+        and config.get("position_embedding_type", "absolute") == "absolute"
+        and not config.get("is_decoder", False)
+        and not (trusted and folder.code_files())
+    )
+    if asked == "fused":
+        if not known:
+            raise ModelError(
+                f"{setting} fused: {folder.path} is no BERT, RoBERTa, CamemBERT or XLM-RoBERTa with absolute "
+                "positions and the activation gelu, the only ones with fused layers; leave it out"
+            )
+        return "fused"
+    return "fused" if known and on_gpu and dtype != "float32" else "plain"
 
 
 def task_prompts(task: str | None, name: str) -> Prompts | None:

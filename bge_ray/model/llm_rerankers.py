@@ -46,8 +46,10 @@ def resolve_pairs(
         on_gpu: whether it will run on GPUs.
 
     Raises:
-        ModelError: a length is beyond the model's positions, or leaves no room.
+        ModelError: fused kernels are asked for; a length is beyond the model's positions, or leaves no room.
     """
+    if settings.kernels == "fused":
+        raise ModelError(f"rerank.kernels fused: {settings.model} is an LLM reranker, which has plain ones")
     check_length("rerank.max_length", settings.max_length, folder.positions, settings.model)
     max_length = settings.max_length or min(DEFAULT_MAX_LENGTH, folder.positions or DEFAULT_MAX_LENGTH)
     query_max_length = settings.query_max_length or query_share(max_length)

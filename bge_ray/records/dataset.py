@@ -31,8 +31,12 @@ NOT_DECISIVE = (
     "model.examples",
     "canaries",
 )
-# These came later, and decide nothing where they are not given: a data set made before stays the same.
-OPTIONAL = ("model.first_token", "model.last_token")
+# These came later, and decide nothing where they are what everything was before: a data set stays the same.
+OPTIONAL: dict[str, str | None] = {
+    "model.first_token": None,
+    "model.last_token": None,
+    "model.kernels": "plain",
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class DatasetSpec:
         if self.chunking is None:
             del facts["chunking"]
         flat = flatten(facts)
-        absent = {key for key in OPTIONAL if flat[key] is None}
+        absent = {key for key, before in OPTIONAL.items() if flat[key] == before}
         return {key: value for key, value in flat.items() if key not in NOT_DECISIVE and key not in absent}
 
     def check_same(self, other: "DatasetSpec", uri: str) -> None:
@@ -76,7 +80,7 @@ class DatasetSpec:
         Raises:
             DatasetMismatchError: names each field that differs, with both values.
         """
-        mine, theirs = self.decisive(), other.decisive()
+        mine, theirs = OPTIONAL | self.decisive(), OPTIONAL | other.decisive()
         differ = [
             f"{key}: there {theirs.get(key)!r}, now {mine.get(key)!r}"
             for key in sorted(mine | theirs)

@@ -29,6 +29,9 @@ class ModelSpec:
     ``family`` names the kind of checkpoint, ``dtype`` what is computed in. Pooling and normalisation say
     nothing where a family has none: a cross-encoder's are ``cls`` and False.
 
+    ``kernels`` is how its layers are computed: ``plain``, by transformers' own, or ``fused``, by fewer
+    kernels and with a GELU by tanh (`model.run.fused`).
+
     ``query_template`` is a query as the model reads it, of ``{instruction}`` and ``{query}``; where it is
     empty, the instruction and then the query. ``examples`` stand before that. Every text begins with
     ``first_token`` and ends with ``last_token``, whatever the tokenizer does by itself; None: as it does.
@@ -49,6 +52,7 @@ class ModelSpec:
     examples: tuple[Example, ...] = ()
     first_token: str | None = None
     last_token: str | None = None
+    kernels: str = "plain"
 
     def output(self, name: str) -> Output:
         """Return the output of a name.
@@ -97,6 +101,10 @@ class ModelSpec:
         dtypes = {o.name: o.dtype for o in other.outputs}
         outputs = tuple(dataclasses.replace(o, dtype=dtypes.get(o.name, o.dtype)) for o in self.outputs)
         return dataclasses.replace(self, outputs=outputs)
+
+    def computed_like(self, other: "ModelSpec") -> "ModelSpec":
+        """Return the same model with its layers computed as the other's are."""
+        return dataclasses.replace(self, kernels=other.kernels)
 
     def only(self, name: str) -> "ModelSpec":
         """Return the same model with one of its outputs.

@@ -32,6 +32,7 @@ Pooling: TypeAlias = Literal["cls", "mean", "last_token", "max", "mean_sqrt_len"
 ComputeDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 OutputDtype: TypeAlias = Literal["float32", "float16"]
 EncoderOutput: TypeAlias = Literal["embedding", "sparse", "colbert"]
+Kernels: TypeAlias = Literal["plain", "fused"]
 Auto: TypeAlias = Literal["auto"]
 
 # Of two letters or more: C:/ is a path.
@@ -151,6 +152,11 @@ class ModelSettings(Section):
     )
     dtype: ComputeDtype | Auto = Field(
         "auto", description="compute dtype; auto is float16 on a GPU and float32 on a CPU"
+    )
+    kernels: Kernels | Auto = Field(
+        "auto",
+        description="plain: the layers of transformers; fused: of a BERT, RoBERTa or XLM-RoBERTa, with fewer "
+        "kernels and a GELU by tanh; auto is fused in half precision on a GPU where the model allows it",
     )
     normalize: bool | Auto = Field(
         "auto",
@@ -527,6 +533,9 @@ class RerankSettings(Section):
     dtype: ComputeDtype | Auto = Field(
         "auto",
         description="compute dtype; auto is float32 on a CPU, and on a GPU float16, or bfloat16 for a Gemma",
+    )
+    kernels: Kernels | Auto = Field(
+        "auto", description="as model.kernels, of a cross-encoder; an LLM reranker has plain ones alone"
     )
     token_budget: int | Auto = Field(
         "auto", description="tokens of one forward pass; auto is 32768 on a GPU and 1024 on a CPU"

@@ -14,6 +14,7 @@ from bge_ray.model.family import (
     refuse_code,
     refuse_settings,
     settle_dtype,
+    settle_kernels,
 )
 from bge_ray.model.feed.pairs import PairFeeder, query_share, tokenizer_pairs
 from bge_ray.model.folder import ModelFolder
@@ -53,7 +54,7 @@ def recognises(folder: ModelFolder) -> bool:
 
 
 def resolve(folder: ModelFolder, settings: RerankSettings, *, on_gpu: bool) -> ModelSpec:
-    """Settle length and dtype, and that the head is there whole with one output.
+    """Settle length, dtype and kernels, and that the head is there whole with one output.
 
     Raises:
         ModelError: a weight of the head is missing and would be drawn at random, and every score with it; or
@@ -81,6 +82,15 @@ def resolve(folder: ModelFolder, settings: RerankSettings, *, on_gpu: bool) -> M
         )
     check_length("rerank.max_length", settings.max_length, folder.positions, settings.model)
     max_length = settings.max_length or min(DEFAULT_MAX_LENGTH, folder.positions or DEFAULT_MAX_LENGTH)
+    dtype = settle_dtype(settings.dtype, on_gpu=on_gpu)
+    kernels = settle_kernels(
+        settings.kernels,
+        folder,
+        dtype,
+        setting="rerank.kernels",
+        on_gpu=on_gpu,
+        trusted=settings.trust_remote_code,
+    )
     return RerankerSpec(
         name=settings.model,
         revision=folder.revision,
@@ -90,9 +100,10 @@ def resolve(folder: ModelFolder, settings: RerankSettings, *, on_gpu: bool) -> M
         pooling="cls",
         max_length=max_length,
         normalize=False,
-        dtype=settle_dtype(settings.dtype, on_gpu=on_gpu),
+        dtype=dtype,
         query_instruction=settings.query_instruction or "",
         passage_instruction=settings.passage_instruction or "",
+        kernels=kernels,
         query_max_length=settings.query_max_length or query_share(max_length),
     )
 

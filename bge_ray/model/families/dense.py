@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 from bge_ray.errors import ModelError
 from bge_ray.model.cards import ModelCard, find_card
-from bge_ray.model.family import Role, check_length, refuse_code, settle_dtype, task_prompts
+from bge_ray.model.family import (
+    Role,
+    check_length,
+    refuse_code,
+    settle_dtype,
+    settle_kernels,
+    task_prompts,
+)
 from bge_ray.model.feed.pipeline import Expected
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.folder import ModelFolder
@@ -37,7 +44,7 @@ def recognises(folder: ModelFolder) -> bool:  # noqa: ARG001 - the last of the t
 
 
 def resolve(folder: ModelFolder, settings: ModelSettings, *, on_gpu: bool) -> ModelSpec:
-    """Settle pooling, length, instructions and dtypes as asked, else as the folder or its card says.
+    """Settle pooling, length, instructions, dtypes and kernels as asked, else as the folder or its card says.
 
     Raises:
         ModelError: a module of the folder is not run here, its code would decide the vectors, or something
@@ -66,6 +73,14 @@ def resolve(folder: ModelFolder, settings: ModelSettings, *, on_gpu: bool) -> Mo
     dtype = settle_dtype(settings.dtype, on_gpu=on_gpu)
     if on_gpu and settings.dtype == "auto" and card is not None:
         dtype = card.dtype
+    kernels = settle_kernels(
+        settings.kernels,
+        folder,
+        dtype,
+        setting="model.kernels",
+        on_gpu=on_gpu,
+        trusted=settings.trust_remote_code,
+    )
     query, passage = _instructions(folder, settings, card)
     return ModelSpec(
         name=settings.name,
@@ -79,6 +94,7 @@ def resolve(folder: ModelFolder, settings: ModelSettings, *, on_gpu: bool) -> Mo
         dtype=dtype,
         query_instruction=query,
         passage_instruction=passage,
+        kernels=kernels,
     )
 
 

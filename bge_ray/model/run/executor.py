@@ -9,6 +9,7 @@ import collections
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from bge_ray.errors import ModelError
 from bge_ray.model.heads import Head, Ragged
 from bge_ray.model.run.inputs import packed_inputs, padded_inputs
 from bge_ray.model.run.memory import is_out_of_memory
+from bge_ray.model.run.packed import takes_ready_mask
 from bge_ray.model.run.result import Block, Result
 from bge_ray.records.ids import IdArray
 from bge_ray.records.tokens import PackedTokens
@@ -154,17 +156,21 @@ class Executor:
 
     @torch.inference_mode()
     def _launch(self, loaded: Loaded, source: PackedTokens, rows: IdArray, *, packed: bool) -> _Launched:
-        make = packed_inputs if packed else padded_inputs
-        inputs = make(source, rows, loaded.model.config, self.device)
+        config: Any = loaded.model.config
+        if packed:
+            inputs = packed_inputs(source, rows, config, self.device)
+        else:
+            ready = takes_ready_mask(loaded.model)
+            inputs = padded_inputs(source, rows, config, self.device, ready_mask=ready)
         if any(head.needs == "layers" for head in loaded.heads):
             inputs.arguments["output_hidden_states"] = True
         hidden = loaded.model(**inputs.arguments)
         outputs = [_send(_checked(head, head(hidden, inputs)), head.output.dtype) for head in loaded.heads]
         if self.device.type != "cuda":
             return _Launched(rows, outputs, None)
-        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        ready.record()
-        return _Launched(rows, outputs, ready)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        return _Launched(rows, outputs, done)
 
     def _collect(self, source: PackedTokens, launched: _Launched, result: Result) -> None:
         for row in result.put(launched.rows, launched.blocks()).tolist():

@@ -17,21 +17,32 @@ from bge_ray.records.tokens import PackedTokens
 class Inputs:
     """Arguments of one model call, and where its rows lie.
 
-    ``mask`` is (rows, width) bool, True for tokens, or None if no row is padded; ``borders`` is
-    (rows + 1,) int64 if the rows are packed into one. ``prompt_tokens`` is (rows,) int64, how many tokens at
-    the start of each row a pooling leaves out; None if it takes all.
+    ``mask`` is (rows, width) bool, True for tokens, and ``places`` (tokens,) int64, where they lie in the
+    rows laid end to end; both are None if no row is padded. ``borders`` is (rows + 1,) int64 if the rows are
+    packed into one. ``prompt_tokens`` is (rows,) int64, how many tokens at the start of each row a pooling
+    leaves out; None if it takes all.
     """
 
     arguments: dict[str, Any]
     mask: torch.Tensor | None = None
+    places: torch.Tensor | None = None
     borders: torch.Tensor | None = None
     prompt_tokens: torch.Tensor | None = None
 
 
 def padded_inputs(
-    source: PackedTokens, rows: IdArray, config: PretrainedConfig, device: torch.device
+    source: PackedTokens,
+    rows: IdArray,
+    config: PretrainedConfig,
+    device: torch.device,
+    *,
+    ready_mask: bool = False,
 ) -> Inputs:
-    """Lay rows one below the other, padded on the right to the longest."""
+    """Lay rows one below the other, padded on the right to the longest.
+
+    With ``ready_mask`` the model is given its mask as attention takes it, (rows, 1, 1, width): transformers
+    looks into one of (rows, width), for which a GPU has to be waited for.
+    """
     lengths = source.lengths_of(rows)
     width = int(lengths.max())
     flat, within = _gather(source, rows, lengths)
@@ -47,8 +58,8 @@ def padded_inputs(
     if filled.all():  # attention without a mask takes the fastest kernel, and no mask is built
         return Inputs(arguments, prompt_tokens=prompts)
     mask = _to(filled, device)
-    arguments["attention_mask"] = mask
-    return Inputs(arguments, mask=mask, prompt_tokens=prompts)
+    arguments["attention_mask"] = mask[:, None, None] if ready_mask else mask
+    return Inputs(arguments, mask=mask, places=_to(np.flatnonzero(filled), device), prompt_tokens=prompts)
 
 
 def packed_inputs(
@@ -107,20 +118,35 @@ def _packed(hidden: torch.Tensor, inputs: Inputs, mode: str) -> torch.Tensor:
         if mode == "last_token":
             return states[borders[1:] - 1].float()
         return states[borders[:-1] + _first_tokens(lengths, inputs)].float()
+    states = states.float()
     if mode == "mean" and inputs.prompt_tokens is None:
-        return torch.segment_reduce(states.float(), "mean", lengths=lengths)
-    within = torch.arange(len(states), device=states.device) - borders[:-1].repeat_interleave(lengths)
+        return _reduced(states, "mean", lengths)
+    within = torch.arange(len(states), device=states.device) - _of_each(borders[:-1], lengths, len(states))
+    weights = within + 1.0 if mode == "weighted_mean" else torch.ones_like(within, dtype=torch.float32)
     if inputs.prompt_tokens is not None:
-        kept = within >= inputs.prompt_tokens.repeat_interleave(lengths)
-        states, within = states[kept], within[kept]
-        lengths = (lengths - inputs.prompt_tokens).clamp(min=0)
+        # Put out of the way and not taken out: how many are left is known on the device alone. where() and
+        # not a product: what is left out may be NaN.
+        kept = within >= _of_each(inputs.prompt_tokens, lengths, len(states))
+        states = torch.where(kept[:, None], states, -torch.inf if mode == "max" else 0.0)
+        weights = weights * kept
     if mode == "max":
-        return torch.segment_reduce(states.float(), "max", lengths=lengths)
-    weights = (
-        (within + 1).float() if mode == "weighted_mean" else torch.ones_like(within, dtype=torch.float32)
-    )
-    total = torch.segment_reduce(states.float() * weights[:, None], "sum", lengths=lengths)
-    return total / _denominator(torch.segment_reduce(weights, "sum", lengths=lengths), mode)
+        return _reduced(states, "max", lengths)
+    total = _reduced(states * weights[:, None], "sum", lengths)
+    return total / _denominator(_reduced(weights, "sum", lengths), mode)
+
+
+def _of_each(values: torch.Tensor, lengths: torch.Tensor, total: int) -> torch.Tensor:
+    """Return (total,) the value of its row for each token; without the total a GPU has to be waited for."""
+    return values.repeat_interleave(lengths, output_size=total)
+
+
+def _reduced(values: torch.Tensor, how: str, lengths: torch.Tensor) -> torch.Tensor:
+    """Reduce (tokens, ...) to (rows, ...).
+
+    ``unsafe`` leaves out that the lengths are looked at on the host, for which a GPU would have to be waited
+    for: that none is negative, and that they add up.
+    """
+    return torch.segment_reduce(values, how, lengths=lengths, unsafe=True)
 
 
 def _padded(hidden: torch.Tensor, inputs: Inputs, mode: str) -> torch.Tensor:
@@ -184,7 +210,7 @@ def token_states(hidden: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, to
     if inputs.mask is None:
         lengths = torch.full((len(ids),), ids.shape[1], device=ids.device)
         return hidden.flatten(0, 1), ids.flatten(), lengths
-    return hidden[inputs.mask], ids[inputs.mask], inputs.mask.sum(1)
+    return hidden.flatten(0, 1)[inputs.places], ids.flatten()[inputs.places], inputs.mask.sum(1)
 
 
 def _gather(

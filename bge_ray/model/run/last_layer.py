@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from bge_ray.model.run.fused import FusedLayer
 from bge_ray.model.run.packed import DECODERS, attend
 
 
@@ -34,8 +35,7 @@ class OneTokenLayer(torch.nn.Module):
         """Return (1, rows, dim) states of (1, tokens, dim); the rest is as in `packed_attention`."""
         layer: Any = self._layer
         attention = layer.attention.self
-        wanted = (cu_seqlens[1:] - 1 if self._last else cu_seqlens[:-1]).long()
-        own = hidden_states[:, wanted]
+        own = hidden_states[:, _wanted(cu_seqlens, last=self._last)]
         q, k, v = (
             states[0].view(states.shape[1], attention.num_attention_heads, -1)
             for states in (attention.query(own), attention.key(hidden_states), attention.value(hidden_states))
@@ -53,6 +53,38 @@ class OneTokenLayer(torch.nn.Module):
         return torch.as_tensor(
             layer.feed_forward_chunk(layer.attention.output(context.flatten(1)[None], own))
         )
+
+
+class OneTokenFusedLayer(torch.nn.Module):
+    """Stands in for the last layer of a BERT or RoBERTa whose layers are fused, as `OneTokenLayer` does."""
+
+    def __init__(self, layer: FusedLayer, *, last: bool) -> None:
+        super().__init__()
+        self._layer = layer
+        self._last = last
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *_: Any,
+        cu_seqlens: torch.Tensor,
+        runs: Sequence[tuple[int, int]],
+        max_seqlen: int,
+        **__: Any,
+    ) -> torch.Tensor:
+        """Return (1, rows, dim) states of (1, tokens, dim); the rest is as in `packed_attention`."""
+        return self._layer.of_one_token(
+            hidden_states,
+            _wanted(cu_seqlens, last=self._last),
+            cu_seqlens=cu_seqlens,
+            runs=runs,
+            max_seqlen=max_seqlen,
+        )
+
+
+def _wanted(cu_seqlens: torch.Tensor, *, last: bool) -> torch.Tensor:
+    """Return (rows,) int64, the place of the first or last token of each row."""
+    return (cu_seqlens[1:] - 1 if last else cu_seqlens[:-1]).long()
 
 
 class _AllKeys:
@@ -95,7 +127,7 @@ class OneTokenDecoderLayer(torch.nn.Module):
             keys = attention.k_norm(keys)
         cos, sin = position_embeddings  # (1, tokens, head_dim)
         keys, _same = apply_rotary_pos_emb(keys, keys, cos, sin, unsqueeze_dim=2)
-        wanted = (cu_seqlens[1:] - 1).long()
+        wanted = _wanted(cu_seqlens, last=True)
         output = layer(
             hidden_states[:, wanted],
             position_embeddings=(cos[:, wanted], sin[:, wanted]),
@@ -122,4 +154,5 @@ def keep_one_token(model: Any, needs: Collection[str]) -> None:
             model.layers[-1] = OneTokenDecoderLayer(model.layers[-1])
         return
     layers = model.base_model.encoder.layer
-    layers[-1] = OneTokenLayer(layers[-1], last="last_token" in needs)
+    kind = OneTokenFusedLayer if isinstance(layers[-1], FusedLayer) else OneTokenLayer
+    layers[-1] = kind(layers[-1], last="last_token" in needs)

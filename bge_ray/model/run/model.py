@@ -8,8 +8,10 @@ import numpy as np
 import torch
 
 from bge_ray.errors import ModelError
+from bge_ray.model.run.add_norm import compile_norms
 from bge_ray.model.run.batching import longest_rows, token_budget_batches
 from bge_ray.model.run.executor import Executor, Loaded
+from bge_ray.model.run.fused import fuse_layers
 from bge_ray.model.run.last_layer import keep_one_token
 from bge_ray.model.run.load import Loading, load_config
 from bge_ray.model.run.memory import check_room
@@ -46,7 +48,7 @@ class Model:
 
         Raises:
             ModelError: the weights here are not those of the spec, are larger than the device, or some would
-                stay random.
+                stay random; or the spec has layers fused that cannot be.
         """
         if hash_model(folder) != spec.weights_sha256:
             raise ModelError(
@@ -70,12 +72,15 @@ class Model:
             return Loaded(model, tuple(heads))
 
         loaded = load(Loading(dtype, ATTENTION if packed else None, place.trust_remote_code))
+        if spec.kernels == "fused":
+            fuse_layers(loaded.model)
         if packed:
             keep_one_token(loaded.model, {head.needs for head in loaded.heads})
         if self.device.type == "cpu":
             for module in (loaded.model, *loaded.heads):
                 prepack_linears(module, dtype)
         exact = Loading(torch.float32, trust_remote_code=place.trust_remote_code)
+        self._model = loaded.model
         self._executor = Executor(loaded, lambda: load(exact), device=self.device, packed=packed)
 
     def cut(self, lengths: np.ndarray, budget: int) -> list[IdArray]:
@@ -87,7 +92,11 @@ class Model:
         return Result(self.spec.outputs, n_rows)
 
     def warm_up(self, budget: int) -> None:
-        """Run a batch of the longest rows for nothing: kernels are loaded, and memory is claimed."""
+        """Run a batch of the longest rows for nothing: kernels are compiled and loaded, memory is claimed.
+
+        A model that was not warmed up runs without what would have to be compiled.
+        """
+        compile_norms(self._model)
         tokens = longest_rows(self.spec.max_length, budget)
         self.run(tokens, self.cut(tokens.lengths, budget), self.empty_result(len(tokens)))
 

@@ -4,6 +4,8 @@ The model code is transformers' own. Its attention is replaced by a registered f
 the row borders (``cu_seqlens``) from the model call; positions are given explicitly.
 """
 
+import functools
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -82,6 +84,18 @@ def _is_packable_decoder(config: PretrainedConfig) -> bool:
     )
     # A window to both sides has no test.
     return rope in STATIC_ROPE and not (both_ways and getattr(config, "sliding_window", None))
+
+
+def takes_ready_mask(model: torch.nn.Module) -> bool:
+    """Tell whether a model is known to take a mask of (rows, 1, 1, width) bool as it is.
+
+    Others may add one of their own to it, as a decoder does, or read it in their own way.
+    """
+    config = getattr(model, "config", None)
+    ours = type(model).__module__.startswith("transformers.models.")
+    known = getattr(config, "model_type", None) in ABSOLUTE_POSITIONS | OFFSET_POSITIONS
+    by_torch = getattr(config, "_attn_implementation", None) == "sdpa"
+    return ours and known and by_torch and not getattr(config, "is_decoder", False)
 
 
 def register() -> None:
@@ -171,7 +185,7 @@ def attend(
     Returns:
         Of the shape of ``q``.
     """
-    if q.is_cuda:
+    if has_kernel(q):
         return attend_by_kernel(q, k, v, cu_seqlens, max_seqlen, scaling, reach)
     # No kernel on the CPU knows borders. Rows of equal length need none: batches are sorted by length.
     parts = []
@@ -185,6 +199,11 @@ def attend(
         at += n_rows * n_queries
         start += n_rows * length
     return torch.cat(parts)
+
+
+def has_kernel(q: torch.Tensor) -> bool:
+    """Tell whether there is a kernel for attention that knows borders where a tensor lies."""
+    return q.is_cuda
 
 
 def attend_by_kernel(
@@ -219,9 +238,17 @@ def attend_by_kernel(
         max_seqlen,
         scale=scaling,
         window_size=window,
-        enable_gqa=k.shape[1] != q.shape[1],
+        **(_shared_heads() if k.shape[1] != q.shape[1] else {}),
     )
     return torch.as_tensor(out)
+
+
+@functools.cache
+def _shared_heads() -> dict[str, bool]:
+    """Return what tells the kernel that heads of keys are shared; torch 2.11 takes them untold."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def _attend_run(

@@ -180,6 +180,7 @@ def measure_task(
     model = Model(spec, model_folder(spec), Place(pool.device, pool.threads, trust_remote_code))
     batches = model.cut(tokens.lengths, budget)
     result = model.empty_result(len(tokens))
+    model.warm_up(budget)
     model.run(tokens, batches[:2], result)
     started = time.perf_counter()
     model.run(tokens, batches, result)

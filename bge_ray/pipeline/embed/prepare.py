@@ -164,14 +164,16 @@ def _subtract(
 
 
 def _resolve_model(settings: Settings, there: DatasetSpec | None) -> ModelSpec:
-    """Return the model, with the dtypes of the data set that is there wherever a later run executes."""
+    """Return the model, with dtypes and kernels of the data set that is there, wherever this run executes."""
     asked = settings.model
     if there is not None and asked.dtype == "auto":
         asked = asked.model_copy(update={"dtype": there.model.dtype})
-    on_gpu = False
-    if asked.dtype == "auto":
+    on_gpu, kept = False, there is not None and asked.kernels == "auto"
+    if asked.dtype == "auto" or (asked.kernels == "auto" and asked.dtype != "float32" and not kept):
         on_gpu = device_of(settings, encoder_request(settings, 1), lambda: None) == "cuda"
     model = resolve_encoder(asked, on_gpu=on_gpu)
+    if there is not None and kept:
+        model = model.computed_like(there.model)
     if settings.output.dtype != "auto":
         return model.stored_as(settings.output.dtype)
     return model if there is None else model.stored_like(there.model)

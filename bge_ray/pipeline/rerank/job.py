@@ -113,13 +113,14 @@ class RerankJob:
 
     @property
     def key(self) -> str:
-        """A name for all that decides the run; of the dtype what was asked: other devices redo nothing."""
+        """A name for all that decides the run; of dtype and kernels what was asked, for any device."""
         settings = self._settings
         found = [find_candidates(self._storage, str(settings.rerank.candidates))]
         if settings.search.queries is not None:
             found += self._storage.list_files(settings.search.queries)
         inputs = [(info.uri, info.size, info.etag) for info in found]
-        return digest(self._decisive(), settings.rerank.dtype, settings.search.tag, inputs)
+        asked = (settings.rerank.dtype, settings.rerank.kernels, settings.search.tag, inputs)
+        return digest(self._decisive(), *asked)
 
     def outputs(self) -> list[RunOutput]:
         """Return the reranked run."""
@@ -136,14 +137,14 @@ class RerankJob:
         """Settle the compute dtype, which goes by the devices of the cluster."""
         on_gpu = device_of(self._settings, reranker_request(self._settings, 1), watch) == "cuda"
         self.spec = resolve_reranker(self._settings.rerank, on_gpu=on_gpu)
-        return digest(self._decisive(), self.spec.dtype)
+        return digest(self._decisive(), self.spec.dtype, self.spec.kernels)
 
     def _decisive(self) -> list[Any]:
-        """Return all that decides the score of a pair beside the pair itself and the compute dtype."""
+        """Return all that decides the score of a pair beside the pair itself, compute dtype and kernels."""
         asked, corpus = self._settings.rerank, None
         if self._source is not None:
             corpus = [self._source.spec.vector_fingerprint, self._source.shard_hashes]
-        spec = dataclasses.replace(self.spec, name="", revision=None, dtype="")
+        spec = dataclasses.replace(self.spec, name="", revision=None, dtype="", kernels="")
         return [
             "rerank",
             FORMAT_VERSION,

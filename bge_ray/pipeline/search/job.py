@@ -163,7 +163,14 @@ class SearchJob:
         listed = self.storage.list_files(str(settings.search.queries))
         inputs = [(info.uri, info.size, info.etag) for info in listed]
         folders = [folder.uri for folder in self._folders]
-        asked = (settings.model.dtype, settings.rerank.dtype, settings.search.tag, folders, inputs)
+        asked = (
+            settings.model.dtype,
+            settings.rerank.dtype,
+            settings.rerank.kernels,
+            settings.search.tag,
+            folders,
+            inputs,
+        )
         return digest(self._decisive(), *asked)
 
     def outputs(self) -> list[RunOutput]:
@@ -225,11 +232,11 @@ class SearchJob:
         if self.reranker is not None:
             on_gpu = device_of(settings, reranker_request(settings, 1), watch) == "cuda"
             self.reranker = resolve_reranker(settings.rerank, on_gpu=on_gpu)
-        reranked_in = self.reranker.dtype if self.reranker is not None else None
+        reranked_in = [self.reranker.dtype, self.reranker.kernels] if self.reranker is not None else None
         return digest(self._decisive(), dtype, reranked_in)
 
     def _decisive(self) -> list[Any]:
-        """Return all that decides the answers of a query beside the query itself and the compute dtypes."""
+        """Return all that decides the answers of a query beside the query, the compute dtypes and kernels."""
         source, settings, asked = self.source, self._settings, self._settings.search
         index = None
         if self.index is not None:
@@ -237,7 +244,7 @@ class SearchJob:
             index = [self.index.kind, [file.sha256 for file in self.index.files], effort, self._rescored()]
         rerank: list[Any] | None = None
         if self.reranker is not None:
-            spec = dataclasses.replace(self.reranker, name="", revision=None, dtype="")
+            spec = dataclasses.replace(self.reranker, name="", revision=None, dtype="", kernels="")
             rerank = [
                 dataclasses.asdict(spec),
                 settings.rerank.depth,

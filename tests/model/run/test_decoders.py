@@ -1,17 +1,16 @@
 """Decoders on a CPU: packed, padded and one by one are the same, and the same as transformers' own."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention.varlen import _varlen_attn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from bge_ray.model.run.packed import Reach, attend, attend_by_kernel, equal_runs, is_packable
 from tests.model.conftest import encode, vectors
 from tests.support.models import make_decoder
+from tests.support.varlen import register_reference
 
 # What is told apart: the model type, and what of its configuration is changed.
 KINDS: dict[str, tuple[str, dict[str, object]]] = {
@@ -79,7 +78,7 @@ def test_attention_against_a_loop(
     torch.manual_seed(1)
     lengths = np.array([8, 8, 5, 1, 1, 1])
     borders = np.concatenate([[0], np.cumsum(lengths)])
-    total, heads, key_heads, dim = int(borders[-1]), 6, 2, 4
+    total, heads, key_heads, dim = int(borders[-1]), 6, 2, 8
     q = torch.randn(len(lengths) if one_query else total, heads, dim)
     k, v = torch.randn(total, key_heads, dim), torch.randn(total, key_heads, dim)
     expected = torch.zeros_like(q)
@@ -115,40 +114,7 @@ def test_attention_against_a_loop(
 
 @pytest.fixture(scope="module", autouse=True)
 def kernel_on_cpu() -> None:
-    """What flash attention does and asks for, as its own documentation has it, in the place of its kernel."""
-
-    def attention(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cu_seq_q: torch.Tensor,
-        cu_seq_k: torch.Tensor,
-        max_q: int,
-        max_k: int,
-        is_causal: bool = False,
-        scale: float | None = None,
-        window_size: Sequence[int] = (-1, -1),
-        enable_gqa: bool = False,
-        *_: object,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-        assert cu_seq_q.diff().max() == max_q and cu_seq_k.diff().max() == max_k
-        assert enable_gqa or q.shape[1] == k.shape[1]
-        left, right = window_size
-        out = torch.empty_like(q)
-        for row in range(len(cu_seq_k) - 1):
-            queries = slice(int(cu_seq_q[row]), int(cu_seq_q[row + 1]))
-            keys = slice(int(cu_seq_k[row]), int(cu_seq_k[row + 1]))
-            k_row, v_row = (x[keys].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-            scores = torch.einsum("qhd,khd->hqk", q[queries], k_row) * (scale or q.shape[-1] ** -0.5)
-            n_q, n_k = scores.shape[1:]
-            ahead = torch.arange(n_q)[:, None] + n_k - n_q - torch.arange(n_k)  # aligned at the end
-            hidden = (ahead > left) & (left >= 0) | (ahead < -right) & (right >= 0) | (ahead < 0) & is_causal
-            weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), -1)
-            out[queries] = torch.einsum("hqk,khd->qhd", weights, v_row)
-        return out, torch.empty(0), torch.empty(0, dtype=torch.uint64)
-
-    _varlen_attn.register_kernel("cpu")(attention)
+    register_reference()
 
 
 @pytest.mark.parametrize(
