@@ -216,6 +216,7 @@ class EmbedWork:
             ledger=ledger,
             max_attempts=attempts,
             dataset=planned.spec,
+            units_at_once=encoders.units_at_once,
         )
         logger.info(
             "%d units, %s rows to embed; %s", len(planned.todo_units), f"{planned.todo_rows:,}", sizes

@@ -63,6 +63,7 @@ def make_score_job(settings: Settings, place: Workplace, spec: ModelSpec, pool: 
         trust_remote_code=settings.rerank.trust_remote_code,
         ledger=place.ledger,
         max_attempts=place.max_attempts,
+        units_at_once=pool.units_at_once,
     )
 
 

@@ -313,6 +313,7 @@ class SearchJob:
             ledger=place.ledger,
             max_attempts=place.max_attempts,
             dataset=self.source.spec,
+            units_at_once=encoders.units_at_once,
         )
         rows = parcels([group.parcel() for group in groups])
         rows = by_tasks(rows, read_queries_stage, tasks, job=QueryJob(place, self.model, trust))
