@@ -66,8 +66,8 @@ def read_receipt(rows: int, noted: Mapping[str, Any]) -> Receipt:
     Args:
         rows: what was planned of it.
         noted: what its stages noted, as they are: ``<stage>_s`` are seconds, ``<stage>_started`` and
-            ``<stage>_ended`` moments, ``written`` the last of them, ``<stage>_queued`` seconds between them in
-            which the device was another unit's; tokens, padded_tokens, truncated (or
+            ``<stage>_ended`` moments, ``<stage>_queued`` seconds between them in which the device was another
+            unit's, ``written`` the last moment; tokens, padded_tokens, truncated (or
             query_tokens, pair_tokens, truncated_queries, truncated_pairs), text_bytes, bytes_out,
             memory_splits, lengths, device_s, waited_s; rows_out, reasons, rejected_examples, without which
             every row came out. Other whole numbers are counted by their own names.

@@ -20,6 +20,7 @@ from bge_ray.records.dataset import DatasetSpec
 from bge_ray.records.ids import IdArray
 from bge_ray.records.model import ModelSpec
 from bge_ray.records.tokens import PackedTokens
+from bge_ray.settings.sections import Auto
 
 if TYPE_CHECKING:
     from bge_ray.model.run.model import Model
@@ -31,14 +32,15 @@ class ModelJob:
     """What an actor that holds a model must know; holds no secret.
 
     ``stage`` names what it notes (encode_started, score_ended, ...). With a ``dataset`` it refuses to start
-    where the model gives other vectors than it gave when that was made. ``units_at_once`` is that of its pool.
+    where the model gives other vectors than it gave when that was made. ``token_budget`` is settled in the
+    actor, where the device is; ``units_at_once`` is that of its pool.
     """
 
     stage: Literal["encode", "score"]
     spec: ModelSpec
     device: str
     threads: int
-    token_budget: int
+    token_budget: int | Auto
     trust_remote_code: bool
     ledger: ActorHandle
     max_attempts: int
@@ -60,7 +62,7 @@ class ModelStage:
         """Load the model; no row is done before that."""
         self._job = job
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
-        self._model = self._device.submit(_load, job).result()
+        self._model, self._budget = self._device.submit(_load, job).result()
         self._room = Room() if job.units_at_once > 1 else None
         self._presence = Presence()
 
@@ -90,7 +92,7 @@ class ModelStage:
         def reject(i: int, detail: str) -> None:
             result.faults[i] = ("killed_worker", detail)
 
-        batches = self._model.cut(tokens.lengths, self._job.token_budget)
+        batches = self._model.cut(tokens.lengths, self._budget)
         run_isolated(attempt, self._job.stage, batches, run, reject)
         outputs = result.columns()
         done = without_tokens(table)
@@ -113,15 +115,15 @@ class ModelStage:
     def _at_device(
         self, name: str, tokens: PackedTokens, batches: Sequence[IdArray], result: "Result"
     ) -> float:
-        """Run batches, in the thread that torch belongs to; return when they began, by the monotonic clock."""
+        """Run batches, in the thread that torch belongs to; return when they began, as `time.monotonic`."""
         began = time.monotonic()
         with device_or_exit(name):
             self._model.run(tokens, batches, result)
         return began
 
 
-def _load(job: ModelJob) -> "Model":
-    """Load the model of a job, check it, and warm it up."""
+def _load(job: ModelJob) -> tuple["Model", int]:
+    """Load the model of a job, check it, and warm it up; return it with its token budget."""
     from bge_ray.model.canary import check_canaries  # torch, only where there is a model
     from bge_ray.model.run.model import Model, Place
 
@@ -131,9 +133,10 @@ def _load(job: ModelJob) -> "Model":
         as_passages = replace(job.dataset.model, name=job.spec.name, revision=job.spec.revision)
         feeder = text_feeder(as_passages, trust_remote_code=job.trust_remote_code)
         check_canaries(job.dataset.canaries, model, feeder)
+    budget = model.settle_budget(job.token_budget)
     if job.device != "cpu":
-        model.warm_up(job.token_budget)
-    return model
+        model.warm_up(budget)
+    return model, budget
 
 
 def _placed(table: pa.Table, name: str, values: pa.Array, rows: IdArray) -> pa.Table:

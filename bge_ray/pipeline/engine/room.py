@@ -51,7 +51,7 @@ class Presence:
     def unit(self) -> Iterator[float]:
         """Be there with a unit; gives the seconds without any before it.
 
-        The first unit of a process is waited for while the run starts, which is no fault of the stages before.
+        The first unit of a process is waited for while the run starts, no fault of the stages before.
         """
         with self._lock:
             since, self._empty_since = self._empty_since, None

@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -60,14 +60,14 @@ class Process:
     def kill(self) -> None:
         self._dead.set()
 
-    def work(self, unit: int, pause: Callable[[], None]) -> tuple[int, list[int], dict[int, str]] | None:
+    def work(self, unit: int, pauses: random.Random) -> tuple[int, list[int], dict[int, str]] | None:
         """Return (unit, rows done, rows rejected), None if the process ended before."""
         done: list[int] = []
         rejected: dict[int, str] = {}
 
         def run(pieces: Sequence[np.ndarray]) -> None:
             for row in np.concatenate(pieces).tolist():
-                pause()
+                time.sleep(pauses.random() * 2e-4)
                 if (unit, row) in self._poison:
                     self._dead.set()
                 if self._dead.is_set():
@@ -101,8 +101,7 @@ def run_units(
         if number < kills:
             threading.Timer(0.003, process.kill).start()
         with ThreadPoolExecutor(2) as pool:
-            pause = lambda: time.sleep(random_.random() * 2e-4)  # noqa: E731
-            for result in pool.map(lambda unit, p=process: p.work(unit, pause), left):
+            for result in pool.map(process.work, left, [random_] * len(left)):
                 if result is not None:
                     found[result[0]] = result[1:]
     raise AssertionError(f"no end after {MAX_PROCESSES} processes")
