@@ -13,7 +13,6 @@ from bge_ray.dataset.lookup import ShardMap, read_places
 from bge_ray.errors import DatasetMismatchError, ModelError, SettingsError
 from bge_ray.index.package import faiss
 from bge_ray.index.topk import NO_RESULT, Results, rescore
-from bge_ray.model.run.batching import settle_budget
 from bge_ray.model.spec import model_folder, text_feeder
 from bge_ray.pipeline.index.published import index_files, read_index
 from bge_ray.pipeline.index.searchers import Searcher
@@ -123,8 +122,7 @@ class IndexReader:
         model, feeder = self._loaded()
         tokens = feeder.queries(texts)
         result = model.empty_result(len(tokens))
-        budget = settle_budget("auto", on_gpu=self._device != "cpu")
-        model.run(tokens, model.cut(tokens.lengths, budget), result)
+        model.run(tokens, model.cut(tokens.lengths, model.settle_budget("auto")), result)
         for row, (reason, detail) in sorted(result.faults.items()):
             raise ModelError(f"query {texts[row][:60]!r}: no vector: {reason}, {detail}")
         found: FloatArray = result.array(EMBEDDING)

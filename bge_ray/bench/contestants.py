@@ -19,6 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bge_ray.settings.sections import Auto
+
 # Exit code of a contestant that this machine cannot run.
 NOT_HERE = 69
 
@@ -37,7 +39,7 @@ class Task:
     dtype: str
     max_length: int
     num_encoders: int
-    token_budget: int
+    token_budget: int | Auto
     unit_rows: int
     device: str
 
@@ -108,9 +110,11 @@ def _encode_units(task: Task, texts: list[str]) -> Callable[[], None]:
     model = Model(spec, model_folder(spec), Place(task.device))
     units = [feeder.passages(texts[i : i + task.unit_rows]) for i in range(0, len(texts), task.unit_rows)]
 
+    budget = model.settle_budget(task.token_budget)
+
     def work(limit: int | None = None) -> None:
         for tokens in units:
-            batches = model.cut(tokens.lengths, task.token_budget)[:limit]
+            batches = model.cut(tokens.lengths, budget)[:limit]
             model.run(tokens, batches, model.empty_result(len(tokens)))
 
     model.warm_up(task.token_budget)
@@ -246,10 +250,11 @@ def _score_pairs(task: Task, pairs: list[tuple[str, str]]) -> Callable[[], None]
     spec = resolve_reranker(settings, on_gpu=task.device == "cuda")
     feeder = pair_feeder(spec)
     model = Model(spec, model_folder(spec), Place(task.device))
+    budget = model.settle_budget(task.token_budget)
 
     def work(some: list[tuple[str, str]] = pairs) -> None:
         rows = feeder.pairs([q for q, _ in some], [p for _, p in some])
-        model.run(rows, model.cut(rows.lengths, task.token_budget), model.empty_result(len(some)))
+        model.run(rows, model.cut(rows.lengths, budget), model.empty_result(len(some)))
 
     model.warm_up(task.token_budget)
     work(pairs[:16])

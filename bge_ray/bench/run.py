@@ -28,7 +28,6 @@ from bge_ray.bench.models import make_encoder, make_reranker
 from bge_ray.errors import SettingsError
 from bge_ray.formats.docstrings import find_docstrings
 from bge_ray.model.feed.texts import TextFeeder
-from bge_ray.model.run.batching import settle_budget
 from bge_ray.model.spec import resolve_encoder
 from bge_ray.settings.sections import BenchSettings, ModelSettings, Settings
 
@@ -90,7 +89,9 @@ def run_bench(settings: Settings, titles: list[str], texts: list[str]) -> dict[s
                 outcome["tables"].append({"shape": shape, "lengths": "pairs", "rows": table})
     if bench.simulated_gpus:
         outcome["scheduling"] = [
-            _schedule(bench.simulated_gpus, unit_s, units_each) for unit_s, units_each in SIMULATED
+            run
+            for unit_s, units_each in SIMULATED
+            for run in _schedule(bench.simulated_gpus, unit_s, units_each)
         ]
     target = Path(bench.output)
     target.mkdir(parents=True, exist_ok=True)
@@ -149,13 +150,14 @@ def _table_lines(rows: dict[str, dict[str, Any]]) -> list[str]:
 
 def _scheduling_lines(runs: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| encoders | seconds a unit | units | units/s | encoders busy | driver memory | driver CPU |",
-        "|---|---|---|---|---|---|---|",
+        "| encoders | seconds a unit | at once | units | units/s | busy | driver memory | driver CPU |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for run in runs:
         cells = [
             str(run["encoders"]),
             f"{run['unit_s']:g}",
+            str(run["units_at_once"]),
             f"{run['units']:,}",
             f"{run['units_per_s']:.1f}",
             f"{run['busy']:.1%}" if run["busy"] is not None else "",
@@ -204,7 +206,7 @@ def _task(
         dtype=basis.dtype,
         max_length=max_length,
         num_encoders=settings.resources.num_encoders or one_each,
-        token_budget=settle_budget(settings.batching.token_budget, on_gpu=on_gpu),
+        token_budget=settings.batching.token_budget,
         unit_rows=max(1, -(-len(texts) // SHARDS)),
         device=basis.device,
     )
@@ -244,10 +246,13 @@ def _summary(results: list[Result]) -> dict[str, Any]:
     }
 
 
-def _schedule(encoders: int, unit_s: float, units_each: int) -> dict[str, Any]:
-    run = _run_apart("bge_ray.bench.scheduling", str(encoders), str(unit_s), str(units_each))
-    logger.info("%d simulated encoders, %g s a unit: %.1f units/s", encoders, unit_s, run["units_per_s"])
-    return run
+def _schedule(encoders: int, unit_s: float, units_each: int) -> list[dict[str, Any]]:
+    found = _run_apart("bge_ray.bench.scheduling", str(encoders), str(unit_s), str(units_each))
+    runs: list[dict[str, Any]] = found["runs"]
+    for run in runs:
+        told = (encoders, unit_s, run["units_at_once"], run["units_per_s"])
+        logger.info("%d simulated encoders, %g s a unit, %d at once: %.1f units/s", *told)
+    return runs
 
 
 def _run_apart(module: str, *words: str) -> dict[str, Any]:

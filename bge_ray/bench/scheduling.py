@@ -1,7 +1,8 @@
 """What one driver can feed: the embed job's own data path over a pool of encoders that sleep.
 
-Run as `python -m bge_ray.bench.scheduling ENCODERS UNIT_S UNITS_EACH`; the last line printed is the result as
-JSON. It starts a Ray of its own, whose GPUs and CPUs are only numbers.
+Run as `python -m bge_ray.bench.scheduling ENCODERS UNIT_S UNITS_EACH [REPEATS]`; the last line printed is
+the result as JSON: in alternation, runs whose encoders take one unit at a time, and runs in which two overlap
+as they do on a GPU. It starts a Ray of its own, whose GPUs and CPUs are only numbers.
 """
 
 import json
@@ -18,7 +19,7 @@ from bge_ray.bench.simulated import SimulatedJob
 from bge_ray.pipeline.embed.job import Stages, embedding_receipts
 from bge_ray.pipeline.embed.tasks import CorpusUnit, ReadTask, SpanTask
 from bge_ray.pipeline.engine.cluster import connect, disconnect, prepare_environment
-from bge_ray.pipeline.engine.pools import Pool, Sizes, Tasks
+from bge_ray.pipeline.engine.pools import UNITS_AT_A_GPU, Pool, Sizes, Tasks
 from bge_ray.records.plan import Coding, CorpusObject, Span, unit_fingerprint
 from bge_ray.settings.sections import ResourcesSettings
 
@@ -27,6 +28,8 @@ UNITS_A_SPAN = 8
 # Enough to keep the pool fed when reading costs READ_S; a real pool has more, in processes of their own.
 READERS, WRITERS = 4, 2
 READ_S, WRITE_S = 0.05, 0.02
+# What is done to a unit beside the device's work, as a share of that: 0.2 s of 1.7 s, see docs/measured.md.
+HOST_SHARE = 0.12
 # A real table has some 10 MB; data does not pass the driver, so its size only fills this machine's memory.
 TABLE_BYTES = 10_000
 
@@ -37,11 +40,12 @@ Interval = tuple[float, float]
 class Scheduling:
     """What became of a simulated run.
 
-    ``busy`` is the share of encoder time spent on units, None where units take no time; ``units_per_s``
+    ``busy`` is the share of the devices' time spent on units, None where units take no time; ``units_per_s``
     is the rate at which the middle half of them came out, actors starting and running out left aside.
     """
 
     encoders: int
+    units_at_once: int
     units: int
     unit_s: float
     units_per_s: float
@@ -50,21 +54,24 @@ class Scheduling:
     driver_cpu: float
 
 
-def simulate(encoders: int, unit_s: float, units_each: int) -> Scheduling:
-    """Run the data path over encoders that hold each unit for ``unit_s`` seconds.
+def simulate(encoders: int, unit_s: float, units_each: int, units_at_once: int) -> Scheduling:
+    """Run the data path over encoders that hold each unit for ``unit_s`` seconds at their device.
 
     Joins or starts no cluster: Ray must be up, with as many GPUs as encoders.
 
     Args:
         encoders: how many.
-        unit_s: seconds a unit; 0 shows how many units a second can be moved at all.
+        unit_s: seconds a unit at the device, HOST_SHARE of which it is on its way there and back besides; 0
+            shows how many units a second can be moved at all.
         units_each: units per encoder.
+        units_at_once: inside one encoder.
     """
     sizes = Sizes(
-        pools={"encoders": Pool(encoders, cpus=0.25, gpus=1.0, threads=1)},
+        pools={"encoders": Pool(encoders, 0.25, 1.0, 1, units_at_once)},
         tasks={"readers": Tasks(READERS, 1.0), "writers": Tasks(WRITERS, 0.1)},
     )
-    job = SimulatedJob(READ_S if unit_s else 0.0, unit_s, WRITE_S if unit_s else 0.0, TABLE_BYTES)
+    host_s = HOST_SHARE * unit_s
+    job = SimulatedJob(READ_S if unit_s else 0.0, unit_s, host_s, WRITE_S if unit_s else 0.0, TABLE_BYTES)
     stages = Stages(simulated.read_nothing, simulated.SleepStage, simulated.write_nothing)
     units = encoders * units_each
     driver = psutil.Process()
@@ -82,6 +89,7 @@ def simulate(encoders: int, unit_s: float, units_each: int) -> Scheduling:
     _, busy = steady_share(list(spent.values()))
     return Scheduling(
         encoders=encoders,
+        units_at_once=units_at_once,
         units=units,
         unit_s=unit_s,
         units_per_s=middle_rate([end for own in spent.values() for _, end in own]),
@@ -124,7 +132,7 @@ def _spans(units: int) -> tuple[ReadTask, ...]:
     return tuple(tasks)
 
 
-def main(encoders: int, unit_s: float, units_each: int) -> None:
+def main(encoders: int, unit_s: float, units_each: int, repeats: int = 1) -> None:
     """Start Ray, simulate, print."""
     prepare_environment(ResourcesSettings())
     import ray
@@ -138,10 +146,14 @@ def main(encoders: int, unit_s: float, units_each: int) -> None:
         _node_ip_address="127.0.0.1",
     )
     connect(ResourcesSettings())
-    found = simulate(encoders, unit_s, units_each)
+    runs = [
+        asdict(simulate(encoders, unit_s, units_each, at_once))
+        for _ in range(repeats)
+        for at_once in (1, UNITS_AT_A_GPU)
+    ]
     disconnect()
-    print("\n" + json.dumps(asdict(found)))  # noqa: T201 - the answer of this process
+    print("\n" + json.dumps({"runs": runs}))  # noqa: T201 - the answer of this process
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))
+    main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), *map(int, sys.argv[4:]))

@@ -5,6 +5,7 @@ Kept free of torch, because a simulated pool has more processes than a laptop ha
 
 import dataclasses
 import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +19,14 @@ from bge_ray.records.dataset import FileFact, Marker
 
 @dataclass(frozen=True)
 class SimulatedJob:
-    """How long each stage takes over a unit, in seconds, and the bytes of its table."""
+    """How long each stage takes over a unit, in seconds, and the bytes of its table.
+
+    A unit is ``encode_s`` at the device, and ``host_s`` on its way there and back.
+    """
 
     read_s: float
     encode_s: float
+    host_s: float
     write_s: float
     table_bytes: int
 
@@ -35,20 +40,25 @@ def read_nothing(batch: pa.Table, job: SimulatedJob) -> Iterator[pa.Table]:
 
 
 class SleepStage:
-    """An actor that sleeps instead of a GPU that works."""
+    """An actor that sleeps instead of a GPU that works; at the device there is one unit at a time."""
 
     def __init__(self, job: SimulatedJob) -> None:
         """Note how long to sleep."""
         self._job = job
+        self._device = threading.Lock()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Hold a unit for as long as encoding it would take."""
+        """Hold a unit for as long as encoding it would take; what it notes is its time at the device."""
         parcel = Parcel.from_batch(batch)
-        started = time.time()
-        time.sleep(self._job.encode_s)
+        time.sleep(self._job.host_s / 2)
+        with self._device:
+            started = time.time()
+            time.sleep(self._job.encode_s)
+            ended = time.time()
+        time.sleep(self._job.host_s / 2)
         process = f"{os.uname().nodename}:{os.getpid()}"
         return parcel.filled(
-            parcel.table, encode_started=started, encode_ended=time.time(), process=process
+            parcel.table, encode_started=started, encode_ended=ended, process=process
         ).to_batch()
 
 

@@ -66,7 +66,8 @@ def read_receipt(rows: int, noted: Mapping[str, Any]) -> Receipt:
     Args:
         rows: what was planned of it.
         noted: what its stages noted, as they are: ``<stage>_s`` are seconds, ``<stage>_started`` and
-            ``<stage>_ended`` moments, ``written`` the last of them; tokens, padded_tokens, truncated (or
+            ``<stage>_ended`` moments, ``<stage>_queued`` seconds between them in which the device was another
+            unit's, ``written`` the last moment; tokens, padded_tokens, truncated (or
             query_tokens, pair_tokens, truncated_queries, truncated_pairs), text_bytes, bytes_out,
             memory_splits, lengths, device_s, waited_s; rows_out, reasons, rejected_examples, without which
             every row came out. Other whole numbers are counted by their own names.
@@ -83,7 +84,9 @@ def read_receipt(rows: int, noted: Mapping[str, Any]) -> Receipt:
     }
     for stage in MODEL_STAGES:
         if f"{stage}_ended" in noted:
-            stage_s[stage] = noted[f"{stage}_ended"] - noted[f"{stage}_started"]
+            spent = noted[f"{stage}_ended"] - noted[f"{stage}_started"]
+            # Units overlap in an actor; while one waits for the device, the time is another's.
+            stage_s[stage] = spent - noted.get(f"{stage}_queued", 0.0)
     return Receipt(
         rows=rows,
         rows_out=noted.get("rows_out", rows - sum(reasons.values())),

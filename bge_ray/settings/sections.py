@@ -222,7 +222,8 @@ class BatchingSettings(Section):
 
     token_budget: int | Auto = Field(
         "auto",
-        description="tokens of one forward pass, padding included; auto is 32768 on a GPU and 1024 on a CPU",
+        description="tokens of one forward pass, padding included; auto is 1024 on a CPU, and on a GPU what "
+        "suits it and the model, such as 32768 for base on an H100",
     )
     unit_rows: int | Auto = Field(
         "auto",
@@ -538,7 +539,8 @@ class RerankSettings(Section):
         "auto", description="as model.kernels, of a cross-encoder; an LLM reranker has plain ones alone"
     )
     token_budget: int | Auto = Field(
-        "auto", description="tokens of one forward pass; auto is 32768 on a GPU and 1024 on a CPU"
+        "auto",
+        description="tokens of one forward pass; auto is 1024 on a CPU, on a GPU what suits it and the model",
     )
     candidates: str | None = Field(
         None,

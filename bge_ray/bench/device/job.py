@@ -17,7 +17,6 @@ from bge_ray.bench.device.plan import Clock, Note, Plan, run_within
 from bge_ray.bench.device.shapes import natural_lengths
 from bge_ray.bench.models import TOKENIZER_FILES, make_encoder
 from bge_ray.errors import SettingsError
-from bge_ray.model.run.batching import settle_budget
 from bge_ray.model.run.model import Model, Place
 from bge_ray.model.spec import model_folder, resolve_encoder, text_feeder
 from bge_ray.settings.sections import ModelSettings
@@ -108,7 +107,7 @@ def _loop(plan: Plan, model_path: Path, corpus: Path) -> dict[str, float]:
     """Run the units of the job without Ray, storage and tokenising."""
     spec = resolve_encoder(ModelSettings(name=str(model_path)), on_gpu=plan.on_gpu)
     model = Model(spec, model_folder(spec), Place(plan.device, torch.get_num_threads()))
-    budget = settle_budget("auto", on_gpu=plan.on_gpu)
+    budget = model.settle_budget("auto")
     rows = 50_000 if plan.on_gpu else 300
     tokens = text_feeder(spec).passages(texts_of(corpus, rows))
     batches = model.cut(tokens.lengths, budget)

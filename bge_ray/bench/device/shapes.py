@@ -108,7 +108,7 @@ def load_encoder(folder: Path, variant: Variant, device: str, max_length: int) -
         pooling=variant.pooling,
         max_length=max_length,
         normalize=True,
-        **({"kernels": variant.kernels} if "kernels" in ModelSettings.model_fields else {}),
+        kernels=variant.kernels,
     )
     spec = resolve_encoder(settings, on_gpu=device == "cuda")
     return Model(spec, folder, Place(device, torch.get_num_threads()), packed=variant.packed)
@@ -116,7 +116,9 @@ def load_encoder(folder: Path, variant: Variant, device: str, max_length: int) -
 
 def load_reranker(folder: Path, variant: Variant, device: str, max_length: int) -> Model:
     """Load the cross-encoder of a folder as a variant says."""
-    settings = RerankSettings(model=str(folder), dtype=variant.dtype, max_length=max_length)
+    settings = RerankSettings(
+        model=str(folder), dtype=variant.dtype, kernels=variant.kernels, max_length=max_length
+    )
     spec = resolve_reranker(settings, on_gpu=device == "cuda")
     return Model(spec, folder, Place(device, torch.get_num_threads()), packed=variant.packed)
 

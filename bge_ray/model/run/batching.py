@@ -1,5 +1,8 @@
 """Which rows share a forward pass: sorted by length, cut by a token budget."""
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
@@ -7,19 +10,49 @@ from bge_ray.records.ids import IdArray
 from bge_ray.records.tokens import PackedTokens
 from bge_ray.settings.sections import Auto
 
-# What keeps a GPU busy, and what stays in the cache of a CPU core.
-GPU_TOKEN_BUDGET = 32_768
+# What stays in the cache of a CPU core.
 CPU_TOKEN_BUDGET = 1_024
+# The output of one multiprocessor's work on a product of half precision, in numbers.
+TILE = 128 * 256
+# How often each multiprocessor has one in the narrowest product of a layer: so often that the last round,
+# which is never full, and the launching of a pass weigh little; and how often at least, for the cache's sake.
+ROUNDS, LEAST_ROUNDS = 6, 3
+# Bytes a token and a hidden dimension of what is widest in a layer, the inside of its feed-forward network.
+WIDEST_BYTES = 4 * 2
+LEAST_GPU_TOKENS = 4_096
 
 # Any token will do, but for those with a meaning of their own, which have the lowest numbers or the highest.
 PLAIN_TOKEN = 10
 
 
-def settle_budget(asked: int | Auto, *, on_gpu: bool) -> int:
-    """Return the token budget of a batch: as asked for, or what suits the device."""
+@dataclass(frozen=True)
+class Card:
+    """What of a GPU decides how large its batches are: bytes of its L2 cache, and its multiprocessors."""
+
+    cache_bytes: int
+    processors: int
+
+
+def settle_budget(asked: int | Auto, card: Card | None, hidden: int) -> int:
+    """Return the token budget of a batch: as asked for, or what suits the device and the model.
+
+    On a GPU a batch is large enough to fill it: on an H100 32,768 tokens of a model of 768 dimensions and
+    65,536 of one of 384. Where the cache holds half of that, as many as it holds: on an L4, whose memory is
+    slow, 8,192 of 768 dimensions. Always a power of two.
+
+    Args:
+        asked: a number, which it is then, or auto.
+        card: None for a CPU.
+        hidden: dimensions of the model's hidden states.
+    """
     if asked != "auto":
         return asked
-    return GPU_TOKEN_BUDGET if on_gpu else CPU_TOKEN_BUDGET
+    if card is None:
+        return CPU_TOKEN_BUDGET
+    a_round = card.processors * TILE / hidden
+    cached = card.cache_bytes / (WIDEST_BYTES * hidden)
+    tokens = cached if LEAST_ROUNDS * a_round <= cached <= ROUNDS * a_round else ROUNDS * a_round
+    return max(LEAST_GPU_TOKENS, 1 << int(math.log2(tokens)))
 
 
 def token_budget_batches(

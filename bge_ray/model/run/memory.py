@@ -1,16 +1,21 @@
 """Whether a model fits a device; which errors mean a lack of memory, and which the loss of the device."""
 
+import os
+import re
 from pathlib import Path
 
 import psutil
 import torch
 
 from bge_ray.errors import ModelError
+from bge_ray.model.run.batching import Card
 from bge_ray.model.weights import weights_bytes
 from bge_ray.records.model import ModelSpec
 
 # What a container may use at most, where there is one: of cgroups of version 2, and of version 1.
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+DRIVER = Path("/proc/driver/nvidia/version")
 
 # The CPU allocator, oneDNN, cuBLAS and the CUDA driver have no exception type of their own for this.
 _MESSAGES = (
@@ -21,6 +26,42 @@ _MESSAGES = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "could not create a memory",
 )
+
+
+def check_device(device: torch.device) -> None:
+    """Refuse a GPU that Ray counts and torch does not see, before anything is loaded.
+
+    Raises:
+        ModelError: names the driver and what torch was built for.
+    """
+    if device.type != "cuda" or torch.cuda.is_available():
+        return
+    built = f"torch {torch.__version__} is built for " + (
+        f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs alone"
+    )
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+    raise ModelError(
+        f"this process was given a GPU (CUDA_VISIBLE_DEVICES {given}) and torch sees none: {built}, and the "
+        f"driver here is {_driver_version() or 'not installed'}. Install a driver that is new enough (580 or "
+        "later for CUDA 13) or a torch built for an older CUDA, or set gpus_per_encoder or gpus_per_reranker "
+        "to 0"
+    )
+
+
+def _driver_version() -> str | None:
+    """Return the version of the NVIDIA driver's kernel module, which torch cannot tell if it is too old."""
+    if not DRIVER.is_file():
+        return None
+    found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", DRIVER.read_text())
+    return found[0] if found else "unknown"
+
+
+def card_of(device: torch.device) -> Card | None:
+    """Return what of a GPU decides how large its batches are; None of a CPU."""
+    if device.type != "cuda":
+        return None
+    facts = torch.cuda.get_device_properties(device)
+    return Card(int(facts.L2_cache_size), int(facts.multi_processor_count))
 
 
 def memory_of(device: torch.device) -> int:

@@ -9,12 +9,12 @@ import torch
 
 from bge_ray.errors import ModelError
 from bge_ray.model.run.add_norm import compile_norms
-from bge_ray.model.run.batching import longest_rows, token_budget_batches
+from bge_ray.model.run.batching import longest_rows, settle_budget, token_budget_batches
 from bge_ray.model.run.executor import Executor, Loaded
 from bge_ray.model.run.fused import fuse_layers
 from bge_ray.model.run.last_layer import keep_one_token
 from bge_ray.model.run.load import Loading, load_config
-from bge_ray.model.run.memory import check_room
+from bge_ray.model.run.memory import card_of, check_device, check_room
 from bge_ray.model.run.packed import ATTENTION, can_pack, register
 from bge_ray.model.run.prepack import prepack_linears
 from bge_ray.model.run.result import Result
@@ -23,6 +23,10 @@ from bge_ray.model.spec import family_of
 from bge_ray.records.ids import IdArray
 from bge_ray.records.model import ModelSpec
 from bge_ray.records.tokens import PackedTokens
+from bge_ray.settings.sections import Auto
+
+# Of a model whose configuration does not say it.
+USUAL_HIDDEN = 768
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Model:
 
         Raises:
             ModelError: the weights here are not those of the spec, are larger than the device, or some would
-                stay random; or the spec has layers fused that cannot be.
+                stay random; torch sees no device; or the spec has layers fused that cannot be.
         """
         if hash_model(folder) != spec.weights_sha256:
             raise ModelError(
@@ -58,6 +62,7 @@ class Model:
         torch.set_num_threads(place.threads)
         self.spec = spec
         self.device = torch.device(place.device)
+        check_device(self.device)
         check_room(spec, folder, self.device)
         dtype = getattr(torch, spec.dtype)
         if packed is None:
@@ -79,9 +84,14 @@ class Model:
         if self.device.type == "cpu":
             for module in (loaded.model, *loaded.heads):
                 prepack_linears(module, dtype)
+        self._hidden = int(getattr(loaded.model.config, "hidden_size", USUAL_HIDDEN))
         exact = Loading(torch.float32, trust_remote_code=place.trust_remote_code)
         self._model = loaded.model
         self._executor = Executor(loaded, lambda: load(exact), device=self.device, packed=packed)
+
+    def settle_budget(self, asked: int | Auto) -> int:
+        """Return the token budget of a batch: as asked for, or what suits this model on its device."""
+        return settle_budget(asked, card_of(self.device), self._hidden)
 
     def cut(self, lengths: np.ndarray, budget: int) -> list[IdArray]:
         """Cut rows of (n,) ``lengths`` into batches of at most ``budget`` tokens, as this model counts."""

@@ -18,7 +18,6 @@ from ray.actor import ActorHandle
 from bge_ray.dataset.changes import manifest_digest
 from bge_ray.dataset.folder import Dataset, marker_files
 from bge_ray.errors import IncompleteRunError, OutputBusyError, RejectedRowsError
-from bge_ray.model.run.batching import settle_budget
 from bge_ray.pipeline.embed.estimate import Estimate, estimate
 from bge_ray.pipeline.embed.planning import MAX_NAMED_OBJECTS
 from bge_ray.pipeline.embed.prepare import Planned, prepare
@@ -211,11 +210,12 @@ class EmbedWork:
             spec=planned.spec.model,
             device=encoders.device,
             threads=encoders.threads,
-            token_budget=settle_budget(settings.batching.token_budget, on_gpu=encoders.gpus > 0),
+            token_budget=settings.batching.token_budget,
             trust_remote_code=trust,
             ledger=ledger,
             max_attempts=attempts,
             dataset=planned.spec,
+            units_at_once=encoders.units_at_once,
         )
         logger.info(
             "%d units, %s rows to embed; %s", len(planned.todo_units), f"{planned.todo_rows:,}", sizes

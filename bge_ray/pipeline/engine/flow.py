@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 # This many parcels given up in a row mean that the fault is not in them.
 MAX_FAILURES_IN_A_ROW = 10
+# Units sent to an actor beyond those that are inside it.
+PREFETCHED = 1
 
 
 def parcels(tasks: Sequence[Parcel]) -> ray.data.Dataset:
@@ -44,14 +46,25 @@ def by_tasks(
 
 
 def by_actors(rows: ray.data.Dataset, stage: type, pool: Pool, job: Any) -> ray.data.Dataset:
-    """Run a callable class on each parcel, in a pool of actors."""
+    """Run a callable class on each parcel, in a pool of actors.
+
+    Where ``pool.units_at_once`` is more than one, an actor is called from so many threads; the class must be
+    made for that.
+    """
+    at_once = pool.units_at_once
     return rows.map_batches(
         stage,
         batch_format="pyarrow",
         batch_size=1,
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,
-        compute=ray.data.ActorPoolStrategy(size=pool.count, max_tasks_in_flight_per_actor=2),
+        compute=ray.data.ActorPoolStrategy(
+            size=pool.count,
+            max_concurrent_calls_per_actor=at_once,
+            enable_true_multi_threading=at_once > 1,
+            # The next unit is at hand when one ends; the more, the more uneven the end of a run.
+            max_tasks_in_flight_per_actor=at_once + PREFETCHED,
+        ),
         fn_constructor_kwargs={"job": job},
     )
 

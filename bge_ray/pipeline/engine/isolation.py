@@ -5,6 +5,11 @@ was at. So each attempt registers with a `Ledger`, an actor that outlives the wo
 attempt runs at full speed. After a death the same pieces run one by one, each announced first; a
 piece announced at two deaths runs row by row; a row announced at two deaths is rejected. Two,
 because a spot machine may vanish while an innocent row is at work.
+
+Where several tasks share a process (see `Room`), its death says nothing about any one of them. It is held
+against none; each of them is alone in its process from then on, and only what dies alone is counted. A task
+is in company in its first attempt at most, and while it waits for a process of its own, so there is an end
+to deaths that nobody is blamed for.
 """
 
 import contextlib
@@ -15,10 +20,13 @@ import numpy as np
 import ray
 from ray.actor import ActorHandle
 
+from bge_ray.pipeline.engine.room import Room
 from bge_ray.records.ids import IdArray
 
 LETHAL_DEATHS = 2
 NOWHERE = "before the first announcement"
+# Where others are, or may be, in the process, or one waits to be alone in it: a death here is nobody's.
+IN_COMPANY = "in company"
 
 
 class Ledger:
@@ -28,11 +36,15 @@ class Ledger:
         self._at: dict[str, str] = {}
         self._deaths: dict[str, Counter[str]] = {}
 
-    def start(self, key: str) -> dict[str, int]:
-        """Begin an attempt; one that began earlier and never finished counts as a death."""
+    def start(self, key: str, place: str = NOWHERE) -> dict[str, int]:
+        """Begin an attempt at a place; one that began earlier and never finished counts as a death.
+
+        Returns:
+            The deaths so far, by place.
+        """
         if key in self._at:
             self._deaths.setdefault(key, Counter())[self._at[key]] += 1
-        self._at[key] = NOWHERE
+        self._at[key] = place
         return dict(self._deaths.get(key, {}))
 
     def announce(self, key: str, place: str) -> None:
@@ -59,17 +71,35 @@ def running_ledger() -> Iterator[ActorHandle]:
 class Attempt:
     """One attempt at one task, as a context manager: leaving it without an exception finishes it."""
 
-    def __init__(self, ledger: ActorHandle, key: str) -> None:
-        self._ledger, self._key = ledger, key
+    def __init__(self, ledger: ActorHandle, key: str, room: Room | None = None) -> None:
+        """Name the task.
+
+        Args:
+            ledger: where it is registered.
+            key: of the task.
+            room: of a process that other tasks may be in at the same time; None where there are none.
+        """
+        self._ledger, self._key, self._room = ledger, key, room
         self.deaths: dict[str, int] = {}
 
     def __enter__(self) -> "Attempt":
-        self.deaths = ray.get(self._ledger.start.remote(self._key))
+        if self._room is None:
+            self.deaths = ray.get(self._ledger.start.remote(self._key))
+            return self
+        self.deaths = ray.get(self._ledger.start.remote(self._key, IN_COMPANY))
+        self._room.enter(alone=self.careful)
+        # Not before the others have left: they may still take this process down.
+        self.announce(NOWHERE)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            ray.get(self._ledger.finish.remote(self._key))
+        try:
+            if kind is None:
+                ray.get(self._ledger.finish.remote(self._key))
+        finally:
+            # Not before the ledger knows: whoever comes in next may take this process down.
+            if self._room is not None:
+                self._room.leave()
 
     @property
     def careful(self) -> bool:
@@ -78,8 +108,8 @@ class Attempt:
 
     @property
     def total_deaths(self) -> int:
-        """How often this task took its process down."""
-        return sum(self.deaths.values())
+        """How often this task took its process down; deaths in company may have been another's."""
+        return sum(deaths for place, deaths in self.deaths.items() if place != IN_COMPANY)
 
     def announce(self, place: str) -> int:
         """Say what comes next, if earlier attempts died; return the deaths known at that place."""

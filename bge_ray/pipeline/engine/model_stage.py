@@ -3,8 +3,9 @@
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 from ray.actor import ActorHandle
@@ -13,10 +14,17 @@ from bge_ray.model.spec import model_folder, text_feeder
 from bge_ray.pipeline.engine.device import device_or_exit
 from bge_ray.pipeline.engine.isolation import Attempt, run_isolated
 from bge_ray.pipeline.engine.parcel import Parcel
+from bge_ray.pipeline.engine.room import Presence, Room
 from bge_ray.pipeline.engine.rows import packed_tokens, spread, with_faults, without_tokens
 from bge_ray.records.dataset import DatasetSpec
 from bge_ray.records.ids import IdArray
 from bge_ray.records.model import ModelSpec
+from bge_ray.records.tokens import PackedTokens
+from bge_ray.settings.sections import Auto
+
+if TYPE_CHECKING:
+    from bge_ray.model.run.model import Model
+    from bge_ray.model.run.result import Result
 
 
 @dataclass(frozen=True)
@@ -24,67 +32,67 @@ class ModelJob:
     """What an actor that holds a model must know; holds no secret.
 
     ``stage`` names what it notes (encode_started, score_ended, ...). With a ``dataset`` it refuses to start
-    where the model gives other vectors than it gave when that was made.
+    where the model gives other vectors than it gave when that was made. ``token_budget`` is settled in the
+    actor, where the device is; ``units_at_once`` is that of its pool.
     """
 
     stage: Literal["encode", "score"]
     spec: ModelSpec
     device: str
     threads: int
-    token_budget: int
+    token_budget: int | Auto
     trust_remote_code: bool
     ledger: ActorHandle
     max_attempts: int
     dataset: DatasetSpec | None = None
+    units_at_once: int = 1
 
 
 class ModelStage:
-    """An actor that holds one model, and runs the rows of one parcel after the other through it."""
+    """An actor that holds one model, and runs the rows of parcels through it.
+
+    Who may be where: Ray calls it from ``units_at_once`` threads, one parcel each. What they do to their own
+    parcel they do side by side: take it out of Arrow, cut batches, make columns of the result, hand it on.
+    Torch belongs to one further thread, `_device`, in which the model is loaded, warmed up and run, for one
+    parcel after the other in the order of their arrival; so the device never has two of them, and never waits
+    while one is ready. A parcel whose process died under it before is alone in the `Room` until it is done.
+    """
 
     def __init__(self, job: ModelJob) -> None:
         """Load the model; no row is done before that."""
-        from bge_ray.model.canary import check_canaries  # torch, only where there is a model
-        from bge_ray.model.run.model import Model, Place
-
         self._job = job
-        place = Place(job.device, job.threads, job.trust_remote_code)
-        self._model = Model(job.spec, model_folder(job.spec), place)
-        if job.dataset is not None and job.dataset.canaries:
-            # Queries may be cut shorter than the passages that the canaries were read as.
-            as_passages = replace(job.dataset.model, name=job.spec.name, revision=job.spec.revision)
-            feeder = text_feeder(as_passages, trust_remote_code=job.trust_remote_code)
-            check_canaries(job.dataset.canaries, self._model, feeder)
-        if job.device != "cpu":
-            self._model.warm_up(job.token_budget)
-        self._idle_since: float | None = None
+        self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._model, self._budget = self._device.submit(_load, job).result()
+        self._room = Room() if job.units_at_once > 1 else None
+        self._presence = Presence()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Run the rows of one parcel."""
         parcel = Parcel.from_batch(batch)
         if parcel.table is None:
             return batch
-        # The first parcel is waited for while the run starts, which is no fault of the stages before.
-        waited = 0.0 if self._idle_since is None else time.time() - self._idle_since
-        with Attempt(self._job.ledger, f"{self._job.stage} {parcel.name}") as attempt:
+        key = f"{self._job.stage} {parcel.name}"
+        with self._presence.unit() as waited, Attempt(self._job.ledger, key, self._room) as attempt:
             if attempt.total_deaths >= self._job.max_attempts:
                 return parcel.failed(f"its model's process died {attempt.total_deaths} times").to_batch()
-            batch = self._run(parcel, parcel.table, attempt, waited).to_batch()
-        self._idle_since = time.time()
-        return batch
+            return self._run(parcel, parcel.table, attempt, waited).to_batch()
 
     def _run(self, parcel: Parcel, table: pa.Table, attempt: Attempt, waited_s: float) -> Parcel:
         started = time.time()
         rows, tokens = packed_tokens(table)
         result = self._model.empty_result(len(rows))
+        queued_s = 0.0
 
         def run(batches: Sequence[IdArray]) -> None:
-            with device_or_exit(parcel.name):
-                self._model.run(tokens, batches, result)
+            nonlocal queued_s
+            sent = time.monotonic()
+            at_device = self._device.submit(self._at_device, parcel.name, tokens, batches, result)
+            queued_s += at_device.result() - sent
 
         def reject(i: int, detail: str) -> None:
             result.faults[i] = ("killed_worker", detail)
 
-        batches = self._model.cut(tokens.lengths, self._job.token_budget)
+        batches = self._model.cut(tokens.lengths, self._budget)
         run_isolated(attempt, self._job.stage, batches, run, reject)
         outputs = result.columns()
         done = without_tokens(table)
@@ -94,6 +102,7 @@ class ModelStage:
         facts: dict[str, Any] = {
             f"{self._job.stage}_started": started,
             f"{self._job.stage}_ended": time.time(),
+            f"{self._job.stage}_queued": queued_s,
             "waited_s": waited_s,
             "device_s": result.busy_s,
             "batches": result.batches,
@@ -102,6 +111,32 @@ class ModelStage:
             "process": f"{os.uname().nodename}:{os.getpid()}",
         }
         return parcel.filled(done, **facts)
+
+    def _at_device(
+        self, name: str, tokens: PackedTokens, batches: Sequence[IdArray], result: "Result"
+    ) -> float:
+        """Run batches, in the thread that torch belongs to; return when they began, as `time.monotonic`."""
+        began = time.monotonic()
+        with device_or_exit(name):
+            self._model.run(tokens, batches, result)
+        return began
+
+
+def _load(job: ModelJob) -> tuple["Model", int]:
+    """Load the model of a job, check it, and warm it up; return it with its token budget."""
+    from bge_ray.model.canary import check_canaries  # torch, only where there is a model
+    from bge_ray.model.run.model import Model, Place
+
+    model = Model(job.spec, model_folder(job.spec), Place(job.device, job.threads, job.trust_remote_code))
+    if job.dataset is not None and job.dataset.canaries:
+        # Queries may be cut shorter than the passages that the canaries were read as.
+        as_passages = replace(job.dataset.model, name=job.spec.name, revision=job.spec.revision)
+        feeder = text_feeder(as_passages, trust_remote_code=job.trust_remote_code)
+        check_canaries(job.dataset.canaries, model, feeder)
+    budget = model.settle_budget(job.token_budget)
+    if job.device != "cpu":
+        model.warm_up(budget)
+    return model, budget
 
 
 def _placed(table: pa.Table, name: str, values: pa.Array, rows: IdArray) -> pa.Table:

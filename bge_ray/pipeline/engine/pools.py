@@ -23,6 +23,9 @@ TASK_SHARE = 0.25
 LEAST_TASK_CPUS = 1.0
 # What must be left of the CPUs for tasks to run at all.
 LEAST_LEFT = 0.2
+# Units inside a model's actor at once: while one is at the GPU, the other is taken out of Arrow and cut into
+# batches, or made into columns and handed on. On a CPU both would want the same core.
+UNITS_AT_A_GPU = 2
 # On a GPU that both share: a query is short and there is one of it for a hundred pairs.
 SHARED_GPUS = {"encoders": 0.25, "rerankers": 0.75}
 
@@ -63,12 +66,13 @@ class TaskRequest:
 
 @dataclass(frozen=True)
 class Pool:
-    """A number of actors, and what each of them reserves and uses."""
+    """A number of actors, what each of them reserves and uses, and how many units are inside one at once."""
 
     count: int
     cpus: float
     gpus: float
     threads: int
+    units_at_once: int = 1
 
     def __str__(self) -> str:
         gpus = f"GPUs {self.gpus:g}, " if self.gpus else ""
@@ -235,7 +239,9 @@ def _on_gpus(pools: Sequence[PoolRequest], cpus: float, gpus: float) -> dict[str
     }
     own = 1.0 if cpus >= 2 * sum(counts.values()) else 0.25
     threads = {pool.name: pool.threads or 1 for pool in pools}
-    return {name: Pool(count, own, each[name], threads[name]) for name, count in counts.items()}
+    return {
+        name: Pool(count, own, each[name], threads[name], UNITS_AT_A_GPU) for name, count in counts.items()
+    }
 
 
 def _on_cpus(pools: Sequence[PoolRequest], cpus: float, node: float, beside_gpus: bool) -> dict[str, Pool]:

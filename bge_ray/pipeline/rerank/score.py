@@ -11,7 +11,6 @@ import pyarrow.compute as pc
 import ray.data
 
 from bge_ray.errors import BgeRayError
-from bge_ray.model.run.batching import settle_budget
 from bge_ray.pipeline.engine.flow import by_actors, by_tasks
 from bge_ray.pipeline.engine.isolation import Attempt
 from bge_ray.pipeline.engine.model_stage import ModelJob, ModelStage
@@ -59,10 +58,11 @@ def make_score_job(settings: Settings, place: Workplace, spec: ModelSpec, pool: 
         spec=spec,
         device=pool.device,
         threads=pool.threads,
-        token_budget=settle_budget(settings.rerank.token_budget, on_gpu=pool.gpus > 0),
+        token_budget=settings.rerank.token_budget,
         trust_remote_code=settings.rerank.trust_remote_code,
         ledger=place.ledger,
         max_attempts=place.max_attempts,
+        units_at_once=pool.units_at_once,
     )
 
 

@@ -15,7 +15,6 @@ from ray.actor import ActorHandle
 from bge_ray.dataset.lookup import ShardMap
 from bge_ray.errors import DatasetMismatchError, IncompleteRunError, SettingsError
 from bge_ray.formats.queries import read_queries
-from bge_ray.model.run.batching import settle_budget
 from bge_ray.model.source import fetch_model, hash_model
 from bge_ray.model.spec import asked_of_queries, resolve_reranker
 from bge_ray.pipeline.engine.flow import by_actors, by_tasks, parcels, receipts
@@ -315,11 +314,12 @@ class SearchJob:
             spec=self.model,
             device=encoders.device,
             threads=encoders.threads,
-            token_budget=settle_budget(settings.batching.token_budget, on_gpu=encoders.gpus > 0),
+            token_budget=settings.batching.token_budget,
             trust_remote_code=trust,
             ledger=place.ledger,
             max_attempts=place.max_attempts,
             dataset=self.source.spec,
+            units_at_once=encoders.units_at_once,
         )
         rows = parcels([group.parcel() for group in groups])
         rows = by_tasks(rows, read_queries_stage, tasks, job=QueryJob(place, self.model, trust))

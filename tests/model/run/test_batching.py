@@ -1,10 +1,11 @@
 """Batches: every row once, within the budget, longest first, the same each time."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bge_ray.model.run.batching import longest_rows, token_budget_batches
+from bge_ray.model.run.batching import Card, longest_rows, settle_budget, token_budget_batches
 
 LENGTHS = st.lists(st.integers(1, 600), max_size=80)
 
@@ -41,3 +42,28 @@ def test_a_warm_up_fills_the_budget_with_the_longest_rows(length: int, budget: i
     assert set(tokens.lengths) == {length}
     assert len(tokens) == max(1, budget // length)
     assert len(token_budget_batches(tokens.lengths, budget)) == 1
+
+
+H100, H200, A100 = Card(50 << 20, 132), Card(60 << 20, 132), Card(40 << 20, 108)
+L4, A10, T4 = Card(48 << 20, 58), Card(6 << 20, 72), Card(4 << 20, 40)
+
+
+@pytest.mark.parametrize(
+    ("card", "hidden", "tokens"),
+    [
+        (H100, 768, 32_768),
+        (H100, 384, 65_536),
+        (H100, 1024, 16_384),
+        (H200, 768, 32_768),
+        (A100, 768, 16_384),
+        (L4, 768, 8_192),
+        (L4, 384, 16_384),
+        (A10, 768, 16_384),
+        (T4, 768, 8_192),
+        (T4, 4096, 4_096),
+        (None, 768, 1_024),
+    ],
+)
+def test_a_budget_suits_card_and_model(card: Card | None, hidden: int, tokens: int) -> None:
+    assert settle_budget("auto", card, hidden) == tokens
+    assert settle_budget(300, card, hidden) == 300

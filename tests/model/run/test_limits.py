@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bge_ray.errors import ModelError
-from bge_ray.model.run.memory import check_room, memory_of
+from bge_ray.model.run import memory
+from bge_ray.model.run.memory import check_device, check_room, memory_of
 from bge_ray.model.spec import text_feeder
 from bge_ray.model.weights import count_numbers, weights_bytes
 from tests.model.conftest import MakeModel, load, resolve, run, vectors
@@ -183,3 +184,27 @@ def test_loading_takes_one_copy_of_the_weights(tmp_path: Path, dtype: str) -> No
     size = weights_bytes(folder, dtype)
     assert 150e6 < weights_bytes(folder, "float32") < 250e6
     assert 0.8 * size < peak < 1.5 * size and after < 1.3 * size, (peak, after, size)
+
+
+@pytest.mark.parametrize(
+    ("built", "driver", "told"),
+    [
+        ("13.0", "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12\n", "535.183.01"),
+        ("13.0", None, "not installed"),
+        (None, None, "CPUs alone"),
+    ],
+)
+def test_a_gpu_that_torch_does_not_see_is_refused_with_driver_and_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: str | None, driver: str | None, told: str
+) -> None:
+    monkeypatch.setattr(memory, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    if driver is not None:
+        (tmp_path / "version").write_text(driver)
+    check_device(torch.device("cpu"))
+    with pytest.raises(ModelError, match="torch sees none") as refused:
+        check_device(torch.device("cuda"))
+    assert told in str(refused.value)
+    assert torch.__version__ in str(refused.value)
+    assert built is None or f"CUDA {built}" in str(refused.value)

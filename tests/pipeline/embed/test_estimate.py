@@ -1,11 +1,14 @@
 """What a dry run measures: the texts as they will be embedded, of units from all over the corpus."""
 
+import dataclasses
 from pathlib import Path
 
+import pytest
 from transformers import AutoTokenizer
 
 from bge_ray.model.feed.chunks import Chunker
 from bge_ray.model.spec import resolve_encoder, text_feeder
+from bge_ray.pipeline.embed import estimate
 from bge_ray.pipeline.embed.estimate import SAMPLE_ROWS, measure_task, sample_task
 from bge_ray.pipeline.embed.prepare import settle_chunking
 from bge_ray.pipeline.embed.tasks import CorpusUnit, SpanTask
@@ -30,10 +33,9 @@ def test_tokens_are_those_of_the_texts_with_their_instruction(tiny_model: Path) 
         sample = [("", text, text) for text in texts]
         measured = measure_task(spec, None, sample, POOL, 64, False)
         assert measured is not None
-        tokens_per_row, vectors_per_row, rate = measured
-        assert tokens_per_row == sum(expected) / len(expected)
-        assert vectors_per_row == 1
-        assert rate > 0
+        assert measured.tokens == sum(expected) / len(expected)
+        assert (measured.pieces, measured.runs) == (1, 1)
+        assert measured.rate > 0
     assert measure_task(spec, None, [], POOL, 64, False) is None
 
 
@@ -46,8 +48,23 @@ def test_chunks_are_counted_as_they_will_be(tiny_model: Path) -> None:
     chunks = Chunker(text_feeder(spec), rules).cut([""] * 20, bodies)
     measured = measure_task(spec, rules, [("", body, body) for body in bodies], POOL, 64, False)
     assert measured is not None
-    assert measured[:2] == (int(chunks.tokens.lengths.sum()) / 20, len(chunks.numbers) / 20)
-    assert measured[1] > 1
+    assert measured.tokens == int(chunks.tokens.lengths.sum()) / 20
+    assert measured.pieces == len(chunks.numbers) / 20 > 1
+
+
+def test_on_a_gpu_the_sample_is_repeated_until_a_second_is_full(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = resolve_encoder(ModelSettings(name=str(tiny_model)), on_gpu=False)
+    monkeypatch.setattr(Pool, "device", "cpu")  # a GPU as far as its time is concerned
+    monkeypatch.setattr(estimate, "GPU_SAMPLE_S", 0.2)
+    sample = [("", f"text {i}", f"text {i}") for i in range(4)]
+    measured = measure_task(spec, None, sample, dataclasses.replace(POOL, gpus=1.0), "auto", False)
+    assert measured is not None
+    assert measured.runs > 2
+    base = estimate.Estimate(1, 1, 1, 1, 1, tokens=1, tokens_per_s=1.0, seconds=1.0, memory_bytes=1)
+    told = dataclasses.replace(base, output_bytes=1, num_encoders=1, sample_runs=37).lines()
+    assert any("the median of 37 runs" in line for line in told)
 
 
 def test_small_objects_are_sampled_until_there_are_rows_enough(storage: Storage, tmp_path: Path) -> None:
