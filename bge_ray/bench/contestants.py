@@ -117,7 +117,7 @@ def _encode_units(task: Task, texts: list[str]) -> Callable[[], None]:
             batches = model.cut(tokens.lengths, budget)[:limit]
             model.run(tokens, batches, model.empty_result(len(tokens)))
 
-    model.warm_up(task.token_budget)
+    model.warm_up(budget)
     work(limit=1)
     return work
 
@@ -256,7 +256,7 @@ def _score_pairs(task: Task, pairs: list[tuple[str, str]]) -> Callable[[], None]
         rows = feeder.pairs([q for q, _ in some], [p for _, p in some])
         model.run(rows, model.cut(rows.lengths, budget), model.empty_result(len(some)))
 
-    model.warm_up(task.token_budget)
+    model.warm_up(budget)
     work(pairs[:16])
     return work
 
