@@ -1,6 +1,7 @@
 """Plans, fingerprints and markers: pure facts."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pyarrow as pa
@@ -167,6 +168,18 @@ def test_what_stands_around_a_query() -> None:
     assert spec.around_query() == ("<instruct>find {query} {it}\n<query>", "\n<response>")
     assert dataclasses.replace(spec, query_instruction="").around_query() == ("", "\n<response>")
     assert MODEL.around_query() == ("q: ", "")
+
+
+def test_kernels_decide_where_they_are_not_those_of_every_data_set_before() -> None:
+    assert "model.kernels" not in SPEC.decisive()
+    before = json.loads(to_json(SPEC))
+    del before["model"]["kernels"]
+    read = from_json(DatasetSpec, json.dumps(before))
+    assert read == SPEC and read.model.kernels == "plain"
+    fused = dataclasses.replace(SPEC, model=dataclasses.replace(MODEL, kernels="fused"))
+    assert fused.vector_fingerprint != SPEC.vector_fingerprint
+    with pytest.raises(DatasetMismatchError, match=r"model\.kernels: there 'plain', now 'fused'"):
+        fused.check_same(read, "s3://b")
 
 
 def test_templates_and_examples_decide_no_vector_and_the_last_token_does() -> None:
