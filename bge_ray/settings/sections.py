@@ -631,7 +631,7 @@ class BenchSettings(Section):
     )
     rows: Annotated[int, Field(ge=64)] | Auto = Field(
         "auto",
-        description="passages each contestant embeds, the same over and over if need be; auto is 3000 on CPUs "
+        description="passages each contestant embeds, some over and over if need be; auto is 3000 on CPUs "
         "and 2000000 on a GPU",
     )
     pairs: Annotated[int, Field(ge=0)] | Auto = Field(
