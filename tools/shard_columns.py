@@ -1,9 +1,9 @@
 """What compressing each column of an embedding shard costs, and what it saves.
 
 `python tools/shard_columns.py [ROWS]` prints the table of docs/measured.md: seconds of CPU of the best of
-three writes of one column to a Parquet file in memory, as a shard has it, and the bytes of that file. Passages
-are the docstrings of this Python and its packages, over and over with another number; vectors are of unit norm
-with dimensions of unequal spread, as those of encoders are.
+three writes of one column to a Parquet file in memory, as a shard has it, and the bytes of that file. The
+passages are the docstrings of this Python and its packages, over and over with another number; vectors are of
+unit norm with dimensions of unequal spread, as those of encoders are.
 """
 
 import io

@@ -47,7 +47,9 @@ TEXT_TOKENS = (
 )
 # A packed batch on a CPU.
 MODEL = (
-    "pipeline.engine.model_stage:ModelStage.__call__ ModelStage._run _placed",
+    "pipeline.engine.model_stage:ModelStage.__call__",
+    "pipeline.engine.room:Presence.unit",
+    "pipeline.engine.model_stage:ModelStage._run ModelStage._at_device _placed",
     "pipeline.engine.rows:packed_tokens without_tokens",
     "records.arrays:whole",
     "model.run.model:Model.empty_result Model.cut",

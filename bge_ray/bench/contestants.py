@@ -21,6 +21,8 @@ import pyarrow.parquet as pq
 
 from bge_ray.settings.sections import Auto
 
+# So much that rows alone cut the units: 50,000 with vectors of 1,024 dimensions are beyond the default.
+UNIT_BYTES = 250_000_000
 # Exit code of a contestant that this machine cannot run.
 NOT_HERE = 69
 
@@ -139,6 +141,7 @@ def embed_job(task: Task) -> Result:
             "model.max_length": task.max_length,
             "model.dtype": task.dtype,
             "batching.unit_rows": task.unit_rows,
+            "batching.unit_bytes": UNIT_BYTES,
             "batching.token_budget": task.token_budget,
             "resources.num_encoders": task.num_encoders,
         }

@@ -36,14 +36,19 @@ logger = logging.getLogger(__name__)
 RUN_TIMEOUT_S = 3600
 # So many units, too: what one encoder does while the other has ended its last is a small part of the whole.
 SHARDS = 16
+# A GPU does the few rows that a CPU core can in a tenth of a second, and below one token budget a unit.
+CPU_ROWS, CPU_PAIRS = 3_000, 2_000
+GPU_ROWS, GPU_PAIRS, GPU_UNIT_ROWS = 2_000_000, 200_000, 50_000
+# So many tokens a text are a docstring's; of longer ones there are as many fewer.
+NATURAL_TOKENS = 128
 # Of a simulated pool: seconds a unit (as 50,000 short passages on a fast GPU take; none), units an encoder.
 SIMULATED = ((10.0, 12), (0.0, 60))
 
 
 def bench_docstrings(settings: Settings) -> dict[str, Any]:
     """Measure over the docstrings of this Python; see `run_bench`."""
-    needed = max(settings.bench.rows, settings.bench.pairs)
-    passages = list(itertools.islice(find_docstrings(), needed))
+    rows, pairs = _amounts(settings.bench, _device())
+    passages = list(itertools.islice(find_docstrings(), max(rows, pairs)))
     return run_bench(settings, [title for _, title, _ in passages], [text for *_, text in passages])
 
 
@@ -53,14 +58,15 @@ def run_bench(settings: Settings, titles: list[str], texts: list[str]) -> dict[s
     Args:
         settings: section bench; model.dtype, resources.num_encoders and batching.token_budget where set.
         titles: of the passages; the queries of the reranker's pairs.
-        texts: the passages.
+        texts: the passages; where there are fewer than bench asks for, they come again, in another order.
 
     Returns:
         Machine, ceilings, one table for each shape and length mix, and the simulated pool; also written
         to bench.output.
     """
     bench = settings.bench
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device()
+    rows, pairs = _amounts(bench, device)
     chosen = settings.model.dtype
     dtype = {"cuda": "float16", "cpu": "float32"}[device] if chosen == "auto" else chosen
     rates = {name: matrix_rate(device, name) for name in ("float32", "bfloat16", "float16")}
@@ -78,13 +84,14 @@ def run_bench(settings: Settings, titles: list[str], texts: list[str]) -> dict[s
             folder = Path(work) / shape
             basis = _basis(settings, shape, folder, device, dtype)
             for mix in bench.lengths:
-                task, lengths = _task(basis, mix, texts[: bench.rows], titles, folder / str(mix))
+                some = rows if mix == "natural" else rows * NATURAL_TOKENS // max(NATURAL_TOKENS, int(mix))
+                task, lengths = _task(basis, mix, some, (titles, texts), folder / str(mix))
                 table = _measure(bench, task, ENCODERS)
                 flop = count_flop(basis.model, lengths, one_token=basis.one_token)
                 _add_rates(table, lengths, flop, rates[dtype])
                 outcome["tables"].append({"shape": shape, "lengths": mix, "rows": table})
-            if bench.pairs:
-                task, _ = _task(basis, "natural", texts[: bench.pairs], titles, folder / "pairs")
+            if pairs:
+                task, _ = _task(basis, "natural", pairs, (titles, texts), folder / "pairs")
                 table = _measure(bench, task, RERANKERS)
                 outcome["tables"].append({"shape": shape, "lengths": "pairs", "rows": table})
     if bench.simulated_gpus:
@@ -188,16 +195,18 @@ def _basis(settings: Settings, shape: str, folder: Path, device: str, dtype: str
 
 
 def _task(
-    basis: _Basis, mix: str | int, texts: list[str], titles: list[str], folder: Path
+    basis: _Basis, mix: str | int, n_rows: int, passages: tuple[list[str], list[str]], folder: Path
 ) -> tuple[Task, np.ndarray]:
-    """Write the corpus of a length mix; returns what contestants get, and the (n,) tokens of its rows."""
+    """Write n rows of a length mix; returns what contestants get, and the (n,) tokens of the rows."""
     settings = basis.settings
+    titles, texts = (repeated(column, n_rows) for column in passages)
     max_length = 512 if mix == "natural" else int(mix)
     if mix != "natural":  # so long that each is cut to the same number of tokens
         texts = [(text + " ") * (1 + 6 * max_length // max(1, len(text))) for text in texts]
     lengths = TextFeeder(Path(basis.model), max_length).passages(texts).lengths
-    write_corpus(folder, texts, titles, SHARDS)
     on_gpu = basis.device == "cuda"
+    shards = max(1, -(-n_rows // GPU_UNIT_ROWS)) if on_gpu else SHARDS
+    write_corpus(folder, texts, titles, shards)
     one_each = torch.cuda.device_count() if on_gpu else torch.get_num_threads()
     task = Task(
         corpus=str(folder),
@@ -207,10 +216,31 @@ def _task(
         max_length=max_length,
         num_encoders=settings.resources.num_encoders or one_each,
         token_budget=settings.batching.token_budget,
-        unit_rows=max(1, -(-len(texts) // SHARDS)),
+        unit_rows=max(1, -(-len(texts) // shards)),
         device=basis.device,
     )
     return task, lengths
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _amounts(bench: BenchSettings, device: str) -> tuple[int, int]:
+    """Return how many rows and pairs there are to be."""
+    rows, pairs = (GPU_ROWS, GPU_PAIRS) if device == "cuda" else (CPU_ROWS, CPU_PAIRS)
+    return rows if bench.rows == "auto" else bench.rows, pairs if bench.pairs == "auto" else bench.pairs
+
+
+def repeated(items: list[str], count: int) -> list[str]:
+    """Return the first of some items, or, where there are too few, all of them again and again.
+
+    In the second case they are shuffled, always in the same way, so that every unit has some of all.
+    """
+    if count <= len(items):
+        return items[:count]
+    order = np.random.default_rng(0).permutation(count) % len(items)
+    return [items[place] for place in order.tolist()]
 
 
 def _measure(bench: BenchSettings, task: Task, contestants: dict[str, Any]) -> dict[str, dict[str, Any]]:

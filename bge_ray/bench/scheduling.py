@@ -1,8 +1,8 @@
 """What one driver can feed: the embed job's own data path over a pool of encoders that sleep.
 
 Run as `python -m bge_ray.bench.scheduling ENCODERS UNIT_S UNITS_EACH [REPEATS]`; the last line printed is
-the result as JSON: in alternation, runs whose encoders take one unit at a time, and runs in which two overlap
-as they do on a GPU. It starts a Ray of its own, whose GPUs and CPUs are only numbers.
+the result as JSON: in alternation, runs in which two units overlap in an encoder, as they do on a GPU, and
+runs in which it takes one at a time. It starts a Ray of its own, whose GPUs and CPUs are only numbers.
 """
 
 import json
@@ -146,11 +146,10 @@ def main(encoders: int, unit_s: float, units_each: int, repeats: int = 1) -> Non
         _node_ip_address="127.0.0.1",
     )
     connect(ResourcesSettings())
-    runs = [
-        asdict(simulate(encoders, unit_s, units_each, at_once))
-        for _ in range(repeats)
-        for at_once in (1, UNITS_AT_A_GPU)
-    ]
+    runs = []
+    for at_once in (UNITS_AT_A_GPU, 1) * repeats:
+        runs.append(asdict(simulate(encoders, unit_s, units_each, at_once)))
+        print(json.dumps(runs[-1]), file=sys.stderr, flush=True)  # noqa: T201 - starting so many takes minutes
     disconnect()
     print("\n" + json.dumps({"runs": runs}))  # noqa: T201 - the answer of this process
 

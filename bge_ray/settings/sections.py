@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeAlias, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -638,8 +638,15 @@ class BenchSettings(Section):
     lengths: tuple[Literal["natural"] | int, ...] = Field(
         ("natural",), description="text lengths: natural, or so many tokens each"
     )
-    rows: int = Field(3000, ge=64, description="passages each contestant embeds")
-    pairs: int = Field(2000, ge=0, description="pairs each reranker scores; 0 leaves rerankers out")
+    rows: Annotated[int, Field(ge=64)] | Auto = Field(
+        "auto",
+        description="passages each contestant embeds, some over and over if need be; auto is 3000 on CPUs "
+        "and 2000000 on a GPU",
+    )
+    pairs: Annotated[int, Field(ge=0)] | Auto = Field(
+        "auto",
+        description="pairs each reranker scores, 0 for no reranker; auto is 2000 on CPUs, 200000 on a GPU",
+    )
     repeats: int = Field(3, ge=1, description="runs of each contestant, in alternation; medians are shown")
     simulated_gpus: int = Field(
         0,

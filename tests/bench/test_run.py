@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bge_ray.bench.run import run_bench, to_markdown
+from bge_ray.bench.run import repeated, run_bench, to_markdown
 from bge_ray.errors import SettingsError
 from bge_ray.settings.sections import parse_settings
 from tests.support.corpora import docstrings
@@ -48,3 +48,13 @@ def test_a_contestant_that_fails_is_named_with_the_way_out(tmp_path: Path) -> No
 
     with pytest.raises(SettingsError, match="leave_out"):
         _run_apart("bge_ray.bench.contestants", "bge-ray bare loop", str(tmp_path / "no-such-task.json"))
+
+
+def test_where_texts_are_too_few_they_come_again_in_another_order() -> None:
+    texts = [str(i) for i in range(10)]
+    assert repeated(texts, 4) == texts[:4]
+    assert repeated(texts, 10) == texts
+    many = repeated(texts, 1000)
+    assert {many.count(text) for text in texts} == {100}
+    assert all(len(set(many[i : i + 100])) == 10 for i in range(0, 1000, 100)), "some of all in every unit"
+    assert many == repeated(texts, 1000)

@@ -35,7 +35,7 @@ def test_the_rate_is_that_of_the_middle_half() -> None:
 def test_every_unit_passes_the_pool_once_and_two_at_once_leave_the_device_idle_less() -> None:
     command = [sys.executable, "-m", "bge_ray.bench.scheduling", "3", "2", "8"]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200)
-    one, two = json.loads(done.stdout.strip().splitlines()[-1])["runs"]
+    two, one = json.loads(done.stdout.strip().splitlines()[-1])["runs"]
     assert (one["units_at_once"], two["units_at_once"]) == (1, 2)
     for found in (one, two):
         assert found["units"] == 24

@@ -84,9 +84,12 @@ class Result:
                 detail = f"a component of {output.name} exceeds {limit}, the largest {output.dtype}"
                 self.faults[row] = ("non_finite", detail)
             good &= ~over
+        all_good = bool(good.all())
         for output, block in zip(self.outputs, blocks, strict=True):
             if output.name in self._fixed:
-                self._fixed[output.name][rows[good]] = block.values[good]
+                # Choosing all of them would copy them once more, while a device waits for its next batch.
+                places, values = (rows, block.values) if all_good else (rows[good], block.values[good])
+                self._fixed[output.name][places] = values
             else:
                 self._ragged[output.name].append((rows[good], _of_rows(block, good)))
         return rows[infinite]

@@ -48,7 +48,10 @@ logger = logging.getLogger(__name__)
 
 # Tokenising one core's worth of short passages feeds a fraction of a GPU; see docs, Tuning.
 READERS_PER_GPU, READERS_PER_CORE = 6.0, 0.25
-MAX_WRITERS, WRITER_CPUS, WRITER_SHARE = 32, 0.1, 0.25
+# Encoding and hashing the shard of a GPU's unit of 1.7 s takes a core half of that time, and its upload comes
+# on top; see docs/measured.md.
+WRITERS_PER_GPU, WRITERS_PER_CORE = 2.0, 1.0
+MAX_WRITERS, WRITER_CPUS, WRITER_SHARE = 128, 0.1, 0.25
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,14 @@ def embed_sizes(settings: Settings, planned: Planned, watch: Callable[[], None])
     parcels_todo = sum(task.n_parcels for task in planned.todo)
     writers = min(MAX_WRITERS, parcels_todo)
     tasks = [
-        TaskRequest("writers", writers, WRITER_SHARE, WRITER_CPUS, per_gpu=1.0, per_core=1.0),
+        TaskRequest(
+            "writers",
+            writers,
+            WRITER_SHARE,
+            WRITER_CPUS,
+            per_gpu=WRITERS_PER_GPU,
+            per_core=WRITERS_PER_CORE,
+        ),
         TaskRequest(
             "readers",
             len(planned.todo),

@@ -1,5 +1,6 @@
 """The stage of every model: token ids of passages, queries or pairs in, its outputs in their place."""
 
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -25,6 +26,9 @@ from bge_ray.settings.sections import Auto
 if TYPE_CHECKING:
     from bge_ray.model.run.model import Model
     from bge_ray.model.run.result import Result
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ def _load(job: ModelJob) -> tuple["Model", int]:
         feeder = text_feeder(as_passages, trust_remote_code=job.trust_remote_code)
         check_canaries(job.dataset.canaries, model, feeder)
     budget = model.settle_budget(job.token_budget)
+    logger.info("%s on %s, batches of up to %d tokens", job.spec.name, job.device, budget)
     if job.device != "cpu":
         model.warm_up(budget)
     return model, budget

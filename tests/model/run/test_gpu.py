@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bge_ray.model.feed.texts import TextFeeder
+from bge_ray.model.run.memory import card_of
 from bge_ray.model.run.result import Result
 from bge_ray.model.spec import pair_feeder, resolve_reranker, text_feeder
 from bge_ray.records.model import SCORE
@@ -78,3 +79,13 @@ def test_batch_that_does_not_fit_is_halved(encoder_folder: MakeModel, packed: bo
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert not result.faults and result.batches > 1
     assert np.isfinite(vectors(result)).all() and vectors(result).any(axis=1).all()
+
+
+def test_the_card_tells_what_its_batches_are_reckoned_from(encoder_folder: MakeModel) -> None:
+    card = card_of(torch.device("cuda"))
+    assert card is not None
+    assert card.cache_bytes >= 1 << 20
+    assert card.processors >= 8
+    model = load(resolve(encoder_folder("bert", "cls"), dtype="float16"), "cuda")
+    assert model.settle_budget("auto") >= 4096
+    assert model.settle_budget(77) == 77

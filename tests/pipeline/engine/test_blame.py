@@ -10,8 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,29 +17,10 @@ import pytest
 from bge_ray.pipeline.engine import isolation
 from bge_ray.pipeline.engine.isolation import IN_COMPANY, NOWHERE, Attempt, Ledger, run_isolated
 from bge_ray.pipeline.engine.room import Room
+from tests.support.ledgers import Death, Handle
 
 ROWS, PIECE = 24, 6
 MAX_PROCESSES = 60
-
-
-class Death(BaseException):
-    """The end of a process, for each of its threads."""
-
-
-class Handle:
-    """A ledger as its actor is called, one call at a time, by a process that may be dead by now."""
-
-    def __init__(self, ledger: Ledger | None = None, dead: threading.Event | None = None) -> None:
-        self.ledger, self._dead, self._lock = ledger or Ledger(), dead or threading.Event(), threading.Lock()
-
-    def __getattr__(self, name: str) -> Any:
-        def remote(*arguments: Any) -> Any:
-            with self._lock:
-                if self._dead.is_set():
-                    raise Death
-                return getattr(self.ledger, name)(*arguments)
-
-        return SimpleNamespace(remote=remote)
 
 
 @pytest.fixture(autouse=True)

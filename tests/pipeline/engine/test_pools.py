@@ -5,7 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bge_ray.errors import SettingsError
-from bge_ray.pipeline.embed.job import READERS_PER_CORE, READERS_PER_GPU, WRITER_CPUS, WRITER_SHARE
+from bge_ray.pipeline.embed.job import (
+    MAX_WRITERS,
+    READERS_PER_CORE,
+    READERS_PER_GPU,
+    WRITER_CPUS,
+    WRITER_SHARE,
+    WRITERS_PER_CORE,
+    WRITERS_PER_GPU,
+)
 from bge_ray.pipeline.engine.pools import (
     PoolRequest,
     Sizes,
@@ -27,7 +35,14 @@ REQUESTS = st.lists(
 
 def embed_tasks(spans: int = 10_000, units: int = 10_000) -> list[TaskRequest]:
     return [
-        TaskRequest("writers", min(32, units), WRITER_SHARE, WRITER_CPUS, per_gpu=1.0, per_core=1.0),
+        TaskRequest(
+            "writers",
+            min(MAX_WRITERS, units),
+            WRITER_SHARE,
+            WRITER_CPUS,
+            per_gpu=WRITERS_PER_GPU,
+            per_core=WRITERS_PER_CORE,
+        ),
         TaskRequest("readers", spans, 1.0, per_gpu=READERS_PER_GPU, per_core=READERS_PER_CORE),
     ]
 
@@ -102,6 +117,12 @@ def test_tasks_reserve_cores_only_where_encoders_take_whole_ones() -> None:
     assert (roomy.pools["encoders"].cpus, roomy.tasks["readers"].cpus) == (1.0, 1.0)
     tight = embed(encoders(), 2, 2, 1)
     assert (tight.pools["encoders"].cpus, tight.tasks["readers"].cpus) == (0.25, 0.0)
+
+
+def test_on_a_gpu_two_units_overlap_and_have_two_writers() -> None:
+    sizes = embed(encoders(), 64, 4)
+    assert (sizes.pools["encoders"].units_at_once, sizes.tasks["writers"].count) == (2, 8)
+    assert embed(encoders(), 4, 0).pools["encoders"].units_at_once == 1
 
 
 def test_gpus_are_shared_where_asked() -> None:
