@@ -244,7 +244,7 @@ def attend_by_kernel(
 
 
 @functools.cache
-def _shared_heads() -> dict[str, bool]:
+def _shared_heads() -> dict[str, Any]:
     """Return what tells the kernel that heads of keys are shared; torch 2.11 takes them untold."""
     from torch.nn.attention.varlen import varlen_attn
 
