@@ -16,19 +16,25 @@ import torch
 
 from bge_ray.bench.device.plan import Clock, Note, Plan
 from bge_ray.bench.device.shapes import (
+    DECODERS,
     KERNELS,
     SPREAD,
     TRUTH,
     Variant,
+    load_decoding,
     load_encoder,
     load_reranker,
+    make_decoder,
     make_model,
     random_rows,
 )
 from bge_ray.errors import ModelError
+from bge_ray.model.run.batching import token_budget_batches
 from bge_ray.model.run.executor import Executor
 from bge_ray.model.run.model import Model
+from bge_ray.model.run.result import Result
 from bge_ray.pipeline.engine.device import EXIT_CODE
+from bge_ray.records.outputs import Output
 from bge_ray.records.tokens import PackedTokens
 
 LENGTHS = (1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512)
@@ -78,6 +84,9 @@ def _checks(plan: Plan) -> Iterator[tuple[str, Check]]:
                     f"{shape}, {pooling}, {dtype}, {kernels}",
                     partial(_against_padded, plan, shape, variant),
                 )
+    for kind in DECODERS:
+        for dtype in ("float16", "bfloat16") if plan.on_gpu else ("float32",):
+            yield f"{kind}, last_token, {dtype}", partial(_decoder, plan, kind, dtype)
     for dtype in ("float16", "bfloat16") if plan.on_gpu else ("float32",):
         yield f"reranker, {dtype}", partial(_reranker, plan, dtype)
     yield "device float32 against CPU float32", partial(_against_cpu, plan)
@@ -130,6 +139,23 @@ def _against_padded(plan: Plan, shape: str, variant: Variant) -> Figure:
     rows = _rows(shape, LENGTHS + LONG if TRUTH[shape].positions > 512 and plan.on_gpu else LENGTHS)
     exact = _outputs(_model(plan, shape, Variant("float32", pooling=variant.pooling, packed=False)), rows)
     return _distance(_outputs(_model(plan, shape, variant), rows), exact), MOST[variant.dtype]
+
+
+def _decoder(plan: Plan, kind: str, dtype: str) -> Figure:
+    """A decoder packed against padded, the last token of each row."""
+    folder, rows = make_decoder(kind, Path(plan.work) / f"truth-{kind}"), _rows("head 32")
+    found = []
+    for executor in (
+        load_decoding(folder, dtype, plan.device, packed=True),
+        load_decoding(folder, "float32", plan.device, packed=False),
+    ):
+        result = Result((Output("embedding", "dense", 512, "float32"),), len(rows))
+        batches = token_budget_batches(rows.lengths, BUDGET, packed=executor.packed)
+        executor.run(rows, batches, result)
+        if result.faults:
+            raise ModelError(f"rows have no output: {result.faults}")
+        found.append(result.array("embedding").astype(np.float64))
+    return _distance(found[0], found[1]), MOST[dtype]
 
 
 def _reranker(plan: Plan, dtype: str) -> Figure:
@@ -268,6 +294,7 @@ import numpy as np
 from pathlib import Path
 from bge_ray.bench.device.shapes import Variant, load_encoder
 from bge_ray.pipeline.engine.device import device_or_exit
+from bge_ray.records.outputs import Output
 from bge_ray.records.tokens import PackedTokens
 model = load_encoder(Path(sys.argv[1]), Variant("float16"), "cuda", 512)
 rows = PackedTokens(np.full(8, 10**6, np.int32), np.asarray([0, 8], np.int32), np.zeros(1, np.bool_))

@@ -19,30 +19,41 @@ from bge_ray.bench.models import TOKENIZER_FILES, make_encoder
 from bge_ray.errors import SettingsError
 from bge_ray.model.run.model import Model, Place
 from bge_ray.model.spec import model_folder, resolve_encoder, text_feeder
+from bge_ray.pipeline.engine.pools import UNITS_AT_A_GPU
 from bge_ray.settings.sections import ModelSettings
 
 ROWS_A_FILE = 25_000
 SHAPE = "base"
-# What is changed against the defaults, the most telling first.
-RUNS: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "two encoders on the GPU": {"resources.num_encoders": 2, "resources.gpus_per_encoder": 0.5},
-    "plain kernels": {"model.kernels": "plain"},
+# Units at once in an actor, and what is changed against the defaults; the most telling first.
+RUNS: dict[str, tuple[int, dict[str, Any]]] = {
+    "defaults": (UNITS_AT_A_GPU, {}),
+    "one unit at a time": (1, {}),
+    "units of 50,000 rows": (UNITS_AT_A_GPU, {"batching.unit_bytes": 250_000_000}),
+    "two encoders on the GPU": (
+        UNITS_AT_A_GPU,
+        {"resources.num_encoders": 2, "resources.gpus_per_encoder": 0.5},
+    ),
 }
+_COMMAND = """
+from bge_ray.command import main
+from bge_ray.pipeline.engine import pools
+pools.UNITS_AT_A_GPU = {units}
+main()
+"""
 
 
 def run(plan: Plan, note: Note) -> None:
     """Note what each way of running the job came to, and the loop over the same texts without Ray."""
     clock = Clock(plan.seconds - 5)
     model = make_job_model(plan)
-    corpus = make_corpus(plan, 800_000 if plan.on_gpu else 1_500)
+    corpus = make_corpus(plan, 500_000 if plan.on_gpu else 1_500)
     note("corpus", {"rows": corpus[1], "tokens": corpus[2]})
     found: dict[str, Any] = {}
-    for name, settings in RUNS.items():
+    for name, (units, settings) in RUNS.items():
         if clock.left < (35 if plan.on_gpu else 15):
             found[name] = {"left_out": "no time was left"}
         else:
-            found[name] = _run(plan, model, corpus[0], settings, clock.left)
+            found[name] = _run(plan, model, corpus[0], (units, settings), clock.left)
         note("runs", found)
         if name == "defaults":
             note("loop", _loop(plan, model, corpus[0]))
@@ -121,7 +132,10 @@ def _loop(plan: Plan, model_path: Path, corpus: Path) -> dict[str, float]:
     return {"tokens_per_s": float(tokens.lengths.sum()) / second, "rows_per_s": len(tokens) / second}
 
 
-def _run(plan: Plan, model: Path, corpus: Path, settings: dict[str, Any], seconds: float) -> dict[str, Any]:
+def _run(
+    plan: Plan, model: Path, corpus: Path, how: tuple[int, dict[str, Any]], seconds: float
+) -> dict[str, Any]:
+    units, settings = how
     out = Path(plan.work) / "job-out"
     shutil.rmtree(out, ignore_errors=True)
     keys = {
@@ -131,8 +145,8 @@ def _run(plan: Plan, model: Path, corpus: Path, settings: dict[str, Any], second
         "model.name": str(model),
         **settings,
     }
-    words = [f"{key}={value}" for key, value in keys.items()]
-    command = [sys.executable, "-c", "from bge_ray.command import main; main()", "embed", *words]
+    words = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-c", _COMMAND.format(units=units), "embed", *words]
     started = time.monotonic()
     log = Path(plan.work) / "job.log"
     run_within(command, log, seconds)

@@ -14,7 +14,7 @@ def run(plan: Plan, note: Note) -> None:
 
     clock = Clock(plan.seconds - 5)
     model_path = make_job_model(plan)
-    corpus, _, _ = make_corpus(plan, 800_000 if plan.on_gpu else 1_500)
+    corpus, _, _ = make_corpus(plan, 500_000 if plan.on_gpu else 1_500)
     texts = texts_of(corpus, 40_000 if plan.on_gpu else 300)
     tokens = int(TextFeeder(model_path, 512).passages(texts).lengths.sum())
     found: dict[str, Any] = {}

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModel,
     BertConfig,
     BertModel,
     PreTrainedConfig,
@@ -16,8 +18,14 @@ from transformers import (
     XLMRobertaModel,
 )
 
+from bge_ray.model.heads import Pooled
+from bge_ray.model.run.executor import Executor, Loaded
+from bge_ray.model.run.last_layer import keep_one_token
+from bge_ray.model.run.load import Loading, load_config, load_decoder
 from bge_ray.model.run.model import Model, Place
+from bge_ray.model.run.packed import ATTENTION, register
 from bge_ray.model.spec import resolve_encoder, resolve_reranker
+from bge_ray.records.outputs import Output
 from bge_ray.records.tokens import PackedTokens
 from bge_ray.settings.sections import ModelSettings, RerankSettings
 
@@ -112,6 +120,56 @@ def load_encoder(folder: Path, variant: Variant, device: str, max_length: int) -
     )
     spec = resolve_encoder(settings, on_gpu=device == "cuda")
     return Model(spec, folder, Place(device, torch.get_num_threads()), packed=variant.packed)
+
+
+# Of each a small one: heads that share keys, a window, norms of queries and keys.
+DECODERS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 64},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {},
+}
+
+
+def make_decoder(kind: str, folder: Path) -> Path:
+    """Save a small random decoder of a kind of `DECODERS`, unless it is there; returns its folder."""
+    if (folder / "config.json").is_file():
+        return folder
+    config = AutoConfig.for_model(
+        kind,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        vocab_size=2_000,
+        max_position_embeddings=1024,
+        initializer_range=SPREAD,
+        **DECODERS[kind],
+    )
+    torch.manual_seed(SEED)
+    AutoModel.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def load_decoding(folder: Path, dtype: str, device: str, *, packed: bool) -> Executor:
+    """Load a decoder whose output is the last token's state, without a tokenizer and what that decides."""
+    if packed:
+        register()
+    config = load_config(folder)
+    output = Output("embedding", "dense", config.hidden_size, "float32")
+
+    def load(how: Loading) -> Loaded:
+        head = Pooled(output, "last_token", normalize=True)
+        return Loaded(load_decoder(folder, load_config(folder), how), (head,))
+
+    loaded = load(Loading(getattr(torch, dtype), ATTENTION if packed else None))
+    if packed:
+        keep_one_token(loaded.model, {"last_token"})
+    exact = Loading(torch.float32)
+    return Executor(loaded, lambda: load(exact), device=torch.device(device), packed=packed)
 
 
 def load_reranker(folder: Path, variant: Variant, device: str, max_length: int) -> Model:

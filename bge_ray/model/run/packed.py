@@ -238,7 +238,7 @@ def attend_by_kernel(
         max_seqlen,
         scale=scaling,
         window_size=window,
-        **(_shared_heads() if k.shape[1] != q.shape[1] else {}),  # type: ignore[arg-type]
+        **(_shared_heads() if k.shape[1] != q.shape[1] else {}),
     )
     return torch.as_tensor(out)
 
