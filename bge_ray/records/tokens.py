@@ -1,5 +1,6 @@
 """What a model is given: the token ids of some rows, without padding. No tokenizer and no model here."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,7 +42,7 @@ class PackedTokens:
         """Lay the token ids of n rows end to end."""
         offsets = np.zeros(len(ids) + 1, dtype=np.int32)
         np.cumsum([len(row) for row in ids], out=offsets[1:])
-        flat = np.concatenate([np.zeros(0, np.int32), *(np.asarray(row, dtype=np.int32) for row in ids)])
+        flat = np.fromiter(itertools.chain.from_iterable(ids), np.int32, int(offsets[-1]))
         return PackedTokens(flat, offsets, truncated)
 
     @staticmethod

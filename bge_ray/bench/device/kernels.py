@@ -14,9 +14,10 @@ from bge_ray.bench.device.shapes import KERNELS, SPEED, Variant, load_encoder, m
 # A class of work by what the names of its kernels hold; the first that fits.
 CLASSES = {
     "attention": ("flash", "fmha", "attention"),
+    "product with GELU": ("gelubias",),
+    "product": ("gemm", "cutlass", "nvjet", "cublas", "addmm", "linear", "xmma", "aten::mm"),
     "GELU": ("gelu",),
     "normalise (and add)": ("layer_norm", "layernorm", "native_layer_norm", "triton_"),
-    "product": ("gemm", "cutlass", "nvjet", "cublas", "addmm", "linear", "sm90_xmma", "mm"),
     "copy": ("memcpy", "copy"),
     "fill": ("memset", "fill"),
     "add": ("add",),

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from bge_ray.errors import ModelError
 from bge_ray.model.feed.pipeline import NOTHING_EXPECTED, Expected, check_tokenizer, take_file
+from bge_ray.model.feed.words import words_of
 from bge_ray.records.tokens import PackedTokens
 
 # A text beyond this many characters a token is tokenised by a prefix first. English has about 4.5.
@@ -138,34 +139,60 @@ class Cutter:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_padding()
         self._side = tokenizer.truncation_side
+        self._words = words_of(self._backend)
+        self._before, self._behind = _special_tokens(self._backend)
 
     def cut(self, texts: Sequence[str], max_length: int, *, special_tokens: bool) -> PackedTokens:
         """Tokenise texts, each cut to max_length tokens; ``truncated`` says which had more."""
-        self._backend.enable_truncation(max_length, direction=self._side)
-        # What is cut off on the left depends on the whole text.
-        prefix = PREFIX_CHARS_PER_TOKEN * max_length if self._side == "right" else None
+        room = max_length - len(self._before + self._behind if special_tokens else [])
         ids: list[list[int]] = []
         truncated = np.zeros(len(texts), dtype=np.bool_)
         for start in range(0, len(texts), ENCODE_TEXTS):
             part = texts[start : start + ENCODE_TEXTS]
-            whole = [text if prefix is None or len(text) <= prefix else "" for text in part]
-            encodings = self._backend.encode_batch_fast(whole, add_special_tokens=special_tokens)
-            for row, (text, encoding) in enumerate(zip(part, encodings, strict=True)):
-                if prefix is not None and len(text) > prefix:
-                    encoding = self._cut_long(text, prefix, special_tokens)
-                kept = encoding.ids
+            known: list[list[int] | None] = [None] * len(part)
+            if self._words is not None and self._side == "right":
+                known = [self._words.ids(text, room + 1) for text in part]
+            others = [text for text, found in zip(part, known, strict=True) if found is None]
+            asked = iter(self._asked(others, max_length, special_tokens))
+            for row, found in enumerate(known):
+                if found is None:
+                    kept, truncated[start + row] = next(asked)
+                else:
+                    kept, truncated[start + row] = found, len(found) > room
+                    del kept[room:]
+                    if special_tokens:
+                        kept[:0] = self._before
+                        kept += self._behind
                 ids.append(kept)
-                # Asking for the overflow copies it, and a short row has none.
-                truncated[start + row] = len(kept) >= max_length and bool(encoding.overflowing)
         return PackedTokens.of(ids, truncated)
+
+    def _asked(
+        self, texts: Sequence[str], max_length: int, special_tokens: bool
+    ) -> Iterator[tuple[list[int], bool]]:
+        """Yield what the tokenizer itself makes of each text, and whether it had more."""
+        self._backend.enable_truncation(max_length, direction=self._side)
+        # What is cut off on the left depends on the whole text.
+        prefix = PREFIX_CHARS_PER_TOKEN * max_length if self._side == "right" else None
+        whole = [text if prefix is None or len(text) <= prefix else "" for text in texts]
+        encodings = self._backend.encode_batch_fast(whole, add_special_tokens=special_tokens)
+        for text, encoding in zip(texts, encodings, strict=True):
+            if prefix is not None and len(text) > prefix:
+                encoding = self._cut_long(text, prefix, special_tokens)
+            kept = encoding.ids
+            # Asking for the overflow copies it, and a short row has none.
+            yield kept, len(kept) >= max_length and bool(encoding.overflowing)
 
     def ids(self, texts: Sequence[str], *, special_tokens: bool) -> Iterator[list[int]]:
         """Yield all tokens of each text."""
+        before, behind = (self._before, self._behind) if special_tokens else ([], [])
         for start in range(0, len(texts), ENCODE_TEXTS):
+            part = texts[start : start + ENCODE_TEXTS]
+            known = [None if self._words is None else self._words.ids(text) for text in part]
+            others = [text for text, found in zip(part, known, strict=True) if found is None]
             self._backend.no_truncation()
-            part = list(texts[start : start + ENCODE_TEXTS])
-            for encoding in self._backend.encode_batch_fast(part, add_special_tokens=special_tokens):
-                yield encoding.ids
+            asked = iter(self._backend.encode_batch_fast(others, add_special_tokens=special_tokens))
+            for found in known:
+                yield next(asked).ids if found is None else [*before, *found, *behind]
 
     def places(self, text: str) -> list[tuple[int, int]]:
         """Return the characters of each token of a text."""
@@ -213,6 +240,14 @@ def open_tokenizer(folder: Path, *, trust_remote_code: bool) -> tuple[Any, str |
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{folder}: has no fast tokenizer (tokenizer.json)")
     return tokenizer, take_file(tokenizer, folder)
+
+
+def _special_tokens(backend: Any) -> tuple[list[int], list[int]]:
+    """Return the ids that stand before and behind every text."""
+    backend.no_truncation()
+    bare, whole = (backend.encode("x", add_special_tokens=special).ids for special in (False, True))
+    at = next(i for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)
+    return whole[:at], whole[at + len(bare) :]
 
 
 def _lower_case(backend: Any) -> None:

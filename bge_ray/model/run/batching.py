@@ -16,7 +16,7 @@ CPU_TOKEN_BUDGET = 1_024
 TILE = 128 * 256
 # How often each multiprocessor has one in the narrowest product of a layer: so often that the last round,
 # which is never full, and the launching of a pass weigh little; and how often at least, for the cache's sake.
-ROUNDS, LEAST_ROUNDS = 6, 3
+ROUNDS, LEAST_ROUNDS = 8, 3
 # Bytes a token and a hidden dimension of what is widest in a layer, the inside of its feed-forward network.
 WIDEST_BYTES = 4 * 2
 LEAST_GPU_TOKENS = 4_096
@@ -36,8 +36,8 @@ class Card:
 def settle_budget(asked: int | Auto, card: Card | None, hidden: int) -> int:
     """Return the token budget of a batch: as asked for, or what suits the device and the model.
 
-    On a GPU a batch is large enough to fill it: on an H100 32,768 tokens of a model of 768 dimensions and
-    65,536 of one of 384. Where the cache holds half of that, as many as it holds: on an L4, whose memory is
+    On a GPU a batch is large enough to fill it: on an H100 32,768 tokens of a model of 768 or 1,024
+    dimensions and 65,536 of one of 384 (docs/measured.md has the sweep). Where the cache holds half of that, as many as it holds: on an L4, whose memory is
     slow, 8,192 of 768 dimensions. Always a power of two.
 
     Args:

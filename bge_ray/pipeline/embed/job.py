@@ -46,8 +46,8 @@ from bge_ray.storage.sweep import is_due
 
 logger = logging.getLogger(__name__)
 
-# Tokenising one core's worth of short passages feeds a fraction of a GPU; see docs, Tuning.
-READERS_PER_GPU, READERS_PER_CORE = 6.0, 0.25
+# What a reader tokenises feeds a fraction of a GPU, of a small model an eighth; see docs/measured.md.
+READERS_PER_GPU, READERS_PER_CORE = 12.0, 0.25
 # Encoding and hashing the shard of a GPU's unit of 1.7 s takes a core half of that time, and its upload comes
 # on top; see docs/measured.md.
 WRITERS_PER_GPU, WRITERS_PER_CORE = 2.0, 1.0
