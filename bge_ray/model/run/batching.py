@@ -37,8 +37,9 @@ def settle_budget(asked: int | Auto, card: Card | None, hidden: int) -> int:
     """Return the token budget of a batch: as asked for, or what suits the device and the model.
 
     On a GPU a batch is large enough to fill it: on an H100 32,768 tokens of a model of 768 or 1,024
-    dimensions and 65,536 of one of 384 (docs/measured.md has the sweep). Where the cache holds half of that, as many as it holds: on an L4, whose memory is
-    slow, 8,192 of 768 dimensions. Always a power of two.
+    dimensions and 65,536 of one of 384 (docs/measured.md has the sweep). Where the cache holds three eighths
+    of that, as many as it holds: on an L4, whose memory is slow, 8,192 of 768 dimensions. Always a power of
+    two.
 
     Args:
         asked: a number, which it is then, or auto.
