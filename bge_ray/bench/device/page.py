@@ -7,6 +7,8 @@ from typing import Any, TypeAlias
 from bge_ray.report.page import ACCENT, ALERT, FAINT, Html, page, paragraph, picture, pictures, section, table
 
 Found: TypeAlias = dict[str, Any]
+# A shape is the same sign in every picture.
+MARKS = {"base": "o", "large": "s", "small": "^", "m3": "D", "minilm": "v"}
 # Of the text on both: a heading, lines of words, the head of a table and its rows.
 Block: TypeAlias = tuple[str, list[str], Sequence[str], list[Sequence[str]]]
 
@@ -207,7 +209,7 @@ def _pictures(found: Found) -> list[Html]:
     for mix in sorted({r["lengths"] for r in rows}):
         part = [r for r in rows if r["lengths"] == mix]
         drawn.append(
-            picture(f"Share of the matrix rate, {mix} tokens", "token budget", "share", _shares(part))
+            picture(f"Share of the matrix rate, tokens a row: {mix}", "token budget", "share", _shares(part))
         )
     profiles = found.get("kernels", {}).get("profiles", [])
     if profiles:
@@ -217,8 +219,7 @@ def _pictures(found: Found) -> list[Html]:
 
 def _shares(rows: list[Found]) -> Any:
     def draw(axes: Any) -> None:
-        marks = dict(zip(sorted({r["shape"] for r in rows}), "os^Dv", strict=False))
-        for shape, mark in marks.items():
+        for shape, mark in MARKS.items():
             for kernels, colour in (("plain", FAINT), ("fused", ACCENT)):
                 line = sorted(
                     (r["budget"], r["share"]) for r in rows if (r["shape"], r["kernels"]) == (shape, kernels)
@@ -254,7 +255,8 @@ def _classes(profiles: list[Found]) -> Any:
                 linewidth=0.4,
             )
             left = [a + b for a, b in zip(left, widths, strict=True)]
-        axes.legend(frameon=False, fontsize=6, ncols=2)
+        axes.set_xlim(0, 1.45 * max(left))
+        axes.legend(frameon=False, fontsize=6, loc="center right")
         axes.tick_params(axis="y", labelsize=7)
 
     return draw
