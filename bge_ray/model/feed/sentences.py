@@ -19,10 +19,10 @@ BEHIND = 64
 def sentence_ends(language: str, text: str) -> Iterator[int]:
     """Yield where sentences and paragraphs of a text end, in rising order, and last its length.
 
-    These are the borders that the library finds in the whole text, except round what it must see all of: a
-    quotation or parenthesis, in which no sentence ends, of more than AHEAD characters; a sentence of more than
-    WINDOW - AHEAD; a list in one paragraph, of which a window holds only one sign. And where several line ends
-    stand in a row, the border may be at another of them.
+    These are the borders that the library finds in the whole text, except round what it must see all of:
+    a quotation or parenthesis, in which no sentence ends, of more than AHEAD characters; a sentence of more
+    than WINDOW - AHEAD; a list in one paragraph, of which a window holds only one sign. And where several line
+    ends stand in a row, the border may be at another of them.
     """
     import sentencex  # only who cuts texts needs it
 
