@@ -4,12 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sentence_transformers import SentenceTransformer
 
 from bge_ray.pipeline.embed.job import embed
 from bge_ray.pipeline.index.job import build_index
 from bge_ray.settings.sections import parse_settings
-from examples.llama_index_search import retrieve
 from tests.support.corpora import docstrings, parquet_bytes
 from tests.support.datasets import vectors_by_id
 
@@ -20,6 +18,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.parity, pytest.mark.usefixtures("ray_
 def test_llama_index_opens_the_index_and_finds_what_numpy_finds(
     tmp_path: Path, tiny_model: Path, metric: str
 ) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    from examples.llama_index_search import retrieve
+
     passages = docstrings(600)
     (tmp_path / "corpus.parquet").write_bytes(parquet_bytes(passages))
     keys = {

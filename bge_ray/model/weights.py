@@ -128,6 +128,11 @@ def _safe_shapes(path: Path) -> dict[str, Shape]:
 
 
 def _pickled_shapes(files: Sequence[Path]) -> list[dict[str, Shape]]:
+    if "torch" in sys.modules:
+        from bge_ray.model.run.pickled import read_pickled
+
+        read = [read_pickled(path, "meta") for path in files]
+        return [{name: tuple(tensor.shape) for name, tensor in file.items()} for file in read]
     # In a process of its own: it takes torch, which a driver does without.
     command = [sys.executable, "-m", "bge_ray.model.run.pickled", *map(str, files)]
     path = os.pathsep.join(entry for entry in sys.path if entry)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,6 +99,23 @@ def test_a_pickle_in_half_precision_gives_what_the_library_gives(copy: Path) -> 
         str(copy), device="cpu", model_kwargs={"dtype": torch.float32, "use_safetensors": False}
     ).encode(TEXTS, normalize_embeddings=True)
     np.testing.assert_allclose(vectors(encode(copy, TEXTS)), theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("copy", ["bert"], indirect=True)
+def test_a_process_without_torch_has_another_read_the_shapes(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pickles(copy)
+    here = ModelFolder(copy).weights
+    monkeypatch.delitem(sys.modules, "torch")
+    assert ModelFolder(copy).weights == here
+    assert "torch" not in sys.modules
+    (path, *_) = weight_files(copy).files
+    torch.save(Trap(copy / "sprung"), path)
+    with pytest.raises(ModelError, match=rf"{path.name}: refused, .*mkdir.* only tensors are read"):
+        _ = ModelFolder(copy).weights
+    assert "torch" not in sys.modules
+    assert not (copy / "sprung").exists()
 
 
 def test_a_reranker_is_told_by_its_pickled_head(

@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,6 +39,9 @@ from bge_ray.storage.sweep import RETIRED
 from tests.storage.doubles import Died, Hooked
 from tests.support.corpora import jsonl_bytes
 from tests.support.datasets import check_nothing_left_over, read_manifest, read_shards, vectors_by_id
+
+if TYPE_CHECKING:
+    import datasets
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -408,7 +411,9 @@ def test_a_model_that_makes_other_vectors_is_refused_with_both_values(
 # --- what readers get ------------------------------------------------------------------------------
 
 
-def load(out: str, cache: Path) -> datasets.Dataset:
+def load(out: str, cache: Path) -> "datasets.Dataset":
+    import datasets  # seconds, which the quick tests would pay for
+
     return datasets.load_dataset(out, split="train", cache_dir=str(cache))
 
 

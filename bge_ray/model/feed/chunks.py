@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bge_ray.errors import ModelError
+from bge_ray.model.feed.sentences import sentence_ends
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.records.chunking import Chunking
 from bge_ray.records.ids import MAX_CHUNKS_PER_ROW, IdArray
@@ -26,8 +27,8 @@ MIN_ROOM = 16
 WHOLE_CHARS = 20_000
 # A text with more characters to a token than this hardly fits: it is not tokenised whole to find out.
 MOST_CHARS_PER_TOKEN = 8
-# Changes with any change of this module that moves a border; the library's are found by its version.
-RULES = 1
+# Changes with any change here or in `sentences` that moves a border; the library's are found by its version.
+RULES = 2
 
 _PARAGRAPH_END = re.compile(r"\n[^\S\n]*\n\s*")
 _LINE_END = re.compile(r"\n\s*")
@@ -213,10 +214,8 @@ class Chunker:
         return counted
 
     def _sentences(self, text: str, span: Span) -> list[Span]:
-        import sentencex  # only who cuts texts needs it
-
-        found = sentencex.get_sentence_boundaries(self._rules.language, text[span[0] : span[1]])
-        return _parts(span, (span[0] + sentence["end_index"] for sentence in found))
+        ends = sentence_ends(self._rules.language, text[span[0] : span[1]])
+        return _parts(span, (span[0] + end for end in ends))
 
     def _tokens(self, text: str, span: Span, room: int) -> list[Atom]:
         """Return the tokens of a piece of a text; what belongs to one character stays together if it fits."""
