@@ -34,9 +34,17 @@ PARALLEL_REQUESTS = 16
 
 R = TypeVar("R")
 
+_RESTORE_PLAN = "restore it; without it objects would get new numbers"
 _PLAN_NAME = re.compile(r"plan/(\d+)\.json")
 _SHARD_NAME = re.compile(r"(embeddings|rejected)/\d{8}-\d{10}(-[0-9a-f]{12})?\.parquet")
 _MARKER_NAME = re.compile(r"done/\d{8}-\d{10}\.json")
+
+
+@dataclass(frozen=True)
+class _Corpus:
+    """The part of a plan that says where its corpus is."""
+
+    corpus: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,9 +98,16 @@ class Dataset:
         if not numbers:
             return 0, None
         uri = self._plan_uri(numbers[-1])
-        return numbers[-1], _parse(
-            Plan, self.storage.read(uri), uri, "restore it; without it objects would get new numbers"
-        )
+        return numbers[-1], _parse(Plan, self.storage.read(uri), uri, _RESTORE_PLAN)
+
+    def corpus(self) -> str | None:
+        """Return where the newest plan found the corpus; None if no plan says so."""
+        numbers = self._plan_numbers()
+        if not numbers:
+            return None
+        uri = self._plan_uri(numbers[-1])
+        # Not the objects: of those there may be millions.
+        return _parse(_Corpus, self.storage.read(uri), uri, _RESTORE_PLAN).corpus or None
 
     def create_plan(self, number: int, plan: Plan) -> bool:
         """Write a plan under a number that was free; False if another run took it."""

@@ -23,7 +23,7 @@ from bge_ray.records.dataset import DatasetSpec, Marker
 from bge_ray.records.model import Canary, ModelSpec
 from bge_ray.records.plan import Plan, Removal, find_removal, span_units, unit_fingerprint
 from bge_ray.settings.sections import ChunkingSettings, Settings
-from bge_ray.storage.folders import refuse_collisions, refuse_own_files
+from bge_ray.storage.folders import absolute, refuse_collisions, refuse_own_files
 from bge_ray.storage.objects import Storage
 
 logger = logging.getLogger(__name__)
@@ -102,6 +102,7 @@ def prepare(settings: Settings) -> Planned:
     if spec_there is not None:
         spec.check_same(spec_there, dataset.root)
     plan = extend_plan(unchanged, previous, scanned, columns, limits)
+    plan = dataclasses.replace(plan, corpus=absolute(str(settings.corpus.uri)))
     removal = find_removal(previous, plan)
     _refuse_large(removal, settings, dataset.root)
     todo, still_finished = _subtract(spec, plan, dataset.finished())
