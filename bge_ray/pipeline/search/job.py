@@ -47,7 +47,7 @@ from bge_ray.pipeline.search.stages import (
     read_queries_stage,
     retrieve_stage,
 )
-from bge_ray.pipeline.work import carry_out
+from bge_ray.pipeline.work import carry_out, refuse_taken
 from bge_ray.records.canonical import digest
 from bge_ray.records.index import IndexDescription
 from bge_ray.records.model import EMBEDDING, ModelSpec
@@ -97,9 +97,11 @@ def search(settings: Settings, stop: StopRequest | None = None) -> SearchReport:
 def plan_search(settings: Settings) -> str:
     """Say what `search` would do, without writing anything (``--dry-run``)."""
     job = SearchJob(settings)
+    work = RunWork(settings, job)
+    refuse_taken(work.folders)
     rejections = Rejections()
     count = sum(len(block["query_id"]) for block in job.blocks(rejections, lambda: None))
-    done = RunWork(settings, job).current() is not None
+    done = work.current() is not None
     where = f"the {job.index.factory} index" if job.index else "the embedding shards, exactly"
     again = f", reranked by {job.reranker.name}" if job.reranker else ""
     return (
