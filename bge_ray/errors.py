@@ -5,7 +5,7 @@
       CorpusError           2   the input cannot be read or lacks what the settings name
       ModelError            2   a model cannot be loaded, or its folder is not what it claims
       InstallationError     2   a package is missing, or two stand in each other's way
-      DatasetMismatchError  2   the output holds a data set made with other settings or weights
+      DatasetMismatchError  2   the output holds a data set made with other settings, or damaged
       OutputCollisionError  2   the output is another job's, or holds a file that this project did not write
       OutputBusyError      75   another run is writing this output: try again later
       StorageError          1   a storage operation failed and may not the next time
@@ -52,7 +52,7 @@ class InstallationError(BgeRayError):
 
 
 class DatasetMismatchError(BgeRayError):
-    """The output already holds a data set with another fingerprint."""
+    """The data set that is there has another fingerprint, or a file of it is damaged, missing or not ours."""
 
     exit_code = 2
 

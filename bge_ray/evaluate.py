@@ -61,7 +61,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     metrics = _as_json(runs, qrels, settings)
     if asked.output is not None:
         text = json.dumps(metrics, indent=1, ensure_ascii=False) + "\n"
-        folder = OwnedFolder(storage, asked.output, "metrics", "evaluate.output", FILES, JOURNAL)
+        folder = _folder(storage, asked.output)
         contents = (text.encode(), to_markdown(metrics).encode(), to_svg(metrics))
         folder.refuse_foreign(FILES)
         for name, data in zip(FILES, contents, strict=True):
@@ -74,10 +74,17 @@ def plan_evaluate(settings: Settings) -> str:
 
     Raises:
         SettingsError: a run is named twice, or what is named is not there.
+        OutputCollisionError: a foreign file has the name of a file that would be written.
     """
-    _, uris = _inputs(settings)
+    storage, uris = _inputs(settings)
     asked = settings.evaluate
+    if asked.output is not None:
+        _folder(storage, asked.output).refuse_foreign(FILES)
     return f"{', '.join(uris)} against {asked.qrels}, to {asked.output or 'the terminal'}"
+
+
+def _folder(storage: Storage, uri: str) -> OwnedFolder:
+    return OwnedFolder(storage, uri, "metrics", "evaluate.output", FILES, JOURNAL)
 
 
 def _inputs(settings: Settings) -> tuple[Storage, tuple[str, ...]]:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bge_ray.errors import StorageError
+from bge_ray.errors import DatasetMismatchError
 from bge_ray.records.canonical import digest, from_json, to_json
 from bge_ray.records.dataset import Manifest, Marker
 from bge_ray.records.ids import id_range
@@ -45,37 +45,52 @@ def write_change(storage: Storage, root: str, before: Manifest | None, after: Ma
         The change, or None if the manifests are the same.
 
     Raises:
-        StorageError: the newest change is not one of ours.
+        DatasetMismatchError: the newest change is not one of ours.
     """
     was = manifest_digest(before) if before is not None else None
     now = manifest_digest(after)
     if was == now:
         return None
-    number, latest = _latest(storage, root)
-    if latest is not None and latest.after != was:
-        # Its run died before it published; the number is free again.
-        storage.delete([_uri(root, number)])
-        number -= 1
     there = {marker.unit: marker for marker in (before.shards if before is not None else ())}
     wanted = {marker.unit: marker for marker in after.shards}
     added = [m for unit, m in wanted.items() if there.get(unit) != m]
     removed = [m for unit, m in there.items() if wanted.get(unit) != m]
-    change = Change(
-        number + 1, was, now, _paths(added), _paths(removed), _id_ranges(added), _id_ranges(removed)
-    )
-    storage.write(_uri(root, change.number), to_json(change))
-    return change
+    number, latest = _latest(storage, root)
+    what = (was, now, _paths(added), _paths(removed), _id_ranges(added), _id_ranges(removed))
+    if latest == Change(number, *what):
+        return latest  # of a run that died before it published just this
+    # No number is given twice: whoever has read a change knows it by that.
+    while True:
+        number += 1
+        change = Change(number, *what)
+        if storage.create(_uri(root, number), to_json(change)):
+            return change
+
+
+def check_changes(storage: Storage, root: str) -> None:
+    """Make sure that the newest change, which the next one follows, is one of ours; reads only.
+
+    Raises:
+        DatasetMismatchError: it is not.
+    """
+    _latest(storage, root)
 
 
 def _latest(storage: Storage, root: str) -> tuple[int, Change | None]:
     numbers = _numbers(storage, root)
     if not numbers:
         return 0, None
-    uri = _uri(root, numbers[-1])
+    return numbers[-1], _read(storage, root, numbers[-1])
+
+
+def _read(storage: Storage, root: str, number: int) -> Change:
+    uri = _uri(root, number)
     try:
-        return numbers[-1], from_json(Change, storage.read(uri))
+        return from_json(Change, storage.read(uri))
     except ValueError as error:
-        raise StorageError(f"{uri}: is no change of ours; move it away ({error})") from error
+        raise DatasetMismatchError(
+            f"{uri}: not a change of ours, or damaged ({error}); restore it, or move it away"
+        ) from error
 
 
 def _numbers(storage: Storage, root: str) -> list[int]:
@@ -106,8 +121,12 @@ def _id_ranges(markers: Iterable[Marker]) -> tuple[tuple[int, int], ...]:
 
 
 def read_changes(storage: Storage, root: str, since: int = 0) -> list[Change]:
-    """Return the changes after a number, in order, without one that never was published."""
-    changes = [from_json(Change, storage.read(_uri(root, number))) for number in _numbers(storage, root)]
+    """Return the changes after a number, in order, without those that never were published.
+
+    Raises:
+        DatasetMismatchError: a file is not one of ours.
+    """
+    changes = [_read(storage, root, number) for number in _numbers(storage, root)]
     manifest = storage.read_optional(join(root, "manifest.json"))
     published = digest(manifest) if manifest is not None else None
     follows = [*(change.before for change in changes[1:]), published]

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from bge_ray.dataset.card import make_card
 from bge_ray.dataset.changes import write_change
 from bge_ray.dataset.commit import FINGERPRINT_KEY
-from bge_ray.errors import DatasetMismatchError, OutputCollisionError, SettingsError, StorageError
+from bge_ray.errors import DatasetMismatchError, OutputCollisionError, SettingsError
 from bge_ray.records.canonical import from_json, to_json
 from bge_ray.records.dataset import DatasetSpec, FileFact, Manifest, Marker
 from bge_ray.records.ids import FORMAT_VERSION
@@ -34,9 +34,17 @@ PARALLEL_REQUESTS = 16
 
 R = TypeVar("R")
 
+_RESTORE_PLAN = "restore it; without it objects would get new numbers"
 _PLAN_NAME = re.compile(r"plan/(\d+)\.json")
 _SHARD_NAME = re.compile(r"(embeddings|rejected)/\d{8}-\d{10}(-[0-9a-f]{12})?\.parquet")
 _MARKER_NAME = re.compile(r"done/\d{8}-\d{10}\.json")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The part of a plan that says where its corpus is."""
+
+    corpus: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,21 +93,54 @@ class Dataset:
                 return
 
     def latest_plan(self) -> tuple[int, Plan | None]:
-        """Return the number of the newest plan and the plan; (0, None) where there is none."""
+        """Return the number of the newest plan and the plan; (0, None) where there is none.
+
+        Raises:
+            DatasetMismatchError: what has its name is none.
+        """
         numbers = self._plan_numbers()
         if not numbers:
             return 0, None
         uri = self._plan_uri(numbers[-1])
-        return numbers[-1], _parse(
-            Plan, self.storage.read(uri), uri, "restore it; without it objects would get new numbers"
-        )
+        return numbers[-1], _parse(Plan, self.storage.read(uri), uri, _RESTORE_PLAN)
+
+    def corpus(self) -> str | None:
+        """Return where the newest plan found the corpus; None if no plan says so."""
+        numbers = self._plan_numbers()
+        if not numbers:
+            return None
+        uri = self._plan_uri(numbers[-1])
+        # Not the objects: of those there may be millions.
+        return _parse(_Plan, self.storage.read(uri), uri, _RESTORE_PLAN).corpus or None
+
+    def check_numbers(self) -> None:
+        """Make sure that there is a plan where one must have been: it knows which numbers are given.
+
+        Raises:
+            DatasetMismatchError: there is none.
+        """
+        if self._plan_numbers():
+            return
+        # A plan comes before all of these.
+        known = [
+            name for name in ("dataset.json", "manifest.json") if self.storage.info(join(self.root, name))
+        ]
+        if found := [*known, *self._marker_paths()]:
+            raise DatasetMismatchError(
+                f"{join(self.root, 'plan')}: is gone, but {found[0]} is there; restore it, or choose another "
+                "output.uri: without it objects would get numbers that are given"
+            )
 
     def create_plan(self, number: int, plan: Plan) -> bool:
         """Write a plan under a number that was free; False if another run took it."""
         return self.storage.create(self._plan_uri(number), to_json(plan))
 
     def read_manifest(self) -> Manifest | None:
-        """Return the manifest of the last complete run, or None."""
+        """Return the manifest of the last complete run, or None.
+
+        Raises:
+            DatasetMismatchError: what has its name is none.
+        """
         uri = join(self.root, "manifest.json")
         data = self.storage.read_optional(uri)
         if data is None:
@@ -111,6 +152,9 @@ class Dataset:
 
         They come from ``done/`` and from the manifest. A marker whose file is missing or has
         another size (removed by hand, an over-eager lifecycle rule) does not count.
+
+        Raises:
+            DatasetMismatchError: what has the name of a marker is none.
         """
         manifest = self.read_manifest()
         folded = list(manifest.shards) if manifest else []
@@ -224,7 +268,7 @@ class Dataset:
     def _read_marker(self, path: str) -> Marker | None:
         uri = join(self.root, path)
         data = self.storage.read_optional(uri)
-        return None if data is None else _parse(Marker, data, uri, "remove it to do its unit again")
+        return None if data is None else _parse(Marker, data, uri, "move it away to do its unit again")
 
 
 def read_complete(storage: Storage, root: str) -> tuple[DatasetSpec, Manifest]:
@@ -255,8 +299,8 @@ def _parse(kind: type[R], data: bytes, uri: str, advice: str) -> R:
     try:
         return from_json(kind, data)
     except ValueError as error:
-        first = str(error).replace("\n", " ")[:300]
-        raise StorageError(f"{uri}: not a {kind.__name__.lower()} of ours, {advice} ({first})") from error
+        name = kind.__name__.strip("_").lower()
+        raise DatasetMismatchError(f"{uri}: not a {name} of ours, or damaged ({error}); {advice}") from error
 
 
 def _format_version(data: bytes) -> object:

@@ -16,10 +16,11 @@ from bge_ray.pipeline.engine.stopping import Stopped, StopRequest, make_watch
 from bge_ray.records.canonical import to_json
 from bge_ray.records.reports import Report
 from bge_ray.report.facts import RunFacts
-from bge_ray.storage.lease import Leases, is_leased
+from bge_ray.storage.lease import Leases, is_leased, refuse_foreign_lease
 from bge_ray.storage.objects import Storage
 from bge_ray.storage.ownership import OwnedFolder
 from bge_ray.storage.reports import REPORT_FILES, retract_report, write_report
+from bge_ray.storage.sweep import check_retired
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,19 @@ class Work(Protocol[R]):
         """Remove what the published state does not need and this project provably wrote."""
 
 
+def refuse_taken(folders: Sequence[OwnedFolder]) -> None:
+    """Refuse folders where a foreign file has a name that a run will write; reads only.
+
+    Raises:
+        OutputCollisionError: names the first; or a folder is another job's.
+    """
+    for folder in folders:
+        folder.check_owner()
+        refuse_foreign_lease(folder.storage, folder.uri)
+        check_retired(folder.storage, folder.uri)
+        folder.refuse_foreign((*folder.names, *REPORT_FILES))
+
+
 def carry_out(work: Work[R], facts: RunFacts, stop: StopRequest | None) -> R:
     """Carry out a planned run, or say that there is nothing to do.
 
@@ -95,8 +109,7 @@ def carry_out(work: Work[R], facts: RunFacts, stop: StopRequest | None) -> R:
             work.sweep()
             return _nothing_to_do(found, uris[0])
         # All are looked at before the first is claimed: what is refused is left as it was.
-        for folder in work.folders:
-            folder.refuse_foreign((*folder.names, *REPORT_FILES))
+        refuse_taken(work.folders)
         for folder in work.folders:
             folder.claim()
         for folder in work.folders:

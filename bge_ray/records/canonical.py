@@ -5,7 +5,7 @@ import hashlib
 import json
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 R = TypeVar("R")
 
@@ -21,9 +21,18 @@ def from_json(kind: type[R], data: bytes | str) -> R:
     """Rebuild a record of the given kind from its JSON.
 
     Raises:
-        ValueError: not JSON, or not this kind of record (pydantic's ValidationError is one).
+        ValueError: not JSON, or not this kind of record; says in one line what is wrong first.
     """
-    return TypeAdapter(kind).validate_json(data)
+    try:
+        return TypeAdapter(kind).validate_json(data)
+    except ValidationError as error:
+        raise ValueError(_first_fault(error)) from error
+
+
+def _first_fault(error: ValidationError) -> str:
+    first, *others = error.errors(include_url=False, include_input=False)
+    place = ".".join(str(part) for part in first["loc"])
+    return (f"{place}: " if place else "") + first["msg"] + (f", and {len(others)} more" if others else "")
 
 
 def digest(*values: Any) -> str:

@@ -105,10 +105,14 @@ class CorpusObject:
 
 @dataclass(frozen=True)
 class Plan:
-    """The corpus of one run: every object with its number. ``next_object_no`` is never given twice."""
+    """The corpus of one run: every object with its number. ``next_object_no`` is never given twice.
+
+    ``corpus`` is the file, folder or glob that was listed, the same from every working folder.
+    """
 
     objects: tuple[CorpusObject, ...]
     next_object_no: int
+    corpus: str = ""
 
     def units(self) -> list[Unit]:
         """All units of all objects, in order of their names."""

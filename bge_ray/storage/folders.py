@@ -64,6 +64,12 @@ def place(uri: str) -> Place:
     return Place(protocol, tuple(path.strip("/").split("/")) if path.strip("/") else ())
 
 
+def absolute(uri: str) -> str:
+    """Return a URI, or a glob, that means the same from every working folder."""
+    protocol, path = split_protocol(uri)
+    return LocalFileSystem._strip_protocol(path) if protocol in (None, "file", "local") else uri
+
+
 def same_place(a: str, b: str) -> bool:
     """Tell whether two URIs name one file or folder."""
     return place(a) == place(b)

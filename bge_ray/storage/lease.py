@@ -8,7 +8,6 @@ does to the lease, it does on condition that the lease is still the one it looke
 
 import contextlib
 import dataclasses
-import json
 import logging
 import socket
 import threading
@@ -17,20 +16,55 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import psutil
 
-from bge_ray.errors import OutputBusyError, StorageError, TakenOverError
+from bge_ray.errors import OutputBusyError, OutputCollisionError, StorageError, TakenOverError
+from bge_ray.records.canonical import from_json, to_json
 from bge_ray.storage.folders import place
 from bge_ray.storage.objects import Storage, join
+from bge_ray.storage.ownership import JOURNAL
 
 logger = logging.getLogger(__name__)
 
 LEASE = "lease.json"
 RENEW_S = 5.0
+# What every lease begins with.
+_HEAD = b'{\n "beat": '
 # A holder that has missed this many renewals is taken for dead.
 PATIENCE_RENEWALS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class _Holder:
+    """Who writes an output: a run, and the process that it is; ``beat`` counts the renewals."""
+
+    beat: int
+    host: str
+    machine: str
+    pid: int
+    process_started: float
+    run_id: str
+
+
+def refuse_foreign_lease(storage: Storage, root: str) -> None:
+    """Refuse an output where a file that is no lease has the name of one; reads only.
+
+    Raises:
+        OutputCollisionError: it does.
+    """
+    content = storage.read_optional(join(root, LEASE))
+    if content is None or _holder(content) is not None:
+        return
+    # A disk that lost its power keeps a file of ours empty, or the beginning of it. Of an empty file, or of
+    # one brace, only the folder tells whose it is.
+    cut = content.rstrip(b"\0")
+    if _HEAD.startswith(cut[: len(_HEAD)]) and storage.info(join(root, JOURNAL)) is not None:
+        return
+    raise OutputCollisionError(
+        f"{join(root, LEASE)}: is in the way and is no lease of this project; move it away, or choose "
+        "another folder"
+    )
 
 
 def is_leased(storage: Storage, root: str) -> bool:
@@ -62,6 +96,7 @@ class Lease:
 
         Raises:
             OutputBusyError: a live run holds it.
+            OutputCollisionError: what has its name is no lease.
         """
         while not self._patient.create(self._uri, self._content()):
             # The etag is older than the content, so it is the content's own if it still holds at the end.
@@ -69,6 +104,7 @@ class Lease:
             there = self._patient.read_optional(self._uri)
             if info is None or there is None:
                 continue
+            refuse_foreign_lease(self._patient, self._root)
             self._wait_until_dead(there)
             # A server may ignore conditions, so what one would say is looked at as well, before and after.
             if self._patient.read_optional(self._uri) != there:
@@ -127,20 +163,21 @@ class Lease:
         return self._storage.replace(self._uri, self._content(), info.etag) or self._is_ours(self._storage)
 
     def _is_ours(self, storage: Storage) -> bool:
-        return _holder(storage.read_optional(self._uri)).get("run_id") == self._run_id
+        holder = _holder(storage.read_optional(self._uri))
+        return holder is not None and holder.run_id == self._run_id
 
     def _content(self) -> bytes:
         self._beats += 1
         process = psutil.Process()
-        holder = {
-            "run_id": self._run_id,
-            "beat": self._beats,
-            "host": socket.gethostname(),
-            "machine": _machine(),
-            "pid": process.pid,
-            "process_started": process.create_time(),
-        }
-        return json.dumps(holder, indent=1).encode()
+        holder = _Holder(
+            beat=self._beats,
+            host=socket.gethostname(),
+            machine=_machine(),
+            pid=process.pid,
+            process_started=process.create_time(),
+            run_id=self._run_id,
+        )
+        return to_json(holder)
 
     def _wait_until_dead(self, seen: bytes) -> None:
         """Return once the lease is free or its holder is taken for dead.
@@ -149,8 +186,13 @@ class Lease:
             OutputBusyError: it was renewed.
         """
         holder = _holder(seen)
-        host = holder.get("host", "an unknown host")
-        if holder.get("machine") == _machine() and not _is_alive(holder["pid"], holder["process_started"]):
+        host = holder.host if holder is not None else "an unknown host"
+        pid = holder.pid if holder is not None else "unknown"
+        if (
+            holder is not None
+            and holder.machine == _machine()
+            and not _is_alive(holder.pid, holder.process_started)
+        ):
             return
         deadline = time.monotonic() + PATIENCE_RENEWALS * self._renew_s
         logger.info("%s: held by a run on %s; waiting to see whether it lives", self._root, host)
@@ -161,7 +203,7 @@ class Lease:
                 return
             if now != seen:
                 raise OutputBusyError(
-                    f"{self._root}: a run on {host} (process {holder.get('pid')}) is writing this output; "
+                    f"{self._root}: a run on {host} (process {pid}) is writing this output; "
                     "wait for its end, stop it, or choose another folder"
                 )
 
@@ -206,13 +248,12 @@ class Leases:
             lease.check()
 
 
-def _holder(content: bytes | None) -> dict[str, Any]:
-    """Return what a lease says; nothing if there is none or if it is not ours to read."""
+def _holder(content: bytes | None) -> _Holder | None:
+    """Return what a lease says; None if there is none, or it is cut off or none of ours."""
     try:
-        holder = json.loads(content or b"{}")
+        return from_json(_Holder, content or b"")
     except ValueError:
-        return {}
-    return holder if isinstance(holder, dict) else {}
+        return None
 
 
 def _machine() -> str:

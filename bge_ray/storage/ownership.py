@@ -95,17 +95,13 @@ class OwnedFolder:
         self._update(lambda journal: journal)
 
     def refuse_foreign(self, names: Iterable[str]) -> None:
-        """Refuse names that foreign files have, as far as their sizes tell: only the journal is read.
+        """Refuse names that foreign files have; of what may be ours all bytes are read.
 
         Raises:
             OutputCollisionError: names the first.
         """
-        journal = self._read()
         for name in names:
-            there = self.storage.info(join(self.uri, name))
-            known = journal.files.get(name, ()) if journal is not None else ()
-            if there is not None and there.size not in {content.bytes for content in known}:
-                raise self._collision(name)
+            self.check_replaceable(name)
 
     def put(self, name: str, data: bytes) -> None:
         """Write a file in one step where nothing, or one of ours, has its name.

@@ -69,6 +69,15 @@ def retire(storage: Storage, folder: str, dead: Iterable[str], grace_s: float, n
     return Swept(len(due), len(waiting))
 
 
+def check_retired(storage: Storage, folder: str) -> None:
+    """Refuse a folder where a foreign file has the name of the list; reads only.
+
+    Raises:
+        OutputCollisionError: it does.
+    """
+    _read(storage, join(folder, RETIRED))
+
+
 def is_due(storage: Storage, folder: str, grace_s: float, now: float) -> bool:
     """Tell whether files wait below a folder that have been dead for long enough."""
     since = _read(storage, join(folder, RETIRED))

@@ -7,9 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from bge_ray.dataset.changes import check_changes, manifest_digest, read_changes, write_change
 from bge_ray.dataset.commit import FINGERPRINT_KEY, marker_path
 from bge_ray.dataset.folder import KEPT_PLANS, Dataset
-from bge_ray.errors import DatasetMismatchError, StorageError
+from bge_ray.errors import DatasetMismatchError
 from bge_ray.records.canonical import to_json
 from bge_ray.records.dataset import FileFact, Marker, make_manifest
 from bge_ray.records.plan import Coding, CorpusObject, Plan, Span, Unit
@@ -178,17 +179,58 @@ def test_sweep_removes_what_killed_writers_left(storage: Storage, tmp_path) -> N
     assert not left.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"{}", b'"text"', b'{"unit": 5}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b'"text"', b'{"unit": 5}', b'{"number": 1}'])
 def test_damaged_json_is_named_with_what_to_do(dataset: Dataset, content: bytes) -> None:
     for name, read, advice in (
         ("manifest.json", dataset.read_manifest, "restore it, or remove it"),
         ("plan/000001.json", dataset.latest_plan, "restore it"),
-        ("done/00000000-0000000000.json", dataset.finished, "remove it"),
+        ("plan/000001.json", dataset.corpus, "restore it"),
+        ("done/00000000-0000000000.json", dataset.finished, "move it away"),
+        ("changes/000001.json", lambda: check_changes(dataset.storage, dataset.root), "move it away"),
+        ("changes/000001.json", lambda: read_changes(dataset.storage, dataset.root), "move it away"),
     ):
         uri = join(dataset.root, name)
         dataset.storage.write(uri, content)
-        with pytest.raises(StorageError) as caught:
+        if read == dataset.corpus and content.startswith(b"{") and content.endswith(b"}"):
+            continue  # it asks no more of a plan
+        with pytest.raises(DatasetMismatchError) as caught:
             read()
-        assert uri in str(caught.value)
-        assert advice in str(caught.value)
+        said = str(caught.value)
+        assert uri in said
+        assert advice in said
+        assert "\n" not in said
+        assert "errors.pydantic.dev" not in said
+        assert caught.value.exit_code == 2
         dataset.storage.delete([uri])
+
+
+@pytest.mark.parametrize("known", ["dataset.json", "manifest.json", "done/00000000-0000000000.json"])
+def test_plans_that_are_gone_are_missed_by_what_came_after_them(dataset: Dataset, known: str) -> None:
+    dataset.check_numbers()
+    dataset.storage.write(join(dataset.root, known), b"{}")
+    with pytest.raises(DatasetMismatchError, match=r"is gone, but .* restore it") as caught:
+        dataset.check_numbers()
+    assert known in str(caught.value)
+    assert join(dataset.root, "plan") in str(caught.value)
+    dataset.create_plan(7, Plan((), 0))
+    dataset.check_numbers()
+
+
+def test_no_change_is_replaced(dataset: Dataset) -> None:
+    """Not one that was published, though its manifest is gone, nor one that never was, nor another's."""
+    storage, root = dataset.storage, dataset.root
+    one, two, three = (make_manifest("d" * 64, [add_unit(dataset, n) for n in range(m)]) for m in (1, 2, 3))
+    first = write_change(storage, root, None, one)
+    assert write_change(storage, root, None, one) == first, "its run died before it published"
+    dataset.publish(one)
+    storage.delete([join(root, "manifest.json")])
+    dataset.publish(two)
+    left = write_change(storage, root, two, one)
+    last = write_change(storage, root, two, three)
+    assert [c.number for c in (first, left, last)] == [1, 3, 4]
+    storage.write(join(root, "manifest.json"), to_json(three))
+    found = read_changes(storage, root)
+    assert [(c.number, c.before, c.after) for c in found] == [
+        (2, None, manifest_digest(two)),
+        (4, manifest_digest(two), manifest_digest(three)),
+    ]

@@ -343,6 +343,47 @@ def test_a_death_between_any_two_requests_is_mended_by_the_next_run(tmp_path: Pa
 # --- who may write, and over what ------------------------------------------------------------------
 
 
+def _change_a_digit(path: Path) -> None:
+    text = path.read_text()
+    path.write_text(text.replace('"tokens": 1', '"tokens": 2', 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("lease.json", lambda path: path.write_bytes(b'{"hello":"mine"}')),
+        ("_retired.json", lambda path: path.write_bytes(b'{"hello":"mine"}')),
+        ("changes/000001.json", lambda path: path.write_bytes(b'{"hello":"mine"}')),
+        ("done/00000000-0000000000.json", lambda path: path.write_bytes(b'{"hello":"mine"}')),
+        ("plan/000001.json", lambda path: path.write_bytes(path.read_bytes()[:100])),
+        ("plan", shutil.rmtree),
+        ("manifest.json", lambda path: path.write_bytes(b"no JSON")),
+        ("manifest.json", _change_a_digit),
+        ("report.html", lambda path: path.write_bytes(path.read_bytes()[:-1])),
+    ],
+)
+def test_what_no_rerun_mends_is_refused_before_anything_is_written(
+    tmp_path: Path, tiny_model: Path, name: str, spoil: Callable[[Path], object]
+) -> None:
+    root, settings = str(tmp_path), settings_for(str(tmp_path), tiny_model)
+    put(root, a=rows(0))
+    embed(settings)
+    put(root, b=rows(6))
+    path = tmp_path / "out" / name
+    path.parent.mkdir(exist_ok=True)
+    spoil(path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for job in (plan_only, embed):
+        with pytest.raises(
+            (DatasetMismatchError, OutputCollisionError), match=r"restore it|move it away"
+        ) as it:
+            job(settings)
+        assert str(path) in str(it.value)
+        assert "\n" not in str(it.value)
+        assert it.value.exit_code == 2
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_an_output_that_another_run_holds_is_left_to_it(tmp_path: Path, tiny_model: Path) -> None:
     root, settings = str(tmp_path), settings_for(str(tmp_path), tiny_model)
     put(root, a=rows(0))

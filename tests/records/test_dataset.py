@@ -130,7 +130,7 @@ def test_records_survive_json() -> None:
     marker = Marker(Unit(3, 0, 4), "f", 3, 1, 5, 30, 1, {"empty_text": 1}, FileFact("e", 9, "s", 3), None)
     for record in (SPEC, Plan((OBJECT,), 4), marker, make_manifest("d", [marker])):
         assert from_json(type(record), to_json(record)) == record
-    with pytest.raises(ValueError, match="rows_in"):
+    with pytest.raises(ValueError, match=r"^vector_fingerprint: Field required, and \d+ more$"):
         from_json(Manifest, b"{}")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bge_ray.errors import OutputCollisionError
-from bge_ray.storage.folders import place, refuse_collisions, refuse_own_files, same_place
+from bge_ray.storage.folders import absolute, place, refuse_collisions, refuse_own_files, same_place
 from bge_ray.storage.objects import Storage, join
 
 SAME = [
@@ -54,6 +54,16 @@ def test_two_places(a: str, b: str) -> None:
     assert not same_place(a, b)
     assert not is_inside(a, b)
     assert not is_inside(b, a)
+
+
+def test_a_name_that_means_the_same_from_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute("c/*.jsonl") == f"{tmp_path}/c/*.jsonl"
+    assert absolute("file:///data/x") == "/data/x"
+    for uri in ("s3://b/x/**", "simplecache::s3://b/x", "memory://x"):
+        assert absolute(uri) == uri
 
 
 def test_relative_and_linked_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,10 @@ import fsspec
 import psutil
 import pytest
 
-from bge_ray.errors import OutputBusyError, TakenOverError
-from bge_ray.storage.lease import PATIENCE_RENEWALS, Lease, Leases
+from bge_ray.errors import OutputBusyError, OutputCollisionError, TakenOverError
+from bge_ray.storage.lease import PATIENCE_RENEWALS, Lease, Leases, refuse_foreign_lease
 from bge_ray.storage.objects import LOCK_SUFFIX, Storage, join
+from bge_ray.storage.ownership import JOURNAL
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 RENEW_S = 0.15
@@ -116,12 +117,41 @@ def test_a_holder_elsewhere_that_gives_back_is_followed(storage: Storage, root: 
     assert time.monotonic() - started < PATIENCE_RENEWALS * 2.0
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}"])
-def test_a_lease_that_is_not_readable_is_waited_for_and_replaced(storage: Storage, tmp_path, content) -> None:
+@pytest.mark.parametrize("kept", [0, 1, 12, 40, -2])
+@pytest.mark.parametrize("zeros", [0, 64])
+def test_a_lease_of_ours_that_was_cut_is_waited_for_and_replaced(
+    storage: Storage, tmp_path, kept: int, zeros: int
+) -> None:
     root = str(tmp_path)
+    with Lease(storage, root, RENEW_S):
+        content = storage.read(join(root, "lease.json"))[:kept] + bytes(zeros)
+    storage.write(join(root, JOURNAL), b"of a run that was here")
     storage.write(join(root, "lease.json"), content)
+    refuse_foreign_lease(storage, root)
     with Lease(storage, root, RENEW_S) as lease:
         lease.check()
+    assert storage.read_optional(join(root, "lease.json")) is None
+
+
+@pytest.mark.parametrize("claimed", [False, True])
+@pytest.mark.parametrize(
+    "content", [b'{"hello":"mine"}', b"[]", b"{}", b"null", b"theirs", b'{"run_id": "x"}', b'{\n "b', b""]
+)
+def test_a_foreign_file_with_the_name_of_the_lease_stays(
+    storage: Storage, tmp_path, content: bytes, claimed: bool
+) -> None:
+    root, uri = str(tmp_path), str(tmp_path / "lease.json")
+    if claimed:
+        storage.write(join(root, JOURNAL), b"of a run that was here")
+        if content in (b"", b'{\n "b'):
+            return  # which is ours, cut
+    storage.write(uri, content)
+    for act in (lambda: refuse_foreign_lease(storage, root), Lease(storage, root, RENEW_S).__enter__):
+        with pytest.raises(OutputCollisionError, match="is no lease of this project; move it away") as caught:
+            act()
+        assert uri in str(caught.value)
+        assert caught.value.exit_code == 2
+    assert storage.read(uri) == content
 
 
 def test_the_loser_stops(storage: Storage, root: str) -> None:

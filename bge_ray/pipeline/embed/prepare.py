@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from bge_ray.dataset.changes import check_changes
 from bge_ray.dataset.folder import Dataset
 from bge_ray.errors import CorpusError, DatasetMismatchError, SettingsError
 from bge_ray.formats.corpus import list_corpus, resolve_columns
@@ -17,13 +18,14 @@ from bge_ray.pipeline.embed.planning import extend_plan, scan_objects, settle_li
 from bge_ray.pipeline.embed.tasks import CorpusUnit, ReadTask, SpanTask
 from bge_ray.pipeline.engine.pools import await_pools, cluster_sizes, device_of, encoder_request
 from bge_ray.pipeline.engine.tasks import run_tasks
+from bge_ray.pipeline.work import refuse_taken
 from bge_ray.records.chunking import Chunking
 from bge_ray.records.columns import Columns, ColumnType
 from bge_ray.records.dataset import DatasetSpec, Marker
 from bge_ray.records.model import Canary, ModelSpec
 from bge_ray.records.plan import Plan, Removal, find_removal, span_units, unit_fingerprint
 from bge_ray.settings.sections import ChunkingSettings, Settings
-from bge_ray.storage.folders import refuse_collisions, refuse_own_files
+from bge_ray.storage.folders import absolute, refuse_collisions, refuse_own_files
 from bge_ray.storage.objects import Storage
 
 logger = logging.getLogger(__name__)
@@ -66,7 +68,8 @@ def prepare(settings: Settings) -> Planned:
     dataset.folder.check_owner()
     spec_there = dataset.read_spec()
     # Not before: a data set of an earlier version has no journal, and its files would count as foreign.
-    dataset.folder.refuse_foreign(dataset.folder.names)
+    refuse_taken([dataset.folder])
+    check_changes(storage, dataset.root)
     number, previous = dataset.latest_plan()
     if spec_there is None:
         if dataset.read_manifest() is not None:
@@ -76,6 +79,7 @@ def prepare(settings: Settings) -> Planned:
             )
         # A run that died between its plan and its dataset.json has done no unit of it.
         previous = None
+    dataset.check_numbers()
     listed = list_corpus(storage, settings.corpus)
     unchanged = unchanged_objects(listed, previous, settings.corpus)
     changed = [info for info in listed if info.uri not in unchanged]
@@ -102,6 +106,7 @@ def prepare(settings: Settings) -> Planned:
     if spec_there is not None:
         spec.check_same(spec_there, dataset.root)
     plan = extend_plan(unchanged, previous, scanned, columns, limits)
+    plan = dataclasses.replace(plan, corpus=absolute(str(settings.corpus.uri)))
     removal = find_removal(previous, plan)
     _refuse_large(removal, settings, dataset.root)
     todo, still_finished = _subtract(spec, plan, dataset.finished())

@@ -15,7 +15,7 @@ from dataclasses import replace
 import ray
 
 from bge_ray.dataset.folder import PARALLEL_REQUESTS, Dataset
-from bge_ray.errors import DatasetMismatchError, IndexBuildError, RecallError, StorageError
+from bge_ray.errors import DatasetMismatchError, IndexBuildError, RecallError
 from bge_ray.index.factory import index_bytes
 from bge_ray.pipeline.engine.pools import PoolRequest, await_pools
 from bge_ray.pipeline.engine.stopping import StopRequest
@@ -23,7 +23,7 @@ from bge_ray.pipeline.index.build import carry_build
 from bge_ray.pipeline.index.inputs import Inputs, read_inputs
 from bge_ray.pipeline.index.published import FOLDER, index_files, read_index
 from bge_ray.pipeline.index.steps import Build, trained_path
-from bge_ray.pipeline.work import carry_out
+from bge_ray.pipeline.work import carry_out, refuse_taken
 from bge_ray.records.canonical import to_json
 from bge_ray.records.ids import IdArray
 from bge_ray.records.index import IndexDescription
@@ -129,8 +129,7 @@ class IndexWork:
         self._root = str(settings.output.uri)
         self._folder = open_folder(self._storage, join(self._root, FOLDER), "index", "output.uri", NAMES)
         # Before anything of it is read: what is not ours says nothing.
-        self._folder.check_owner()
-        self._folder.refuse_foreign(self._folder.names)
+        refuse_taken([self._folder])
         self.inputs: Inputs = self._read_inputs()
         self.built = False
         self._index: IndexDescription | None = None
@@ -167,10 +166,6 @@ class IndexWork:
         except DatasetMismatchError as error:
             logger.warning("%s; building it anew", error)
             return None
-        except StorageError:
-            # Nobody is told to remove a file that is not ours.
-            self._folder.check_replaceable("index.json")
-            raise
         if there is None or there.inputs != self.inputs.key:
             return None
         if self._settings.index.retrain and there.training.path != self._fresh_training():

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from bge_ray.errors import DatasetMismatchError, StorageError
+from bge_ray.errors import DatasetMismatchError
 from bge_ray.pipeline.index.tasks import WrittenFile
 from bge_ray.records.canonical import from_json
 from bge_ray.records.index import INDEX_FORMAT_VERSION, IndexDescription
@@ -22,8 +22,7 @@ def read_index(storage: Storage, root: str) -> IndexDescription | None:
     """Return the description of the published index, or None.
 
     Raises:
-        DatasetMismatchError: index.json is of another version.
-        StorageError: it is damaged.
+        DatasetMismatchError: index.json is of another version, damaged, or not ours.
     """
     uri = join(root, FOLDER, "index.json")
     data = storage.read_optional(uri)
@@ -39,8 +38,10 @@ def read_index(storage: Storage, root: str) -> IndexDescription | None:
             )
         return from_json(IndexDescription, data)
     except ValueError as error:
-        first = " ".join(str(error).split())[:300]
-        raise StorageError(f"{uri}: is damaged ({first}); remove it to build the index anew") from error
+        raise DatasetMismatchError(
+            f"{uri}: not an index description of ours, or damaged ({error}); move it away and run "
+            "index.py to build the index anew"
+        ) from error
 
 
 def index_files(root: str, index: IndexDescription) -> list[WrittenFile]:

@@ -12,7 +12,7 @@ import numpy as np
 import ray
 
 from bge_ray.dataset.commit import ROW_GROUP_ROWS
-from bge_ray.errors import IncompleteRunError, IndexBuildError
+from bge_ray.errors import DatasetMismatchError, IncompleteRunError
 from bge_ray.index.drift import drift
 from bge_ray.index.factory import IndexSpec, Kind, index_bytes
 from bge_ray.index.header import HeaderFormatError, ivf_header
@@ -154,7 +154,7 @@ def get_trained(build: Build, *, reuse: bool) -> TrainedFile:
         reuse: whether one that was trained on other shards than there are now will do.
 
     Raises:
-        IndexBuildError: training.json is damaged.
+        DatasetMismatchError: training.json is damaged, or not ours.
     """
     spec = build.spec
     what = (build.manifest.vector_fingerprint, spec.factory, spec.metric.value, spec.dim)
@@ -478,7 +478,7 @@ def read_training(storage: Storage, folder: str) -> Training | None:
     """Read training.json below the folder of an index; None if there is none.
 
     Raises:
-        IndexBuildError: it is damaged.
+        DatasetMismatchError: it is damaged, or not ours.
     """
     uri = join(folder, "training.json")
     stored = storage.read_optional(uri)
@@ -487,7 +487,9 @@ def read_training(storage: Storage, folder: str) -> Training | None:
     try:
         return from_json(Training, stored)
     except ValueError as error:
-        raise IndexBuildError(f"{uri}: is damaged; remove it to train anew") from error
+        raise DatasetMismatchError(
+            f"{uri}: not a training of ours, or damaged ({error}); move it away to train anew"
+        ) from error
 
 
 def _draw_sample(build: Build, wanted: int) -> list[Any]:

@@ -22,9 +22,9 @@ from bge_ray.pipeline.rerank.texts import TextSource, open_texts
 from bge_ray.pipeline.runs.groups import CANDIDATE_SCHEMA, GroupTask, Workplace
 from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections, read_group_stage
 from bge_ray.pipeline.runs.parts import LEFT_OUT, RUN_FILES, RunOutput, Totals, part_stage
-from bge_ray.pipeline.runs.source import open_source
+from bge_ray.pipeline.runs.source import open_source, refuse_in_corpus
 from bge_ray.pipeline.runs.work import TASKS, Outcome, RunWork, check_rejected, published_files
-from bge_ray.pipeline.work import carry_out
+from bge_ray.pipeline.work import carry_out, refuse_taken
 from bge_ray.records.canonical import digest
 from bge_ray.records.reports import RerankReport
 from bge_ray.report.advice import advise_rerank
@@ -66,12 +66,14 @@ def rerank(settings: Settings, stop: StopRequest | None = None) -> RerankReport:
 def plan_rerank(settings: Settings) -> str:
     """Say what `rerank` would do, without writing anything (``--dry-run``)."""
     job = RerankJob(settings)
+    work = RunWork(settings, job)
+    refuse_taken(work.folders)
     rejections = Rejections()
     lists = pairs = 0
     for block in job.blocks(rejections, lambda: None):
         lists += 1
         pairs += len(block["query_id"])
-    done = RunWork(settings, job).current() is not None
+    done = work.current() is not None
     return (
         f"{pairs:,} pairs of {lists:,} queries by {job.spec.name} ({job.spec.max_length} tokens a pair), "
         f"{len(rejections):,} lines left out, to {settings.rerank.output}: "
@@ -101,6 +103,8 @@ class RerankJob:
         self._settings = settings
         self._storage = Storage(settings.output.storage_timeout_s)
         self._source = open_source(settings) if settings.output.uri is not None else None
+        if self._source is not None:
+            refuse_in_corpus(self._source, {"rerank.output": asked.output})
         self.spec = resolve_reranker(asked, on_gpu=False)
         self._folder = open_folder(
             self._storage, str(asked.output), "reranked", "rerank.output", (*RUN_FILES, LEFT_OUT)

@@ -1,11 +1,13 @@
 """A complete data set, as search and rerank read it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bge_ray.dataset.folder import read_complete
+from bge_ray.dataset.folder import Dataset, read_complete
 from bge_ray.errors import SettingsError
 from bge_ray.records.dataset import DatasetSpec, Manifest
 from bge_ray.settings.sections import Settings
+from bge_ray.storage.folders import refuse_collisions
 from bge_ray.storage.objects import Storage
 
 
@@ -22,6 +24,20 @@ class Source:
     def shard_hashes(self) -> list[str]:
         """The sha256 of each embedding shard: what decides an answer."""
         return [m.embeddings.sha256 for m in self.manifest.shards if m.embeddings is not None]
+
+
+def refuse_in_corpus(source: Source, outputs: Mapping[str, str | None]) -> None:
+    """Refuse to write into the corpus of a data set, also where ``corpus.uri`` does not name it.
+
+    Args:
+        source: the data set, whose newest plan says where its corpus is.
+        outputs: as in `refuse_collisions`.
+
+    Raises:
+        OutputCollisionError: names the setting and the corpus.
+    """
+    corpus = Dataset(source.storage, source.root).corpus()
+    refuse_collisions(outputs, {f"the corpus of output.uri {source.root}": corpus}, {})
 
 
 def open_source(settings: Settings) -> Source:

@@ -37,7 +37,7 @@ from bge_ray.pipeline.rerank.texts import TextSource, open_texts
 from bge_ray.pipeline.runs.groups import QUERY_SCHEMA, GroupTask, Workplace
 from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections
 from bge_ray.pipeline.runs.parts import LEFT_OUT, RUN_FILES, RunOutput, Totals, part_stage
-from bge_ray.pipeline.runs.source import Source, open_source
+from bge_ray.pipeline.runs.source import Source, open_source, refuse_in_corpus
 from bge_ray.pipeline.runs.work import TASKS, Outcome, RunWork, check_rejected, published_files
 from bge_ray.pipeline.search.stages import (
     GROUP_RESULTS,
@@ -47,7 +47,7 @@ from bge_ray.pipeline.search.stages import (
     read_queries_stage,
     retrieve_stage,
 )
-from bge_ray.pipeline.work import carry_out
+from bge_ray.pipeline.work import carry_out, refuse_taken
 from bge_ray.records.canonical import digest
 from bge_ray.records.index import IndexDescription
 from bge_ray.records.model import EMBEDDING, ModelSpec
@@ -97,9 +97,11 @@ def search(settings: Settings, stop: StopRequest | None = None) -> SearchReport:
 def plan_search(settings: Settings) -> str:
     """Say what `search` would do, without writing anything (``--dry-run``)."""
     job = SearchJob(settings)
+    work = RunWork(settings, job)
+    refuse_taken(work.folders)
     rejections = Rejections()
     count = sum(len(block["query_id"]) for block in job.blocks(rejections, lambda: None))
-    done = RunWork(settings, job).current() is not None
+    done = work.current() is not None
     where = f"the {job.index.factory} index" if job.index else "the embedding shards, exactly"
     again = f", reranked by {job.reranker.name}" if job.reranker else ""
     return (
@@ -119,17 +121,18 @@ class SearchJob:
         """Open the data set and its index, and settle the models; reads only."""
         settings.require("output.uri", "search.queries", "search.output")
         asked = settings.search
+        outputs = {
+            "search.output": asked.output,
+            "rerank.output": settings.rerank.output if asked.rerank else None,
+        }
         refuse_collisions(
-            {
-                "output.uri": settings.output.uri,
-                "search.output": asked.output,
-                "rerank.output": settings.rerank.output if asked.rerank else None,
-            },
+            {"output.uri": settings.output.uri, **outputs},
             {"corpus.uri": settings.corpus.uri, "search.queries": asked.queries},
             {},
         )
         self._settings = settings
         self.source = open_source(settings)
+        refuse_in_corpus(self.source, outputs)
         made = [output.name for output in self.source.spec.model.outputs]
         if EMBEDDING not in made:
             raise SettingsError(

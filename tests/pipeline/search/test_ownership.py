@@ -10,8 +10,8 @@ import pytest
 from bge_ray.errors import BgeRayError, OutputBusyError, OutputCollisionError, RejectedRowsError
 from bge_ray.pipeline.embed.job import embed
 from bge_ray.pipeline.engine.stopping import Stopped, StopRequest
-from bge_ray.pipeline.rerank.job import rerank
-from bge_ray.pipeline.search.job import search
+from bge_ray.pipeline.rerank.job import plan_rerank, rerank
+from bge_ray.pipeline.search.job import plan_search, search
 from bge_ray.storage.lease import Lease
 from tests.support.corpora import docstrings, jsonl_bytes
 from tests.support.models import make_cross_encoder
@@ -130,10 +130,26 @@ def test_a_search_into_what_it_reads_or_what_another_job_writes_is_refused(
 ) -> None:
     before = everything(place)
     monkeypatch.chdir(place)  # one of the two names is relative
-    keys = keys_for(place, place / output, corpus__uri=str(place / "corpus"))
+    keys = keys_for(place, place / output)
     if reranked is not None:
         keys |= {"search__rerank": True, "rerank__output": reranked}
-    refused(lambda: search(settings_for(**keys)))
+    # The data set knows its corpus, which no setting need name.
+    for more in ({"corpus__uri": str(place / "corpus")}, {}):
+        for job in (search, plan_search):
+            refused(lambda job=job, more=more: job(settings_for(**keys, **more)))
+    assert everything(place) == before
+
+
+@pytest.mark.parametrize("output", ["corpus", "corpus/reranked"])
+def test_a_rerank_into_the_corpus_of_its_data_set_is_refused(place: Path, output: str) -> None:
+    before = everything(place)
+    keys = keys_for(place, place / "run", rerank__candidates=str(place / "queries.jsonl"))
+    del keys["search__output"]
+    for job in (rerank, plan_rerank):
+        settings = settings_for(**keys, rerank__output=str(place / output))
+        said = str(refused(lambda job=job, settings=settings: job(settings)))
+        assert f"the corpus of output.uri {place / 'data'}" in said
+        assert "choose another rerank.output" in said
     assert everything(place) == before
 
 
