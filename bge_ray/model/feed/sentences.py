@@ -21,8 +21,8 @@ def sentence_ends(language: str, text: str) -> Iterator[int]:
 
     These are the borders that the library finds in the whole text, except round what it must see all of:
     a quotation or parenthesis, in which no sentence ends, of more than AHEAD characters; a sentence of more
-    than WINDOW - AHEAD; a list in one paragraph, of which a window holds only one sign. And where several
-    line ends stand in a row, the border may be at another of them.
+    than WINDOW - AHEAD; a list in one paragraph, of which a window holds only one sign. Where several line
+    ends stand in a row, the border may be at another of them.
     """
     import sentencex  # only who cuts texts needs it
 
