@@ -1,5 +1,6 @@
 """The output folder as a data set: its spec, plans, markers, manifest, and what may be swept."""
 
+import hashlib
 import json
 import logging
 import re
@@ -29,6 +30,7 @@ from bge_ray.storage.sweep import Swept, remove_empty_folders, retire
 logger = logging.getLogger(__name__)
 
 OWNER = "dataset"
+CARD = "README.md"
 KEPT_PLANS = 10
 PARALLEL_REQUESTS = 16
 
@@ -214,10 +216,18 @@ class Dataset:
         strays = [path for path in others.keys() - dead if re.fullmatch(r"embeddings/.+\.parquet", path)]
         card = make_card(self.root, spec, manifest, only_live=shards if swept.waiting or strays else ())
         try:
-            self.folder.put("README.md", card)
+            self.folder.put(CARD, card)
         except OutputCollisionError as error:
             logger.warning("no card of the data set: %s", error)
         return swept
+
+    def has_card(self) -> bool:
+        """Tell whether there is a card, be it one that a person wrote or changed; that is said, and stays."""
+        try:
+            return self.folder.check_replaceable(CARD) is not None
+        except OutputCollisionError as error:
+            logger.warning("the card of the data set is not renewed: %s", error)
+            return True
 
     def _is_ours(self, info: ObjectInfo) -> bool:
         """Tell whether a file with a name of ours is a shard that we wrote."""
@@ -288,6 +298,12 @@ def read_complete(storage: Storage, root: str) -> tuple[DatasetSpec, Manifest]:
             "run embed.py again"
         )
     return spec, manifest
+
+
+def manifest_fact(manifest: Manifest) -> FileFact:
+    """Return the fact of the file that a manifest is published as."""
+    data = to_json(manifest)
+    return FileFact("manifest.json", len(data), hashlib.sha256(data).hexdigest(), manifest.vectors)
 
 
 def marker_files(marker: Marker) -> list[FileFact]:

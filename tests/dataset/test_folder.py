@@ -9,12 +9,13 @@ import pytest
 
 from bge_ray.dataset.changes import check_changes, manifest_digest, read_changes, write_change
 from bge_ray.dataset.commit import FINGERPRINT_KEY, marker_path
-from bge_ray.dataset.folder import KEPT_PLANS, Dataset
+from bge_ray.dataset.folder import KEPT_PLANS, Dataset, manifest_fact
 from bge_ray.errors import DatasetMismatchError
 from bge_ray.records.canonical import to_json
 from bge_ray.records.dataset import FileFact, Marker, make_manifest
 from bge_ray.records.plan import Coding, CorpusObject, Plan, Span, Unit
 from bge_ray.storage.objects import TEMPORARY_SUFFIX, Storage, join
+from bge_ray.storage.ownership import holds
 from bge_ray.storage.sweep import Swept
 from tests.support.records import make_marker, make_spec
 
@@ -234,3 +235,25 @@ def test_no_change_is_replaced(dataset: Dataset) -> None:
         (2, None, manifest_digest(two)),
         (4, manifest_digest(two), manifest_digest(three)),
     ]
+
+
+def test_a_card_that_is_gone_is_missed_and_one_that_was_changed_is_said_and_stays(
+    dataset: Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest, uri = make_manifest("d" * 64, []), join(dataset.root, "README.md")
+    dataset.sweep(make_spec(), manifest, 0)
+    assert dataset.has_card()
+    dataset.storage.delete([uri])
+    assert not dataset.has_card()
+    dataset.sweep(make_spec(), manifest, 0)
+    assert dataset.has_card()
+    assert not caplog.records
+    dataset.storage.write(uri, b"# edited")
+    assert dataset.has_card()
+    assert uri in caplog.text
+
+
+def test_a_manifest_is_named_as_it_is_published(dataset: Dataset) -> None:
+    manifest = make_manifest("d" * 64, [add_unit(dataset, 0)])
+    dataset.publish(manifest)
+    assert holds(dataset.storage, join(dataset.root, "manifest.json"), manifest_fact(manifest))

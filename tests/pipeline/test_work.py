@@ -345,6 +345,22 @@ def _change_a_digit(path: Path) -> None:
     path.write_text(text.replace('"tokens": 1', '"tokens": 2', 1))
 
 
+def test_a_page_or_a_card_that_is_gone_is_made_again(tmp_path: Path, tiny_model: Path) -> None:
+    settings = settings_for(str(tmp_path), tiny_model)
+    put(str(tmp_path), a=rows(0))
+    report, before = embed(settings).report, contents(str(tmp_path))
+    assert [file.path for file in report.files] == ["manifest.json"]
+    for name in ("report.html", "README.md"):
+        (tmp_path / "out" / name).unlink()
+        assert embed(settings).report.outcome == "nothing to do"
+        after = contents(str(tmp_path))
+        assert before.keys() == after.keys()
+        assert len(after[name]) == len(before[name])
+    (tmp_path / "out/README.md").write_bytes(b"# edited")
+    assert embed(settings).report.outcome == "nothing to do"
+    assert (tmp_path / "out/README.md").read_bytes() == b"# edited"
+
+
 @pytest.mark.parametrize(
     ("name", "spoil"),
     [
