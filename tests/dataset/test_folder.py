@@ -86,6 +86,25 @@ def test_a_dataset_json_that_is_not_ours(dataset: Dataset, content: bytes, said:
         dataset.create_spec(make_spec())
 
 
+def test_a_spec_that_was_changed_by_hand_is_refused(dataset: Dataset) -> None:
+    spec, uri = make_spec(query_instruction="query: "), join(dataset.root, "dataset.json")
+    dataset.create_spec(spec)
+    dataset.create_spec(make_spec(query_instruction="other"))  # which is not written
+    assert dataset.read_spec() == spec
+    written = dataset.storage.read(uri)
+    dataset.storage.write(uri, written.replace(b"query: ", b"QUERY: "))
+    for act in (dataset.read_spec, lambda: dataset.create_spec(spec)):
+        with pytest.raises(
+            DatasetMismatchError, match=r"dataset\.json: was changed since it was written; restore"
+        ):
+            act()
+    dataset.storage.write(uri, written)
+    assert dataset.read_spec() == spec
+    dataset.storage.delete([join(dataset.root, "_bge_ray.json")])  # a copy of the data set need not have it
+    dataset.storage.write(uri, to_json(make_spec(query_instruction="other")))
+    assert dataset.read_spec() != spec
+
+
 def test_plans_are_numbered_and_taken_once(dataset: Dataset) -> None:
     assert dataset.latest_plan() == (0, None)
     first = Plan((CorpusObject(0, "s3://c/a", 5, "e", Coding("jsonl"), (Span(0, 5, 0, (2, 1)),)),), 1)

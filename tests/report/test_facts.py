@@ -175,7 +175,7 @@ def test_a_report_of_another_job_is_no_report_of_this_one() -> None:
     for kind in (IndexReport, SearchReport, RerankReport):
         with pytest.raises(ValueError, match="Field required"):
             from_json(kind, data)
-    with pytest.raises(ValueError, match="validation error"):
+    with pytest.raises(ValueError, match="Field required"):
         from_json(EmbedReport, b"{}")
 
 
