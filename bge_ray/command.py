@@ -293,3 +293,7 @@ def _place(settings: "Settings", report: str) -> str | None:
     section, _, setting = key.partition(".")
     folder = getattr(getattr(settings, section), setting)
     return join(str(folder), name) if folder else None
+
+
+if __name__ == "__main__":
+    main()

@@ -36,6 +36,20 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.parametrize("module", ["bge_ray", "bge_ray.command"])
+def test_the_command_as_a_module(module: str) -> None:
+    for words, code, said in ((["--version"], 0, __version__), (["embed", "--set", "a.b=1"], 2, "refused")):
+        done = subprocess.run(
+            [sys.executable, "-m", module, *words],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code
+        assert said in done.stdout + done.stderr
+
+
 def test_help_version_and_schema_load_neither_ray_nor_torch() -> None:
     script = (
         "import sys, time\n"

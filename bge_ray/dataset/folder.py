@@ -1,5 +1,6 @@
 """The output folder as a data set: its spec, plans, markers, manifest, and what may be swept."""
 
+import hashlib
 import json
 import logging
 import re
@@ -29,6 +30,7 @@ from bge_ray.storage.sweep import Swept, remove_empty_folders, retire
 logger = logging.getLogger(__name__)
 
 OWNER = "dataset"
+CARD, SPEC = "README.md", "dataset.json"
 KEPT_PLANS = 10
 PARALLEL_REQUESTS = 16
 
@@ -63,9 +65,9 @@ class Dataset:
         """Return what the data set is, or None where there is none yet.
 
         Raises:
-            DatasetMismatchError: dataset.json was written by an incompatible version.
+            DatasetMismatchError: dataset.json was written by an incompatible version, or changed since.
         """
-        uri = join(self.root, "dataset.json")
+        uri = join(self.root, SPEC)
         data = self.storage.read_optional(uri)
         if data is None:
             return None
@@ -76,9 +78,16 @@ class Dataset:
                 f"{uri}: format {version}, this version writes {FORMAT_VERSION}; choose another output.uri"
             )
         try:
-            return from_json(DatasetSpec, data)
+            spec = from_json(DatasetSpec, data)
         except ValueError as error:
             raise DatasetMismatchError(f"{uri}: not a data set of ours: {error}") from error
+        # No fingerprint covers what changes no vector, such as the instruction put before queries.
+        if not self.folder.vouches_for(SPEC, data):
+            raise DatasetMismatchError(
+                f"{uri}: was changed since it was written; restore it; what may differ from it has a "
+                "setting, such as model.query_instruction"
+            )
+        return spec
 
     def create_spec(self, spec: DatasetSpec) -> None:
         """Write dataset.json, or make sure that the one there says the same.
@@ -86,11 +95,12 @@ class Dataset:
         Raises:
             DatasetMismatchError: another data set is there.
         """
-        while not self.storage.create(join(self.root, "dataset.json"), to_json(spec)):
-            there = self.read_spec()
-            if there is not None:
-                spec.check_same(there, self.root)
+        data = to_json(spec)
+        while (there := self.read_spec()) is None:
+            self.folder.announce(SPEC, len(data), hashlib.sha256(data).hexdigest())
+            if self.storage.create(join(self.root, SPEC), data):
                 return
+        spec.check_same(there, self.root)
 
     def latest_plan(self) -> tuple[int, Plan | None]:
         """Return the number of the newest plan and the plan; (0, None) where there is none.
@@ -122,9 +132,7 @@ class Dataset:
         if self._plan_numbers():
             return
         # A plan comes before all of these.
-        known = [
-            name for name in ("dataset.json", "manifest.json") if self.storage.info(join(self.root, name))
-        ]
+        known = [name for name in (SPEC, "manifest.json") if self.storage.info(join(self.root, name))]
         if found := [*known, *self._marker_paths()]:
             raise DatasetMismatchError(
                 f"{join(self.root, 'plan')}: is gone, but {found[0]} is there; restore it, or choose another "
@@ -214,10 +222,18 @@ class Dataset:
         strays = [path for path in others.keys() - dead if re.fullmatch(r"embeddings/.+\.parquet", path)]
         card = make_card(self.root, spec, manifest, only_live=shards if swept.waiting or strays else ())
         try:
-            self.folder.put("README.md", card)
+            self.folder.put(CARD, card)
         except OutputCollisionError as error:
             logger.warning("no card of the data set: %s", error)
         return swept
+
+    def has_card(self) -> bool:
+        """Tell whether there is a card, be it one that a person wrote or changed; that is said, and stays."""
+        try:
+            return self.folder.check_replaceable(CARD) is not None
+        except OutputCollisionError as error:
+            logger.warning("the card of the data set is not renewed: %s", error)
+            return True
 
     def _is_ours(self, info: ObjectInfo) -> bool:
         """Tell whether a file with a name of ours is a shard that we wrote."""
@@ -288,6 +304,12 @@ def read_complete(storage: Storage, root: str) -> tuple[DatasetSpec, Manifest]:
             "run embed.py again"
         )
     return spec, manifest
+
+
+def manifest_fact(manifest: Manifest) -> FileFact:
+    """Return the fact of the file that a manifest is published as."""
+    data = to_json(manifest)
+    return FileFact("manifest.json", len(data), hashlib.sha256(data).hexdigest(), manifest.vectors)
 
 
 def marker_files(marker: Marker) -> list[FileFact]:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 from bge_ray.errors import ModelError, StorageError
 from bge_ray.model.cache import cache_folder, locked
 from bge_ray.model.modules import MODULES_FILE, TRANSFORMER_FILES, list_modules, module_files
-from bge_ray.model.weights import HEAD_FILES, is_head, weight_files
+from bge_ray.model.weights import HEAD_FILES, is_head, tensor_shapes, weight_files
 from bge_ray.storage.objects import NO_VERSION, ObjectInfo, Storage
 
 logger = logging.getLogger(__name__)
@@ -216,6 +216,8 @@ def hash_model(folder: Path) -> str:
             kept = cache / "hashes" / key
             if kept.is_file():
                 return kept.read_text()
+            # A file that is cut off has another hash, too, which would look like another model.
+            tensor_shapes([path for path in files if path.suffix == ".safetensors"])
             digest = _hash_files(folder, files)
             newest = max(modified for _, _, modified, _ in facts) / 1e9
             if newest < time.time() - FRESH_S and _facts(files) == facts:

@@ -124,7 +124,7 @@ def _safe_shapes(path: Path) -> dict[str, Shape]:
         with safe_open(path, framework="numpy") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path}: is no safetensors file: {error}") from error
+        raise ModelError(f"{path}: is no whole safetensors file ({error}); fetch it again") from error
 
 
 def _pickled_shapes(files: Sequence[Path]) -> list[dict[str, Shape]]:

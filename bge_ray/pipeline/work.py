@@ -19,12 +19,31 @@ from bge_ray.report.facts import RunFacts
 from bge_ray.storage.lease import Leases, is_leased, refuse_foreign_lease
 from bge_ray.storage.objects import Storage
 from bge_ray.storage.ownership import OwnedFolder
-from bge_ray.storage.reports import REPORT_FILES, retract_report, write_report
+from bge_ray.storage.reports import (
+    REPORT_FILES,
+    report_is_whole,
+    restore_page,
+    retract_report,
+    write_report,
+)
 from bge_ray.storage.sweep import check_retired
 
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=Report)
+
+
+class Told:
+    """Warns of each thing once, however often a run looks."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def warn(self, text: str) -> None:
+        """Log a warning, unless it was."""
+        if text not in self._told:
+            self._told.add(text)
+            logger.warning("%s", text)
 
 
 class Work(Protocol[R]):
@@ -42,7 +61,7 @@ class Work(Protocol[R]):
         """Return the report of what is published, if that is what this run would publish."""
 
     def sweep_is_due(self) -> bool:
-        """Tell whether files of an earlier state, kept for those who read it, have been kept long enough."""
+        """Tell whether files of an earlier state have been kept long enough, or a file is to be renewed."""
 
     def do(self, facts: RunFacts, watch: Callable[[], None]) -> None:
         """Do what is not done, unit by unit; ``watch`` raises to stop.
@@ -100,13 +119,16 @@ def carry_out(work: Work[R], facts: RunFacts, stop: StopRequest | None) -> R:
     found = work.current()
     # A run that was cut off after it published has left its leases, and things to sweep.
     cut_off = any(is_leased(work.storage, uri) for uri in uris)
-    if found is not None and not cut_off and not work.sweep_is_due():
+    whole = found is not None and report_is_whole(work.folders[0])
+    if found is not None and whole and not cut_off and not work.sweep_is_due():
         return _nothing_to_do(found, uris[0])
     stop = stop or StopRequest()
     with stop.deferred(), Leases(work.storage, uris) as leases:
         found = work.current()
         if found is not None:
             work.sweep()
+            if not report_is_whole(work.folders[0]):
+                restore_page(work.folders[0], work.page(found))
             return _nothing_to_do(found, uris[0])
         # All are looked at before the first is claimed: what is refused is left as it was.
         refuse_taken(work.folders)

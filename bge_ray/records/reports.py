@@ -54,7 +54,7 @@ class Report:
 
     ``key`` names all that decides the outcome: a rerun with the same key and a report that is
     ``complete`` has nothing to do while ``files`` are there (paths below the folder of the report where they
-    lie there, URIs elsewhere; of an embed run none, since its manifest names them).
+    lie there, URIs elsewhere; of an embed run its manifest, which names the others).
 
     Rows and units are those that this run did; what earlier runs had done is counted by the fields of the
     job. ``phase_s`` adds up to ``wall_s``, which begins with the process where a command runs one job.

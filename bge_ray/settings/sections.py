@@ -257,7 +257,10 @@ class ChunkingSettings(Section):
         "included; null: a text is one row, and cut off at model.max_length",
     )
     overlap_tokens: int = Field(
-        0, ge=0, description="most tokens that a chunk repeats of the one before, in whole sentences"
+        0,
+        ge=0,
+        description="most tokens that a chunk repeats of the one before, in whole sentences, and of a "
+        "sentence longer than a chunk in whole pieces",
     )
     boundary: Literal["sentence", "paragraph", "token"] = Field(
         "sentence",

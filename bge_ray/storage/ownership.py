@@ -146,6 +146,16 @@ class OwnedFolder:
 
         self._update(add)
 
+    def vouches_for(self, name: str, data: bytes) -> bool:
+        """Tell whether bytes read at a name are some that were announced for it, or none ever were.
+
+        Raises:
+            OutputCollisionError: the journal is another job's, or not one that this version can read.
+        """
+        journal = self._read()
+        known = journal.files.get(name) if journal is not None else None
+        return known is None or Content(len(data), hashlib.sha256(data).hexdigest()) in known
+
     def check_replaceable(self, name: str) -> ObjectInfo | None:
         """Return what has a name and is provably ours, or None if nothing has it; reads all its bytes.
 

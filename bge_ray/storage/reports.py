@@ -20,6 +20,24 @@ def write_report(folder: OwnedFolder, page: bytes, facts: bytes) -> None:
     _written.append(join(folder.uri, "report.html"))
 
 
+def report_is_whole(folder: OwnedFolder) -> bool:
+    """Tell whether report.json and its page are there.
+
+    Raises:
+        OutputCollisionError: one was changed since it was written, or is not ours.
+    """
+    return all(folder.check_replaceable(name) is not None for name in REPORT_FILES)
+
+
+def restore_page(folder: OwnedFolder, page: bytes) -> None:
+    """Write report.html of the report that is there.
+
+    Raises:
+        OutputCollisionError: a foreign file has the name.
+    """
+    folder.put("report.html", page)
+
+
 def retract_report(folder: OwnedFolder) -> None:
     """Remove the report of an earlier run, before anything of a new one appears under a final name.
 

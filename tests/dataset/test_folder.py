@@ -9,12 +9,13 @@ import pytest
 
 from bge_ray.dataset.changes import check_changes, manifest_digest, read_changes, write_change
 from bge_ray.dataset.commit import FINGERPRINT_KEY, marker_path
-from bge_ray.dataset.folder import KEPT_PLANS, Dataset
+from bge_ray.dataset.folder import KEPT_PLANS, Dataset, manifest_fact
 from bge_ray.errors import DatasetMismatchError
 from bge_ray.records.canonical import to_json
 from bge_ray.records.dataset import FileFact, Marker, make_manifest
 from bge_ray.records.plan import Coding, CorpusObject, Plan, Span, Unit
 from bge_ray.storage.objects import TEMPORARY_SUFFIX, Storage, join
+from bge_ray.storage.ownership import holds
 from bge_ray.storage.sweep import Swept
 from tests.support.records import make_marker, make_spec
 
@@ -83,6 +84,25 @@ def test_a_dataset_json_that_is_not_ours(dataset: Dataset, content: bytes, said:
         dataset.read_spec()
     with pytest.raises(DatasetMismatchError, match=rf"dataset\.json: {said}"):
         dataset.create_spec(make_spec())
+
+
+def test_a_spec_that_was_changed_by_hand_is_refused(dataset: Dataset) -> None:
+    spec, uri = make_spec(query_instruction="query: "), join(dataset.root, "dataset.json")
+    dataset.create_spec(spec)
+    dataset.create_spec(make_spec(query_instruction="other"))  # which is not written
+    assert dataset.read_spec() == spec
+    written = dataset.storage.read(uri)
+    dataset.storage.write(uri, written.replace(b"query: ", b"QUERY: "))
+    for act in (dataset.read_spec, lambda: dataset.create_spec(spec)):
+        with pytest.raises(
+            DatasetMismatchError, match=r"dataset\.json: was changed since it was written; restore"
+        ):
+            act()
+    dataset.storage.write(uri, written)
+    assert dataset.read_spec() == spec
+    dataset.storage.delete([join(dataset.root, "_bge_ray.json")])  # a copy of the data set need not have it
+    dataset.storage.write(uri, to_json(make_spec(query_instruction="other")))
+    assert dataset.read_spec() != spec
 
 
 def test_plans_are_numbered_and_taken_once(dataset: Dataset) -> None:
@@ -234,3 +254,25 @@ def test_no_change_is_replaced(dataset: Dataset) -> None:
         (2, None, manifest_digest(two)),
         (4, manifest_digest(two), manifest_digest(three)),
     ]
+
+
+def test_a_card_that_is_gone_is_missed_and_one_that_was_changed_is_said_and_stays(
+    dataset: Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest, uri = make_manifest("d" * 64, []), join(dataset.root, "README.md")
+    dataset.sweep(make_spec(), manifest, 0)
+    assert dataset.has_card()
+    dataset.storage.delete([uri])
+    assert not dataset.has_card()
+    dataset.sweep(make_spec(), manifest, 0)
+    assert dataset.has_card()
+    assert not caplog.records
+    dataset.storage.write(uri, b"# edited")
+    assert dataset.has_card()
+    assert uri in caplog.text
+
+
+def test_a_manifest_is_named_as_it_is_published(dataset: Dataset) -> None:
+    manifest = make_manifest("d" * 64, [add_unit(dataset, 0)])
+    dataset.publish(manifest)
+    assert holds(dataset.storage, join(dataset.root, "manifest.json"), manifest_fact(manifest))

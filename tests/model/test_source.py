@@ -230,3 +230,13 @@ def test_length_of_a_folder_that_keeps_it_with_its_tokenizer(copy: Path) -> None
     (copy / "sentence_bert_config.json").unlink()
     (copy / "modules.json").unlink()
     assert resolve(copy).max_length == 128
+
+
+def test_weights_that_are_cut_off_are_no_other_model(tiny_model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model, copy)
+    hash_model(copy)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"model\.safetensors: is no whole safetensors file.*fetch it again"):
+        hash_model(copy)

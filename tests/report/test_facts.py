@@ -173,9 +173,9 @@ def test_a_report_comes_back_from_its_json_whole_and_any_job_can_read_its_head(r
 def test_a_report_of_another_job_is_no_report_of_this_one() -> None:
     data = to_json(embed_report())
     for kind in (IndexReport, SearchReport, RerankReport):
-        with pytest.raises(ValueError, match="validation error"):
+        with pytest.raises(ValueError, match="Field required"):
             from_json(kind, data)
-    with pytest.raises(ValueError, match="validation error"):
+    with pytest.raises(ValueError, match="Field required"):
         from_json(EmbedReport, b"{}")
 
 

@@ -91,5 +91,5 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path}: is no safetensors file: {error}") from error
+            raise ModelError(f"{path}: is no whole safetensors file ({error}); fetch it again") from error
     return read_pickled(path, "cpu")

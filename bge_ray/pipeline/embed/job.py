@@ -16,7 +16,7 @@ import pyarrow as pa
 from ray.actor import ActorHandle
 
 from bge_ray.dataset.changes import manifest_digest
-from bge_ray.dataset.folder import Dataset, marker_files
+from bge_ray.dataset.folder import Dataset, manifest_fact, marker_files
 from bge_ray.errors import IncompleteRunError, OutputBusyError, RejectedRowsError
 from bge_ray.pipeline.embed.estimate import Estimate, estimate
 from bge_ray.pipeline.embed.planning import MAX_NAMED_OBJECTS
@@ -184,8 +184,10 @@ class EmbedWork:
         return report
 
     def sweep_is_due(self) -> bool:
-        """Tell whether shards of an earlier state have been dead for long enough."""
-        return is_due(self.storage, self.dataset.root, self._settings.output.grace_s, time.time())
+        """Tell whether shards of an earlier state have been dead for long enough, or the card is gone."""
+        return not self.dataset.has_card() or is_due(
+            self.storage, self.dataset.root, self._settings.output.grace_s, time.time()
+        )
 
     def do(self, facts: RunFacts, watch: Callable[[], None]) -> None:
         """Write what the data set is and its plan, then embed the units to do."""
@@ -328,7 +330,7 @@ class EmbedWork:
             key=manifest_digest(manifest) if manifest is not None else "",
             complete=complete,
             outcome=outcome,
-            files=(),
+            files=(manifest_fact(manifest),) if manifest is not None else (),
             settings=settings.model_dump(mode="json"),
             output=self.dataset.root,
             corpus=str(settings.corpus.uri),

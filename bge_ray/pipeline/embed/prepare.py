@@ -62,7 +62,8 @@ class Planned:
 def prepare(settings: Settings) -> Planned:
     """Resolve, list, scan and plan; reads only."""
     settings.require("corpus.uri", "output.uri")
-    refuse_collisions({"output.uri": settings.output.uri}, {"corpus.uri": settings.corpus.uri}, {})
+    inputs = {"corpus.uri": settings.corpus.uri, "model.name": settings.model.name}
+    refuse_collisions({"output.uri": settings.output.uri}, inputs, {})
     storage = Storage(settings.output.storage_timeout_s)
     dataset = Dataset(storage, str(settings.output.uri))
     dataset.folder.check_owner()

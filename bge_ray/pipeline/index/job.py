@@ -23,7 +23,7 @@ from bge_ray.pipeline.index.build import carry_build
 from bge_ray.pipeline.index.inputs import Inputs, read_inputs
 from bge_ray.pipeline.index.published import FOLDER, index_files, read_index
 from bge_ray.pipeline.index.steps import Build, trained_path
-from bge_ray.pipeline.work import carry_out, refuse_taken
+from bge_ray.pipeline.work import Told, carry_out, refuse_taken
 from bge_ray.records.canonical import to_json
 from bge_ray.records.ids import IdArray
 from bge_ray.records.index import IndexDescription
@@ -132,6 +132,7 @@ class IndexWork:
         refuse_taken([self._folder])
         self.inputs: Inputs = self._read_inputs()
         self.built = False
+        self._told = Told()
         self._index: IndexDescription | None = None
         self._sizes: IdArray | None = None
 
@@ -164,7 +165,7 @@ class IndexWork:
         try:
             there = read_index(self._storage, self._root)
         except DatasetMismatchError as error:
-            logger.warning("%s; building it anew", error)
+            self._told.warn(f"{error}; building it anew")
             return None
         if there is None or there.inputs != self.inputs.key:
             return None
@@ -173,10 +174,10 @@ class IndexWork:
         for file in index_files(self._root, there):
             info = self._storage.info(file.path)
             if info is None or info.size != file.bytes:
-                logger.warning("%s: is missing or has another size; building it again", file.path)
+                self._told.warn(f"{file.path}: is missing or has another size; building it again")
                 return None
             if self._settings.index.verify and digest_object(self._storage, info) != file.sha256:
-                logger.warning("%s: is damaged; building it again", file.path)
+                self._told.warn(f"{file.path}: is damaged; building it again")
                 return None
         return there
 

@@ -38,6 +38,8 @@ class RangePiece:
     sizes_uri: str
 
 
+WAY_OUT = "; run index.py with index.verify, which makes it anew, or set search.exact"
+
 IndexSource: TypeAlias = WrittenFile | RangePiece
 
 
@@ -70,8 +72,7 @@ class Searcher:
                 found = _download(self._storage, source.path, source.bytes, target)
                 if found != source.sha256:
                     raise IndexBuildError(
-                        f"{source.path}: is damaged, its sha256 is {found}, not {source.sha256}; run "
-                        "index.py with index.verify, which makes it anew, or set search.exact"
+                        f"{source.path}: is damaged, its sha256 is {found}, not {source.sha256}{WAY_OUT}"
                     )
                 return
             inside = sizes_inside(read_sizes(self._storage, source.sizes_uri), source.lists)
@@ -118,7 +119,7 @@ def _download(storage: Storage, uri: str, size: int, target: BinaryIO) -> str:
         stop = min(size, start + DOWNLOAD_BYTES)
         block = storage.read_range(uri, start, stop)
         if len(block) != stop - start:
-            raise IndexBuildError(f"{uri}: ends at byte {start + len(block)} of {size}")
+            raise IndexBuildError(f"{uri}: ends at byte {start + len(block)} of {size}{WAY_OUT}")
         digest.update(block)
         target.write(block)
     return digest.hexdigest()

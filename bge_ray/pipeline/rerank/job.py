@@ -22,7 +22,7 @@ from bge_ray.pipeline.rerank.texts import TextSource, open_texts
 from bge_ray.pipeline.runs.groups import CANDIDATE_SCHEMA, GroupTask, Workplace
 from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections, read_group_stage
 from bge_ray.pipeline.runs.parts import LEFT_OUT, RUN_FILES, RunOutput, Totals, part_stage
-from bge_ray.pipeline.runs.source import open_source, refuse_in_corpus
+from bge_ray.pipeline.runs.source import open_source, refuse_in_source
 from bge_ray.pipeline.runs.work import TASKS, Outcome, RunWork, check_rejected, published_files
 from bge_ray.pipeline.work import carry_out, refuse_taken
 from bge_ray.records.canonical import digest
@@ -97,14 +97,18 @@ class RerankJob:
                 "search.output": settings.search.output,
                 "rerank.output": asked.output,
             },
-            {"corpus.uri": settings.corpus.uri, "search.queries": settings.search.queries},
+            {
+                "corpus.uri": settings.corpus.uri,
+                "search.queries": settings.search.queries,
+                "rerank.model": asked.model,
+            },
             {"rerank.candidates": asked.candidates},
         )
         self._settings = settings
         self._storage = Storage(settings.output.storage_timeout_s)
         self._source = open_source(settings) if settings.output.uri is not None else None
         if self._source is not None:
-            refuse_in_corpus(self._source, {"rerank.output": asked.output})
+            refuse_in_source(self._source, {"rerank.output": asked.output})
         self.spec = resolve_reranker(asked, on_gpu=False)
         self._folder = open_folder(
             self._storage, str(asked.output), "reranked", "rerank.output", (*RUN_FILES, LEFT_OUT)

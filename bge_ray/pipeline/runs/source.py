@@ -26,18 +26,21 @@ class Source:
         return [m.embeddings.sha256 for m in self.manifest.shards if m.embeddings is not None]
 
 
-def refuse_in_corpus(source: Source, outputs: Mapping[str, str | None]) -> None:
-    """Refuse to write into the corpus of a data set, also where ``corpus.uri`` does not name it.
+def refuse_in_source(source: Source, outputs: Mapping[str, str | None]) -> None:
+    """Refuse to write into the corpus or the model of a data set, also where no setting names it.
 
     Args:
         source: the data set, whose newest plan says where its corpus is.
         outputs: as in `refuse_collisions`.
 
     Raises:
-        OutputCollisionError: names the setting and the corpus.
+        OutputCollisionError: names the setting, and the corpus or the model.
     """
-    corpus = Dataset(source.storage, source.root).corpus()
-    refuse_collisions(outputs, {f"the corpus of output.uri {source.root}": corpus}, {})
+    inputs = {
+        f"the corpus of output.uri {source.root}": Dataset(source.storage, source.root).corpus(),
+        f"the model of output.uri {source.root}": source.spec.model.name,
+    }
+    refuse_collisions(outputs, inputs, {})
 
 
 def open_source(settings: Settings) -> Source:

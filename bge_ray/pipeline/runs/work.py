@@ -22,6 +22,7 @@ from bge_ray.pipeline.engine.telemetry import Telemetry
 from bge_ray.pipeline.runs.groups import GroupTask, Workplace
 from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections, take_in
 from bge_ray.pipeline.runs.parts import RunOutput, Totals, publish
+from bge_ray.pipeline.work import Told
 from bge_ray.records.dataset import FileFact
 from bge_ray.records.reports import Report, read_report
 from bge_ray.report.facts import RunFacts, read_receipt
@@ -118,6 +119,7 @@ class RunWork(Generic[R]):
         self._outputs = tuple(job.outputs())
         self._rejections, self._totals = Rejections(), Totals()
         self._intake = Intake((), ())
+        self._told = Told()
 
     @property
     def storage(self) -> Storage:
@@ -142,7 +144,7 @@ class RunWork(Generic[R]):
         for fact in report.files:
             uri = fact.path if "://" in fact.path else join(folder.uri, fact.path)
             if not holds(self.storage, uri, fact):
-                logger.warning("%s: is missing, or is not what was written; the run is made again", uri)
+                self._told.warn(f"{uri}: is missing, or is not what was written; the run is made again")
                 return None
         return report
 

@@ -37,7 +37,7 @@ from bge_ray.pipeline.rerank.texts import TextSource, open_texts
 from bge_ray.pipeline.runs.groups import QUERY_SCHEMA, GroupTask, Workplace
 from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections
 from bge_ray.pipeline.runs.parts import LEFT_OUT, RUN_FILES, RunOutput, Totals, part_stage
-from bge_ray.pipeline.runs.source import Source, open_source, refuse_in_corpus
+from bge_ray.pipeline.runs.source import Source, open_source, refuse_in_source
 from bge_ray.pipeline.runs.work import TASKS, Outcome, RunWork, check_rejected, published_files
 from bge_ray.pipeline.search.stages import (
     GROUP_RESULTS,
@@ -127,12 +127,17 @@ class SearchJob:
         }
         refuse_collisions(
             {"output.uri": settings.output.uri, **outputs},
-            {"corpus.uri": settings.corpus.uri, "search.queries": asked.queries},
+            {
+                "corpus.uri": settings.corpus.uri,
+                "search.queries": asked.queries,
+                "model.name": settings.model.name,
+                "rerank.model": settings.rerank.model if asked.rerank else None,
+            },
             {},
         )
         self._settings = settings
         self.source = open_source(settings)
-        refuse_in_corpus(self.source, outputs)
+        refuse_in_source(self.source, outputs)
         made = [output.name for output in self.source.spec.model.outputs]
         if EMBEDDING not in made:
             raise SettingsError(

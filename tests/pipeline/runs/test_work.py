@@ -10,12 +10,14 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from bge_ray.errors import OutputCollisionError
 from bge_ray.pipeline.runs.parts import LEFT_OUT_SCHEMA, RunOutput, Totals, _examples
 from bge_ray.pipeline.runs.work import RunWork, published_files
+from bge_ray.pipeline.work import carry_out
 from bge_ray.records.canonical import to_json
 from bge_ray.records.dataset import FileFact
 from bge_ray.records.reports import Report, RerankReport, SearchReport
-from bge_ray.report.facts import EXAMPLES_PER_REASON
+from bge_ray.report.facts import EXAMPLES_PER_REASON, RunFacts
 from bge_ray.report.run_page import rerank_page, search_page
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.objects import Storage
@@ -35,6 +37,9 @@ class Asked:
     key: str
     kind: type[Report] = SearchReport
     storage: Storage = STORAGE
+
+    def page(self, report: Report) -> bytes:
+        return search_page(report)
 
     def outputs(self) -> Sequence[RunOutput]:
         return [RunOutput(owned(self.folder), "tag", "first_score")]
@@ -90,6 +95,13 @@ def test_a_file_that_is_not_what_was_written_ends_that(
     ]
 
 
+def test_damage_is_told_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "run.parquet").unlink()
+    work = RunWork(Settings(), Asked(folder, "k"))
+    assert [work.current(), work.current()] == [None, None]
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize("change", [{"complete": False}, {"format_version": 1}, {"job": None}])
 def test_an_incomplete_report_and_one_of_another_version_vouch_for_nothing(
     folder: Path, change: dict[str, object]
@@ -99,6 +111,22 @@ def test_an_incomplete_report_and_one_of_another_version_vouch_for_nothing(
     assert current(folder) is None
     path.write_bytes(b"{half")
     assert current(folder) is None
+
+
+def test_a_page_that_is_gone_is_made_again(folder: Path) -> None:
+    (folder / "report.html").unlink()
+    work = RunWork(Settings(), Asked(folder, "k"))
+    assert carry_out(work, RunFacts("search", "r"), None).outcome == "nothing to do"
+    assert b"Search run" in (folder / "report.html").read_bytes()
+    assert not (folder / "lease.json").exists()
+
+
+def test_a_page_that_was_changed_is_named_and_stays(folder: Path) -> None:
+    changed = (folder / "report.html").read_bytes().swapcase()
+    (folder / "report.html").write_bytes(changed)
+    with pytest.raises(OutputCollisionError, match=r"report\.html: is in the way"):
+        carry_out(RunWork(Settings(), Asked(folder, "k")), RunFacts("search", "r"), None)
+    assert (folder / "report.html").read_bytes() == changed
 
 
 def test_a_sweep_leaves_what_is_not_ours_in_the_work_folder(folder: Path) -> None:

@@ -1,0 +1,73 @@
+"""What is wrong with the output is known before the corpus is listed, and before a cluster is there."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bge_ray.dataset.folder import Dataset
+from bge_ray.errors import CorpusError, DatasetMismatchError, OutputCollisionError
+from bge_ray.pipeline.embed.job import embed, plan_only
+from bge_ray.records.dataset import make_manifest
+from bge_ray.records.plan import Plan, Unit
+from bge_ray.settings.sections import parse_settings
+from bge_ray.storage.objects import Storage
+from bge_ray.storage.reports import write_report
+from tests.support.records import make_marker, make_spec
+
+
+def everything(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def other_digit(data: bytes) -> bytes:
+    changed = data.replace(b'"tokens": 5', b'"tokens": 6')
+    assert changed != data
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("lease.json", lambda _: b'{"hello":"mine"}'),
+        ("_retired.json", lambda _: b'{"hello":"mine"}'),
+        ("changes/000001.json", lambda _: b'{"hello":"mine"}'),
+        ("plan/000001.json", lambda data: data[:20]),
+        ("plan/000002.json", lambda _: b'{"hello":"mine"}'),
+        ("manifest.json", lambda _: b"no JSON"),
+        ("manifest.json", other_digit),
+        ("report.html", lambda data: data[:-1]),
+        ("report.json", lambda data: data.swapcase()),
+        ("plan", None),
+    ],
+)
+@pytest.mark.parametrize("job", [plan_only, embed])
+def test_it_is_named_and_nothing_is_written(
+    storage: Storage,
+    tmp_path: Path,
+    job: Callable[..., object],
+    name: str,
+    spoil: Callable[[bytes], bytes] | None,
+) -> None:
+    dataset = Dataset(storage, str(tmp_path / "out"))
+    dataset.create_plan(1, Plan((), 4))
+    dataset.create_spec(make_spec())
+    marker = make_marker(Unit(0, 0, 3), None)
+    dataset.publish(make_manifest(make_spec().vector_fingerprint, [marker]))
+    write_report(dataset.folder, b"page", b"facts")
+    settings = parse_settings(None, [f"corpus.uri={tmp_path}/gone", f"output.uri={dataset.root}"])
+    with pytest.raises(CorpusError):
+        job(settings)  # which gets as far as that
+    path = tmp_path / "out" / name
+    if spoil is None:
+        shutil.rmtree(path)
+    else:
+        path.write_bytes(spoil(path.read_bytes() if path.exists() else b""))
+    before = everything(tmp_path)
+    with pytest.raises((DatasetMismatchError, OutputCollisionError), match=r"restore it|move it away") as it:
+        job(settings)
+    assert str(path) in str(it.value)
+    assert "\n" not in str(it.value)
+    assert it.value.exit_code == 2
+    assert everything(tmp_path) == before
