@@ -12,7 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from bge_ray.errors import CorpusError, OutputCollisionError, SettingsError
-from bge_ray.evaluate import evaluate, short_names, to_markdown
+from bge_ray.evaluate import evaluate, plan_evaluate, short_names, to_markdown
 from bge_ray.metrics import compare, mean, measure, metric_names
 from bge_ray.settings.sections import Settings, parse_settings
 from bge_ray.storage.objects import Storage
@@ -168,12 +168,15 @@ def test_metrics_lie_beside_their_run_and_replace_no_file_of_others(tmp_path: Pa
     settings = settings_for(run=run, qrels=str(tmp_path / "qrels.tsv"), output=str(folder))
     evaluate(settings)
     evaluate(settings)
-    (folder / "metrics.md").write_text("somebody's own notes")
     before = (folder / "metrics.json").read_bytes()
-    with pytest.raises(OutputCollisionError, match=r"metrics\.md: is in the way .* evaluate\.output"):
-        evaluate(settings)
-    assert (folder / "metrics.json").read_bytes() == before
-    assert (folder / "metrics.md").read_text() == "somebody's own notes"
+    same_size = (folder / "metrics.md").read_text().swapcase()
+    for theirs in ("somebody's own notes", same_size):
+        (folder / "metrics.md").write_text(theirs)
+        for job in (plan_evaluate, evaluate):
+            with pytest.raises(OutputCollisionError, match=r"metrics\.md: is in the way .* evaluate\.output"):
+                job(settings)
+        assert (folder / "metrics.json").read_bytes() == before
+        assert (folder / "metrics.md").read_text() == theirs
 
 
 def test_lines_in_any_order_measure_the_same(tmp_path: Path) -> None:

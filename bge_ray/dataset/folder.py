@@ -129,11 +129,10 @@ class Dataset:
         Raises:
             DatasetMismatchError: there is none.
         """
-        if self._plan_numbers():
-            return
-        # A plan comes before all of these.
+        # A plan comes before all of these, so it is looked for after them: another run may begin meanwhile.
         known = [name for name in (SPEC, "manifest.json") if self.storage.info(join(self.root, name))]
-        if found := [*known, *self._marker_paths()]:
+        found = [*known, *self._marker_paths()]
+        if found and not self._plan_numbers():
             raise DatasetMismatchError(
                 f"{join(self.root, 'plan')}: is gone, but {found[0]} is there; restore it, or choose another "
                 "output.uri: without it objects would get numbers that are given"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -110,12 +111,30 @@ def prepare(settings: Settings) -> Planned:
     plan = dataclasses.replace(plan, corpus=absolute(str(settings.corpus.uri)))
     removal = find_removal(previous, plan)
     _refuse_large(removal, settings, dataset.root)
-    todo, still_finished = _subtract(spec, plan, dataset.finished())
+    finished = dataset.finished()
+    _check_given(dataset, number, previous, finished)
+    todo, still_finished = _subtract(spec, plan, finished)
     if todo and settings.index.build:
         _check_index(settings, storage, spec, plan)
     if todo and not changed and _must_be_tried(model, spec_there):
         _try_model(settings, model, chunking)
     return Planned(dataset, spec, plan, number, still_finished, todo, removal)
+
+
+def _check_given(
+    dataset: Dataset, number: int, previous: Plan | None, finished: Mapping[str, Marker]
+) -> None:
+    """Refuse a plan that is older than what was made by a later one: it would give numbers a second time."""
+    given = max((marker.unit.object_no for marker in finished.values()), default=-1)
+    if previous is None or given < previous.next_object_no:
+        return
+    # Another run may have planned meanwhile; the lease settles that.
+    if dataset.latest_plan()[0] == number:
+        raise DatasetMismatchError(
+            f"{dataset.root}: has vectors of object {given}, and the newest file of plan/ knows of "
+            f"{previous.next_object_no} objects: a newer one is gone; restore it, or choose another "
+            "output.uri"
+        )
 
 
 def _refuse_large(removal: Removal, settings: Settings, root: str) -> None:

@@ -7,6 +7,7 @@ from bge_ray.pipeline.index.tasks import WrittenFile
 from bge_ray.records.canonical import from_json
 from bge_ray.records.index import INDEX_FORMAT_VERSION, IndexDescription
 from bge_ray.storage.objects import Storage, join
+from bge_ray.storage.ownership import OwnedFolder
 
 FOLDER = "index"
 
@@ -22,7 +23,7 @@ def read_index(storage: Storage, root: str) -> IndexDescription | None:
     """Return the description of the published index, or None.
 
     Raises:
-        DatasetMismatchError: index.json is of another version, damaged, or not ours.
+        DatasetMismatchError: index.json is of another version, damaged, changed, or not ours.
     """
     uri = join(root, FOLDER, "index.json")
     data = storage.read_optional(uri)
@@ -36,12 +37,19 @@ def read_index(storage: Storage, root: str) -> IndexDescription | None:
                 f"{uri}: is of format {version}, this version reads {INDEX_FORMAT_VERSION}; run index.py to "
                 "build the index anew"
             )
-        return from_json(IndexDescription, data)
+        description = from_json(IndexDescription, data)
     except ValueError as error:
         raise DatasetMismatchError(
             f"{uri}: not an index description of ours, or damaged ({error}); move it away and run "
             "index.py to build the index anew"
         ) from error
+    # Its effort and what it claims to find stand under no other digest.
+    if not OwnedFolder(storage, join(root, FOLDER), "index", "output.uri").vouches_for("index.json", data):
+        raise DatasetMismatchError(
+            f"{uri}: was changed since it was written; restore it, or move it away and run index.py to build "
+            "the index anew"
+        )
+    return description
 
 
 def index_files(root: str, index: IndexDescription) -> list[WrittenFile]:

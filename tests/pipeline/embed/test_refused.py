@@ -9,6 +9,7 @@ import pytest
 from bge_ray.dataset.folder import Dataset
 from bge_ray.errors import CorpusError, DatasetMismatchError, OutputCollisionError
 from bge_ray.pipeline.embed.job import embed, plan_only
+from bge_ray.pipeline.embed.prepare import _check_given
 from bge_ray.records.dataset import make_manifest
 from bge_ray.records.plan import Plan, Unit
 from bge_ray.settings.sections import parse_settings
@@ -71,3 +72,23 @@ def test_it_is_named_and_nothing_is_written(
     assert "\n" not in str(it.value)
     assert it.value.exit_code == 2
     assert everything(tmp_path) == before
+
+
+def test_a_plan_that_is_older_than_the_vectors_gives_no_numbers(storage: Storage, tmp_path: Path) -> None:
+    dataset, finished = Dataset(storage, str(tmp_path)), {"x": make_marker(Unit(4, 0, 3), None)}
+    _check_given(dataset, 0, None, finished)
+    dataset.create_plan(1, Plan((), 4))
+    _check_given(dataset, 1, Plan((), 5), finished)
+    with pytest.raises(DatasetMismatchError, match=r"vectors of object 4, .* knows of 4 objects"):
+        _check_given(dataset, 1, Plan((), 4), finished)
+    dataset.create_plan(2, Plan((), 5))
+    _check_given(dataset, 1, Plan((), 4), finished)  # another run has planned since
+
+
+@pytest.mark.parametrize("output", ["model", "model/out"])
+@pytest.mark.parametrize("job", [plan_only, embed])
+def test_a_model_is_no_output(tmp_path: Path, job: Callable[..., object], output: str) -> None:
+    words = [f"corpus.uri={tmp_path}/c", f"model.name={tmp_path}/model", f"output.uri={tmp_path}/{output}"]
+    with pytest.raises(OutputCollisionError, match=r"output\.uri.* model\.name"):
+        job(parse_settings(None, words))
+    assert list(tmp_path.iterdir()) == []

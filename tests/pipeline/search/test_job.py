@@ -25,6 +25,7 @@ from bge_ray.records.canonical import from_json
 from bge_ray.records.reports import SearchReport
 from bge_ray.settings.sections import ModelSettings
 from bge_ray.storage.objects import join
+from bge_ray.storage.ownership import open_folder
 from tests.support.corpora import csv_bytes, docstrings, jsonl_bytes, mixed_objects, parquet_bytes
 from tests.support.datasets import vectors_by_id
 from tests.support.models import make_cross_encoder, make_encoder
@@ -249,12 +250,13 @@ def test_a_wrong_index_or_model_is_refused_and_an_old_index_is_told_of(
         search(settings_for(**keys, model__name="/no/such/folder"))
     uri = join(data, "index", "index.json")
     description = json.loads(STORAGE.read(uri))
-    STORAGE.write(uri, json.dumps(description | {"vector_fingerprint": "f" * 64}).encode())
+    folder = open_folder(STORAGE, join(data, "index"), "index", "output.uri")
+    folder.put("index.json", json.dumps(description | {"vector_fingerprint": "f" * 64}).encode())
     with pytest.raises(DatasetMismatchError, match="another model"):
         search(settings_for(**keys))
     assert STORAGE.list_files(f"{bucket}/run") == []
     # Another training under the same description: the file is not the one that was published.
-    STORAGE.write(uri, json.dumps(description).encode())
+    folder.put("index.json", json.dumps(description).encode())
     file = join(data, "index", description["files"][0]["path"])
     whole = STORAGE.read(file)
     STORAGE.write(file, whole[:-8] + bytes(8))
