@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-slow test-airflow check unit format clean audit
+.PHONY: help demo test test-slow test-airflow check types unit format clean audit
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -26,9 +26,11 @@ test-airflow: $(VENV)/.dev .venv-airflow/.ready ## the Airflow DAG on a real Air
 check: $(VENV)/.dev ## format, lint, types, import contracts, quick tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(MAKE) -j 2 types unit
+
+types: $(VENV)/.dev ## types and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(MAKE) unit
 
 # Not a part of `check`: advisories appear without a change here, so that one commit would pass today and fail
 # tomorrow, and offline. --strict: what the service does not know is not taken for safe. An advisory that does
@@ -36,8 +38,10 @@ check: $(VENV)/.dev ## format, lint, types, import contracts, quick tests
 audit: $(VENV)/.dev ## ask for known vulnerabilities of the versions in constraints.txt (needs PyPI's advisories)
 	$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip --strict
 
+# One thread to a process: there are as many processes as cores, and OpenMP's threads spin while they wait.
+# Files are begun in the order of tests/conftest.py, the longest first.
 unit: $(VENV)/.dev ## the tests that need no Ray
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not ray and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not ray and not slow"
 
 format: $(VENV)/.dev ## put the code in form
 	$(BIN)/ruff format .

@@ -36,6 +36,28 @@ hypothesis.settings.register_profile("bge-ray", deadline=None)
 hypothesis.settings.load_profile("bge-ray")
 
 
+# Files of more than about 15 s, which a worker takes whole: begun last, they would be waited for alone.
+LONG_FILES = (
+    "test_objects.py",
+    "test_llm.py",
+    "test_out_of_memory.py",
+    "test_merge.py",
+    "test_encoder_parity.py",
+    "test_ownership.py",
+    "test_ending.py",
+    "test_command.py",
+    "test_m3.py",
+    "test_commit.py",
+    "test_corpus.py",
+    "test_lease.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files; the others, and the tests of each, stay in their order."""
+    items.sort(key=lambda item: LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else 99)
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     server = S3Server(tmp_path_factory.mktemp("s3") / "data")

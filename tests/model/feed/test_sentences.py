@@ -98,6 +98,15 @@ def test_ends_are_those_of_the_whole_in_one_line_of_any_script() -> None:
         assert list(sentence_ends("en", text)) == of_the_whole("en", text), name
 
 
+def test_the_word_before_a_full_stop_is_seen_whole_at_the_beginning_of_a_window() -> None:
+    first = "汉字。" * ((WINDOW - AHEAD) // 3)
+    assert len(first) == WINDOW - AHEAD
+    text = first + "Dr. Smith. " + first
+    found = list(sentence_ends("en", text))
+    assert len(first) + len("Dr. ") in found  # for the library "。Dr" is a word, and no abbreviation
+    assert found == of_the_whole("en", text)
+
+
 def test_a_quotation_wider_than_a_window_ends_no_later_than_the_text() -> None:
     text = "Before. “" + "A cat sat. " * 3_000 + "” After. Last."
     found = list(sentence_ends("en", text))
