@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from decimal import Decimal
@@ -345,7 +346,9 @@ def test_a_death_between_any_two_requests_is_mended_by_the_next_run(tmp_path: Pa
 
 def _change_a_digit(path: Path) -> None:
     text = path.read_text()
-    path.write_text(text.replace('"tokens": 1', '"tokens": 2', 1))
+    changed = re.sub(r'("rows_out": |"tokens": )\d', lambda m: m[1] + str(9 - int(m[0][-1])), text, count=1)
+    assert (changed != text, len(changed)) == (True, len(text))
+    path.write_text(changed)
 
 
 def test_a_page_or_a_card_that_is_gone_is_made_again(tmp_path: Path, tiny_model: Path) -> None:
