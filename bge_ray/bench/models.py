@@ -5,13 +5,14 @@ Speed does not depend on the weights, so no hub is needed.
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
 from bge_ray.errors import SettingsError
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "small": {
         "hidden_size": 384,
         "num_hidden_layers": 12,

@@ -31,7 +31,6 @@ PHASES = {
     "peers": 60.0,
     "nearest": 25.0,
 }
-GRACE_S = 5.0
 
 
 def main(
@@ -58,21 +57,22 @@ def main(
                 device or ("cuda" if torch.cuda.is_available() else "cpu"),
                 work,
                 str(tokenizer or _packaged_tokenizer() or "") or None,
-                PHASES[name] * second,
+                time.monotonic() + PHASES[name] * second,
             )
             (out / f"{name}.json").unlink(missing_ok=True)
             started = time.monotonic()
             (out / "plan.json").write_text(json.dumps(dataclasses.asdict(plan)))
-            ended = _start_phase(name, out, plan.seconds)
+            ended = _start_phase(name, out, plan)
             typer.echo(f"{name}: {ended}, {time.monotonic() - started:.0f} s")
             _gather(out, {name: ended})
     write_page(json.loads((out / "device.json").read_text()), out)
     typer.echo((out / "report.md").read_text())
 
 
-def _start_phase(name: str, out: Path, seconds: float) -> str:
+def _start_phase(name: str, out: Path, plan: Plan) -> str:
     command = [sys.executable, "-m", "bge_ray.bench.device", "--out", str(out), "--child", name]
-    code = run_within(command, out / f"{name}.log", seconds + GRACE_S)
+    seconds = plan.ends - time.monotonic()
+    code = run_within(command, out / f"{name}.log", seconds)
     if code is None:
         return f"stopped after {seconds:.0f} s"
     if code:
@@ -88,14 +88,12 @@ def _run_phase(name: str, out: Path) -> None:
 
 
 def _gather(out: Path, ended: dict[str, str]) -> None:
-    """Put what all phases have found so far into one file."""
+    """Put what all phases have found, the last time that each ran, into one file."""
     path = out / "device.json"
-    known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"ended": {}}
-    known["ended"] |= ended
-    for name in PHASES:
-        found = out / f"{name}.json"
-        if found.is_file():
-            known[name] = json.loads(found.read_text())
+    before = json.loads(path.read_text())["ended"] if path.is_file() else {}
+    known: dict[str, Any] = {"ended": before | ended}
+    files = {name: out / f"{name}.json" for name in PHASES}
+    known |= {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
     path.write_text(json.dumps(known, indent=1))
 
 

@@ -20,7 +20,7 @@ def run(plan: Plan, note: Note) -> None:
     """Note the rates of this device; FLOP/s and bytes/s."""
     torch.backends.cuda.matmul.allow_tf32 = False
     note("machine", describe_machine() | _capability(plan))
-    note("matrix", {dtype: _square(plan, dtype) for dtype in ("float16", "bfloat16", "float32")})
+    note("matrix", {dtype: square_rate(plan, dtype) for dtype in ("float16", "bfloat16", "float32")})
     note("products", _products(plan))
     note("attention", _attention(plan))
     note("copies", _copies(plan))
@@ -39,7 +39,8 @@ def _capability(plan: Plan) -> dict[str, object]:
     }
 
 
-def _square(plan: Plan, dtype: str) -> float:
+def square_rate(plan: Plan, dtype: str) -> float:
+    """Return the rate of large square products as a median, in FLOP/s: what shares are shares of."""
     size = 8192 if plan.on_gpu else 1024
     a, b = (torch.randn(size, size, dtype=getattr(torch, dtype), device=plan.device) for _ in range(2))
     taken = seconds_of(lambda: a @ b, plan.device, MATRIX_SECONDS if plan.on_gpu else SHORT_SECONDS)
@@ -50,7 +51,7 @@ def _products(plan: Plan) -> list[dict[str, Any]]:
     """The products of a layer, each with its bias; FLOP/s."""
     found: list[dict[str, Any]] = []
     for name in ("small", "base", "large") if plan.on_gpu else ("base",):
-        h, inner = SPEED[name].hidden, SPEED[name].inner
+        h, inner = SPEED[name].hidden_size, SPEED[name].intermediate_size
         for tokens in (8_192, 16_384, 32_768, 65_536) if plan.on_gpu else (512, 1_024):
             for what, columns, rows in (
                 ("QKV", 3 * h, h),

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from bge_ray.bench.device.plan import Clock, Note, Plan, run_within
+from bge_ray.bench.device.plan import Note, Plan, run_within
 from bge_ray.bench.device.shapes import natural_lengths
 from bge_ray.bench.models import TOKENIZER_FILES, make_encoder
 from bge_ray.errors import SettingsError
@@ -44,16 +44,15 @@ main()
 
 def run(plan: Plan, note: Note) -> None:
     """Note what each way of running the job came to, and the loop over the same texts without Ray."""
-    clock = Clock(plan.seconds - 5)
     model = make_job_model(plan)
-    corpus = make_corpus(plan, 500_000 if plan.on_gpu else 1_500)
+    corpus = make_corpus(plan)
     note("corpus", {"rows": corpus[1], "tokens": corpus[2]})
     found: dict[str, Any] = {}
     for name, (units, settings) in RUNS.items():
-        if clock.left < (35 if plan.on_gpu else 15):
+        if plan.left < (35 if plan.on_gpu else 15):
             found[name] = {"left_out": "no time was left"}
         else:
-            found[name] = _run(plan, model, corpus[0], (units, settings), clock.left)
+            found[name] = _run(plan, model, corpus[0], (units, settings), plan.left)
         note("runs", found)
         if name == "defaults":
             note("loop", _loop(plan, model, corpus[0]))
@@ -76,13 +75,13 @@ def make_job_model(plan: Plan) -> Path:
     return folder
 
 
-def make_corpus(plan: Plan, n_rows: int) -> tuple[Path, int, int]:
+def make_corpus(plan: Plan) -> tuple[Path, int, int]:
     """Write shuffled words of the tokenizer's vocabulary, of natural lengths.
 
     Returns:
         The folder, its rows, and about how many tokens they have.
     """
-    folder = Path(plan.work) / "corpus"
+    folder, n_rows = Path(plan.work) / "corpus", 500_000 if plan.on_gpu else 1_500
     lengths = natural_lengths(n_rows)
     if not folder.is_dir():
         folder.mkdir()

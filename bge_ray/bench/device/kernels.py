@@ -8,7 +8,7 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
 from bge_ray.bench.device.loop import lengths_of
-from bge_ray.bench.device.plan import Clock, Note, Plan
+from bge_ray.bench.device.plan import Note, Plan
 from bge_ray.bench.device.shapes import KERNELS, SPEED, Variant, load_encoder, make_model, random_rows
 
 # A class of work by what the names of its kernels hold; the first that fits.
@@ -28,13 +28,12 @@ BATCHES = 12
 
 def run(plan: Plan, note: Note) -> None:
     """Note milliseconds a batch by class, launches a batch and the busy share, by shape and kernels."""
-    clock = Clock(plan.seconds - 5)
     found = []
     cases = [("base", "512", 32_768), ("base", "natural", 32_768), ("small", "natural", 65_536)]
     for shape, mix, budget in cases if plan.on_gpu else [("minilm", "natural", 1_024)]:
         folder = make_model(SPEED[shape], Path(plan.work) / f"speed-{shape}")
         for kernels in KERNELS:
-            if clock.left < 0:
+            if plan.left < 0:
                 continue
             found.append(_profile(plan, folder, (shape, mix, budget, kernels)))
             note("profiles", found)
@@ -73,7 +72,7 @@ def _profile(plan: Plan, folder: Path, case: tuple[str, str, int, str]) -> dict[
         "ms_by_class": dict(by_class),
         "ms_by_kernel": dict(slowest),
         "launches_a_batch": len(spans) / len(batches),
-        "layers": SPEED[shape].layers,
+        "layers": SPEED[shape].num_hidden_layers,
         "busy": busy / wall,
     }
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bge_ray.bench.device.plan import Clock, Note, Plan, seconds_of
+from bge_ray.bench.device.ceilings import square_rate
+from bge_ray.bench.device.plan import Note, Plan
 from bge_ray.bench.device.shapes import (
     KERNELS,
     SPEED,
@@ -24,13 +25,12 @@ from bge_ray.model.run.model import Model
 
 def run(plan: Plan, note: Note) -> None:
     """Note tokens/s and the share of the matrix rate of each; what is left out for want of time is named."""
-    clock = Clock(plan.seconds - 5)
-    rate = _matrix_rate(plan)
+    rate = square_rate(plan, plan.half)
     note("matrix", rate)
     rows: list[dict[str, Any]] = []
     left_out = []
     for shape, budgets, lengths, variants in _sweep(plan):
-        if clock.left < 10:
+        if plan.left < 10:
             left_out.append(shape)
             continue
         folder = make_model(SPEED[shape], Path(plan.work) / f"speed-{shape}")
@@ -38,7 +38,7 @@ def run(plan: Plan, note: Note) -> None:
             model = load_encoder(folder, Variant(plan.half, kernels), plan.device, SPEED[shape].positions)
             for mix in lengths:
                 for budget in budgets:
-                    if clock.left < 5:
+                    if plan.left < 5:
                         left_out.append(f"{shape} {kernels} {mix} {budget}")
                         continue
                     rows.append(_measure(plan, model, (shape, folder, kernels, mix, budget), rate))
@@ -107,10 +107,3 @@ def _measure(plan: Plan, model: Model, case: tuple[str, Path, str, str, int], ra
         "spread": (max(taken) - min(taken)) / second,
         "peak_bytes": torch.cuda.max_memory_allocated() if plan.on_gpu else None,
     }
-
-
-def _matrix_rate(plan: Plan) -> float:
-    """Return the median rate of large square products in the dtype that is measured, in FLOP/s."""
-    size = 8192 if plan.on_gpu else 1024
-    a, b = (torch.randn(size, size, dtype=getattr(torch, plan.half), device=plan.device) for _ in range(2))
-    return 2 * size**3 / statistics.median(seconds_of(lambda: a @ b, plan.device, 2.0))

@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from bge_ray.bench.device.job import make_corpus, make_job_model, texts_of
-from bge_ray.bench.device.plan import Clock, Note, Plan
+from bge_ray.bench.device.plan import Note, Plan
 from bge_ray.model.feed.texts import TextFeeder
 
 
@@ -12,14 +12,13 @@ def run(plan: Plan, note: Note) -> None:
     """Note its tokens/s by batch size and attention; tokenising is a part of it."""
     from sentence_transformers import SentenceTransformer
 
-    clock = Clock(plan.seconds - 5)
     model_path = make_job_model(plan)
-    corpus, _, _ = make_corpus(plan, 500_000 if plan.on_gpu else 1_500)
+    corpus, _, _ = make_corpus(plan)
     texts = texts_of(corpus, 40_000 if plan.on_gpu else 300)
     tokens = int(TextFeeder(model_path, 512).passages(texts).lengths.sum())
     found: dict[str, Any] = {}
     for name, batch, options in _ways(plan):
-        if clock.left < 5:
+        if plan.left < 5:
             found[name] = {"left_out": "no time was left"}
             continue
         try:

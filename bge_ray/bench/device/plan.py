@@ -15,6 +15,8 @@ import torch
 
 # Puts a finding under its name among those of a phase; it is on disk when the call returns.
 Note: TypeAlias = Callable[[str, Any], None]
+# What a phase keeps of its time, and what it has beyond that before it is killed.
+ENDING_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,18 @@ class Plan:
     """Where a phase runs and what it may take.
 
     ``work`` holds models and corpora that phases share, ``tokenizer`` a folder with tokenizer files, None
-    where there is none. ``seconds`` is what the phase has, after which it is killed.
+    where there is none. ``ends`` is when the phase is killed, as `time.monotonic` of this machine tells it.
     """
 
     device: str
     work: str
     tokenizer: str | None
-    seconds: float
+    ends: float
+
+    @property
+    def left(self) -> float:
+        """Seconds for what is still to be begun; a few are kept for ending."""
+        return self.ends - ENDING_S - time.monotonic()
 
     @property
     def on_gpu(self) -> bool:
@@ -74,18 +81,6 @@ def run_within(command: Sequence[str], log: Path, seconds: float) -> int | None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             return None
-
-
-class Clock:
-    """Seconds since the phase began, for what may be left out when time is short."""
-
-    def __init__(self, seconds: float) -> None:
-        self._ends = time.monotonic() + seconds
-
-    @property
-    def left(self) -> float:
-        """Seconds left."""
-        return self._ends - time.monotonic()
 
 
 def seconds_of(work: Callable[[], object], device: str, at_least: float) -> list[float]:

@@ -1,6 +1,6 @@
 """Models of known shapes with random weights, and rows of random tokens: what is measured and compared."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import (
     XLMRobertaModel,
 )
 
+from bge_ray.bench.models import SHAPES
 from bge_ray.model.heads import Pooled
 from bge_ray.model.run.executor import Executor, Loaded
 from bge_ray.model.run.last_layer import keep_one_token
@@ -33,18 +34,18 @@ SEED = 11
 KERNELS = ("plain", "fused")
 # Wide enough that attention decides something: at BERT's own 0.02 a random model hardly looks at others.
 SPREAD = 0.08
-# Docstrings under BERT's tokenizer: half of them below 55 tokens, 85 on average, cut at 512.
+# Docstrings under BERT's tokenizer: half of them below 55 tokens, 90 on average, cut at 512.
 NATURAL_MEDIAN, NATURAL_SPREAD = 55, 1.05
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a BERT, or of an XLM-R with room for ``positions`` tokens."""
+    """Sizes of a BERT, or of an XLM-R with room for ``positions`` tokens; named as in a configuration."""
 
-    hidden: int
-    layers: int
-    heads: int
-    inner: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
     positions: int = 512
     xlm: bool = False
     vocabulary: int = 30_522
@@ -52,10 +53,8 @@ class Shape:
 
 SPEED = {
     "minilm": Shape(384, 6, 12, 1536),
-    "small": Shape(384, 12, 12, 1536),
-    "base": Shape(768, 12, 12, 3072),
-    "large": Shape(1024, 24, 16, 4096),
-    "m3": Shape(1024, 24, 16, 4096, positions=8192, xlm=True, vocabulary=250_002),
+    **{name: Shape(**sizes) for name, sizes in SHAPES.items()},
+    "m3": replace(Shape(**SHAPES["large"]), positions=8192, xlm=True, vocabulary=250_002),
 }
 # Few layers, so that what is wrong in one cannot vanish behind others.
 TRUTH = {
@@ -84,10 +83,7 @@ def make_model(shape: Shape, folder: Path, *, spread: float = 0.02, reranker: bo
 
 def _config(shape: Shape, spread: float) -> PreTrainedConfig:
     sizes: dict[str, Any] = {
-        "hidden_size": shape.hidden,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "intermediate_size": shape.inner,
+        **{name: getattr(shape, name) for name in SHAPES["base"]},
         "vocab_size": shape.vocabulary,
         "initializer_range": spread,
     }

@@ -140,29 +140,24 @@ class Cutter:
         self._backend.no_padding()
         self._side = tokenizer.truncation_side
         self._words = words_of(self._backend)
-        self._before, self._behind = _special_tokens(self._backend)
 
     def cut(self, texts: Sequence[str], max_length: int, *, special_tokens: bool) -> PackedTokens:
         """Tokenise texts, each cut to max_length tokens; ``truncated`` says which had more."""
-        room = max_length - len(self._before + self._behind if special_tokens else [])
+        words = self._words if self._side == "right" else None
+        before, behind = (words.before, words.behind) if words is not None and special_tokens else ([], [])
+        room = max_length - len(before) - len(behind)
         ids: list[list[int]] = []
         truncated = np.zeros(len(texts), dtype=np.bool_)
         for start in range(0, len(texts), ENCODE_TEXTS):
             part = texts[start : start + ENCODE_TEXTS]
-            known: list[list[int] | None] = [None] * len(part)
-            if self._words is not None and self._side == "right":
-                known = [self._words.ids(text, room + 1) for text in part]
+            known = [None if words is None else words.ids(text, room + 1) for text in part]
             others = [text for text, found in zip(part, known, strict=True) if found is None]
             asked = iter(self._asked(others, max_length, special_tokens))
             for row, found in enumerate(known):
                 if found is None:
                     kept, truncated[start + row] = next(asked)
                 else:
-                    kept, truncated[start + row] = found, len(found) > room
-                    del kept[room:]
-                    if special_tokens:
-                        kept[:0] = self._before
-                        kept += self._behind
+                    kept, truncated[start + row] = [*before, *found[:room], *behind], len(found) > room
                 ids.append(kept)
         return PackedTokens.of(ids, truncated)
 
@@ -184,10 +179,11 @@ class Cutter:
 
     def ids(self, texts: Sequence[str], *, special_tokens: bool) -> Iterator[list[int]]:
         """Yield all tokens of each text."""
-        before, behind = (self._before, self._behind) if special_tokens else ([], [])
+        words = self._words
+        before, behind = (words.before, words.behind) if words is not None and special_tokens else ([], [])
         for start in range(0, len(texts), ENCODE_TEXTS):
             part = texts[start : start + ENCODE_TEXTS]
-            known = [None if self._words is None else self._words.ids(text) for text in part]
+            known = [None if words is None else words.ids(text) for text in part]
             others = [text for text, found in zip(part, known, strict=True) if found is None]
             self._backend.no_truncation()
             asked = iter(self._backend.encode_batch_fast(others, add_special_tokens=special_tokens))
@@ -240,14 +236,6 @@ def open_tokenizer(folder: Path, *, trust_remote_code: bool) -> tuple[Any, str |
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{folder}: has no fast tokenizer (tokenizer.json)")
     return tokenizer, take_file(tokenizer, folder)
-
-
-def _special_tokens(backend: Any) -> tuple[list[int], list[int]]:
-    """Return the ids that stand before and behind every text."""
-    backend.no_truncation()
-    bare, whole = (backend.encode("x", add_special_tokens=special).ids for special in (False, True))
-    at = next(i for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)
-    return whole[:at], whole[at + len(bare) :]
 
 
 def _lower_case(backend: Any) -> None:

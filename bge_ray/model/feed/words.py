@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Any
 
 # What BERT's tokenizer splits at, of the characters of ASCII; white space is no token, punctuation is.
-_BERT = re.compile(r"[^ \t\n\r!-/:-@\[-`{-~]+|[!-/:-@\[-`{-~]")
+_WORD = re.compile(r"[^ \t\n\r!-/:-@\[-`{-~]+|[!-/:-@\[-`{-~]")
 # Scripts that put no spaces between words: a table of their sentences would hold each once.
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff\U00010000-\U0010ffff]"
@@ -25,15 +25,21 @@ CHARS_PER_TOKEN = 6
 
 
 class Words(dict[str, tuple[int, ...]]):
-    """The token ids of words by word; asks the tokenizer for those that it does not know yet."""
+    """The token ids of words by word; asks the tokenizer for those that it does not know yet.
 
-    def __init__(self, backend: Any, pattern: re.Pattern[str], reserved: Iterable[str]) -> None:
-        """Take a tokenizer that neither cuts nor pads, what a word is, and strings that it keeps whole."""
+    ``before`` and ``behind`` are the ids of the special tokens round every text.
+    """
+
+    def __init__(self, backend: Any, reserved: Iterable[str]) -> None:
+        """Take a tokenizer that neither cuts nor pads, and strings that it keeps whole."""
         super().__init__()
         self._backend = backend
-        self._pattern, self._split = pattern, pattern.findall
         # One of them in a text makes tokens that are no part of a word.
         self._reserved = re.compile("|".join(map(re.escape, sorted(reserved))) or r"(?!)")
+        bare, whole = (backend.encode("x", add_special_tokens=special).ids for special in (False, True))
+        at = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        self.before: list[int] = whole[:at]
+        self.behind: list[int] = whole[at + len(bare) :]
 
     def __missing__(self, word: str) -> tuple[int, ...]:
         ids = tuple(self._backend.encode(word, add_special_tokens=False).ids)
@@ -51,9 +57,9 @@ class Words(dict[str, tuple[int, ...]]):
         if self._reserved.search(text) or (not text.isascii() and _UNSPACED.search(text)):
             return None
         if most is None or len(text) <= CHARS_PER_TOKEN * most:
-            return list(chain.from_iterable(map(self.__getitem__, self._split(text))))
+            return list(chain.from_iterable(map(self.__getitem__, _WORD.findall(text))))
         found: list[int] = []
-        for match in self._pattern.finditer(text):
+        for match in _WORD.finditer(text):
             found += self[match[0]]
             if len(found) >= most:
                 break
@@ -68,29 +74,23 @@ def words_of(backend: Any) -> Words | None:
     """
     from tokenizers import Tokenizer
 
-    parts = json.loads(backend.to_str())
-    pattern = _pattern(parts)
-    added = parts["added_tokens"]
+    added = backend.get_added_tokens_decoder().values()
     # One that is sought in the normalised text is not found in the text as it stands.
-    if pattern is None or any(token["normalized"] for token in added):
+    if not _splits_as_bert(backend) or any(token.normalized for token in added):
         return None
     own = Tokenizer.from_str(backend.to_str())
     own.no_truncation()
     own.no_padding()
-    return Words(own, pattern, [token["content"] for token in added])
+    return Words(own, [token.content for token in added])
 
 
-def _pattern(parts: dict[str, Any]) -> re.Pattern[str] | None:
-    """Return how the words of a text are found, by the parts of its tokenizer."""
-    # Each of these looks at one character at a time.
-    normalizers = {part["type"] for part in _flat(parts["normalizer"], "normalizers")}
-    splits = [part["type"] for part in _flat(parts["pre_tokenizer"], "pretokenizers")]
-    is_bert = parts["model"]["type"] == "WordPiece" and splits == ["BertPreTokenizer"]
-    return _BERT if is_bert and normalizers <= {"Lowercase", "BertNormalizer"} else None
+def _splits_as_bert(backend: Any) -> bool:
+    """Tell whether a tokenizer splits as BERT's, after normalising one character at a time."""
+    from tokenizers import models, pre_tokenizers
 
-
-def _flat(part: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
-    """Return the members of a part that may be a sequence of others."""
-    if part is None:
-        return []
-    return list(part[name]) if part["type"] == "Sequence" else [part]
+    if not isinstance(backend.model, models.WordPiece):
+        return False
+    normalizer = json.loads(backend.normalizer.__getstate__()) if backend.normalizer is not None else {}
+    parts = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    by_character = {part["type"] for part in parts} <= {"Lowercase", "BertNormalizer"}
+    return by_character and isinstance(backend.pre_tokenizer, pre_tokenizers.BertPreTokenizer)

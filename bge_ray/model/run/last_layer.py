@@ -5,6 +5,7 @@ layer owes that one nothing but their keys and values.
 """
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from bge_ray.model.run.packed import DECODERS, attend
 
 
 class OneTokenLayer(torch.nn.Module):
-    """Stands in for the last layer of a BERT or RoBERTa; its parts are that layer's own."""
+    """Stands in for the last layer of a BERT or RoBERTa, fused or not; its parts are that layer's own."""
 
     def __init__(self, layer: torch.nn.Module, *, last: bool) -> None:
         """Take over a layer; ``last``: the last token of each row is wanted, and not the first."""
@@ -33,53 +34,39 @@ class OneTokenLayer(torch.nn.Module):
         **__: Any,
     ) -> torch.Tensor:
         """Return (1, rows, dim) states of (1, tokens, dim); the rest is as in `packed_attention`."""
-        layer: Any = self._layer
-        attention = layer.attention.self
-        own = hidden_states[:, _wanted(cu_seqlens, last=self._last)]
-        q, k, v = (
-            states[0].view(states.shape[1], attention.num_attention_heads, -1)
-            for states in (attention.query(own), attention.key(hidden_states), attention.value(hidden_states))
-        )
-        context = attend(
-            q,
-            k,
-            v,
-            cu_seqlens=cu_seqlens,
-            runs=runs,
-            max_seqlen=max_seqlen,
-            scaling=attention.scaling,
-            one_query=True,
-        )
-        return torch.as_tensor(
-            layer.feed_forward_chunk(layer.attention.output(context.flatten(1)[None], own))
-        )
+        layer = self._layer
+        run = layer.of_one_token if isinstance(layer, FusedLayer) else partial(_of_one_token, layer)
+        wanted = _wanted(cu_seqlens, last=self._last)
+        return run(hidden_states, wanted, cu_seqlens=cu_seqlens, runs=runs, max_seqlen=max_seqlen)
 
 
-class OneTokenFusedLayer(torch.nn.Module):
-    """Stands in for the last layer of a BERT or RoBERTa whose layers are fused, as `OneTokenLayer` does."""
-
-    def __init__(self, layer: FusedLayer, *, last: bool) -> None:
-        super().__init__()
-        self._layer = layer
-        self._last = last
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        *_: Any,
-        cu_seqlens: torch.Tensor,
-        runs: Sequence[tuple[int, int]],
-        max_seqlen: int,
-        **__: Any,
-    ) -> torch.Tensor:
-        """Return (1, rows, dim) states of (1, tokens, dim); the rest is as in `packed_attention`."""
-        return self._layer.of_one_token(
-            hidden_states,
-            _wanted(cu_seqlens, last=self._last),
-            cu_seqlens=cu_seqlens,
-            runs=runs,
-            max_seqlen=max_seqlen,
-        )
+def _of_one_token(
+    layer: Any,
+    hidden_states: torch.Tensor,
+    wanted: torch.Tensor,
+    *,
+    cu_seqlens: torch.Tensor,
+    runs: Sequence[tuple[int, int]],
+    max_seqlen: int,
+) -> torch.Tensor:
+    """Do by a layer of transformers what `FusedLayer.of_one_token` does."""
+    attention = layer.attention.self
+    own = hidden_states[:, wanted]
+    q, k, v = (
+        states[0].view(states.shape[1], attention.num_attention_heads, -1)
+        for states in (attention.query(own), attention.key(hidden_states), attention.value(hidden_states))
+    )
+    context = attend(
+        q,
+        k,
+        v,
+        cu_seqlens=cu_seqlens,
+        runs=runs,
+        max_seqlen=max_seqlen,
+        scaling=attention.scaling,
+        one_query=True,
+    )
+    return torch.as_tensor(layer.feed_forward_chunk(layer.attention.output(context.flatten(1)[None], own)))
 
 
 def _wanted(cu_seqlens: torch.Tensor, *, last: bool) -> torch.Tensor:
@@ -154,5 +141,4 @@ def keep_one_token(model: Any, needs: Collection[str]) -> None:
             model.layers[-1] = OneTokenDecoderLayer(model.layers[-1])
         return
     layers = model.base_model.encoder.layer
-    kind = OneTokenFusedLayer if isinstance(layers[-1], FusedLayer) else OneTokenLayer
-    layers[-1] = kind(layers[-1], last="last_token" in needs)
+    layers[-1] = OneTokenLayer(layers[-1], last="last_token" in needs)
