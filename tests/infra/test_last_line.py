@@ -79,8 +79,9 @@ def job(settings, dry_run, stop):
         except BaseException:
             raise SystemError("an exception lost in foreign code")
     connect(ResourcesSettings())
-    subprocess.Popen(["sleep", "4"])  # what the end of the job waits for
-    threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    subprocess.Popen(["sleep", "7"])  # what the end of the job waits for
+    # Not earlier: while Ray shuts down, a second or two, it has taken every handler away.
+    threading.Timer(5, os.kill, (os.getpid(), signal.SIGTERM)).start()
 raise SystemExit(run_job(Job("embed", "", (), job), sys.argv[1:]))
 """
 
