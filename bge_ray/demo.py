@@ -70,24 +70,22 @@ def _demo(settings: Settings, dry_run: bool, stop: StopRequest, asked: Sequence[
     from rich.console import Console
 
     from bge_ray.pipeline.embed.job import embed, plan_only
-    from bge_ray.pipeline.engine.cluster import quiet_ray
     from bge_ray.pipeline.index.job import build_index
     from bge_ray.pipeline.search.job import search
 
     console = Console()
-    with quiet_ray():
-        if dry_run:
-            return "\n".join(plan_only(settings).lines())
-        result = embed(settings, stop)
-        _show_shards(console, settings)
-        index = build_index(settings, stop)
-        recall = index.tuned_recall.value
-        console.print(
-            f"\nindex: {index.factory}, {index.ntotal:,} vectors, "
-            f"recall@{index.tuned_recall.k} {recall:.3f}, measured\n"
-        )
-        if not asked:
-            search(settings, stop)
+    if dry_run:
+        return "\n".join(plan_only(settings).lines())
+    result = embed(settings, stop)
+    _show_shards(console, settings)
+    index = build_index(settings, stop)
+    recall = index.tuned_recall.value
+    console.print(
+        f"\nindex: {index.factory}, {index.ntotal:,} vectors, "
+        f"recall@{index.tuned_recall.k} {recall:.3f}, measured\n"
+    )
+    if not asked:
+        search(settings, stop)
     _show_answers(console, settings, _asked_here(settings, asked) if asked else _answers_of_run(settings))
     root = settings.output.uri
     return f"{result.report.outcome}; open {root}/report.html and {root}/index/report.html"

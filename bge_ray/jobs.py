@@ -30,38 +30,32 @@ class Job:
 def _embed(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
     """Embed, and index on request, or say what would be done."""
     from bge_ray.pipeline.embed.job import embed, plan_only
-    from bge_ray.pipeline.engine.cluster import quiet_ray
 
-    with quiet_ray():
-        if dry_run:
-            return "\n".join(plan_only(settings).lines())
-        result = embed(settings, stop)
-        outcome = f"{result.report.outcome}; report at {settings.output.uri}/report.html"
-        if not settings.index.build:
-            return outcome
-        from bge_ray.pipeline.index.job import index_outcome
+    if dry_run:
+        return "\n".join(plan_only(settings).lines())
+    result = embed(settings, stop)
+    outcome = f"{result.report.outcome}; report at {settings.output.uri}/report.html"
+    if not settings.index.build:
+        return outcome
+    from bge_ray.pipeline.index.job import index_outcome
 
-        return f"{outcome}\n{index_outcome(settings, stop)}"
+    return f"{outcome}\n{index_outcome(settings, stop)}"
 
 
 def _index(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
-    from bge_ray.pipeline.engine.cluster import quiet_ray
     from bge_ray.pipeline.index.job import index_outcome, plan_index
 
-    with quiet_ray():
-        if dry_run:
-            return plan_index(settings)
-        return index_outcome(settings, stop)
+    if dry_run:
+        return plan_index(settings)
+    return index_outcome(settings, stop)
 
 
 def _search(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
-    from bge_ray.pipeline.engine.cluster import quiet_ray
     from bge_ray.pipeline.search.job import plan_search, search
 
-    with quiet_ray():
-        if dry_run:
-            return plan_search(settings)
-        report = search(settings, stop)
+    if dry_run:
+        return plan_search(settings)
+    report = search(settings, stop)
     return (
         f"{report.outcome}: {report.queries_out:,} of {report.queries_in:,} queries answered, "
         f"{report.results:,} results in {settings.search.output}/run.parquet"
@@ -69,13 +63,11 @@ def _search(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
 
 
 def _rerank(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
-    from bge_ray.pipeline.engine.cluster import quiet_ray
     from bge_ray.pipeline.rerank.job import plan_rerank, rerank
 
-    with quiet_ray():
-        if dry_run:
-            return plan_rerank(settings)
-        report = rerank(settings, stop)
+    if dry_run:
+        return plan_rerank(settings)
+    report = rerank(settings, stop)
     return (
         f"{report.outcome}: {report.pairs_out:,} of {report.pairs_in:,} pairs scored, "
         f"{report.queries:,} queries in {settings.rerank.output}/run.parquet"

@@ -63,8 +63,6 @@ def _as_a_guest(resources: ResourcesSettings) -> Iterator[None]:
     environment = dict(os.environ)
     try:
         prepare_environment(resources)
-        import ray.data  # noqa: F401 - sets up loggers, whose levels are kept from here on
-
         with quiet_ray():
             yield
     finally:

@@ -1,4 +1,4 @@
-"""What a process must not pay for: torch takes seconds and hundreds of megabytes."""
+"""What a process must not pay for: torch takes seconds and hundreds of megabytes, Ray Data a second."""
 
 import subprocess
 import sys
@@ -26,13 +26,13 @@ TASKS = (
 )
 
 
-def test_only_processes_that_hold_a_model_load_torch() -> None:
+def test_a_process_loads_torch_or_ray_data_only_once_it_has_work_for_it() -> None:
     modules = [*(f"bge_ray.pipeline.{name}" for name in TASKS), *(f"bge_ray.{name}" for name in DRIVERS)]
     script = (
         "import importlib, sys\n"
         f"for name in {modules}:\n"
         "    importlib.import_module(name)\n"
-        "    heavy = {'torch', 'transformers'} & set(sys.modules)\n"
+        "    heavy = {'torch', 'transformers', 'ray.data'} & set(sys.modules)\n"
         "    assert not heavy, f'{name} imports {heavy}'\n"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -272,8 +272,11 @@ def _remove_session(session: Path) -> None:
 def quiet_ray() -> Iterator[None]:
     """Leave out what Ray tells of its own while a job tells how far it is; its warnings still come through.
 
-    Levels, filters and what is warned of are as they were afterwards.
+    Loads Ray Data, which sets up loggers of its own. Levels, filters and what is warned of are as they were
+    afterwards.
     """
+    import ray.data  # noqa: F401 - before its levels are set
+
     operators = logging.getLogger("ray.data._internal.execution.operators.map_operator")
     levels = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
     # Starting or joining Ray sets the level of this one.

@@ -2,18 +2,19 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import ray
-import ray.data
 from ray.exceptions import RayError
 
 from bge_ray.errors import DatasetMismatchError, IncompleteRunError, ModelError
-from bge_ray.pipeline.engine.cluster import root_cause
+from bge_ray.pipeline.engine.cluster import quiet_ray, root_cause
 from bge_ray.pipeline.engine.parcel import Parcel
 from bge_ray.pipeline.engine.pools import Pool, Tasks
 from bge_ray.pipeline.engine.receipts import draw_receipts
+
+if TYPE_CHECKING:  # takes a second to import, which a run with nothing to do has no need of
+    from ray.data import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -23,34 +24,40 @@ MAX_FAILURES_IN_A_ROW = 10
 PREFETCHED = 1
 
 
-def parcels(tasks: Sequence[Parcel]) -> ray.data.Dataset:
+def parcels(tasks: Sequence[Parcel]) -> "Dataset":
     """Return parcels as the rows that the first stage takes, in their order."""
-    return ray.data.from_arrow([parcel.to_batch() for parcel in tasks])
+    from ray.data import from_arrow
+
+    return from_arrow([parcel.to_batch() for parcel in tasks])
 
 
 def by_tasks(
-    rows: ray.data.Dataset,
+    rows: "Dataset",
     stage: Callable[..., pa.Table | Iterator[pa.Table]],
     tasks: Tasks,
     **arguments: Any,
-) -> ray.data.Dataset:
+) -> "Dataset":
     """Run a function on each parcel, in a bounded number of tasks."""
+    from ray.data import TaskPoolStrategy
+
     return rows.map_batches(
         stage,
         batch_format="pyarrow",
         batch_size=1,
         num_cpus=tasks.cpus,
-        compute=ray.data.TaskPoolStrategy(size=tasks.count),
+        compute=TaskPoolStrategy(size=tasks.count),
         fn_kwargs=arguments,
     )
 
 
-def by_actors(rows: ray.data.Dataset, stage: type, pool: Pool, job: Any) -> ray.data.Dataset:
+def by_actors(rows: "Dataset", stage: type, pool: Pool, job: Any) -> "Dataset":
     """Run a callable class on each parcel, in a pool of actors.
 
     Where ``pool.units_at_once`` is more than one, an actor is called from so many threads; the class must be
     made for that.
     """
+    from ray.data import ActorPoolStrategy
+
     at_once = pool.units_at_once
     return rows.map_batches(
         stage,
@@ -58,7 +65,7 @@ def by_actors(rows: ray.data.Dataset, stage: type, pool: Pool, job: Any) -> ray.
         batch_size=1,
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,
-        compute=ray.data.ActorPoolStrategy(
+        compute=ActorPoolStrategy(
             size=pool.count,
             max_concurrent_calls_per_actor=at_once,
             enable_true_multi_threading=at_once > 1,
@@ -69,7 +76,7 @@ def by_actors(rows: ray.data.Dataset, stage: type, pool: Pool, job: Any) -> ray.
     )
 
 
-def receipts(rows: ray.data.Dataset) -> Iterator[Parcel]:
+def receipts(rows: "Dataset") -> Iterator[Parcel]:
     """Run the stages, and yield the parcels that come out, in the order they finish."""
     batches = rows.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
     return (Parcel.from_batch(batch) for batch in batches)
@@ -91,11 +98,12 @@ def follow(
     """
     in_a_row = 0
     try:
-        for receipt in draw_receipts(start, watch):
-            book(receipt)
-            in_a_row = in_a_row + 1 if receipt.error is not None else 0
-            if in_a_row >= MAX_FAILURES_IN_A_ROW:
-                raise IncompleteRunError(f"{in_a_row} units failed in a row, the last: {receipt.error}")
+        with quiet_ray():
+            for receipt in draw_receipts(start, watch):
+                book(receipt)
+                in_a_row = in_a_row + 1 if receipt.error is not None else 0
+                if in_a_row >= MAX_FAILURES_IN_A_ROW:
+                    raise IncompleteRunError(f"{in_a_row} units failed in a row, the last: {receipt.error}")
     except RayError as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, DatasetMismatchError | ModelError):  # no rerun mends these

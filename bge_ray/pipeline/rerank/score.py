@@ -4,11 +4,11 @@ import dataclasses
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray.data
 
 from bge_ray.errors import BgeRayError
 from bge_ray.pipeline.engine.flow import by_actors, by_tasks
@@ -26,6 +26,9 @@ from bge_ray.records.reports import Scoring
 from bge_ray.report.facts import RunFacts
 from bge_ray.settings.sections import Settings
 
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
 
 @dataclass(frozen=True)
 class PairJob:
@@ -38,13 +41,13 @@ class PairJob:
 
 
 def by_reranker(
-    rows: ray.data.Dataset,
+    rows: "Dataset",
     tasks: Tasks,
     pool: Pool,
     pair: PairJob,
     score: ModelJob,
     texts: TextSource | None,
-) -> ray.data.Dataset:
+) -> "Dataset":
     """Run groups of candidates through texts, tokens and the reranker; what comes out are their units."""
     rows = by_tasks(rows, texts_stage, tasks, source=texts, depth=pair.depth)
     rows = by_tasks(rows, pair_stage, tasks, job=pair)

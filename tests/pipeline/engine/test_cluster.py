@@ -1,5 +1,6 @@
 """What a process is prepared with before Ray is imported, by where its cluster will be."""
 
+import importlib
 import json
 import logging
 import os
@@ -56,6 +57,7 @@ def test_a_cluster_of_its_own_gets_a_token_and_loopback_and_others_are_left_alon
 
 
 def test_what_is_quiet_meanwhile_is_as_it_was_afterwards() -> None:
+    importlib.import_module("ray.data")  # which sets up its own loggers
     names = ["ray", "ray.data", "ray.data._internal.progress"]
     operators = logging.getLogger("ray.data._internal.execution.operators.map_operator")
 
