@@ -3,6 +3,7 @@
 Nothing large is imported before signals are listened for, and no Ray or torch before the settings are read.
 """
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -131,6 +132,8 @@ def _group(ending: Ending) -> "TyperGroup":
     for job in JOBS:
         _add_job(app, job, ending)
     _add_demo(app, ending)
+    _add_compare(app, ending)
+    _add_ask(app, ending)
 
     @app.command("models", help="List the models that are known by card: what each makes, and what it takes.")
     def models() -> None:
@@ -141,8 +144,6 @@ def _group(ending: Ending) -> "TyperGroup":
 
     @app.command("schema", help="Print the JSON schema of the settings, for editors.")
     def schema() -> None:
-        import json
-
         from bge_ray.settings.schema import settings_schema
 
         print(json.dumps(settings_schema(), indent=1))  # noqa: T201 - the answer of the command
@@ -216,6 +217,65 @@ def _add_demo(app: "Typer", ending: Ending) -> None:
             return (*demo_settings(work, limit, ask or ()), *(overrides or ()))
 
         _run_here(demo_job(ask or ()), Asked(None, (), dry_run, False, log_format), ending, made)
+
+
+def _add_compare(app: "Typer", ending: Ending) -> None:
+    from typer import Argument, Option
+
+    from bge_ray.jobs import EVALUATE
+
+    @app.command(
+        "compare",
+        help="Compare runs with the first: results in common, and by judgements which is better. The same as "
+        "evaluate, with its settings as words.",
+    )
+    def compare(
+        runs: Annotated[list[str], Argument(metavar="RUN...", help="Run files or folders.")],
+        qrels: Annotated[str | None, Option(help="Judgements; without them results are compared.")] = None,
+        output: Annotated[str | None, Option(help="Folder for tables and pictures.")] = None,
+        k: Annotated[list[int] | None, Option("-k", help="A cut-off; may be repeated.")] = None,
+        overrides: Annotated[
+            list[str] | None,
+            Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; may be repeated."),
+        ] = None,
+        dry_run: Annotated[bool, Option("--dry-run", help="Say what would be read and written.")] = False,
+        log_format: Annotated[LogFormat, Option(help="Format of the log lines.")] = "text",
+    ) -> None:
+        asked = {"run": runs, "qrels": qrels, "output": output, "k": k}
+        words = [f"evaluate.{key}={json.dumps(value)}" for key, value in asked.items() if value is not None]
+        _run_here(EVALUATE, Asked(None, (*words, *(overrides or ())), dry_run, False, log_format), ending)
+
+
+def _add_ask(app: "Typer", ending: Ending) -> None:
+    from typer import Argument, Option
+
+    @app.command(
+        "ask",
+        help="Ask a data set questions, in this process: the first takes seconds, the others do not. Without "
+        "questions, lines of standard input are asked.",
+    )
+    def ask(
+        dataset: Annotated[str, Argument(metavar="DATASET", help="Folder of the data set (output.uri).")],
+        questions: Annotated[list[str] | None, Argument(metavar="QUESTION...")] = None,
+        k: Annotated[int, Option("-k", min=1, help="Passages a question.")] = 5,
+        column: Annotated[
+            list[str] | None, Option(help="Show this kept column, too; may be repeated.")
+        ] = None,
+        rescore: Annotated[int, Option(min=0, help="Candidates to score again from stored vectors.")] = 0,
+        model: Annotated[str | None, Option(help="Where the model lies, if not where it lay.")] = None,
+        device: Annotated[str, Option(help="Device on which questions are encoded.")] = "cpu",
+        as_json: Annotated[bool, Option("--json", help="A line of JSON a passage.")] = False,
+        log_format: Annotated[LogFormat, Option(help="Format of the log lines.")] = "text",
+    ) -> None:
+        def work() -> str:
+            from bge_ray import ask as asking
+
+            asked = asking.Asked(k, tuple(column or ()), rescore, as_json)
+            asking.ask(dataset, questions or (), asked, model=model, device=device)
+            return ""
+
+        ending.configure(log_format)
+        ending.run(work, lambda: None)
 
 
 def _settings_epilog(reads: Sequence[str]) -> str | None:

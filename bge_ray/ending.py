@@ -77,14 +77,15 @@ class Ending:
         """Do a command's work, leave Ray, and log the last line.
 
         Args:
-            work: returns what to print as the answer of the command.
+            work: returns what to print as the answer of the command; nothing, if it printed it.
             place: where the report of a run that is done lies; None if it has none.
 
         Returns:
             0 done, 1 incomplete, 2 refused, 75 busy (`bge_ray.errors`), 128 + signal if stopped.
         """
         try:
-            print(work(), flush=True)  # noqa: T201 - the answer of the command
+            if answer := work():
+                print(answer, flush=True)  # noqa: T201 - the answer of the command
         except (Stopped, SystemExit, KeyboardInterrupt, Exception) as error:  # noqa: BLE001
             return self.conclude(error)
         return self.conclude(None, place)

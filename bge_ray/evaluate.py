@@ -1,36 +1,58 @@
-"""The evaluate job: runs and judgements to metrics, side by side; runs on one machine, without Ray."""
+"""The evaluate job: runs and judgements to metrics, side by side; runs on one machine, without Ray.
+
+Without judgements runs are compared with each other: what share of their best passages they have in common.
+"""
 
 import io
 import json
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from bge_ray.errors import CorpusError, SettingsError
 from bge_ray.formats.candidates import read_candidate_lists
-from bge_ray.formats.qrels import read_qrels
-from bge_ray.metrics import Comparison, PerQuery, Qrels, compare, mean, measure, metric_names
+from bge_ray.formats.qrels import find_qrels, read_qrels
+from bge_ray.metrics import (
+    Comparison,
+    PerQuery,
+    Qrels,
+    best,
+    compare,
+    corrected,
+    mean,
+    measure,
+    metric_names,
+    overlap,
+)
+from bge_ray.records.reports import Report, RerankReport, SearchReport, read_report
+from bge_ray.report.metrics_page import means_svg, to_markdown, wins_svg
 from bge_ray.settings.sections import EvaluateSettings, Settings
-from bge_ray.storage.objects import Storage
+from bge_ray.storage.objects import Storage, join
 from bge_ray.storage.ownership import OwnedFolder
 
 logger = logging.getLogger(__name__)
 
-SIGNIFICANT = 0.05
-FILES = ("metrics.json", "metrics.md", "metrics.svg")
+FILES = ("metrics.json", "metrics.md", "metrics.svg", "wins.svg", "per_query.parquet")
 # Metrics may well lie beside the run that they are of, whose folder has a journal of that job.
 JOURNAL = "_bge_ray_metrics.json"
 
 
 @dataclass(frozen=True)
 class EvaluatedRun:
-    """One run: its metrics by query, how it compares with the first, and what of it was of no use."""
+    """One run: its metrics by query, how it compares with the first, and what of it was of no use.
+
+    ``results`` are the best passages of each query that counts; ``made`` is the report of the job whose
+    folder the run lies in, if it is one of ours.
+    """
 
     name: str
     uri: str
+    results: dict[str, tuple[str, ...]]
     per_query: PerQuery
     comparisons: dict[str, Comparison]
+    made: Report | None
     queries: int
     unanswered: int
     unjudged: int
@@ -39,22 +61,23 @@ class EvaluatedRun:
 
 
 def evaluate(settings: Settings) -> dict[str, Any]:
-    """Measure runs against judgements, and write metrics.json, metrics.md and metrics.svg.
+    """Measure runs against judgements, compare them with the first, and write what `FILES` names.
 
     Args:
-        settings: needs evaluate.run and evaluate.qrels; without evaluate.output nothing is written.
+        settings: needs evaluate.run, and evaluate.qrels unless there are several runs; without
+            evaluate.output nothing is written.
 
     Returns:
         The content of metrics.json.
 
     Raises:
-        SettingsError: a run is named twice, or what is named is not there.
-        CorpusError: a run or the judgements cannot be read, or have no query in common.
+        SettingsError: a run is named twice or is not there, or one run is named and no judgements.
+        CorpusError: a run or the judgements are not there, cannot be read, or have no query in common.
         OutputCollisionError: a foreign file has one of the names; none was written.
     """
     storage, uris = _inputs(settings)
     asked = settings.evaluate
-    qrels = read_qrels(storage, str(asked.qrels))
+    qrels = None if asked.qrels is None else read_qrels(storage, asked.qrels)
     runs: list[EvaluatedRun] = []
     for uri, name in zip(uris, short_names(uris), strict=True):
         runs.append(_evaluate_run(storage, uri, name, qrels, asked, runs[0] if runs else None))
@@ -62,10 +85,19 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     if asked.output is not None:
         text = json.dumps(metrics, indent=1, ensure_ascii=False) + "\n"
         folder = _folder(storage, asked.output)
-        contents = (text.encode(), to_markdown(metrics).encode(), to_svg(metrics))
+        contents = (
+            text.encode(),
+            to_markdown(metrics).encode(),
+            means_svg(metrics),
+            wins_svg(metrics),
+            _per_query_table(runs),
+        )
         folder.refuse_foreign(FILES)
         for name, data in zip(FILES, contents, strict=True):
-            folder.put(name, data)
+            if data is not None:
+                folder.put(name, data)
+            else:
+                folder.remove([name])
     return metrics
 
 
@@ -73,14 +105,16 @@ def plan_evaluate(settings: Settings) -> str:
     """Say what `evaluate` would do, without writing anything (``--dry-run``).
 
     Raises:
-        SettingsError: a run is named twice, or what is named is not there.
+        SettingsError: a run is named twice or is not there, or one run is named and no judgements.
+        CorpusError: the judgements are not there.
         OutputCollisionError: a foreign file has the name of a file that would be written.
     """
     storage, uris = _inputs(settings)
     asked = settings.evaluate
     if asked.output is not None:
         _folder(storage, asked.output).refuse_foreign(FILES)
-    return f"{', '.join(uris)} against {asked.qrels}, to {asked.output or 'the terminal'}"
+    against = f"against {asked.qrels}" if asked.qrels is not None else "with each other"
+    return f"{', '.join(uris)} {against}, to {asked.output or 'the terminal'}"
 
 
 def _folder(storage: Storage, uri: str) -> OwnedFolder:
@@ -88,36 +122,30 @@ def _folder(storage: Storage, uri: str) -> OwnedFolder:
 
 
 def _inputs(settings: Settings) -> tuple[Storage, tuple[str, ...]]:
-    """Return the storage and the URIs of the runs, once runs and judgements are known to be there."""
-    settings.require("evaluate.run", "evaluate.qrels")
+    """Return the storage and the URIs of the runs, once these and the judgements are known to be there."""
+    settings.require("evaluate.run")
     storage, asked = Storage(settings.output.storage_timeout_s), settings.evaluate
     uris = (asked.run,) if isinstance(asked.run, str) else asked.run or ()
     if not uris or len(set(uris)) != len(uris):
         raise SettingsError("evaluate.run: expected one run or more, each named once")
-    qrels = str(asked.qrels)
-    kind = storage.attempt("look at", qrels, _kind)
-    if kind != "file":
-        fault = "not there" if kind is None else "a folder; name the file in it"
-        raise SettingsError(f"evaluate.qrels {qrels}: is {fault}")
+    if asked.qrels is not None:
+        find_qrels(storage, asked.qrels)
+    elif len(uris) < 2:
+        raise SettingsError(
+            "evaluate.qrels: is not set; one run is measured against judgements, or name more runs in "
+            "evaluate.run to compare them with each other"
+        )
     for uri in uris:
         if not storage.list_files(uri):
             raise SettingsError(f"evaluate.run {uri}: is not there")
     return storage, uris
 
 
-def _kind(fs: Any, path: str) -> str | None:
-    """Return what is at a path, "file" or "directory"; None for nothing."""
-    try:
-        return str(fs.info(path)["type"])
-    except FileNotFoundError:
-        return None
-
-
 def _evaluate_run(
     storage: Storage,
     uri: str,
     name: str,
-    qrels: Qrels,
+    qrels: Qrels | None,
     asked: EvaluateSettings,
     first: EvaluatedRun | None,
 ) -> EvaluatedRun:
@@ -133,7 +161,7 @@ def _evaluate_run(
     identical = 0
     for found in read_candidate_lists(storage, uri, reject, scattered=True):
         queries.add(found.query_id)
-        if found.query_id not in qrels:
+        if qrels is not None and found.query_id not in qrels:
             continue
         if found.scores is None and found.passage_ids:
             raise CorpusError(f"{uri}: query {found.query_id!r} has candidates without scores: it is no run")
@@ -147,15 +175,32 @@ def _evaluate_run(
                 there[passage_id] = max(score, there[passage_id])
             else:
                 there[passage_id] = score
+        if qrels is None:
+            scores[found.query_id] = {p: there[p] for p in best(there, max(asked.k))}
     if not scores:
         raise CorpusError(f"{uri}: none of its {len(queries)} queries is judged in the qrels")
-    per_query = measure(scores, qrels, asked.k)
-    against = {} if first is None else {m: compare(per_query[m], first.per_query[m]) for m in per_query}
-    unanswered = sum(not scores.get(query_id) for query_id in qrels)
-    unjudged = len(queries - qrels.keys())
+    per_query = measure(scores, qrels, asked.k) if qrels is not None else {}
     return EvaluatedRun(
-        name, uri, per_query, against, len(queries), unanswered, unjudged, identical, dict(left_out)
+        name=name,
+        uri=uri,
+        results={query_id: best(found, max(asked.k)) for query_id, found in scores.items()},
+        per_query=per_query,
+        comparisons={m: compare(per_query[m], first.per_query[m]) for m in per_query} if first else {},
+        made=_report_beside(storage, uri),
+        queries=len(queries),
+        unanswered=sum(not scores.get(query_id) for query_id in qrels or ()),
+        unjudged=len(queries - qrels.keys()) if qrels is not None else 0,
+        identical=identical,
+        left_out=dict(left_out),
     )
+
+
+def _report_beside(storage: Storage, uri: str) -> Report | None:
+    """Return the report of the search or rerank that made a run, where it lies in the folder of one."""
+    folder = uri.rsplit("/", 1)[0] if uri.endswith((".parquet", ".trec")) else uri
+    data = storage.read_optional(join(folder, "report.json"))
+    report = read_report(SearchReport, data) or read_report(RerankReport, data)
+    return report if report is not None and report.complete else None
 
 
 def short_names(uris: tuple[str, ...]) -> list[str]:
@@ -169,16 +214,21 @@ def short_names(uris: tuple[str, ...]) -> list[str]:
     return names if len(set(names)) == len(names) else list(uris)
 
 
-def _as_json(runs: list[EvaluatedRun], qrels: Qrels, settings: Settings) -> dict[str, Any]:
-    relevant = [sum(value > 0 for value in judged.values()) for judged in qrels.values()]
+def _as_json(runs: list[EvaluatedRun], qrels: Qrels | None, settings: Settings) -> dict[str, Any]:
+    asked = settings.evaluate
+    relevant = [sum(value > 0 for value in judged.values()) for judged in (qrels or {}).values()]
+    names = metric_names(asked.k) if qrels is not None else []
+    together = {m: corrected([run.comparisons[m].p_value for run in runs[1:]]) for m in names}
     return {
-        "qrels": settings.evaluate.qrels,
-        "queries": len(qrels),
+        "qrels": asked.qrels,
+        "queries": len(qrels) if qrels is not None else len({q for run in runs for q in run.results}),
         "queries_without_relevant": sum(count == 0 for count in relevant),
         "relevant": sum(relevant),
-        "metrics": metric_names(settings.evaluate.k),
+        "metrics": names,
+        "shown_metric": f"nDCG@{_shown_cut(asked.k)}" if names else None,
         "baseline": runs[0].name,
         "test": "paired randomisation test, two-sided, 10,000 permutations",
+        "correction": "Holm, over the runs that are compared with the first, each metric on its own",
         "runs": [
             {
                 "name": run.name,
@@ -189,86 +239,47 @@ def _as_json(runs: list[EvaluatedRun], qrels: Qrels, settings: Settings) -> dict
                 "identical_ids": run.identical,
                 "left_out": run.left_out,
                 "mean": {metric: mean(values) for metric, values in run.per_query.items()},
-                "against_baseline": {m: asdict(comparison) for m, comparison in run.comparisons.items()},
+                "against_baseline": {
+                    m: {**asdict(comparison), "p_corrected": together[m][number - 1]}
+                    for m, comparison in run.comparisons.items()
+                },
+                "overlap": {f"overlap@{k}": overlap(run.results, runs[0].results, k) for k in sorted(asked.k)}
+                if number
+                else {},
+                "made": _made(run.made),
                 "per_query": run.per_query,
             }
-            for run in runs
+            for number, run in enumerate(runs)
         ],
     }
 
 
-def to_markdown(metrics: dict[str, Any]) -> str:
-    """Return the means as a table, a column a run; a star marks a significant difference from the first."""
-    runs = metrics["runs"]
-    lines = [
-        f"# Retrieval metrics over {metrics['queries']:,} judged queries",
-        "",
-        "| metric | " + " | ".join(run["name"].replace("|", "\\|") for run in runs) + " |",
-        "|---|" + "---:|" * len(runs),
-    ]
-    for metric in metrics["metrics"]:
-        cells = [_cell(run, metric) for run in runs]
-        lines.append(f"| {metric} | " + " | ".join(cells) + " |")
-    lines.append("")
-    if len(runs) > 1:
-        lines += [
-            f"`*` differs from {metrics['baseline']} with p < {SIGNIFICANT} ({metrics['test']}; each metric "
-            "on its own, so of twenty such stars one is expected by chance).",
-            "",
-        ]
+def _shown_cut(cuts: Sequence[int]) -> int:
+    """Return the cut-off of the metric whose queries are shown: 10, or what is asked for nearest to it."""
+    return min(cuts, key=lambda k: (abs(k - 10), k))
+
+
+def _made(report: Report | None) -> dict[str, Any] | None:
+    """Return what a run took to make, without what earlier runs had done of it."""
+    if report is None:
+        return None
+    wanted = ("job", "wall_s", "device", "devices", "device_hours", "cost", "units_done", "units_planned")
+    return {name: getattr(report, name) for name in wanted}
+
+
+def _per_query_table(runs: list[EvaluatedRun]) -> bytes | None:
+    """Return Parquet with a row a run and query, a column a metric; None without judgements."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not runs[0].per_query:
+        return None
+    tables = []
     for run in runs:
-        notes = [f"{run['queries']:,} queries"]
-        notes += [f"{run['unanswered']:,} judged queries without an answer (counted as 0)"] * bool(
-            run["unanswered"]
-        )
-        notes += [f"{run['identical_ids']:,} results with the id of their query, ignored"] * bool(
-            run["identical_ids"]
-        )
-        notes += [f"{run['unjudged']:,} queries that nobody judged"] * bool(run["unjudged"])
-        notes += [f"{count:,} lines left out: {reason}" for reason, count in run["left_out"].items()]
-        lines.append(f"- {run['name']}: " + "; ".join(notes))
-    return "\n".join(lines) + "\n"
-
-
-def _cell(run: dict[str, Any], metric: str) -> str:
-    text = f"{run['mean'][metric]:.4f}"
-    against = run["against_baseline"].get(metric)
-    if against is None:
-        return text
-    star = "\\*" if against["p_value"] < SIGNIFICANT else ""
-    return f"{text} ({against['difference']:+.4f}, p {against['p_value']:.4f}){star}"
-
-
-def to_svg(metrics: dict[str, Any]) -> bytes:
-    """Return the means as a picture: a group of bars a metric, a colour a run."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    names, runs = metrics["metrics"], metrics["runs"]
-    figure, axes = plt.subplots(
-        figsize=(max(7, 0.55 * len(names) * max(1, len(runs) / 2)), 3.8), layout="constrained"
-    )
-    width = 0.8 / len(runs)
-    places = np.arange(len(names))
-    for number, run in enumerate(runs):
-        values = [run["mean"][name] for name in names]
-        bars = axes.bar(places + (number - (len(runs) - 1) / 2) * width, values, width, label=run["name"])
-        stars = ["*" if _is_significant(run, name) else "" for name in names]
-        axes.bar_label(bars, stars, fontsize=9)
-    axes.set_xticks(places, names, rotation=45, ha="right")
-    axes.set(ylim=(0, 1.05), ylabel="mean over queries", title=f"{metrics['queries']:,} judged queries")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    sink = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "bge-ray"}):
-        figure.savefig(sink, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return sink.getvalue().encode()
-
-
-def _is_significant(run: dict[str, Any], metric: str) -> bool:
-    against = run["against_baseline"].get(metric)
-    return against is not None and against["p_value"] < SIGNIFICANT
+        queries = list(next(iter(run.per_query.values())))
+        columns = {m: pa.array([values[q] for q in queries]) for m, values in run.per_query.items()}
+        names = pa.array([run.name] * len(queries), pa.string())
+        tables.append(pa.table({"run": names, "query_id": pa.array(queries, pa.string()), **columns}))
+    sink = io.BytesIO()
+    pq.write_table(pa.concat_tables(tables), sink)
+    return sink.getvalue()

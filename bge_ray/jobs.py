@@ -75,7 +75,8 @@ def _rerank(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
 
 
 def _evaluate(settings: Settings, dry_run: bool, _: StopRequest) -> str:
-    from bge_ray.evaluate import evaluate, plan_evaluate, to_markdown
+    from bge_ray.evaluate import evaluate, plan_evaluate
+    from bge_ray.report.metrics_page import to_markdown
 
     return plan_evaluate(settings) if dry_run else to_markdown(evaluate(settings))
 
@@ -89,6 +90,13 @@ def _bench(settings: Settings, dry_run: bool, _: StopRequest) -> str:
     return to_markdown(bench_docstrings(settings))
 
 
+EVALUATE = Job(
+    "evaluate",
+    "Measure runs against judgements, side by side, with significance.",
+    ("evaluate", "output.storage_timeout_s"),
+    _evaluate,
+    "evaluate.output/metrics.md",
+)
 JOBS = (
     Job(
         "embed",
@@ -118,13 +126,7 @@ JOBS = (
         _rerank,
         "rerank.output/report.html",
     ),
-    Job(
-        "evaluate",
-        "Measure runs against judgements, side by side, with significance.",
-        ("evaluate", "output.storage_timeout_s"),
-        _evaluate,
-        "evaluate.output/metrics.md",
-    ),
+    EVALUATE,
     Job(
         "bench",
         "Measure tokens/s and utilisation of this machine beside what a user would pick instead.",

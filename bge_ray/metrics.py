@@ -94,6 +94,47 @@ def compare(values: Mapping[str, float], baseline: Mapping[str, float]) -> Compa
     )
 
 
+def corrected(p_values: Sequence[float]) -> list[float]:
+    """Return p-values of several comparisons, each so large that all may be read together.
+
+    With one of them below 0.05, the chance that any of the hypotheses was rejected wrongly is below 0.05.
+
+    Source: Holm, "A simple sequentially rejective multiple test procedure", Scand. J. Statist. 6, 1979.
+    """
+    found = [0.0] * len(p_values)
+    largest = 0.0
+    for place, number in enumerate(sorted(range(len(p_values)), key=lambda n: p_values[n])):
+        largest = max(largest, (len(p_values) - place) * p_values[number])
+        found[number] = min(1.0, largest)
+    return found
+
+
+def best(scores: Mapping[str, float], k: int) -> tuple[str, ...]:
+    """Return the k best passages, in trec_eval's order."""
+    return tuple(sorted(sorted(scores, reverse=True), key=lambda passage: -scores[passage])[:k])
+
+
+def overlap(
+    results: Mapping[str, Sequence[str]], baseline: Mapping[str, Sequence[str]], k: int
+) -> float | None:
+    """Return the mean share of the k best passages that two runs have in common.
+
+    Args:
+        results: passages by query, best first.
+        baseline: the same of the other run.
+        k: how many count; where both have fewer, the longer list is what is shared.
+
+    Returns:
+        The mean over the queries that either run answers, 0 to 1; None if there is none.
+    """
+    shares = []
+    for query_id in sorted(results.keys() | baseline.keys()):
+        ours, theirs = (set(found.get(query_id, ())[:k]) for found in (results, baseline))
+        if ours or theirs:
+            shares.append(len(ours & theirs) / max(len(ours), len(theirs)))
+    return float(np.mean(shares)) if shares else None
+
+
 def _p_value(differences: npt.NDArray[np.float64]) -> float:
     differences = differences[differences != 0]
     if not len(differences):

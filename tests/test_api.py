@@ -330,3 +330,39 @@ def write_index(root: str, vectors: np.ndarray) -> None:
         vector_fingerprint=fingerprint, dim=vectors.shape[1], ntotal=len(vectors), files=(file,), effort=1
     )
     (folder / "index.json").write_bytes(to_json(description))
+
+
+def test_questions_at_a_terminal_are_answered_as_the_api_answers_them(stored: tuple[str, np.ndarray]) -> None:
+    root, _ = stored
+    asked = ["a first question", "another  one"]
+    expected = bge_ray.open_index(root).search(asked, 3, columns=["url"])
+    words = [sys.executable, "-m", "bge_ray", "ask", root, "-k", "3", "--column", "url"]
+    given = subprocess.run([*words, "--json", *asked], capture_output=True, text=True, check=True)
+    assert given.stderr.rstrip().endswith("ask: done; exit code 0")
+    rows = [json.loads(line) for line in given.stdout.splitlines()]
+    assert [(r["question"], r["rank"], r["passage_id"], r["url"]) for r in rows] == [
+        (question, rank, hit.passage_id, hit.columns["url"])
+        for question, hits in zip(asked, expected, strict=True)
+        for rank, hit in enumerate(hits, 1)
+    ]
+    scores = [hit.score for hits in expected for hit in hits]
+    assert [r["score"] for r in rows] == pytest.approx(scores, abs=1e-6)
+    # From standard input, an empty line among it; each answer is there before the next question is.
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        for question, hits in zip(asked, expected, strict=True):
+            process.stdin.write(f"\n{question}\n")
+            process.stdin.flush()
+            lines = [process.stdout.readline() for _ in range(5)]
+            assert lines[0].split() == question.split()
+            assert [line.split()[1] for line in lines[1:4]] == [hit.passage_id for hit in hits]
+            assert lines[4].startswith("  exact, ")
+        process.stdin.close()
+        assert process.wait(30) == 0
+
+
+def test_a_question_to_no_data_set_ends_with_2(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "bge_ray", "ask", str(tmp_path), "a question"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no complete data set there" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -2,9 +2,12 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import pytrec_eval
 from hypothesis import given
@@ -12,11 +15,14 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from bge_ray.errors import CorpusError, OutputCollisionError, SettingsError
-from bge_ray.evaluate import evaluate, plan_evaluate, short_names, to_markdown
-from bge_ray.metrics import compare, mean, measure, metric_names
+from bge_ray.evaluate import evaluate, plan_evaluate, short_names
+from bge_ray.metrics import best, compare, corrected, mean, measure, metric_names, overlap
+from bge_ray.records.canonical import to_json
+from bge_ray.report.metrics_page import to_markdown
 from bge_ray.settings.sections import Settings, parse_settings
 from bge_ray.storage.objects import Storage
 from bge_ray.storage.ownership import open_folder
+from tests.report.samples import search_report
 
 CUTS = (1, 3, 10)
 PASSAGE = st.sampled_from([f"p{i}" for i in range(25)])
@@ -60,6 +66,36 @@ def test_the_comparison_finds_a_difference_and_none_where_there_is_none() -> Non
     assert compare(values, better).p_value == found.p_value
     # One query of two cannot be significant, however large its difference.
     assert compare({"a": 1.0, "b": 0.5}, {"a": 0.0, "b": 0.5}).p_value == 1.0
+
+
+@hypothesis_settings(max_examples=200)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(0.001, 0.999))
+def test_corrected_p_values_reject_what_holms_steps_reject(p_values: list[float], level: float) -> None:
+    rejected = set()
+    for step, (value, number) in enumerate(sorted((value, number) for number, value in enumerate(p_values))):
+        if value * (len(p_values) - step) > level:
+            break
+        rejected.add(number)
+    assert {number for number, value in enumerate(corrected(p_values)) if value <= level} == rejected
+
+
+@given(run=SCORES, k=st.integers(1, 25))
+def test_the_best_are_trec_evals_best(run: dict, k: int) -> None:
+    """A judgement of one passage alone is found at k exactly if that passage is among the k best."""
+    for passage in run:
+        evaluator = pytrec_eval.RelevanceEvaluator({"q": {passage: 1}}, {f"recall.{k}"})
+        found = evaluator.evaluate({"q": run})["q"][f"recall_{k}"] == 1.0
+        assert (passage in best(run, k)) == found
+
+
+def test_overlap_is_the_mean_share_of_what_two_runs_have_in_common() -> None:
+    ours = {"a": ("1", "2", "3", "4"), "b": ("1",), "c": ("9",)}
+    theirs = {"a": ("4", "5", "1", "0"), "b": ("2", "1", "3"), "d": ("9",), "e": ()}
+    # a: 1 of 3 at 3 (1), b: 1 of 3, c and d: nothing; nobody answers e.
+    assert overlap(ours, theirs, 3) == pytest.approx((1 / 3 + 1 / 3 + 0 + 0) / 4)
+    assert overlap(ours, theirs, 4) == pytest.approx((2 / 4 + 1 / 3 + 0 + 0) / 4)
+    assert overlap(ours, ours, 2) == 1.0
+    assert overlap({}, {}, 2) is None
 
 
 def test_p_values_are_uniform_where_the_runs_are_equally_good() -> None:
@@ -206,3 +242,67 @@ def test_a_result_with_the_id_of_its_query_is_ignored_if_asked(tmp_path: Path) -
     assert metrics["runs"][0]["per_query"]["nDCG@10"]["d1"] == 1.0
     assert metrics["runs"][0]["identical_ids"] == 1
     assert "1 results with the id of their query, ignored" in to_markdown(metrics)
+
+
+def test_several_runs_are_corrected_together_and_each_query_is_told(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    qrels = {f"q{i:02}": f"p{i}" for i in range(40)}
+    judged = write(tmp_path, "corpus/qrels/test.tsv", "".join(f"{q}\t{p}\t1\n" for q, p in qrels.items()))
+    runs = []
+    for number, noise in enumerate((0.8, 0.5, 0.7, 0.8)):
+        found = {
+            q: {p: 0.6 + noise * rng.normal(), **{f"x{j}": noise * rng.normal() for j in range(9)}}
+            for q, p in qrels.items()
+        }
+        runs.append(write(tmp_path, f"r{number}/run.trec", trec(found)))
+    out = tmp_path / "out"
+    metrics = evaluate(settings_for(run=runs, qrels=str(tmp_path / "corpus"), output=str(out), k=[1, 10]))
+    assert metrics == evaluate(settings_for(run=runs, qrels=judged, k=[1, 10])) | {
+        "qrels": str(tmp_path / "corpus")
+    }
+    for metric in metrics["metrics"]:
+        against = [run["against_baseline"][metric] for run in metrics["runs"][1:]]
+        assert [a["p_corrected"] for a in against] == corrected([a["p_value"] for a in against])
+        assert max(a["p_corrected"] for a in against) <= 1
+    table = pq.read_table(out / "per_query.parquet").to_pylist()
+    assert len(table) == 4 * 40
+    for run in metrics["runs"]:
+        rows = {row["query_id"]: row["nDCG@10"] for row in table if row["run"] == run["name"]}
+        assert rows == run["per_query"]["nDCG@10"]
+    text = (out / "metrics.md").read_text()
+    against = metrics["runs"][1]["against_baseline"]["nDCG@10"]
+    assert f"{against['wins']} queries better, {against['losses']} worse" in text
+    assert b"<svg" in (out / "wins.svg").read_bytes()
+
+
+def test_without_judgements_runs_are_compared_with_each_other(tmp_path: Path) -> None:
+    first = write(tmp_path, "a/run.trec", trec({"q1": {"p1": 2.0, "p2": 1.0}, "q2": {"p3": 1.0}}))
+    second = write(tmp_path, "b/run.trec", trec({"q1": {"p1": 2.0, "p9": 1.0}, "q2": {"p3": 1.0}}))
+    (tmp_path / "b" / "report.json").write_bytes(to_json(search_report(wall_s=75.0, cost=0.5)))
+    out = tmp_path / "out"
+    with pytest.raises(SettingsError, match=r"evaluate\.qrels: is not set"):
+        evaluate(settings_for(run=first))
+    judged = write(tmp_path, "qrels.txt", "q1 0 p1 1\n")
+    evaluate(settings_for(run=[first, second], qrels=judged, output=str(out)))
+    metrics = evaluate(settings_for(run=[first, second], output=str(out), k=[1, 2]))
+    assert metrics["runs"][1]["overlap"] == {"overlap@1": 1.0, "overlap@2": 0.75}
+    text = (out / "metrics.md").read_text()
+    assert "| overlap@2 with a |  | 0.7500 |" in text
+    assert "b: 2 queries; made by search in 75.0 s on" in text
+    # Pictures and tables of judgements that are not there any more are not left beside it.
+    assert {p.name for p in out.iterdir()} == {"metrics.json", "metrics.md", "_bge_ray_metrics.json"}
+
+
+def test_compare_is_evaluate_in_words(tmp_path: Path) -> None:
+    first = write(tmp_path, "a/run.trec", trec({"q1": {"p1": 2.0, "p2": 1.0}}))
+    second = write(tmp_path, "b/run.trec", trec({"q1": {"p2": 2.0, "p1": 1.0}}))
+    judged = write(tmp_path, "qrels.txt", "q1 0 p1 1\n")
+    words = [first, second, "--qrels", judged, "-k", "1", "-k", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "bge_ray", "compare", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        to_markdown(evaluate(settings_for(run=[first, second], qrels=judged, k=[1, 2]))).strip()
+        in done.stdout
+    )

@@ -611,10 +611,13 @@ class EvaluateSettings(Section):
     )
     qrels: str | None = Field(
         None,
-        description="judgements: TREC qrels, BEIR's tsv, or Parquet with its columns; or a folder with one",
+        description="judgements: TREC qrels, BEIR's tsv, or Parquet with its columns; or a folder with one; "
+        "null compares several runs with each other",
     )
     output: str | None = Field(
-        None, description="folder of metrics.json, metrics.md and metrics.svg; null writes none"
+        None,
+        description="folder of metrics.json, metrics.md, metrics.svg, wins.svg and per_query.parquet; null "
+        "writes none",
     )
     k: tuple[int, ...] = Field((1, 5, 10, 100), description="cut-offs of nDCG, MRR, recall and success")
     ignore_identical_ids: bool = Field(

@@ -30,11 +30,13 @@ OWN_FILES = frozenset(
         "metrics.json",
         "metrics.md",
         "metrics.svg",
+        "per_query.parquet",
         "rejected.parquet",
         "report.html",
         "report.json",
         "run.parquet",
         "run.trec",
+        "wins.svg",
     }
 )
 # What the names in OWN_FOLDERS look like to a glob.
