@@ -14,6 +14,7 @@ from bge_ray.errors import DatasetMismatchError, ModelError, SettingsError
 from bge_ray.index.package import faiss
 from bge_ray.index.topk import NO_RESULT, Results, rescore
 from bge_ray.model.spec import model_folder, text_feeder
+from bge_ray.model.uncollected import uncollected
 from bge_ray.pipeline.index.published import index_files, read_index
 from bge_ray.pipeline.index.searchers import Searcher
 from bge_ray.pipeline.runs.source import Source, open_source
@@ -128,6 +129,7 @@ class IndexReader:
         found: FloatArray = result.array(EMBEDDING)
         return found
 
+    @uncollected()
     def _loaded(self) -> Any:
         if self._encoder is None:
             import torch  # seconds, and nobody who has vectors needs it

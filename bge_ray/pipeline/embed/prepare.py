@@ -14,6 +14,7 @@ from bge_ray.formats.corpus import list_corpus, resolve_columns
 from bge_ray.model.feed.chunks import Chunker, splitting_rules
 from bge_ray.model.folder import ModelFolder
 from bge_ray.model.spec import for_trial, model_folder, resolve_encoder, text_feeder
+from bge_ray.model.uncollected import uncollected
 from bge_ray.model.weights import weights_bytes
 from bge_ray.pipeline.embed.planning import extend_plan, scan_objects, settle_limits, unchanged_objects
 from bge_ray.pipeline.embed.tasks import CorpusUnit, ReadTask, SpanTask
@@ -266,6 +267,7 @@ def room_task(spec: ModelSpec) -> None:
     check_room(spec, model_folder(spec), torch.device("cuda"))
 
 
+@uncollected()
 def try_task(spec: ModelSpec, chunking: Chunking | None, trust_remote_code: bool) -> tuple[Canary, ...]:
     """Load a model on a CPU and what cuts its texts, and return what it makes of the canary texts."""
     from bge_ray.model.canary import make_canaries

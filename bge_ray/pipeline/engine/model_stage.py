@@ -12,6 +12,7 @@ import pyarrow as pa
 from ray.actor import ActorHandle
 
 from bge_ray.model.spec import model_folder, text_feeder
+from bge_ray.model.uncollected import uncollected
 from bge_ray.pipeline.engine.device import device_or_exit
 from bge_ray.pipeline.engine.isolation import Attempt, run_isolated
 from bge_ray.pipeline.engine.parcel import Parcel
@@ -126,6 +127,7 @@ class ModelStage:
         return began
 
 
+@uncollected()
 def _load(job: ModelJob) -> tuple["Model", int]:
     """Load the model of a job, check it, and warm it up; return it with its token budget."""
     from bge_ray.model.canary import check_canaries  # torch, only where there is a model
