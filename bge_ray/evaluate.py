@@ -9,7 +9,7 @@ from typing import Any
 
 from bge_ray.errors import CorpusError, SettingsError
 from bge_ray.formats.candidates import read_candidate_lists
-from bge_ray.formats.qrels import read_qrels
+from bge_ray.formats.qrels import find_qrels, read_qrels
 from bge_ray.metrics import Comparison, PerQuery, Qrels, compare, mean, measure, metric_names
 from bge_ray.settings.sections import EvaluateSettings, Settings
 from bge_ray.storage.objects import Storage
@@ -74,6 +74,7 @@ def plan_evaluate(settings: Settings) -> str:
 
     Raises:
         SettingsError: a run is named twice, or what is named is not there.
+        CorpusError: the folder of the judgements holds several files.
         OutputCollisionError: a foreign file has the name of a file that would be written.
     """
     storage, uris = _inputs(settings)
@@ -95,22 +96,13 @@ def _inputs(settings: Settings) -> tuple[Storage, tuple[str, ...]]:
     if not uris or len(set(uris)) != len(uris):
         raise SettingsError("evaluate.run: expected one run or more, each named once")
     qrels = str(asked.qrels)
-    kind = storage.attempt("look at", qrels, _kind)
-    if kind != "file":
-        fault = "not there" if kind is None else "a folder; name the file in it"
-        raise SettingsError(f"evaluate.qrels {qrels}: is {fault}")
+    if not storage.list_files(qrels):
+        raise SettingsError(f"evaluate.qrels {qrels}: is not there, or is an empty folder")
+    find_qrels(storage, qrels)
     for uri in uris:
         if not storage.list_files(uri):
             raise SettingsError(f"evaluate.run {uri}: is not there")
     return storage, uris
-
-
-def _kind(fs: Any, path: str) -> str | None:
-    """Return what is at a path, "file" or "directory"; None for nothing."""
-    try:
-        return str(fs.info(path)["type"])
-    except FileNotFoundError:
-        return None
 
 
 def _evaluate_run(

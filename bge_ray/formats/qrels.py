@@ -29,7 +29,7 @@ def read_qrels(storage: Storage, uri: str) -> dict[str, dict[str, int]]:
         CorpusError: no such object, several in a folder, a bad line, a relevance that is no whole number, or
             two judgements of one pair that disagree.
     """
-    info = _find(storage, uri)
+    info = find_qrels(storage, uri)
     qrels: dict[str, dict[str, int]] = {}
     parquet = ending_of(info.uri).format == "parquet"
     rows = _parquet_rows(storage, info) if parquet else _line_rows(storage, info)
@@ -47,7 +47,12 @@ def read_qrels(storage: Storage, uri: str) -> dict[str, dict[str, int]]:
     return qrels
 
 
-def _find(storage: Storage, uri: str) -> ObjectInfo:
+def find_qrels(storage: Storage, uri: str) -> ObjectInfo:
+    """Return the file of judgements: an object, or the one in a folder, or in its folder qrels.
+
+    Raises:
+        CorpusError: there is none, or there are several.
+    """
     info = storage.info(uri)
     # An object store may tell of a folder as of an empty object.
     if info is not None and any(found.uri == info.uri for found in storage.list_files(info.uri)):
