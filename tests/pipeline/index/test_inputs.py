@@ -14,7 +14,7 @@ from tests.support.vectors import MODEL
 DATASET = DatasetSpec(MODEL, Columns("id", "text", None))
 
 
-# With the rows that each takes to train on with one list: 39 a centroid, of which a PQ has as many as its codes.
+# With the rows that each trains on with one list: 39 a centroid, of which a PQ has one a code.
 FACTORIES = [
     ("IVF1,Flat", 39),
     ("IVF64,SQ8", 39),
