@@ -37,3 +37,13 @@ def test_what_is_named_instead_of_a_factory_can_be_built(factory: str, least: in
         for instead in ("auto", "Flat", *([named[1]] if named else [])):
             settle(instead)
         assert (named is not None) == (n_vectors >= least)
+
+
+def test_a_training_that_is_there_needs_no_rows_unless_another_is_asked_for() -> None:
+    """A data set that shrank below what a training takes is indexed with the one that it has."""
+    factory, n_vectors = "IVF64,SQ8", 500
+    keys = [f"index.factory={factory}"]
+    assert settle_spec(DATASET, n_vectors, parse_settings(None, keys), factory)[0].factory == factory
+    for more, trained in (([], "IVF32,SQ8"), ([], None), (["index.retrain=true"], factory)):
+        with pytest.raises(SettingsError, match=r"needs at least 2,496 vectors to train on, there are 500"):
+            settle_spec(DATASET, n_vectors, parse_settings(None, [*keys, *more]), trained)
