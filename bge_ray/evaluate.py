@@ -105,8 +105,8 @@ def plan_evaluate(settings: Settings) -> str:
     """Say what `evaluate` would do, without writing anything (``--dry-run``).
 
     Raises:
-        SettingsError: a run is named twice or is not there, or one run is named and no judgements.
-        CorpusError: the judgements are not there.
+        SettingsError: a run is named twice, what is named is not there, or there is one run and no judgements.
+        CorpusError: the folder of the judgements holds several files.
         OutputCollisionError: a foreign file has the name of a file that would be written.
     """
     storage, uris = _inputs(settings)
@@ -129,6 +129,8 @@ def _inputs(settings: Settings) -> tuple[Storage, tuple[str, ...]]:
     if not uris or len(set(uris)) != len(uris):
         raise SettingsError("evaluate.run: expected one run or more, each named once")
     if asked.qrels is not None:
+        if not storage.list_files(asked.qrels):
+            raise SettingsError(f"evaluate.qrels {asked.qrels}: is not there, or is an empty folder")
         find_qrels(storage, asked.qrels)
     elif len(uris) < 2:
         raise SettingsError(

@@ -222,8 +222,8 @@ def test_what_evaluate_would_measure_must_be_there(tmp_path: Path) -> None:
     (tmp_path / "qrels").mkdir()
     run_file, missing = f"{tmp_path}/run.trec", f"{tmp_path}/none"
     for runs, qrels, says in [
-        (run_file, f"{tmp_path}/qrels", r"/qrels: no such object, and no folder that holds one"),
-        (run_file, missing, r"/none: no such object, and no folder that holds one"),
+        (run_file, f"{tmp_path}/qrels", r"evaluate.qrels .*/qrels: is not there, or is an empty folder"),
+        (run_file, missing, r"evaluate.qrels .*/none: is not there"),
         (missing, run_file, r"evaluate.run .*/none: is not there"),
     ]:
         for extra in ([], ["--dry-run"]):

@@ -232,6 +232,23 @@ def test_lines_in_any_order_measure_the_same(tmp_path: Path) -> None:
     assert other["per_query"]["MAP"] == {q: values["map"] for q, values in theirs.items()}
 
 
+def test_judgements_may_be_a_folder_with_one_file_of_them(tmp_path: Path) -> None:
+    """As the BEIR layout has them beside the corpus; the dry run says no less than the job."""
+    run = write(tmp_path, "run.trec", trec({"q1": {"p1": 1.0, "p2": 0.5}}))
+    beir = tmp_path / "beir"
+    file = write(beir, "qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\tp2\t1\n")
+    write(beir, "corpus.jsonl", "{}\n")
+    expected = evaluate(settings_for(run=run, qrels=file))["runs"]
+    assert expected[0]["mean"]["MRR@10"] == 0.5
+    for folder in (beir, beir / "qrels"):
+        plan_evaluate(settings_for(run=run, qrels=str(folder)))
+        assert evaluate(settings_for(run=run, qrels=str(folder)))["runs"] == expected
+    write(beir, "qrels/dev.tsv", "q1\tp1\t1\n")
+    for job in (plan_evaluate, evaluate):
+        with pytest.raises(CorpusError, match=r"holds several files.*dev\.tsv.*test\.tsv"):
+            job(settings_for(run=run, qrels=str(beir)))
+
+
 def test_a_result_with_the_id_of_its_query_is_ignored_if_asked(tmp_path: Path) -> None:
     """Where queries are passages, each finds itself first: nDCG@10 is 0.63 for a run that is perfect."""
     run = write(tmp_path, "x.trec", trec({"d1": {"d1": 1.0, "d2": 0.9}, "d3": {"d4": 0.5}}))

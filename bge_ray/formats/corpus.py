@@ -79,6 +79,7 @@ def list_corpus(storage: Storage, settings: CorpusSettings) -> list[ObjectInfo]:
             f"corpus.uri {settings.uri}: no such file or folder, or an empty one "
             "(names that start with a dot or an underscore do not count)"
         )
+    refuse_names(listed)
     listed = _without_beir_queries(listed)
     if unversioned := [info for info in listed if info.version == NO_VERSION]:
         logger.warning(
@@ -105,6 +106,21 @@ def list_corpus(storage: Storage, settings: CorpusSettings) -> list[ObjectInfo]:
             unknown[0].uri,
         )
     return known
+
+
+def refuse_names(listed: Sequence[ObjectInfo]) -> None:
+    """Refuse objects by whose names they can be neither written down nor opened again.
+
+    Raises:
+        CorpusError: names the first.
+    """
+    for info in listed:
+        shown = info.uri.encode(errors="backslashreplace").decode()
+        if shown != info.uri:
+            raise CorpusError(f"{shown}: its name is not UTF-8; rename it")
+        # What fsspec takes for one file system in front of another.
+        if "::" in info.uri.partition("://")[2]:
+            raise CorpusError(f"{shown}: its name holds '::', which stands between file systems; rename it")
 
 
 def _without_beir_queries(listed: list[ObjectInfo]) -> list[ObjectInfo]:

@@ -48,10 +48,10 @@ def read_qrels(storage: Storage, uri: str) -> dict[str, dict[str, int]]:
 
 
 def find_qrels(storage: Storage, uri: str) -> ObjectInfo:
-    """Return the file of judgements that is named, or that is in the folder that is.
+    """Return the file of judgements: an object, or the one in a folder, or in its folder qrels.
 
     Raises:
-        CorpusError: there is none, or a folder holds several.
+        CorpusError: there is none, or there are several.
     """
     info = storage.info(uri)
     # An object store may tell of a folder as of an empty object.

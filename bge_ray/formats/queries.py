@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bge_ray.errors import CorpusError
-from bge_ray.formats.corpus import ScannedObject, check_types, read_units, scan_sought
+from bge_ray.formats.corpus import ScannedObject, check_types, read_units, refuse_names, scan_sought
 from bge_ray.formats.endings import beir_folder, ending_of
 from bge_ray.formats.rows import Passages, Rejected, check_rows, take_passages
 from bge_ray.formats.sought import Sought
@@ -45,6 +45,7 @@ def read_queries(
     infos = beir if beir and len(listed) > len(beir) else listed
     if not infos:
         raise CorpusError(f"{uri}: no such file or folder, or an empty one")
+    refuse_names(infos)
     seen: set[str] = set()
     for info in infos:
         yield from _read_query_object(storage, info, id_column, text_column, seen)

@@ -6,19 +6,23 @@ import gzip
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import uuid
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
 import zstandard
+from fsspec.spec import AbstractFileSystem
 
 from bge_ray.errors import CorpusError, StorageError
 from bge_ray.formats import lines
 from bge_ray.formats.corpus import ScannedObject, check_columns, list_corpus
+from bge_ray.formats.queries import read_queries
 from bge_ray.formats.rows import check_rows
 from bge_ray.pipeline.embed.planning import unchanged_objects
 from bge_ray.records.canonical import from_json, to_json
@@ -84,9 +88,58 @@ def test_nothing_is_said_plainly(storage: Storage, root: str) -> None:
         listed(storage, root)
 
 
+def test_a_store_that_tells_no_versions_apart_is_named(
+    storage: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There a new content of equal size would not be embedded again, which nobody must find out later."""
+
+    class Bare(AbstractFileSystem):
+        protocol = "bare"
+
+        def ls(self, path: str, detail: bool = True, **_: object) -> list:
+            assert detail
+            return [{"name": f"{path}/a.jsonl", "size": 5, "type": "file"}]
+
+    fsspec.register_implementation("bare", Bare, clobber=True)
+    with caplog.at_level(logging.WARNING):
+        assert listed(storage, "bare://corpus") == ["a.jsonl"]
+    assert "tells neither an etag nor a time of 1 objects, such as bare://corpus/a.jsonl" in caplog.text
+    assert "a new content of equal size would not be seen" in caplog.text
+
+
 def test_a_missing_bucket_is_no_empty_corpus_only(storage: Storage, s3_server) -> None:
     with pytest.raises((CorpusError, StorageError), match="no-such-bucket"):
         listed(storage, "s3://no-such-bucket/corpus")
+
+
+@pytest.mark.parametrize("name", ["caf\udce9.jsonl", "a::b.jsonl", "deep::er/a.jsonl"])
+def test_a_name_that_means_something_else_is_said_plainly(
+    storage: Storage, tmp_path: Path, name: str
+) -> None:
+    """A byte of Latin-1 cannot be written into a plan, and fsspec chains file systems at two colons."""
+    path = Path(os.fsdecode(os.fsencode(tmp_path / name)))
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(jsonl_bytes(ROWS))
+    shown = re.escape(name.replace("\udce9", "\\udce9"))
+    for look in (list_corpus, lambda storage, settings: list(read_queries(storage, settings.uri))):
+        with pytest.raises(CorpusError, match=rf"/{shown}: its name .*; rename it") as caught:
+            look(storage, CorpusSettings(uri=str(tmp_path)))
+        str(caught.value).encode()
+
+
+def test_colons_in_a_key_are_said_plainly(storage: Storage, s3_server, bucket: str) -> None:
+    s3_server.filesystem().pipe_file(f"{bucket.removeprefix('s3://')}/a::b.jsonl", jsonl_bytes(ROWS))
+    with pytest.raises(CorpusError, match=r"a::b\.jsonl: its name holds '::'"):
+        listed(storage, bucket)
+
+
+@pytest.mark.parametrize("chained", ["simplecache::{}", "blockcache::{}"])
+def test_one_file_system_in_front_of_another_is_taken_as_such(
+    storage: Storage, bucket: str, chained: str
+) -> None:
+    storage.write(join(bucket, "a.jsonl"), jsonl_bytes(ROWS))
+    (info,) = list_corpus(storage, CorpusSettings(uri=chained.format(bucket)))
+    assert read_all(storage, info.uri).ids == [row["id"] for row in ROWS]
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])

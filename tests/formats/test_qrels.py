@@ -24,6 +24,8 @@ def test_qrels_of_both_kinds(storage: Storage, root: str) -> None:
         ("q1 0 a 1\nq1 0 a 2\n", "line 2: query 'q1' and passage 'a' are judged 2 here and 1 earlier"),
         ("q1 0 a 1\nq1 a\n", "line 2: expected"),
         ("q1 0 a 0.5\n", "line 1: relevance '0.5', expected a whole number"),
+        # More than trec_eval counts with.
+        ("q1 0 a 9223372036854775808\n", "line 1: relevance '9223372036854775808', expected a whole number"),
         ("q1 0 a 1\nq1 0 \xff 1\n", "line 2: not UTF-8"),
         ("", "no judgement"),
     ):

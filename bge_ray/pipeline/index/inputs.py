@@ -1,5 +1,6 @@
 """What decides an index: the data set, the factory, the queries; checked before anything is built."""
 
+import re
 from dataclasses import dataclass
 
 from bge_ray.dataset.folder import Dataset
@@ -141,8 +142,16 @@ def settle_spec(
     except IndexBuildError as error:
         raise SettingsError(str(error)) from error
     if n_vectors < spec.min_training_rows and (trained != spec.factory or asked.retrain):
+        fewer = _with_fewer_lists(spec, n_vectors)
+        instead = "'auto' or 'Flat'" if fewer is None else f"'auto', 'Flat' or fewer lists, such as {fewer}"
         raise SettingsError(
             f"index.factory {factory!r} needs at least {spec.min_training_rows:,} vectors to train on, there "
-            f"are {n_vectors:,}: use 'auto', 'Flat' or fewer lists, such as IVF{choose_nlist(n_vectors)}"
+            f"are {n_vectors:,}: use {instead}"
         )
     return spec, rescore or 0, choice
+
+
+def _with_fewer_lists(spec: IndexSpec, n_vectors: int) -> str | None:
+    """Return the factory with as many lists as the vectors can train; None where its code needs more, too."""
+    fewer = re.sub(r"IVF\d+", f"IVF{choose_nlist(n_vectors)}", spec.factory)
+    return fewer if check_factory(fewer, spec.dim, spec.metric).min_training_rows <= n_vectors else None

@@ -1,19 +1,25 @@
 """What a dry run measures: the texts as they will be embedded, of units from all over the corpus."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy.typing as npt
 import pytest
 from transformers import AutoTokenizer
 
 from bge_ray.model.feed.chunks import Chunker
+from bge_ray.model.run.model import Model
+from bge_ray.model.run.result import Result
 from bge_ray.model.spec import resolve_encoder, text_feeder
 from bge_ray.pipeline.embed import estimate
 from bge_ray.pipeline.embed.estimate import SAMPLE_ROWS, measure_task, sample_task
+from bge_ray.pipeline.embed.job import plan_only
 from bge_ray.pipeline.embed.prepare import settle_chunking
 from bge_ray.pipeline.embed.tasks import CorpusUnit, SpanTask
 from bge_ray.pipeline.engine.pools import Pool
-from bge_ray.settings.sections import ChunkingSettings, ModelSettings
+from bge_ray.records.tokens import PackedTokens
+from bge_ray.settings.sections import ChunkingSettings, ModelSettings, parse_settings
 from bge_ray.storage.objects import Storage
 from tests.support.reading import jsonl_bytes, resolve, scan
 
@@ -37,6 +43,22 @@ def test_tokens_are_those_of_the_texts_with_their_instruction(tiny_model: Path) 
         assert (measured.pieces, measured.runs) == (1, 1)
         assert measured.rate > 0
     assert measure_task(spec, None, [], POOL, 64, False) is None
+
+
+def test_the_rate_is_of_all_of_the_sample(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches of it say little of the others, which are sorted by length."""
+    spec = resolve_encoder(ModelSettings(name=str(tiny_model)), on_gpu=False)
+    timed: list[int] = []
+
+    class Watched(Model):
+        def run(self, tokens: PackedTokens, batches: Sequence[npt.NDArray], result: Result) -> None:
+            timed.append(sum(len(batch) for batch in batches))
+            super().run(tokens, batches, result)
+
+    monkeypatch.setattr("bge_ray.model.run.model.Model", Watched)
+    sample = [("", text, text) for text in (f"passage {i} " * (1 + i % 9) for i in range(50))]
+    assert measure_task(spec, None, sample, POOL, 64, False) is not None
+    assert timed[-1] == len(sample)
 
 
 def test_chunks_are_counted_as_they_will_be(tiny_model: Path) -> None:
@@ -83,3 +105,22 @@ def test_small_objects_are_sampled_until_there_are_rows_enough(storage: Storage,
     mixed = sample_task(storage, spans, columns)
     assert len(mixed) < SAMPLE_ROWS
     assert {text.split()[0] for _, _, text in mixed} == {"0", "1", "2", "3", "4"}
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_many_small_objects_cost_what_committing_them_takes(tmp_path: Path, tiny_model: Path) -> None:
+    """Their texts are nothing, and still 1,000 of them took a minute, which the dry run called 0 s."""
+    n = 300
+    (tmp_path / "corpus").mkdir()
+    for number in range(n):
+        (tmp_path / f"corpus/{number}.jsonl").write_bytes(
+            jsonl_bytes([{"id": "1", "text": f"text {number}"}])
+        )
+    keys = {"corpus.uri": tmp_path / "corpus", "output.uri": tmp_path / "out", "model.name": tiny_model}
+    told = plan_only(parse_settings(None, [f"{key}={value}" for key, value in keys.items()]))
+    assert (told.units_todo, told.rows_todo) == (n, n)
+    computing = told.tokens / told.tokens_per_s
+    # On a disk a unit takes 4.4 ms of a core at the least (docs/measured.md), and a group 45 ms more.
+    assert told.seconds - computing > n * 0.0044
+    assert not (tmp_path / "out").exists()

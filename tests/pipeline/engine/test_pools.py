@@ -18,6 +18,7 @@ from bge_ray.pipeline.engine.pools import (
     PoolRequest,
     Sizes,
     TaskRequest,
+    device_of,
     encoder_request,
     reranker_request,
     searcher_request,
@@ -128,6 +129,20 @@ def test_on_a_gpu_two_units_overlap_and_have_two_writers() -> None:
 def test_gpus_are_shared_where_asked() -> None:
     pool = embed(encoders(gpus=0.5), 32, 4).pools["encoders"]
     assert (pool.count, pool.gpus) == (8, 0.5)
+
+
+def test_a_device_that_is_asked_for_is_known_before_any_node_is_there() -> None:
+    """On a cluster that scales from zero there is no GPU to count when dtypes are settled."""
+
+    def ask_nobody() -> None:
+        raise AssertionError("nodes were waited for")
+
+    for gpus, device in ((0, "cpu"), (0.5, "cuda"), (1, "cuda")):
+        settings = parse_settings(
+            None, [f"resources.gpus_per_encoder={gpus}", f"rerank.gpus_per_reranker={gpus}"]
+        )
+        for request in (encoder_request, reranker_request):
+            assert device_of(settings, request(settings, 1), ask_nobody) == device
 
 
 def test_both_models_share_a_single_gpu() -> None:
