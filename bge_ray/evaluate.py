@@ -105,7 +105,7 @@ def plan_evaluate(settings: Settings) -> str:
     """Say what `evaluate` would do, without writing anything (``--dry-run``).
 
     Raises:
-        SettingsError: a run is named twice, what is named is not there, or there is one run and no judgements.
+        SettingsError: a run is named twice, what is named is not there, or one run has no judgements.
         CorpusError: the folder of the judgements holds several files.
         OutputCollisionError: a foreign file has the name of a file that would be written.
     """
