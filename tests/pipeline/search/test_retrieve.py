@@ -27,12 +27,12 @@ STORAGE = Storage(5)
 
 
 class Chunked:
-    """Passages of many chunks in two objects, some of equal vectors; passage p0 stands in both objects."""
+    """Passages of many chunks in two objects, some of equal vectors; passage p00 stands in both objects."""
 
     def __init__(self, root: Path, crowd: int = 40) -> None:
         rng = np.random.default_rng(5)
         self.sizes = [[crowd, *rng.integers(1, 9, 30).tolist()], rng.integers(1, 30, 20).tolist()]
-        self.names = [[f"p{i}" for i in range(31)], ["p0", *(f"p{i}" for i in range(40, 59))]]
+        self.names = [[f"p{i:02d}" for i in range(31)], ["p00", *(f"p{i}" for i in range(40, 59))]]
         made = VectorDataset(str(root), DIM, chunking=CHUNKING)
         self.vectors, self.rows = [], []
         for number, (sizes, names) in enumerate(zip(self.sizes, self.names, strict=True)):
@@ -123,7 +123,7 @@ def test_an_exact_search_is_brute_force_over_all_chunks(chunked: Chunked, k: int
 def test_an_index_fills_every_place_with_another_passage(
     chunked: Chunked, k: int, factory: str, rescored: int
 ) -> None:
-    """The crowd fills the first candidates of every query; all lists are probed, so that nothing is missed."""
+    """The crowd fills the first candidates of every query; all lists are probed, so nothing is missed."""
     described, search_index = chunked.index(factory)
     how = plan_retrieval(chunked.source, described, k, max(k, rescored) if rescored else 0, effort=8)
     found = retrieve(QUERIES, search_index, how)
@@ -157,7 +157,7 @@ def test_a_passage_with_8000_chunks_leaves_room_for_others_and_costs_few_questio
     how = plan_retrieval(chunked.source, None, 10, 0)
     exact = retrieve(QUERIES, chunked.exactly(per_row=True), how)
     assert results(exact) == truth
-    assert exact.refilled <= len(QUERIES)  # p0 stands in both objects
+    assert exact.refilled <= len(QUERIES)  # p00 stands in both objects
 
 
 def test_chunks_of_objects_that_are_gone_leave_no_place_empty(chunked: Chunked) -> None:

