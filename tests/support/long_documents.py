@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from bge_ray.formats.docstrings import SKIPPED_FOLDERS
 from bge_ray.index.topk import exact_topk
@@ -105,7 +106,7 @@ class Embedder:
 
         asked = ModelSettings(name=str(get_model_path()), max_length=MAX_TOKENS)
         spec = resolve_encoder(asked, on_gpu=False)
-        self._model = Model(spec, model_folder(spec), Place())
+        self._model = Model(spec, model_folder(spec), Place("cpu", torch.get_num_threads()))
         self._feeder: TextFeeder = text_feeder(spec)
         rules = Chunking(
             max_tokens=MAX_TOKENS,
@@ -175,7 +176,7 @@ def measure(documents: list[Document], work: Path) -> dict[str, object]:
         recall = float(hits.any(axis=1).mean())
         low, high = wilson(recall, len(queries))
         ranks[kind] = {str(number): float(hit.any()) for number, hit in enumerate(hits)}
-        mrr = float((hits / np.arange(1, K + 1)).sum(axis=1).mean())
+        mrr = float((hits / np.arange(1, hits.shape[1] + 1)).sum(axis=1).mean())
         figures[kind] = {"vectors": len(ids), "recall@10": recall, "low": low, "high": high, "mrr@10": mrr}
     figures["chunks against whole"] = str(compare(ranks["chunks"], ranks["whole"]))
     return figures

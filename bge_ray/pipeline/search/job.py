@@ -149,6 +149,16 @@ class SearchJob:
             raise SettingsError(
                 f"output.uri {self.source.root}: its vectors are not normalised, which a search needs"
             )
+        if (
+            self.source.chunked
+            and asked.rerank
+            and asked.group == "chunk"
+            and settings.rerank.reads != "chunk"
+        ):
+            raise SettingsError(
+                "search.group chunk: a rerank of whole passages would read a passage once for each of its "
+                "chunks; set search.group to passage, or rerank.reads to chunk"
+            )
         self.index = None if asked.exact else read_index(self.storage, self.source.root)
         if self.index is not None:
             _check_index(self.index, self.source, allowed=asked.stale_index)
