@@ -1,4 +1,4 @@
-"""A search over a data set of chunks, and a rerank of it, as jobs on a real Ray: runs name passages and chunks."""
+"""A search over a data set of chunks, and a rerank of it, as jobs on a real Ray."""
 
 from pathlib import Path
 
@@ -23,24 +23,24 @@ from tests.support.searches import STORAGE, jsonl, query_vectors, settings_for, 
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "lazy",
-    "dog",
-    "a",
-    "corpus",
-    "in",
-    "object",
-    "storage",
-    "becomes",
-    "embeddings",
-    "index",
-]
+WORDS = tuple(
+    [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "lazy",
+        "dog",
+        "a",
+        "corpus",
+        "in",
+        "object",
+        "storage",
+        "embeddings",
+    ]
+)
 QUESTIONS = {"q1": "the quick fox", "q2": "object storage", "q3": "lazy dog embeddings"}
 K = 8
 SPAN = ["chunk_no", "start", "end"]
@@ -114,13 +114,9 @@ def test_runs_name_passages_and_the_chunks_that_found_them(tmp_path: Path, tiny_
     # The text of a result is the characters of the corpus that its columns name.
     table = pq.read_table(f"{chunks}/run.parquet")
     assert table.column_names == ["query_id", "passage_id", "rank", "score", "tag", "vector_id", *SPAN]
-    places = dict(
-        zip(
-            stored(root)["vector_id"].tolist(),
-            zip(*(stored(root)[n] for n in SPAN), strict=True),
-            strict=True,
-        )
-    )
+    columns = stored(root)
+    spans = zip(*(columns[name].tolist() for name in SPAN), strict=True)
+    places = dict(zip(columns["vector_id"].tolist(), spans, strict=True))
     for row in table.to_pylist():
         assert tuple(row[name] for name in SPAN) == places[row["vector_id"]]
     # A TREC run has passages, each once and ranked without a gap; evaluation counts them.
@@ -130,18 +126,13 @@ def test_runs_name_passages_and_the_chunks_that_found_them(tmp_path: Path, tiny_
             mine = [line for line in lines if line[0] == name]
             assert [line[2] for line in mine] == list(dict.fromkeys(passage_id for passage_id, _ in found))
             assert [int(line[3]) for line in mine] == list(range(1, len(mine) + 1))
-    relevant = {
-        name: found[-1][0]
-        for name, found in zip(QUESTIONS, brute(root, questions, "passage", K), strict=True)
-    }
+    truth = brute(root, questions, "passage", K)
+    relevant = {name: found[-1][0] for name, found in zip(QUESTIONS, truth, strict=True)}
     qrels = "query-id\tcorpus-id\tscore\n" + "".join(f"{q}\t{p}\t1\n" for q, p in relevant.items())
     STORAGE.write(f"{tmp_path}/qrels.tsv", qrels.encode())
+    runs = [passages, chunks, f"{chunks}/run.trec"]
     metrics = evaluate(
-        settings_for(
-            evaluate__run=[passages, chunks, f"{chunks}/run.trec"],
-            evaluate__qrels=f"{tmp_path}/qrels.tsv",
-            evaluate__k=[K],
-        )
+        settings_for(evaluate__run=runs, evaluate__qrels=f"{tmp_path}/qrels.tsv", evaluate__k=[K])
     )
     assert metrics["runs"][0]["mean"][f"recall@{K}"] == 1
     assert metrics["runs"][1]["left_out"] == {}
