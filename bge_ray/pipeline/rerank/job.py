@@ -137,7 +137,7 @@ class RerankJob:
     def outputs(self) -> list[RunOutput]:
         """Return the reranked run."""
         tag, layers = self._settings.search.tag, self.spec.layer_scores
-        return [RunOutput(self._folder, tag, "score", self._chunked, layers)]
+        return [RunOutput(self._folder, tag, "score", layers, self._chunked)]
 
     def withdraw(self) -> None:
         """Everything that an earlier run published is replaced."""

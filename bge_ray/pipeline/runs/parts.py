@@ -91,8 +91,8 @@ class RunOutput:
     folder: OwnedFolder
     tag: str
     column: str  # first_score or score
-    spans: bool
     layer_scores: tuple[str, ...] = ()
+    spans: bool = False
 
     @property
     def schema(self) -> pa.Schema:

@@ -194,12 +194,11 @@ class SearchJob:
     def outputs(self) -> list[RunOutput]:
         """Return the candidates, and the reranked run if there is one."""
         tag = self._settings.search.tag
-        outputs = [RunOutput(self._folders[0], tag, "first_score", self.source.chunked)]
+        spans = self.source.chunked
+        outputs = [RunOutput(self._folders[0], tag, "first_score", spans=spans)]
         if self.reranker is not None:
             layers = self.reranker.layer_scores
-            outputs.append(
-                RunOutput(self._folders[1], f"{tag}-reranked", "score", self.source.chunked, layers)
-            )
+            outputs.append(RunOutput(self._folders[1], f"{tag}-reranked", "score", layers, spans))
         return outputs
 
     def withdraw(self) -> None:

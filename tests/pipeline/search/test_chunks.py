@@ -23,24 +23,7 @@ from tests.support.searches import STORAGE, jsonl, query_vectors, settings_for, 
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
-WORDS = tuple(
-    [
-        "the",
-        "quick",
-        "brown",
-        "fox",
-        "jumps",
-        "over",
-        "lazy",
-        "dog",
-        "a",
-        "corpus",
-        "in",
-        "object",
-        "storage",
-        "embeddings",
-    ]
-)
+WORDS = ("the quick brown fox", "jumps over", "lazy dog", "a corpus in", "object storage", "embeddings")
 QUESTIONS = {"q1": "the quick fox", "q2": "object storage", "q3": "lazy dog embeddings"}
 K = 8
 SPAN = ["chunk_no", "start", "end"]
