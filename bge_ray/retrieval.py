@@ -7,35 +7,38 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from bge_ray.dataset.lookup import ShardMap, read_places
 from bge_ray.errors import DatasetMismatchError, ModelError, SettingsError
 from bge_ray.index.package import faiss
-from bge_ray.index.topk import NO_RESULT, Results, rescore
 from bge_ray.model.spec import model_folder, text_feeder
 from bge_ray.model.uncollected import uncollected
 from bge_ray.pipeline.index.published import index_files, read_index
 from bge_ray.pipeline.index.searchers import Searcher
 from bge_ray.pipeline.runs.source import Source, open_source
-from bge_ray.pipeline.search.stages import ShardSearcher
-from bge_ray.records.ids import FloatArray, IdArray
+from bge_ray.pipeline.search.exact import ShardSearcher
+from bge_ray.pipeline.search.retrieve import Group, Retrieval, plan_retrieval, retrieve
+from bge_ray.records.ids import FloatArray
 from bge_ray.records.index import IndexDescription
 from bge_ray.records.model import EMBEDDING
+from bge_ray.records.schemas import SPAN_COLUMNS
 from bge_ray.settings.sections import OutputSettings, Settings
-
-# Where passages of a list fall together, so many times as many results are asked for.
-REFILL = 4
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A passage that was found: the inner product with the question, and the columns that were asked for."""
+    """A passage that was found: the inner product with the question, and the columns that were asked for.
+
+    Where passages were cut into chunks it was found by chunk ``chunk_no``, which is the characters from
+    ``start`` to ``end`` (exclusive) of its text in the corpus; otherwise these are None.
+    """
 
     passage_id: str
     score: float
     vector_id: int
     columns: dict[str, Any]
+    chunk_no: int | None = None
+    start: int | None = None
+    end: int | None = None
 
 
 class IndexReader:
@@ -47,14 +50,9 @@ class IndexReader:
         """Take what `open_index_reader` found."""
         self._source, self._index = source, index
         self._model_name, self._device = model, device
-        self._shards = ShardMap.of(source.manifest)
         # Threads are the process's own matter; these calls set what is set.
-        threads = faiss.omp_get_max_threads()
-        self._searcher = (
-            ShardSearcher(source.storage, source.root, self._shards.facts, threads)
-            if index is None
-            else Searcher(source.storage, index_files(source.root, index), threads)
-        )
+        self._threads = faiss.omp_get_max_threads()
+        self._searchers: dict[bool, Searcher | ShardSearcher] = {}
         self._encoder: Any = None
 
     @property
@@ -74,15 +72,17 @@ class IndexReader:
         *,
         columns: Sequence[str] = (),
         rescored: int = 0,
+        group: Group = "passage",
     ) -> list[list[Hit]]:
         """Find the k best passages for each query.
 
         Args:
             queries: texts, which are encoded by the data set's model with its instruction for queries; or
                 their vectors, (n, dim) float16 or float32 of unit norm.
-            k: distinct passages a query, at least 1; fewer come where there are no more.
+            k: results a query, at least 1; fewer come where there are no more.
             columns: of the embedding shards, such as metadata that was kept, to come with each passage.
             rescored: candidates from the index to score again from the stored vectors; 0 for none.
+            group: what a result is: a distinct "passage", by its best chunk if it was cut, or a "chunk".
 
         Returns:
             A list a query, best first, ties by passage id.
@@ -101,18 +101,15 @@ class IndexReader:
             vectors = self.encode([queries] if isinstance(queries, str) else queries)
         if not len(vectors):
             return []
-        asked = max(k, rescored)
-        most = self._source.manifest.vectors if self._index is None else self._index.ntotal
-        while True:
-            scores, ids = self._find(vectors, min(asked, most), rescored)
-            places = self._places(ids, columns)
-            hits = [_hits(*found, places, k) for found in zip(scores, ids, strict=True)]
-            # An index that probes some of its lists may have no more, however much is asked for.
-            if asked >= most or all(
-                len(row) == k or NO_RESULT in at for row, at in zip(hits, ids, strict=True)
-            ):
-                return hits
-            asked *= REFILL
+        how = plan_retrieval(self._source, self._index, k, rescored, group=group, columns=columns)
+        found = retrieve(vectors, self._searcher(how).search, how)
+        hits: list[list[Hit]] = [[] for _ in vectors]
+        rows = zip(found.numbers.tolist(), found.scores.tolist(), found.rows.to_pylist(), strict=True)
+        for number, score, row in rows:
+            span = {name: row.get(name) for name in SPAN_COLUMNS}
+            asked = {name: row[name] for name in columns}
+            hits[number].append(Hit(row["passage_id"], score, row["vector_id"], asked, **span))
+        return hits
 
     def encode(self, texts: Sequence[str]) -> FloatArray:
         """Return (n, dim) float32 vectors of n query texts, of unit norm.
@@ -128,6 +125,18 @@ class IndexReader:
             raise ModelError(f"query {texts[row][:60]!r}: no vector: {reason}, {detail}")
         found: FloatArray = result.array(EMBEDDING)
         return found
+
+    def _searcher(self, how: Retrieval) -> Searcher | ShardSearcher:
+        """Return what holds the index, or the vectors for an exact search of rows or of chunks."""
+        per_row = how.per_row and self._index is None
+        if per_row not in self._searchers:
+            storage, root = self._source.storage, self._source.root
+            self._searchers[per_row] = (
+                ShardSearcher(storage, root, how.shards.facts, self._threads, per_row=per_row)
+                if self._index is None
+                else Searcher(storage, index_files(root, self._index), self._threads)
+            )
+        return self._searchers[per_row]
 
     @uncollected()
     def _loaded(self) -> Any:
@@ -149,24 +158,6 @@ class IndexReader:
             self._encoder = model, feeder
         return self._encoder
 
-    def _find(self, vectors: npt.NDArray[Any], asked: int, rescored: int) -> Results:
-        effort = None if self._index is None else self._index.effort
-        found: Results = self._searcher.search(vectors, asked, effort)
-        if not rescored or self._index is None:
-            return found
-        known = self._places(found[1], ())["vector_id"].to_numpy()
-
-        def fetch(ids: IdArray) -> npt.NDArray[Any]:
-            column = pa.concat_arrays(self._places(ids, (EMBEDDING,))[EMBEDDING].chunks)
-            return np.asarray(column.flatten()).reshape(len(ids), self.dim)
-
-        return rescore(vectors, np.where(np.isin(found[1], known), found[1], NO_RESULT), fetch, asked)
-
-    def _places(self, ids: IdArray, columns: Sequence[str]) -> pa.Table:
-        wanted = dict.fromkeys(["passage_id", *columns])
-        distinct = np.unique(ids[ids != NO_RESULT])
-        return read_places(self._source.storage, self._source.root, self._shards, distinct, tuple(wanted))
-
 
 def open_index_reader(uri: str, *, model: str | None, device: str) -> IndexReader:
     """Open a data set for questions; see `bge_ray.open_index`."""
@@ -177,17 +168,3 @@ def open_index_reader(uri: str, *, model: str | None, device: str) -> IndexReade
     if index is not None and index.vector_fingerprint != source.spec.vector_fingerprint:
         raise DatasetMismatchError(f"{uri}: its index is of other vectors; build it again (bge-ray index)")
     return IndexReader(source, index, model, device)
-
-
-def _hits(scores: FloatArray, ids: IdArray, places: pa.Table, k: int) -> list[Hit]:
-    """Return the k best distinct passages of one query."""
-    known = places["vector_id"].to_numpy()
-    at = np.searchsorted(known, ids)
-    there = at < len(known)
-    there[there] = known[at[there]] == ids[there]
-    best: dict[str, Hit] = {}
-    rows = places.take(pa.array(at[there])).to_pylist()
-    for row, score in zip(rows, scores[there].tolist(), strict=True):
-        hit = Hit(row.pop("passage_id"), score, row.pop("vector_id"), row)
-        best.setdefault(hit.passage_id, hit)
-    return sorted(best.values(), key=lambda hit: (-hit.score, hit.passage_id))[:k]

@@ -314,6 +314,7 @@ def test_what_goes_to_other_processes_carries_no_secret(
             index_spec,
             10,
             0,
+            False,
             Settings().index,
             1,
             dict,

@@ -16,10 +16,15 @@ from bge_ray.formats.endings import ending_of
 from bge_ray.formats.lines import read_text_lines
 from bge_ray.formats.parquet import open_parquet
 from bge_ray.formats.runs import sort_candidates
+from bge_ray.records.schemas import SPAN_COLUMNS
 from bge_ray.storage.objects import ObjectInfo, Storage
 
 # Told of (query id, passage id, reason, detail) of what is left out.
 Reject: TypeAlias = Callable[[str | None, str | None, str, str], None]
+
+# Number, start and end of a chunk within its text, as SPAN_COLUMNS name them.
+ChunkSpan: TypeAlias = tuple[int | None, int | None, int | None]
+NO_SPAN: ChunkSpan = (None, None, None)
 
 _QUERY_ID_NAMES = ("query_id", "qid", "_id", "id")
 _PASSAGE_ID_NAMES = ("passage_id", "docid", "pid")
@@ -36,6 +41,8 @@ class Candidates:
 
     With scores they are sorted by (-score, passage_id), otherwise they are in the order of the file.
     ``vector_ids`` say which of several passages of one id a search meant; None where the file does not.
+    ``spans`` say which chunk of it was found: its number, start and end, each None where it was no chunk;
+    None where the file does not say.
     """
 
     query_id: str
@@ -44,6 +51,7 @@ class Candidates:
     query: str | None = None
     texts: list[str] | None = None
     vector_ids: list[int] | None = None
+    spans: list[ChunkSpan] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,7 @@ class _Row:
     score: float | None
     place: str
     vector_id: int | None = None
+    span: ChunkSpan = NO_SPAN
 
 
 def find_candidates(storage: Storage, uri: str) -> ObjectInfo:
@@ -75,7 +84,7 @@ def find_candidates(storage: Storage, uri: str) -> ObjectInfo:
 
 
 def read_candidate_lists(
-    storage: Storage, uri: str, reject: Reject, *, scattered: bool = False
+    storage: Storage, uri: str, reject: Reject, *, scattered: bool = False, chunks: bool = False
 ) -> Iterator[Candidates]:
     """Yield the candidates of each query, each passage once, sorted where there are scores.
 
@@ -90,6 +99,8 @@ def read_candidate_lists(
         reject: told of every query and candidate that is left out.
         scattered: a query may come again, with more candidates, as in a run whose lines are in any order;
             otherwise what comes later is left out.
+        chunks: each chunk of a passage is a candidate, where the file tells them apart; otherwise the best
+            of them stands for the passage.
 
     Raises:
         CorpusError: there is no such file, it is unreadable, or nothing in it looks like candidates.
@@ -105,25 +116,27 @@ def read_candidate_lists(
             reject(query_id, None, "duplicate_query", detail)
             continue
         seen.add(query_id)
-        yield _candidates(query_id, rows, reject)
+        yield _candidates(query_id, rows, reject, chunks=chunks)
     if not read:
         raise CorpusError(f"{info.uri}: holds no candidates")
 
 
-def _candidates(query_id: str, rows: list[_Row], reject: Reject) -> Candidates:
-    kept: dict[str, _Row] = {}
+def _candidates(query_id: str, rows: list[_Row], reject: Reject, *, chunks: bool) -> Candidates:
+    kept: dict[tuple[str, ChunkSpan], _Row] = {}
+    seen: set[tuple[str, ChunkSpan]] = set()
     for row in rows:
         if row.passage_id is None:
             continue
-        there = kept.get(row.passage_id)
-        if there is None:
-            kept[row.passage_id] = row
-            continue
-        reject(query_id, row.passage_id, "duplicate_passage", f"{row.place}: stands twice in the list")
+        exact = (row.passage_id, row.span)
+        key = exact if chunks else (row.passage_id, NO_SPAN)
+        there = kept.setdefault(key, row)
+        if exact in seen:
+            reject(query_id, row.passage_id, "duplicate_passage", f"{row.place}: stands twice in the list")
+        seen.add(exact)
         if row.score is not None and there.score is not None and row.score > there.score:
-            kept[row.passage_id] = row
+            kept[key] = row
     found = list(kept.values())
-    ids = list(kept)
+    ids = [passage_id for passage_id, _ in kept]
     scores = [row.score for row in found if row.score is not None]
     texts = [row.text for row in found if row.text is not None]
     vector_ids = [row.vector_id for row in found if row.vector_id is not None]
@@ -133,6 +146,7 @@ def _candidates(query_id: str, rows: list[_Row], reject: Reject) -> Candidates:
         ids, scores = [ids[i] for i in order], [scores[i] for i in order]
         texts = [texts[i] for i in order] if len(texts) == len(found) else texts
         vector_ids = [vector_ids[i] for i in order] if len(vector_ids) == len(found) else vector_ids
+        found = [found[i] for i in order]
     return Candidates(
         query_id,
         ids,
@@ -140,6 +154,7 @@ def _candidates(query_id: str, rows: list[_Row], reject: Reject) -> Candidates:
         query,
         texts if found and len(texts) == len(found) else None,
         vector_ids if found and len(vector_ids) == len(found) else None,
+        [row.span for row in found] if any(row.span != NO_SPAN for row in found) else None,
     )
 
 
@@ -190,7 +205,9 @@ def _single(record: dict[str, Any], query_id: str, query: str | None, place: str
     vector_id = record.get("vector_id")
     # A column of another meaning is no place; the passage is looked up by its id then.
     placed = vector_id if type(vector_id) is int and 0 <= vector_id < 1 << 63 else None
-    return _Row(query_id, query, str(passage_id), text, _score(record.get("score")), place, placed)
+    number, start, end = (record.get(name) for name in SPAN_COLUMNS)
+    span = (number, start, end) if all(type(at) is int for at in (number, start, end)) else NO_SPAN
+    return _Row(query_id, query, str(passage_id), text, _score(record.get("score")), place, placed, span)
 
 
 def _passage(entry: Any) -> tuple[str, str | None, float | None]:
@@ -238,7 +255,8 @@ def _parquet_records(storage: Storage, info: ObjectInfo) -> Iterator[tuple[str, 
     row = 0
     with open_parquet(storage, info.uri, info.size, stream=True) as file:
         wanted = ("query", "pos", "neg", "pos_id", "neg_id", "passages", "text", "score", "vector_id")
-        names = [n for n in (*_QUERY_ID_NAMES, *_PASSAGE_ID_NAMES, *wanted) if n in file.schema_arrow.names]
+        known = (*_QUERY_ID_NAMES, *_PASSAGE_ID_NAMES, *wanted, *SPAN_COLUMNS)
+        names = [n for n in known if n in file.schema_arrow.names]
         if not {"pos", "neg", "passages", *_PASSAGE_ID_NAMES} & set(names):
             raise CorpusError(
                 f"{info.uri}: no candidates among its columns {file.schema_arrow.names}; expected "

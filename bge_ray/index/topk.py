@@ -13,7 +13,7 @@ import numpy.typing as npt
 from bge_ray.errors import IndexBuildError
 from bge_ray.index.package import faiss
 from bge_ray.index.vectors import check_rows, check_vectors, normalise
-from bge_ray.records.ids import FloatArray, IdArray
+from bge_ray.records.ids import FloatArray, IdArray, first_ids
 
 NO_RESULT = -1
 # Candidates beyond k that are scored exactly, so that rounding decides nothing at place k.
@@ -66,8 +66,30 @@ def merge_topk(results: Sequence[Results], k: int) -> Results:
     return best(scores, np.concatenate([ids for _, ids in results], axis=1), min(k, max(1, scores.shape[1])))
 
 
+def best_rows(results: Results, k: int) -> Results:
+    """Keep of each corpus row its best chunk, and of these the best k, as `best` does.
+
+    Args:
+        results: any number of columns, in any order, and holes.
+        k: rows to keep; the ends of those that have fewer are holes.
+    """
+    scores, ids = best(*results, max(1, results[1].shape[1]))
+    rows = first_ids(ids)
+    order = np.argsort(rows, axis=1, kind="stable")
+    ordered = np.take_along_axis(rows, order, axis=1)
+    again = np.zeros(ids.shape, np.bool_)
+    again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    repeated = np.empty_like(again)
+    np.put_along_axis(repeated, order, again, axis=1)
+    return best(scores, np.where(repeated, NO_RESULT, ids), k)
+
+
 def exact_topk(
-    queries: npt.NDArray[Any], blocks: Iterable[tuple[npt.NDArray[Any], npt.NDArray[Any]]], k: int
+    queries: npt.NDArray[Any],
+    blocks: Iterable[tuple[npt.NDArray[Any], npt.NDArray[Any]]],
+    k: int,
+    *,
+    per_row: bool = False,
 ) -> Results:
     """Search all vectors exactly, block by block; the truth that recall is measured against.
 
@@ -78,6 +100,7 @@ def exact_topk(
         queries: (n_queries, dim) float16 or float32, unit norm.
         blocks: (vectors, ids) as `check_vectors` takes them; for instance one embedding shard each.
         k: results a query.
+        per_row: of the chunks of a corpus row only the best counts, so that k results are k rows.
 
     Raises:
         IndexBuildError: `check_vectors` refuses queries or a block.
@@ -89,6 +112,9 @@ def exact_topk(
     for vectors, block_ids in blocks:
         unit, ids = check_vectors(vectors, block_ids, dim)
         if not len(ids) or not len(rows):
+            continue
+        if per_row:
+            found = _merge_rows([found, _best_chunks(rows, unit, ids, found[0], k)], k)
             continue
         rough, places = faiss.knn(rows, unit, min(k + _MARGIN, len(ids)), metric=faiss.METRIC_INNER_PRODUCT)
         # Most of a later block is worse than the k best so far by more than rounding: not worth scoring.
@@ -128,6 +154,59 @@ def rescore(queries: npt.NDArray[Any], candidates: IdArray, fetch: Fetch, k: int
     rows = np.repeat(np.arange(len(places)), places.shape[1])
     scores = _scores(normalise(queries), normalise(vectors), rows, places.ravel())
     return best(scores.reshape(places.shape), candidates, k)
+
+
+def _merge_rows(results: Sequence[Results], k: int) -> Results:
+    scores, ids = (np.concatenate(parts, axis=1) for parts in zip(*results, strict=True))
+    return best_rows((scores, ids), min(k, max(1, ids.shape[1])))
+
+
+def _best_chunks(
+    queries: FloatArray, vectors: FloatArray, ids: IdArray, so_far: FloatArray, k: int
+) -> Results:
+    """Return the best chunk of each of the k best rows among (m, dim) vectors, exactly scored.
+
+    Every chunk within rounding of its row's best, in every row within rounding of the k best, is scored, so
+    that nothing depends on the order of vectors, however many are equal.
+
+    Args:
+        queries: (n, dim) of unit norm.
+        vectors: of unit norm.
+        ids: (m,) of the vectors.
+        so_far: (n, w) falling scores of other rows; with k of them, what is worse than the last is left out.
+        k: rows to keep.
+    """
+    order = np.argsort(ids)
+    vectors, ids = vectors[order], ids[order]
+    starts = np.flatnonzero(np.diff(first_ids(ids), prepend=-1))
+    row_of = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(ids)))
+    parts = []
+    step = max(1, _SCORE_BYTES // (16 * len(ids)))
+    for start in range(0, len(queries), step):
+        some, last = queries[start : start + step], so_far[start : start + step]
+        rough = some @ vectors.T
+        tops = np.maximum.reduceat(rough, starts, axis=1)  # (step, rows)
+        least = np.full((len(some), 1), -np.inf, np.float32)
+        if len(starts) > k:
+            least = np.partition(tops, -k, axis=1)[:, -k, None] - 2 * _ROUNDING
+        if last.shape[1] == k:
+            least = np.maximum(least, last[:, -1:] - _ROUNDING)
+        wanted = rough >= np.maximum(least, tops[:, row_of] - 2 * _ROUNDING)
+        which, places = np.nonzero(wanted)
+        scores = _scores(some, vectors, which, places)
+        # The best chunk of each row, then the rows of each query in order.
+        chosen = np.lexsort((places, -scores, row_of[places], which))
+        pair = which[chosen] * len(starts) + row_of[places[chosen]]
+        chosen = chosen[np.flatnonzero(np.diff(pair, prepend=-1))]
+        chosen = chosen[np.lexsort((places[chosen], -scores[chosen], which[chosen]))]
+        rank = np.arange(len(chosen)) - np.searchsorted(which[chosen], which[chosen])
+        chosen, rank = chosen[rank < k], rank[rank < k]
+        found = np.full((len(some), min(k, len(starts))), NO_RESULT, np.int64)
+        found[which[chosen], rank] = ids[places[chosen]]
+        there = np.full(found.shape, -np.inf, np.float32)
+        there[which[chosen], rank] = scores[chosen]
+        parts.append((there, found))
+    return np.concatenate([s for s, _ in parts]), np.concatenate([i for _, i in parts])
 
 
 def _score_some(

@@ -70,7 +70,7 @@ class IndexDescription:
     it finds without scoring again, ``ceiling`` what it finds at the largest effort, and
     ``recall_after_exact_reranking`` what it would find at k with ``reranked_candidates``. ``imbalance`` is
     what a search scans against equal lists, ``drift`` the share of vectors out of place since the training,
-    ``seconds`` what the build took.
+    ``seconds`` what the build took. ``results`` says what was counted: vectors, or passages in chunks.
     """
 
     inputs: str
@@ -104,12 +104,18 @@ class IndexDescription:
     imbalance: float
     drift: float
     seconds: float
+    results: Literal["vectors", "passages"] = "vectors"
     format_version: int = INDEX_FORMAT_VERSION
 
     @property
     def tuned_recall(self) -> Recall:
         """The recall that the target is about."""
         return self.recall[f"@{self.k}"]
+
+    @property
+    def largest_effort(self) -> int:
+        """The effort beyond which searches find no more."""
+        return self.nlist if self.parameter == "nprobe" else self.ntotal
 
     def rescored(self, k: int) -> int:
         """Return the candidates to score again for k results, in the proportion that was tuned; 0: none."""

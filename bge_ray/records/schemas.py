@@ -10,13 +10,13 @@ from bge_ray.records.outputs import Output
 
 TEXT_HASH_BYTES = 16
 
+# Where a chunk lies in its text: its number, and its characters in the text as it stands in the corpus.
+SPAN_COLUMNS = ("chunk_no", "start", "end")
 # Columns that an embedding shard has or may have; a kept column may not take one of these names.
 RESERVED_COLUMNS = (
     "vector_id",
     "passage_id",
-    "chunk_no",
-    "start",
-    "end",
+    *SPAN_COLUMNS,
     "chunk_text",
     "text_hash",
     "n_tokens",
@@ -49,7 +49,7 @@ def embedding_schema(
     """
     chunk = []
     if chunking is not None:
-        chunk = [pa.field(name, pa.int32(), nullable=False) for name in ("chunk_no", "start", "end")]
+        chunk = [pa.field(name, pa.int32(), nullable=False) for name in SPAN_COLUMNS]
         if chunking.keep_text:
             chunk.append(pa.field("chunk_text", pa.string(), nullable=False))
     return pa.schema(

@@ -88,8 +88,8 @@ def advise_search(report: SearchReport) -> list[str]:
         )
     if report.missing_results:
         lines.append(
-            f"{report.missing_results:,} results are missing, though all of the index was looked through: it "
-            "holds fewer passages with different ids than search.k."
+            f"{report.missing_results:,} results are missing, though all of the index was looked through, or "
+            "2,000,000 vectors for a query: it holds fewer passages with different ids than search.k."
         )
     if report.doubled_passages:
         lines.append(

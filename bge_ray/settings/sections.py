@@ -447,6 +447,10 @@ class SearchSettings(Section):
     )
     output: str | None = Field(None, description="folder of run.parquet and run.trec on any fsspec URI")
     k: int = Field(100, ge=1, le=100_000, description="results a query")
+    group: Literal["passage", "chunk"] = Field(
+        "passage",
+        description="what a result is where texts were cut: a passage, by its best chunk, or each chunk",
+    )
     exact: bool = Field(
         False, description="search the embedding shards themselves; done anyway where there is no index"
     )

@@ -21,13 +21,15 @@ from tests.support.vectors import clustered, make_dataset
 STORAGE = Storage(5)
 
 
-def read(path: Path) -> tuple[list[Candidates], list[tuple[str | None, str | None, str]]]:
+def read(
+    path: Path, *, chunks: bool = False
+) -> tuple[list[Candidates], list[tuple[str | None, str | None, str]]]:
     rejected: list[tuple[str | None, str | None, str]] = []
 
     def reject(query_id: str | None, passage_id: str | None, reason: str, _: str) -> None:
         rejected.append((query_id, passage_id, reason))
 
-    return list(read_candidate_lists(STORAGE, str(path), reject)), rejected
+    return list(read_candidate_lists(STORAGE, str(path), reject, chunks=chunks)), rejected
 
 
 RUN = {"b": {"p1": 0.5, "p2": 0.75, "p0": 0.5}, "a": {"p2": -1.0}}
@@ -64,6 +66,42 @@ def forms() -> dict[str, bytes]:
 def test_every_form_of_a_run_says_the_same(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(forms()[name])
     assert read(tmp_path / name) == (EXPECTED, [])
+
+
+def chunk_forms() -> dict[str, bytes]:
+    """Rows of chunks, one of them twice, and one of a passage that was not cut."""
+    rows = [
+        {"query_id": "q", "passage_id": p, "score": s, "vector_id": v, "chunk_no": c, "start": a, "end": b}
+        for p, s, v, c, a, b in (
+            ("p0", 0.5, 7, 7, 70, 80),
+            ("p1", 0.75, 8192, None, None, None),
+            ("p0", 0.25, 1, 1, 10, 20),
+            ("p0", 0.625, 2, 2, 20, 30),
+            ("p0", 0.5, 7, 7, 70, 80),
+        )
+    ]
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return {"r.parquet": sink.getvalue(), "r.jsonl": "\n".join(map(json.dumps, rows)).encode()}
+
+
+@pytest.mark.parametrize("name", chunk_forms())
+def test_chunks_are_candidates_of_their_own_or_the_best_stands_for_its_passage(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_bytes(chunk_forms()[name])
+    none = (None, None, None)
+    best = Candidates("q", ["p1", "p0"], [0.75, 0.625], vector_ids=[8192, 2], spans=[none, (2, 20, 30)])
+    every = Candidates(
+        "q",
+        ["p1", "p0", "p0", "p0"],
+        [0.75, 0.625, 0.5, 0.25],
+        vector_ids=[8192, 2, 7, 1],
+        spans=[none, (2, 20, 30), (7, 70, 80), (1, 10, 20)],
+    )
+    rejected = [("q", "p0", "duplicate_passage")]  # the chunk that stands twice
+    assert read(tmp_path / name) == ([best], rejected)
+    assert read(tmp_path / name, chunks=True) == ([every], rejected)
 
 
 def test_ties_go_by_passage_id(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from bge_ray.index.files import merged_file
 from bge_ray.index.merge import total_sizes
 from bge_ray.index.part import open_part
 from bge_ray.index.search import load_index, search
-from bge_ray.index.topk import NO_RESULT, best, exact_topk, merge_topk, rescore
+from bge_ray.index.topk import NO_RESULT, best, best_rows, exact_topk, merge_topk, rescore
 from bge_ray.index.train import TrainedIndex
+from bge_ray.records.ids import vector_ids
 
 DIM = 32
 once = settings(
@@ -257,6 +258,49 @@ def test_exact_topk_is_brute_force_with_equal_vectors(make_vectors, blocks, k, n
     assert swapped.sum() <= 0.01 * swapped.size or np.allclose(
         scores[swapped], true_scores[swapped], atol=1e-7
     )
+
+
+@once
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    cut=st.integers(1, 200),
+    k=st.integers(1, 35),
+)
+def test_of_the_chunks_of_a_row_the_best_counts_whatever_the_blocks(make_vectors, sizes, cut, k):
+    """Against numpy over all chunks; a third of the vectors are equal, and blocks cut rows apart."""
+    n, queries = sum(sizes), unit(make_vectors(4, seed=2))
+    vectors = unit(make_vectors(n)[np.random.default_rng(n).integers(0, -(-n // 3), n)])
+    rows = np.repeat(np.arange(len(sizes)), sizes)
+    numbers = np.arange(n) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    ids = vector_ids(3, rows, numbers)
+    blocks = [(vectors[at : at + cut], ids[at : at + cut]) for at in range(0, n, cut)]
+    scores, found = exact_topk(queries, blocks, k, per_row=True)
+    # One sum a pair, in the order of the dimensions: equal vectors have equal scores.
+    all_scores = np.einsum("qd,nd->qn", queries.astype(np.float64), vectors.astype(np.float64))
+    every = exact_topk(queries, [(vectors, ids)], n)
+    for query in range(len(queries)):
+        best_of: dict[int, int] = {}
+        for vector_id in every[1][query].tolist():
+            best_of.setdefault(vector_id >> 13, vector_id)
+        truth = list(best_of.values())[:k]
+        assert found[query].tolist() == truth + [NO_RESULT] * (found.shape[1] - len(truth))
+        top = np.sort(np.maximum.reduceat(all_scores[query], np.cumsum(sizes) - sizes))[::-1][:k]
+        np.testing.assert_allclose(scores[query, : len(truth)], top, atol=1e-6)
+    again = best_rows(every, found.shape[1])
+    np.testing.assert_array_equal(again[1], found)
+    np.testing.assert_array_equal(again[0], scores)
+
+
+def test_a_row_of_8000_chunks_takes_one_place(make_vectors):
+    query = make_vectors(1)
+    near = unit(query + 0.01 * make_vectors(8000, seed=3))
+    others = unit(make_vectors(50, seed=4))
+    ids = np.concatenate([vector_ids(0, np.zeros(8000, int), np.arange(8000)), vector_ids(1, np.arange(50))])
+    scores, found = exact_topk(query, [(np.concatenate([near, others]), ids)], 10, per_row=True)
+    assert found[0, 0] == np.argmax(near.astype(np.float64) @ query[0].astype(np.float64))
+    truth = np.argsort(-(others.astype(np.float64) @ query[0].astype(np.float64)))[:9]
+    assert (found[0, 1:] >> 13 & ((1 << 28) - 1)).tolist() == truth.tolist()
+    assert (np.diff(scores[0]) <= 0).all()
 
 
 def test_exact_topk_does_not_depend_on_blocks(make_vectors):

@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from bge_ray.dataset.commit import ShardWriter
 from bge_ray.dataset.folder import Dataset
+from bge_ray.records.chunking import Chunking
 from bge_ray.records.columns import Columns
 from bge_ray.records.dataset import DatasetSpec, Manifest, Marker, make_manifest
 from bge_ray.records.ids import vector_ids
@@ -31,20 +32,49 @@ def clustered(rows: int, dim: int, seed: int, *, clusters: int = 50, centres_see
     return vectors
 
 
+CHUNKING = Chunking(
+    max_tokens=40,
+    overlap_tokens=0,
+    boundary="sentence",
+    language="en",
+    titles="first",
+    keep_text=False,
+    rules="of a test",
+)
+# Characters of a chunk in a data set that says it has chunks.
+CHUNK_CHARS = 10
+
+
 class VectorDataset:
     """A data set below ``root`` whose shards a test sets, replaces and removes, until ``publish``."""
 
-    def __init__(self, root: str, dim: int = 32, dtype: str = "float32", **model: object) -> None:
+    def __init__(
+        self,
+        root: str,
+        dim: int = 32,
+        dtype: str = "float32",
+        chunking: Chunking | None = None,
+        **model: object,
+    ) -> None:
         outputs = (dataclasses.replace(OUTPUT, dim=dim, dtype=dtype),)
         made = dataclasses.replace(MODEL, **({"outputs": outputs} | model))
-        self.spec = DatasetSpec(made, Columns("id", "text", None))
+        self.spec = DatasetSpec(made, Columns("id", "text", None), (), chunking)
         self.dataset = Dataset(Storage(30), root)
         self.dataset.create_spec(self.spec)
         self._markers: dict[int, Marker] = {}
 
-    def put(self, object_no: int, vectors: np.ndarray, names: Sequence[str] | None = None) -> Marker:
-        """Write one shard of (n, dim) vectors; their ids are those of rows 0 to n - 1 of the object."""
-        marker = write_shard(self.dataset, self.spec, object_no, vectors, names)
+    def put(
+        self,
+        object_no: int,
+        vectors: np.ndarray,
+        names: Sequence[str] | None = None,
+        sizes: Sequence[int] | None = None,
+    ) -> Marker:
+        """Write one shard of (n, dim) vectors; their ids are those of rows 0 to n - 1 of the object.
+
+        With ``sizes`` row i has so many of them, as chunks; names are of rows.
+        """
+        marker = write_shard(self.dataset, self.spec, object_no, vectors, names, sizes)
         self._markers[object_no] = marker
         return marker
 
@@ -68,23 +98,34 @@ def write_shard(
     object_no: int,
     vectors: np.ndarray,
     names: Sequence[str] | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> Marker:
-    rows = len(vectors)
-    schema = embedding_schema(spec.model.outputs, pa.schema([]))
+    n, sizes = len(vectors), sizes or [1] * len(vectors)
+    rows = np.repeat(np.arange(len(sizes)), sizes)
+    numbers = np.arange(n) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    names = names or [f"{object_no}-{row}" for row in range(len(sizes))]
+    schema = embedding_schema(spec.model.outputs, pa.schema([]), spec.chunking)
+    spans = [numbers, CHUNK_CHARS * numbers, CHUNK_CHARS * (numbers + 1)] if spec.chunking is not None else []
     flat = pa.array(np.ascontiguousarray(vectors, dtype=spec.model.output("embedding").dtype).reshape(-1))
     table = pa.table(
         [
-            pa.array(vector_ids(object_no, np.arange(rows))),
-            pa.array(names or [f"{object_no}-{row}" for row in range(rows)], pa.string()),
-            hash_texts(f"text {object_no}-{row}" for row in range(rows)),
-            pa.array(np.full(rows, 5, np.int32)),
-            pa.array(np.zeros(rows, bool)),
+            pa.array(vector_ids(object_no, rows, numbers)),
+            pa.array([names[row] for row in rows], pa.string()),
+            *(pa.array(column, pa.int32()) for column in spans),
+            hash_texts(
+                f"text {object_no}-{row}" + (f"-{number}" if number else "")
+                for row, number in zip(rows, numbers, strict=True)
+            ),
+            pa.array(np.full(n, 5, np.int32)),
+            pa.array(np.zeros(n, bool)),
             pa.FixedSizeListArray.from_arrays(flat, type=schema.field("embedding").type),
         ],
         schema=schema,
     )
     writer = ShardWriter(dataset.storage, dataset.root, spec, "zstd")
-    return writer.commit(Unit(object_no, 0, rows), f"f{object_no}", table, REJECTED_SCHEMA.empty_table())
+    return writer.commit(
+        Unit(object_no, 0, len(sizes)), f"f{object_no}", table, REJECTED_SCHEMA.empty_table()
+    )
 
 
 def make_dataset(

@@ -8,9 +8,10 @@ from typing import Literal
 from bge_ray.index.drift import imbalance
 from bge_ray.index.factory import Kind
 from bge_ray.index.tune import Measurement
+from bge_ray.pipeline.index.candidates import HeldOut
 from bge_ray.pipeline.index.inputs import Inputs
 from bge_ray.pipeline.index.queries import encode_given
-from bge_ray.pipeline.index.recall import HeldOut, Quality, hold_out, tune
+from bge_ray.pipeline.index.recall import Quality, hold_out, tune
 from bge_ray.pipeline.index.steps import (
     Build,
     add_parts,
@@ -180,6 +181,7 @@ def _describe(
         recall_target=tuning.target,
         k=quality.k,
         rescore=build.rescore,
+        results=build.results,
         reached=tuning.reached,
         queries=held_out.source,
         num_queries=len(held_out.queries),

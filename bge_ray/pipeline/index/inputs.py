@@ -25,7 +25,8 @@ MAX_TUNED_K = 1000
 class Inputs:
     """All that decides an index, checked; ``key`` is a name for it.
 
-    ``k`` and ``rescore`` are what searches will ask for: results, and candidates to score again, if any.
+    ``k`` and ``rescore`` are what searches will ask for: results, and candidates to score again, if any;
+    ``per_row`` says that a result is a passage, by the best of its chunks.
     ``choice`` says what an auto factory was chosen from.
     """
 
@@ -34,6 +35,7 @@ class Inputs:
     spec: IndexSpec
     k: int
     rescore: int
+    per_row: bool
     choice: Choice | None
     queries: Queries | None
     key: str
@@ -54,11 +56,12 @@ def read_inputs(dataset: Dataset, settings: Settings) -> Inputs:
             f"{name}: its manifest is of another data set ({manifest.vector_fingerprint[:12]}) than its "
             f"dataset.json ({there.vector_fingerprint[:12]}); run embed.py again"
         )
-    if not manifest.rows_out:
+    if not manifest.vectors:
         raise SettingsError(f"{name}: the data set has no vectors")
     asked, k = settings.index, asked_k(settings)
     trained = trained_factory(dataset.storage, dataset.root)
-    spec, rescore, choice = settle_spec(there, manifest.rows_out, settings, trained)
+    spec, rescore, choice = settle_spec(there, manifest.vectors, settings, trained)
+    per_row = there.chunking is not None and settings.search.group == "passage"
     queries = given_queries(dataset.storage, settings)
     key = key_of(
         INDEX_FORMAT_VERSION,
@@ -74,8 +77,9 @@ def read_inputs(dataset: Dataset, settings: Settings) -> Inputs:
         asked.num_queries,
         [queries.sha256, *asked_of_queries(there.model, settings.model).query_key()] if queries else None,
         [m.embeddings.sha256 for m in manifest.shards if m.embeddings is not None],
+        *(["passages"] if per_row else []),
     )
-    return Inputs(there, manifest, spec, k, rescore, choice, queries, key)
+    return Inputs(there, manifest, spec, k, rescore, per_row, choice, queries, key)
 
 
 def trained_factory(storage: Storage, root: str) -> str | None:

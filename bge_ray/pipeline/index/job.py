@@ -218,6 +218,7 @@ class IndexWork:
             spec=self.inputs.spec,
             k=self.inputs.k,
             rescore=self.inputs.rescore,
+            per_row=self.inputs.per_row,
             settings=settings.index,
             at_once=at_once,
             watch=watch,

@@ -6,15 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import ray
 
 from bge_ray.dataset.commit import ROW_GROUP_ROWS
 from bge_ray.errors import IndexBuildError
 from bge_ray.index.factory import Kind
 from bge_ray.index.topk import Results, merge_topk
-from bge_ray.index.tune import Measurement, Tuning, measure, measure_recall, rescored, tune_effort
+from bge_ray.index.tune import Measurement, Tuning, measure, measure_recall, tune_effort
 from bge_ray.pipeline.engine.tasks import run_tasks
+from bge_ray.pipeline.index.candidates import (
+    Asked,
+    Candidates,
+    HeldOut,
+    all_at,
+    drop_own,
+    first_chunks,
+    passages_at,
+)
 from bge_ray.pipeline.index.heldout import held_rows
 from bge_ray.pipeline.index.searchers import IndexSource, search_all, start_searchers
 from bge_ray.pipeline.index.steps import SEED, TASK_BYTES, Build
@@ -33,26 +41,6 @@ CEILING_QUERIES = 200
 RERANKED_PER_RESULT = 10
 # Exact searches of one CPU; each returns (queries, k) results to the driver.
 EXACT_TASKS_PER_CPU = 4
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Queries with their exact results.
-
-    ``queries`` are (n, dim) float32, ``truth`` (n, up to MEASURED_K or the k that is tuned for) int64.
-    ``own`` are the (n,) int64 ids of queries that are rows of the index, which count neither as results nor
-    as truth; None for queries of the user, and for rows that are not in it. ``source`` says what they are.
-    """
-
-    queries: FloatArray
-    own: IdArray | None
-    truth: IdArray
-    source: str
-
-    def first(self, count: int | None) -> "HeldOut":
-        """Return the first queries alone."""
-        own = None if self.own is None else self.own[:count]
-        return dataclasses.replace(self, queries=self.queries[:count], own=own, truth=self.truth[:count])
 
 
 @dataclass(frozen=True)
@@ -80,6 +68,7 @@ def hold_out(build: Build, given: FloatArray | None) -> HeldOut:
     graphs = build.spec.kind is Kind.SHARDS
     groups = build.graph_groups() if graphs else [(fact,) for fact in build.shards]
     rows = build.manifest.vectors
+    passages = build.manifest.rows_out if build.per_row else None
     source = build.settings.queries or ""
     own: IdArray | None = None
     if graphs:
@@ -88,11 +77,13 @@ def hold_out(build: Build, given: FloatArray | None) -> HeldOut:
     if given is not None:
         queries = given
     elif rows < build.manifest.vectors:
-        queries, _ = _draw(build, [r for some in left_out for r in some])
+        queries, own = _draw(build, [r for some in left_out for r in some])
+        own = own if build.per_row else None  # its passage may have chunks in the graph
         source = "rows of the data set that were not in the graphs when they were asked"
     else:
         queries, own = _draw(build, None)
         source = "rows of the data set, their own row left out"
+    rows = rows if passages is None else min(rows, passages)
     if rows == 1:
         own = None  # beside its own row there is nothing to find
     depth = min(max(MEASURED_K, build.k), rows)
@@ -100,7 +91,7 @@ def hold_out(build: Build, given: FloatArray | None) -> HeldOut:
     shared = ray.put(queries)
     dealt = _even_groups(groups, EXACT_TASKS_PER_CPU * build.at_once)
     kept = "others" if graphs else "all"
-    arguments = ((build.storage, build.root, some, shared, k, kept) for some in dealt)
+    arguments = ((build.storage, build.root, some, shared, k, kept, build.results) for some in dealt)
     best: Results | None = None
     with build.step("searching exactly", "groups of shards", len(dealt)) as step:
         for _, found in run_tasks(
@@ -110,8 +101,8 @@ def hold_out(build: Build, given: FloatArray | None) -> HeldOut:
             step.advance()
     if best is None:
         raise IndexBuildError("the data set has no vectors")
-    truth = best[1] if own is None else drop_own(best[1], own)
-    return HeldOut(queries, own, truth[:, :depth], source)
+    truth = best[1] if own is None else drop_own(best[1], own, per_row=build.per_row)
+    return HeldOut(queries, own, truth[:, :depth], source, build.per_row)
 
 
 def tune(build: Build, sources: Sequence[IndexSource], held_out: HeldOut) -> Quality:
@@ -123,6 +114,7 @@ def tune(build: Build, sources: Sequence[IndexSource], held_out: HeldOut) -> Qua
         held_out: queries and truth.
     """
     spec, k = build.spec, min(build.k, held_out.truth.shape[1])
+    truth = first_chunks(held_out.truth) if held_out.per_row else held_out.truth
     graphs = spec.kind is Kind.SHARDS
     # The width decides how far a graph is walked, so it is searched for what will be asked and no more.
     width = build.rescore or (k if graphs else max(k, MEASURED_K))
@@ -131,27 +123,40 @@ def tune(build: Build, sources: Sequence[IndexSource], held_out: HeldOut) -> Qua
     searchers = start_searchers(build.storage, sources, build.at_once)
     step = build.step("tuning", "searches", None)
 
-    def candidates_at(effort: int, width: int, some: HeldOut) -> IdArray:
-        fetched = width + (some.own is not None)
-        _, ids = search_all(searchers, some.queries, fetched, effort, build.watch)
+    asked = Asked(
+        results=k if graphs or build.rescore else max(k, MEASURED_K),
+        vectors=build.manifest.vectors,
+        passages=build.manifest.rows_out,
+        largest_effort=largest,
+    )
+
+    def candidates_at(effort: int, width: int, some: HeldOut) -> Candidates:
+        def search(numbers: IdArray, fetched: int, effort: int | None) -> IdArray:
+            return search_all(searchers, some.queries[numbers], fetched, effort, build.watch)[1]
+
+        found = (
+            passages_at(search, effort, width, some, asked)
+            if some.per_row
+            else all_at(search, effort, width, some)
+        )
         step.advance()
-        return ids if some.own is None else drop_own(ids, some.own)
+        return found
 
-    def as_searched(candidates: IdArray, some: HeldOut) -> IdArray:
-        return rescored(candidates, some.truth) if build.rescore else candidates
+    def as_searched(candidates: Candidates) -> IdArray:
+        return candidates.reached if build.rescore else candidates.listed
 
-    last: dict[int, IdArray] = {}
+    last: dict[int, Candidates] = {}
 
     def remembered(effort: int) -> IdArray:
         last.clear()  # the chosen effort is searched last, or once more
         last[effort] = candidates_at(effort, width, held_out)
-        return as_searched(last[effort], held_out)
+        return as_searched(last[effort])
 
     try:
         with step:
             tuning = tune_effort(
                 remembered,
-                held_out.truth,
+                truth,
                 build.settings.recall_target,
                 largest,
                 k=k,
@@ -164,29 +169,21 @@ def tune(build: Build, sources: Sequence[IndexSource], held_out: HeldOut) -> Qua
             reranked = candidates if deeper == width else candidates_at(chosen, deeper, held_out)
             few = held_out.first(None if tuning.ceiling else CEILING_QUERIES)
             if tuning.ceiling is None:
-                found = as_searched(candidates_at(largest, width, few), few)
-                tuning = dataclasses.replace(tuning, ceiling=measure(found, few.truth, largest, k))
+                found = as_searched(candidates_at(largest, width, few))
+                tuning = dataclasses.replace(
+                    tuning, ceiling=measure(found, truth[: len(few.queries)], largest, k)
+                )
     finally:
         for searcher in searchers:
             ray.kill(searcher)
-    in_reach = rescored(reranked, held_out.truth)
     return Quality(
         k=k,
         tuning=tuning,
-        of_codes=measure(candidates, held_out.truth, chosen, k),
-        rescored=measure_recall(in_reach, held_out.truth, k),
+        of_codes=measure(candidates.listed, truth, chosen, k),
+        rescored=measure_recall(reranked.reached, truth, k),
         reranked_candidates=min(deeper, build.manifest.vectors),
         ceiling_queries=len(few.queries),
     )
-
-
-def drop_own(ids: IdArray, own: IdArray) -> IdArray:
-    """Return (n, k - 1) results without each query's own row, from (n, k) results."""
-    keep: npt.NDArray[np.bool_] = ids != own[:, None]
-    # Where a query did not find itself, its last result goes instead.
-    keep[keep.all(axis=1), -1] = False
-    rest: IdArray = ids[keep].reshape(len(ids), -1)
-    return rest
 
 
 def _even_groups(

@@ -6,7 +6,7 @@ Parts and pieces are named by what went into them, so "is it there" is the whole
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray
@@ -64,7 +64,8 @@ SEED = 20260101
 class Build:
     """What a build works on: inputs, the checked factory, and where its files go.
 
-    ``k`` and ``rescore`` are what searches will ask for, which the effort is tuned for.
+    ``k``, ``rescore`` and ``per_row`` are what searches will ask for, which the effort is tuned for; see
+    `Inputs`.
     """
 
     folder: OwnedFolder
@@ -73,6 +74,7 @@ class Build:
     spec: IndexSpec
     k: int
     rescore: int
+    per_row: bool
     settings: IndexSettings
     at_once: int
     watch: Callable[[], None]
@@ -83,6 +85,11 @@ class Build:
     def storage(self) -> Storage:
         """For all requests."""
         return self.folder.storage
+
+    @property
+    def results(self) -> Literal["vectors", "passages"]:
+        """What a result is."""
+        return "passages" if self.per_row else "vectors"
 
     @property
     def shards(self) -> list[FileFact]:

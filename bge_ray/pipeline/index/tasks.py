@@ -283,13 +283,18 @@ def exact_task(
     queries: FloatArray,
     k: int,
     rows: Literal["all", "others"],
+    results: Literal["vectors", "passages"],
 ) -> Results:
-    """Search groups of shards exactly; memory: one shard as it is stored, and (queries, k) results."""
+    """Search groups of shards exactly; memory: one shard as it is stored, and (queries, k) results.
+
+    The chunks of a passage, which lie in one shard, count once where passages are the results.
+    """
     use_threads(1)
     best: list[Results] = []
     for facts in groups:
         with ShardReader(storage, root, facts, rows).named() as shards:
-            best = [merge_topk([*best, exact_topk(queries, shards, k)], k)]
+            found = exact_topk(queries, shards, k, per_row=results == "passages")
+            best = [merge_topk([*best, found], k)]
     return best[0]
 
 

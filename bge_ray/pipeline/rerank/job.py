@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pyarrow as pa
+
 from bge_ray.errors import IncompleteRunError, SettingsError
-from bge_ray.formats.candidates import Candidates, find_candidates, read_candidate_lists
+from bge_ray.formats.candidates import NO_SPAN, Candidates, find_candidates, read_candidate_lists
 from bge_ray.formats.queries import read_queries
 from bge_ray.model.spec import resolve_reranker
 from bge_ray.pipeline.engine.flow import by_tasks, parcels, receipts
@@ -19,7 +21,7 @@ from bge_ray.pipeline.engine.pools import Sizes, cluster_sizes, device_of, reran
 from bge_ray.pipeline.engine.stopping import StopRequest
 from bge_ray.pipeline.rerank.score import PairJob, by_reranker, make_score_job, summarise_scoring
 from bge_ray.pipeline.rerank.texts import TextSource, open_texts
-from bge_ray.pipeline.runs.groups import CANDIDATE_SCHEMA, GroupTask, Workplace
+from bge_ray.pipeline.runs.groups import CANDIDATE_SCHEMA, SPAN_SCHEMA, GroupTask, Workplace
 from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections, read_group_stage
 from bge_ray.pipeline.runs.parts import LEFT_OUT, RUN_FILES, RunOutput, Totals, part_stage
 from bge_ray.pipeline.runs.source import open_source, refuse_in_source
@@ -84,7 +86,7 @@ def plan_rerank(settings: Settings) -> str:
 class RerankJob:
     """One rerank run, planned; see `runs.work.RunJob`."""
 
-    name, rows, schema = "rerank", "pairs", CANDIDATE_SCHEMA
+    name, rows = "rerank", "pairs"
     kind = RerankReport
 
     def __init__(self, settings: Settings) -> None:
@@ -109,6 +111,8 @@ class RerankJob:
         self._source = open_source(settings) if settings.output.uri is not None else None
         if self._source is not None:
             refuse_in_source(self._source, {"rerank.output": asked.output})
+        self._chunked = self._source is not None and self._source.chunked
+        self.schema = pa.schema([*CANDIDATE_SCHEMA, *(SPAN_SCHEMA if self._chunked else ())])
         self.spec = resolve_reranker(asked, on_gpu=False)
         self._folder = open_folder(
             self._storage, str(asked.output), "reranked", "rerank.output", (*RUN_FILES, LEFT_OUT)
@@ -132,7 +136,8 @@ class RerankJob:
 
     def outputs(self) -> list[RunOutput]:
         """Return the reranked run."""
-        return [RunOutput(self._folder, self._settings.search.tag, "score", self.spec.layer_scores)]
+        tag, layers = self._settings.search.tag, self.spec.layer_scores
+        return [RunOutput(self._folder, tag, "score", layers, self._chunked)]
 
     def withdraw(self) -> None:
         """Everything that an earlier run published is replaced."""
@@ -153,7 +158,7 @@ class RerankJob:
         if self._source is not None:
             corpus = [self._source.spec.vector_fingerprint, self._source.shard_hashes]
         spec = dataclasses.replace(self.spec, name="", revision=None, dtype="", kernels="")
-        return [
+        decisive = [
             "rerank",
             FORMAT_VERSION,
             dataclasses.asdict(spec),
@@ -162,6 +167,7 @@ class RerankJob:
             asked.reads,
             corpus,
         ]
+        return [*decisive, "spans"] if self._chunked else decisive
 
     def blocks(self, rejections: Rejections, watch: Callable[[], None]) -> Iterator[Block]:
         """Yield the candidates of each query, cut at rerank.depth, with the query's text.
@@ -170,7 +176,11 @@ class RerankJob:
             SettingsError: the candidates need texts, and no setting says where they are.
         """
         settings, texts = self._settings, self._query_texts()
-        for found in read_candidate_lists(self._storage, str(settings.rerank.candidates), rejections.add):
+        chunks = self._chunked and settings.rerank.reads == "chunk"
+        lists = read_candidate_lists(
+            self._storage, str(settings.rerank.candidates), rejections.add, chunks=chunks
+        )
+        for found in lists:
             watch()
             query = found.query if found.query is not None else texts.get(found.query_id)
             if query is None and settings.search.queries is None:
@@ -190,7 +200,7 @@ class RerankJob:
                     "output.uri to the data set they are from"
                 )
             else:
-                yield _block(found, query, settings.rerank.depth)
+                yield _block(found, query, settings.rerank.depth, spans=self._chunked)
 
     def _query_texts(self) -> dict[str, str]:
         asked = self._settings.search
@@ -222,7 +232,8 @@ class RerankJob:
         rows = by_tasks(rows, read_group_stage, tasks, storage=place.storage)
         score = make_score_job(settings, place, self.spec, pool)
         rows = by_reranker(rows, tasks, pool, pair, score, texts)
-        rows = by_tasks(rows, part_stage, tasks, place=place, layer_scores=self.spec.layer_scores)
+        spans = SPAN_SCHEMA.names if self._chunked else ()
+        rows = by_tasks(rows, part_stage, tasks, place=place, more=(*spans, *self.spec.layer_scores))
         return receipts(rows)
 
     def stop(self) -> None:
@@ -262,10 +273,13 @@ class RerankJob:
         return rerank_page(report)
 
 
-def _block(found: Candidates, query: str, depth: int) -> Block:
+def _block(found: Candidates, query: str, depth: int, *, spans: bool) -> Block:
     ids = found.passage_ids[:depth]
     nothing: list[Any] = [None] * len(ids)
+    named = found.spans if spans and found.spans is not None else [NO_SPAN] * len(ids)
+    chunks = {name: [span[i] for span in named[:depth]] for i, name in enumerate(SPAN_SCHEMA.names)}
     return {
+        **(chunks if spans else {}),
         "query_id": [found.query_id] * len(ids),
         "query": [query] * len(ids),
         "passage_id": ids,

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from bge_ray.dataset.folder import Dataset
 from bge_ray.dataset.lookup import ShardMap, find_passages, read_places, read_shard
 from bge_ray.errors import CorpusError, SettingsError
+from bge_ray.formats.candidates import NO_SPAN, ChunkSpan
 from bge_ray.formats.corpus import read_units
 from bge_ray.formats.rows import Passages, RawRows, check_rows, take_passages
 from bge_ray.pipeline.engine.pools import Tasks
@@ -29,9 +30,9 @@ from bge_ray.records.arrays import whole
 from bge_ray.records.chunking import Chunking
 from bge_ray.records.columns import Columns
 from bge_ray.records.dataset import FileFact
-from bge_ray.records.ids import IdArray, first_ids, id_range, vector_ids
+from bge_ray.records.ids import MAX_CHUNKS_PER_ROW, IdArray, first_ids, id_range, vector_ids
 from bge_ray.records.plan import CorpusObject, Span, span_units
-from bge_ray.records.schemas import hash_texts
+from bge_ray.records.schemas import SPAN_COLUMNS, hash_texts
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.objects import Storage
 
@@ -49,7 +50,7 @@ TEXT_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Text:
-    """The text of a passage, or what keeps it from being read.
+    """The text of a passage, or of the chunk of it at ``span``, or what keeps it from being read.
 
     ``body_start`` is the character at which the text of the corpus begins, behind the title; below 0 where
     white space before it was dropped.
@@ -59,6 +60,7 @@ class Text:
     text: str | None
     fault: str = ""
     body_start: int = 0
+    span: ChunkSpan = NO_SPAN
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class TextSource:
 
         Args:
             ids: of rows, or of chunks.
-            whole: read all of a passage, whatever was asked for: the chunk is not known.
+            whole: read all of each passage, whatever was asked for: the chunk is not known.
         """
         if self.chunking is None:
             found = self._passages(ids)
@@ -111,11 +113,14 @@ class TextSource:
         if not (whole or self.whole):
             return chunks
         rows = dict(zip(ids.tolist(), first_ids(ids).tolist(), strict=True))
-        return {i: chunk if chunk.text is None else passages[rows[i]] for i, chunk in chunks.items()}
+        return {
+            i: chunk if chunk.text is None else replace(passages[rows[i]], span=chunk.span)
+            for i, chunk in chunks.items()
+        }
 
     def _chunks(self, ids: IdArray, passages: dict[int, Text], chunking: Chunking) -> dict[int, Text]:
         """Return the chunks of some ids, cut out of their passages as they were embedded."""
-        spans = read_places(self.storage, self.root, self.shards, ids, ["chunk_no", "start", "end"])
+        spans = read_places(self.storage, self.root, self.shards, ids, SPAN_COLUMNS)
         found = {}
         for row, place in zip(
             first_ids(spans["vector_id"].to_numpy()).tolist(), spans.to_pylist(), strict=True
@@ -127,7 +132,8 @@ class TextSource:
                 title = text.text[: max(0, text.body_start - 1)] if titled else ""
                 text = replace(text, text=f"{title} {body}".strip())
             if text is not None:
-                found[place["vector_id"]] = text
+                number, start, end = (place[name] for name in SPAN_COLUMNS)
+                found[place["vector_id"]] = replace(text, span=(number, start, end))
         return found
 
     def _passages(self, ids: IdArray) -> dict[int, Text]:
@@ -306,9 +312,12 @@ def add_texts(table: pa.Table, source: TextSource, depth: int) -> pa.Table:
 
     A candidate's vector id says which of several passages of one id it is. Where the data set has another
     passage at that place by now, or none, and where there is no vector id, the passage id is looked up.
+    Of passages in chunks, the span says which chunk it is; where it says none, or one that the data set has
+    not there, all of the passage is read, and its span is null.
 
     Args:
-        table: rows of CANDIDATE_SCHEMA, the best first within each row_no or query.
+        table: rows of CANDIDATE_SCHEMA, and of SPAN_SCHEMA over chunks, the best first within each row_no or
+            query.
         source: of the data set that they come from.
         depth: candidates of each query that need a text.
 
@@ -319,15 +328,11 @@ def add_texts(table: pa.Table, source: TextSource, depth: int) -> pa.Table:
     if not needed:
         return table
     names, ids = table["passage_id"].to_pylist(), table["vector_id"].to_pylist()
-    texts: dict[int, Text] = source.texts_of(_ascending(ids[i] for i in needed))
-    lost = [i for i in needed if ids[i] not in texts or texts[ids[i]].passage_id not in (None, names[i])]
-    places = source.places_of(sorted({names[i] for i in lost})) if lost else {}
-    for i in lost:
-        ids[i] = places.get(names[i])
-    texts |= source.texts_of(_ascending(ids[i] for i in lost), whole=True)
+    spans = _spans(table)
+    chosen = _choose_texts(source, needed, names, ids, spans)
     columns = {name: table[name].to_pylist() for name in ("text", "reason", "detail")}
     for i in needed:
-        found = texts.get(ids[i])
+        found = chosen.get(i)
         if found is None:
             columns["reason"][i] = "unknown_passage"
             columns["detail"][i] = "the data set has no passage of this id"
@@ -336,12 +341,54 @@ def add_texts(table: pa.Table, source: TextSource, depth: int) -> pa.Table:
         else:
             columns["text"][i] = found.text
     columns["vector_id"] = ids
+    if source.chunking is not None:
+        columns |= {name: [span[i] for span in spans] for i, name in enumerate(SPAN_COLUMNS)}
     for name, values in columns.items():
         place = table.schema.get_field_index(name)
         table = table.set_column(
             place, table.schema.field(name), pa.array(values, table.schema.field(name).type)
         )
     return table
+
+
+def _choose_texts(
+    source: TextSource, needed: Sequence[int], names: list[str], ids: list[int | None], spans: list[ChunkSpan]
+) -> dict[int, Text]:
+    """Return the texts of the rows whose passages are there; puts into ids and spans what was read."""
+    chosen: dict[int, Text] = {}
+
+    def choose(rows: Sequence[int], *, whole: bool) -> None:
+        texts = source.texts_of(_ascending(ids[i] for i in rows), whole=whole)
+        for i in rows:
+            place = ids[i]
+            found = texts.get(place) if place is not None else None
+            if found is None or found.passage_id not in (None, names[i]):
+                continue
+            if whole or found.span in (NO_SPAN, spans[i]):
+                chosen[i] = found
+
+    if source.chunking is None:
+        choose(needed, whole=False)
+    else:
+        choose([i for i in needed if spans[i] != NO_SPAN], whole=False)
+        # The id of a vector of another data set leads to the passage, but to a chunk that was not meant.
+        rest = [i for i in needed if i not in chosen]
+        for i in rest:
+            place = ids[i]
+            spans[i], ids[i] = NO_SPAN, None if place is None else place & -MAX_CHUNKS_PER_ROW
+        choose(rest, whole=True)
+    lost = [i for i in needed if i not in chosen]
+    places = source.places_of(sorted({names[i] for i in lost})) if lost else {}
+    for i in lost:
+        ids[i] = places.get(names[i])
+    choose(lost, whole=True)
+    return chosen
+
+
+def _spans(table: pa.Table) -> list[ChunkSpan]:
+    if not set(SPAN_COLUMNS) <= set(table.column_names):
+        return [NO_SPAN] * len(table)
+    return list(zip(*(table[name].to_pylist() for name in SPAN_COLUMNS), strict=True))
 
 
 def _ascending(ids: Iterable[int | None]) -> IdArray:

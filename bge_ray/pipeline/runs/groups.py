@@ -12,6 +12,7 @@ import pyarrow as pa
 from ray.actor import ActorHandle
 
 from bge_ray.pipeline.engine.parcel import Parcel
+from bge_ray.records.schemas import SPAN_COLUMNS
 from bge_ray.storage.objects import Storage, join
 
 # Rows on their way. ``row_no`` is the number of the input row within its group; a row with a reason has
@@ -31,6 +32,8 @@ CANDIDATE_SCHEMA = pa.schema(
         pa.field("detail", pa.string()),
     ]
 )
+# Beside them over a data set of chunks: which chunk was found, null where all of the passage is meant.
+SPAN_SCHEMA = pa.schema([(name, pa.int32()) for name in SPAN_COLUMNS])
 QUERY_SCHEMA = pa.schema([CANDIDATE_SCHEMA.field(name) for name in ("row_no", "query_id", "query")])
 
 

@@ -23,7 +23,14 @@ import pyarrow.parquet as pq
 from bge_ray.errors import CorpusError, IncompleteRunError, StorageError
 from bge_ray.formats.runs import RUN_SCHEMA, encode_trec
 from bge_ray.pipeline.engine.parcel import Parcel
-from bge_ray.pipeline.runs.groups import CANDIDATE_SCHEMA, GroupTask, GroupUnit, Workplace, part_uri
+from bge_ray.pipeline.runs.groups import (
+    CANDIDATE_SCHEMA,
+    SPAN_SCHEMA,
+    GroupTask,
+    GroupUnit,
+    Workplace,
+    part_uri,
+)
 from bge_ray.pipeline.runs.intake import Rejections
 from bge_ray.records.arrays import whole
 from bge_ray.records.dataset import FileFact
@@ -45,13 +52,13 @@ LEFT_OUT = "rejected.parquet"
 LEFT_OUT_SCHEMA = pa.schema([(name, pa.string()) for name in ("query_id", "passage_id", "reason", "detail")])
 
 
-def part_stage(batch: pa.Table, place: Workplace, layer_scores: Sequence[str] = ()) -> pa.Table:
+def part_stage(batch: pa.Table, place: Workplace, more: Sequence[str] = ()) -> pa.Table:
     """Write the part of a unit; what goes on to the driver is a receipt without a table.
 
     Args:
         batch: of one parcel.
         place: where parts lie.
-        layer_scores: columns of scores that a reranker gives beside ``score``.
+        more: columns beside those of PART_SCHEMA: scores of a reranker's layers, spans of chunks.
     """
     parcel = Parcel.from_batch(batch)
     if parcel.table is None:
@@ -62,7 +69,7 @@ def part_stage(batch: pa.Table, place: Workplace, layer_scores: Sequence[str] = 
     if counted != unit.n_rows:
         return parcel.failed(f"{counted} input rows came out, {unit.n_rows} went in").to_batch()
     facts = {**parcel.facts, "written": time.time()}
-    table = parcel.table.select([*PART_SCHEMA.names, *layer_scores])
+    table = parcel.table.select([*PART_SCHEMA.names, *more])
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({FACTS_KEY: json.dumps(facts)}), sink, compression="zstd")
     try:
@@ -77,18 +84,22 @@ def part_stage(batch: pa.Table, place: Workplace, layer_scores: Sequence[str] = 
 class RunOutput:
     """One run to publish: where, under which name, and which column of the parts orders it.
 
-    ``layer_scores`` are the columns that stand beside a reranker's score, one a layer.
+    ``spans`` says that results are chunks, or passages found by one. ``layer_scores`` are the columns that
+    stand beside a reranker's score, one a layer.
     """
 
     folder: OwnedFolder
     tag: str
     column: str  # first_score or score
     layer_scores: tuple[str, ...] = ()
+    spans: bool = False
 
     @property
     def schema(self) -> pa.Schema:
-        """Columns of run.parquet: those of any run, the vector id, a reranker's probability and layers."""
-        schema = RUN_SCHEMA.append(pa.field("vector_id", pa.int64()))
+        """Columns of run.parquet: those of any run, vector id, span, a reranker's probability and layers."""
+        schema = pa.schema(
+            [*RUN_SCHEMA, pa.field("vector_id", pa.int64()), *(SPAN_SCHEMA if self.spans else ())]
+        )
         names = ("probability", *self.layer_scores) if self.column == "score" else ()
         return pa.schema([*schema, *(pa.field(name, pa.float32()) for name in names)])
 
@@ -164,7 +175,7 @@ def _examples(left_out: pa.Table, there: Sequence[RejectedRow]) -> list[Rejected
 
 
 def rank_rows(table: pa.Table, column: str) -> pa.Table:
-    """Return the rows with a value in ``column``, sorted by query, falling value, passage id; and their rank.
+    """Return the rows with a value in ``column`` by query, falling value, passage id and chunk, with ranks.
 
     Args:
         table: rows of PART_SCHEMA of whole queries.
@@ -174,7 +185,8 @@ def rank_rows(table: pa.Table, column: str) -> pa.Table:
     # The numbers of queries in order of appearance: a rerank unit has a row number a pair.
     numbers = whole(table["query_id"]).dictionary_encode().indices.cast(pa.int64())
     table = table.append_column("query_no", numbers)
-    table = table.sort_by([("query_no", "ascending"), (column, "descending"), ("passage_id", "ascending")])
+    order = [("query_no", "ascending"), (column, "descending"), ("passage_id", "ascending")]
+    table = table.sort_by([*order, ("vector_id", "ascending")])
     places = table["query_no"].to_numpy()
     rank = np.arange(1, len(table) + 1) - np.searchsorted(places, places)
     return table.append_column("rank", pa.array(rank.astype(np.int32)))
@@ -191,9 +203,26 @@ def _run_rows(table: pa.Table, output: RunOutput) -> pa.Table:
         "tag": [output.tag] * len(table),
         "vector_id": table["vector_id"],
         "probability": sigmoid(values),
+        **{name: table[name] for name in (SPAN_SCHEMA.names if output.spans else ())},
         **{name: table[name] for name in output.layer_scores},
     }
     return pa.table([columns[name] for name in output.schema.names], schema=output.schema)
+
+
+def _passages(rows: pa.Table) -> pa.Table:
+    """Return the best row of each passage of each query, ranked anew: the one there is, or of its chunks."""
+    keys = [
+        whole(rows[name]).dictionary_encode().indices.cast(pa.int64()) for name in ("query_id", "passage_id")
+    ]
+    queries, passages = (key.to_numpy() for key in keys)
+    _, first = np.unique(queries * (len(rows) + 1) + passages, return_index=True)
+    if len(first) == len(rows):
+        return rows
+    first.sort()
+    queries = queries[first]
+    rank = np.arange(1, len(first) + 1) - np.searchsorted(queries, queries)
+    place = rows.schema.get_field_index("rank")
+    return rows.take(pa.array(first)).set_column(place, rows.schema.field(place), pa.array(rank, pa.int32()))
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
@@ -320,7 +349,7 @@ class _RunWriter:
         self._parquet.write(rows)
         if self._trec is not None:
             try:
-                self._trec.write(encode_trec(rows.select(RUN_SCHEMA.names)))
+                self._trec.write(encode_trec(_passages(rows).select(RUN_SCHEMA.names)))
             except CorpusError as error:
                 self._trec, self._why_not = None, str(error)
 

@@ -21,6 +21,11 @@ class Source:
     manifest: Manifest
 
     @property
+    def chunked(self) -> bool:
+        """Whether its texts were cut into chunks."""
+        return self.spec.chunking is not None
+
+    @property
     def shard_hashes(self) -> list[str]:
         """The sha256 of each embedding shard: what decides an answer."""
         return [m.embeddings.sha256 for m in self.manifest.shards if m.embeddings is not None]

@@ -15,6 +15,7 @@ from ray.actor import ActorHandle
 from bge_ray.dataset.lookup import ShardMap
 from bge_ray.errors import DatasetMismatchError, IncompleteRunError, SettingsError
 from bge_ray.formats.queries import read_queries
+from bge_ray.index.refill import RESULTS_AT_ONCE
 from bge_ray.model.source import fetch_model, hash_model
 from bge_ray.model.spec import asked_of_queries, resolve_reranker
 from bge_ray.pipeline.engine.flow import by_actors, by_tasks, parcels, receipts
@@ -34,16 +35,16 @@ from bge_ray.pipeline.index.published import index_files, read_index
 from bge_ray.pipeline.index.searchers import Searcher
 from bge_ray.pipeline.rerank.score import PairJob, by_reranker, make_score_job, summarise_scoring
 from bge_ray.pipeline.rerank.texts import TextSource, open_texts
-from bge_ray.pipeline.runs.groups import QUERY_SCHEMA, GroupTask, Workplace
+from bge_ray.pipeline.runs.groups import QUERY_SCHEMA, SPAN_SCHEMA, GroupTask, Workplace
 from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections
 from bge_ray.pipeline.runs.parts import LEFT_OUT, RUN_FILES, RunOutput, Totals, part_stage
 from bge_ray.pipeline.runs.source import Source, open_source, refuse_in_source
 from bge_ray.pipeline.runs.work import TASKS, Outcome, RunWork, check_rejected, published_files
+from bge_ray.pipeline.search.exact import ShardSearcher
+from bge_ray.pipeline.search.retrieve import Retrieval, plan_retrieval
 from bge_ray.pipeline.search.stages import (
-    GROUP_RESULTS,
     QueryJob,
     RetrieveJob,
-    ShardSearcher,
     read_queries_stage,
     retrieve_stage,
 )
@@ -148,6 +149,16 @@ class SearchJob:
             raise SettingsError(
                 f"output.uri {self.source.root}: its vectors are not normalised, which a search needs"
             )
+        if (
+            self.source.chunked
+            and asked.rerank
+            and asked.group == "chunk"
+            and settings.rerank.reads != "chunk"
+        ):
+            raise SettingsError(
+                "search.group chunk: a rerank of whole passages would read a passage once for each of its "
+                "chunks; set search.group to passage, or rerank.reads to chunk"
+            )
         self.index = None if asked.exact else read_index(self.storage, self.source.root)
         if self.index is not None:
             _check_index(self.index, self.source, allowed=asked.stale_index)
@@ -183,10 +194,11 @@ class SearchJob:
     def outputs(self) -> list[RunOutput]:
         """Return the candidates, and the reranked run if there is one."""
         tag = self._settings.search.tag
-        outputs = [RunOutput(self._folders[0], tag, "first_score")]
+        spans = self.source.chunked
+        outputs = [RunOutput(self._folders[0], tag, "first_score", spans=spans)]
         if self.reranker is not None:
             layers = self.reranker.layer_scores
-            outputs.append(RunOutput(self._folders[1], f"{tag}-reranked", "score", layers))
+            outputs.append(RunOutput(self._folders[1], f"{tag}-reranked", "score", layers, spans))
         return outputs
 
     def withdraw(self) -> None:
@@ -205,7 +217,9 @@ class SearchJob:
         A group is as small as its results ask for, because all of them are in memory together.
         """
         settings = self._settings
-        most = max(1, min(settings.search.unit_queries, GROUP_RESULTS // self._fetched()))
+        most = max(
+            1, min(settings.search.unit_queries, RESULTS_AT_ONCE // self._retrieval().reach.first.fetched)
+        )
         if not settings.search.rerank:
             return Limits(most, most)
         depth = min(settings.rerank.depth, settings.search.k)
@@ -219,13 +233,12 @@ class SearchJob:
             return 0
         return self.index.rescored(asked.k) if asked.rescore is None else asked.rescore
 
-    def _held(self) -> int:
-        """Return how many vectors there are to be found."""
-        return self.source.manifest.vectors if self.index is None else self.index.ntotal
-
-    def _fetched(self) -> int:
-        """Return the results a query that are asked for, no more than there are."""
-        return min(max(self._settings.search.k, self._rescored()), self._held())
+    def _retrieval(self) -> Retrieval:
+        """Return how results are found."""
+        asked = self._settings.search
+        return plan_retrieval(
+            self.source, self.index, asked.k, self._rescored(), group=asked.group, effort=asked.nprobe
+        )
 
     def settle(self, watch: Callable[[], None]) -> str:
         """Settle the compute dtypes, which go by the devices of the cluster."""
@@ -260,7 +273,18 @@ class SearchJob:
             ]
         queries = self.model.query_key()
         fingerprint = source.spec.vector_fingerprint
-        return ["search", FORMAT_VERSION, fingerprint, source.shard_hashes, index, queries, asked.k, rerank]
+        decisive = [
+            "search",
+            FORMAT_VERSION,
+            fingerprint,
+            source.shard_hashes,
+            index,
+            queries,
+            asked.k,
+            rerank,
+        ]
+        # What a run over chunks holds beyond others, which are as they were before there were any.
+        return [*decisive, "spans", asked.group] if source.chunked else decisive
 
     def blocks(self, rejections: Rejections, watch: Callable[[], None]) -> Iterator[Block]:
         """Yield the queries one by one."""
@@ -277,7 +301,7 @@ class SearchJob:
         self, place: Workplace, groups: tuple[GroupTask, ...], facts: RunFacts, watch: Callable[[], None]
     ) -> Callable[[], Iterator[Parcel]]:
         """Start the actors that hold the index; return what starts the data path."""
-        settings, source, asked = self._settings, self.source, self._settings.search
+        settings, source = self._settings, self.source
         files = index_files(source.root, self.index) if self.index is not None else []
         shards = ShardMap.of(source.manifest)
         requests = [
@@ -292,15 +316,9 @@ class SearchJob:
         self._searchers = self._start_searchers(files, shards, sizes.pools["searchers"])
         retrieve = RetrieveJob(
             place=place,
-            root=source.root,
-            shards=shards,
             searchers=tuple(self._searchers),
-            k=min(asked.k, source.manifest.vectors),
-            fetched=self._fetched(),
-            most=self._held(),
-            effort=asked.nprobe or self.index.effort if self.index is not None else None,
-            largest_effort=_largest_effort(self.index),
-            rescores=self._rescored() > 0,
+            retrieval=self._retrieval(),
+            spans=source.chunked,
         )
         texts = open_texts(settings, source, sizes.tasks["tasks"]) if self.reranker is not None else None
         logger.info("%s queries to answer; %s", f"{facts.rows_planned:,}", sizes)
@@ -339,7 +357,8 @@ class SearchJob:
             score = make_score_job(settings, place, self.reranker, pool)
             rows = by_reranker(rows, tasks, pool, pair, score, texts)
         layers = self.reranker.layer_scores if self.reranker is not None else ()
-        rows = by_tasks(rows, part_stage, tasks, place=place, layer_scores=layers)
+        spans = SPAN_SCHEMA.names if self.source.chunked else ()
+        rows = by_tasks(rows, part_stage, tasks, place=place, more=(*spans, *layers))
         return receipts(rows)
 
     def _start_searchers(self, files: list[Any], shards: ShardMap, pool: Pool) -> list[ActorHandle]:
@@ -354,7 +373,11 @@ class SearchJob:
         if self.index is None:
             actor = ray.remote(**options)(ShardSearcher)
             shares = [shards.facts[i :: pool.count] for i in range(pool.count)]
-            return [actor.remote(self.storage, self.source.root, share, pool.threads) for share in shares]
+            per_row = self._retrieval().per_row
+            return [
+                actor.remote(self.storage, self.source.root, share, pool.threads, per_row=per_row)
+                for share in shares
+            ]
         actor = ray.remote(**options)(Searcher)
         return [actor.remote(self.storage, files[i :: pool.count], pool.threads) for i in range(pool.count)]
 
@@ -483,13 +506,6 @@ def _check_index(index: IndexDescription, source: Source, *, allowed: bool) -> N
             index.ntotal,
             index.ntotal - source.manifest.vectors,
         )
-
-
-def _largest_effort(index: IndexDescription | None) -> int:
-    """Return the effort beyond which an index finds no more."""
-    if index is None:
-        return 1
-    return index.nlist if index.parameter == "nprobe" else index.ntotal
 
 
 def _query_model(settings: Settings, source: Source) -> ModelSpec:

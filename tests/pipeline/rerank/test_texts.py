@@ -16,7 +16,7 @@ from bge_ray.model.feed.chunks import Chunker, splitting_rules
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.pipeline.engine.pools import Tasks
 from bge_ray.pipeline.rerank import texts
-from bge_ray.pipeline.runs.groups import CANDIDATE_SCHEMA
+from bge_ray.pipeline.runs.groups import CANDIDATE_SCHEMA, SPAN_SCHEMA
 from bge_ray.pipeline.runs.source import open_source
 from bge_ray.records.chunking import Chunking
 from bge_ray.records.columns import Columns
@@ -108,7 +108,8 @@ def test_of_a_passage_in_chunks_the_one_that_was_found_is_read_or_all_of_it(tmp_
     planned = CorpusObject(0, info.uri, info.size, info.etag, Coding("jsonl", ""), (span,))
     dataset.create_plan(1, Plan((planned,), 1))
     dataset.publish(make_manifest(spec.vector_fingerprint, [marker]))
-    asked = [("p", int(vector_id)) for vector_id in ids]
+    spans = zip(found.numbers.tolist(), starts.tolist(), stops.tolist(), strict=True)
+    asked = [("p", int(vector_id), span) for vector_id, span in zip(ids, spans, strict=True)]
     moved = {"corpus__uri": str(corpus.parent.rename(tmp_path / "elsewhere"))}
     read = [text.removeprefix("passage: ") for text in found.read]
     assert read[0].startswith("fox the quick")
@@ -116,22 +117,36 @@ def test_of_a_passage_in_chunks_the_one_that_was_found_is_read_or_all_of_it(tmp_
     assert [text for text, *_ in joined(tmp_path / "data", asked, **moved)] == read
     whole = f"fox {body}".strip()
     assert [t for t, *_ in joined(tmp_path / "data", asked, **moved, rerank__reads="passage")] == [whole] * n
-    assert joined(tmp_path / "data", [("p", None)], **moved)[0][0] == whole  # no chunk is named
+    # Where no chunk is named, or one that is cut otherwise here, all of the passage is read, and said to be.
+    number, start, end = asked[2][2]
+    others = [
+        ("p", None),
+        asked[1][:2],
+        ("p", int(ids[2]), (number, start, end - 1)),
+        ("p", 99 << 41, (0, 0, 4)),
+    ]
+    for text, vector_id, _, *span in joined(tmp_path / "data", others, **moved):
+        assert (text, vector_id, span) == (whole, ids[0], [None] * 3)
+    assert [row[3:] for row in joined(tmp_path / "data", asked, **moved)] == [span for *_, span in asked]
 
 
-def joined(folder: Path, rows: list[tuple[str, int | None]], **keys: object) -> list[tuple[Any, ...]]:
-    """(text, vector id, reason) of candidates with these passage and vector ids."""
+def joined(folder: Path, rows: list[tuple[Any, ...]], **keys: object) -> list[tuple[Any, ...]]:
+    """(text, vector id, reason, and over chunks the span) of candidates by passage id, vector id, span."""
     settings = settings_for(output__uri=str(folder), **keys)
-    source = texts.open_texts(settings, open_source(settings), Tasks(1, 0.0))
+    opened = open_source(settings)
+    source = texts.open_texts(settings, opened, Tasks(1, 0.0))
+    chunk_columns = list(SPAN_SCHEMA) if opened.chunked else []
     table = pa.Table.from_pylist(
         [
             {"row_no": i, "query_id": "q", "query": "?", "passage_id": name, "vector_id": vector_id}
-            for i, (name, vector_id) in enumerate(rows)
+            | dict(zip(SPAN_SCHEMA.names, *span, strict=True) if span else {})
+            for i, (name, vector_id, *span) in enumerate(rows)
         ],
-        schema=CANDIDATE_SCHEMA,
+        schema=pa.schema([*CANDIDATE_SCHEMA, *chunk_columns]),
     )
     found = texts.add_texts(table, source, depth=100)
-    return [(row["text"], row["vector_id"], row["reason"]) for row in found.to_pylist()]
+    names = ["text", "vector_id", "reason", *(field.name for field in chunk_columns)]
+    return [tuple(row[name] for name in names) for row in found.to_pylist()]
 
 
 IN_A, IN_B = (int(vector_ids(number, pa.array([0]).to_numpy())[0]) for number in (0, 1))

@@ -11,14 +11,17 @@ import ray
 
 from bge_ray.dataset.lookup import ShardMap
 from bge_ray.errors import DatasetMismatchError, ModelError
+from bge_ray.index.refill import Ask, Reach
 from bge_ray.index.topk import exact_topk
 from bge_ray.pipeline.engine.parcel import Parcel
 from bge_ray.pipeline.index.job import build_index
 from bge_ray.pipeline.index.published import index_files
 from bge_ray.pipeline.index.searchers import Searcher
 from bge_ray.pipeline.runs.groups import GroupTask, GroupUnit, Workplace
+from bge_ray.pipeline.search.exact import ShardSearcher
 from bge_ray.pipeline.search.job import SearchJob
-from bge_ray.pipeline.search.stages import RetrieveJob, ShardSearcher, retrieve_stage
+from bge_ray.pipeline.search.retrieve import Retrieval
+from bge_ray.pipeline.search.stages import RetrieveJob, retrieve_stage
 from bge_ray.records.dataset import Manifest
 from bge_ray.records.index import IndexDescription
 from bge_ray.settings.sections import parse_settings
@@ -53,21 +56,20 @@ def retrieved(
 ) -> tuple[dict[int, list[tuple[str, float]]], dict[str, Any]]:
     """Passages and scores by the number of the query, and the facts of the parcel."""
     most = index.ntotal if index is not None else manifest.vectors
-    job = RetrieveJob(
-        **{
-            "place": Workplace(STORAGE, f"{root}/work", 3, None),
-            "root": root,
-            "shards": ShardMap.of(manifest),
-            "searchers": (searcher,),
-            "k": min(k, manifest.vectors),
-            "fetched": min(k, most),
-            "most": most,
-            "effort": index.effort if index is not None else None,
-            "largest_effort": index.nlist if index is not None else 1,
-            "rescores": False,
-        }
-        | changes
+    effort = index.effort if index is not None else None
+    first = Ask(changes.pop("fetched", min(k, most)), changes.pop("effort", effort))
+    retrieval = Retrieval(
+        storage=STORAGE,
+        root=root,
+        shards=ShardMap.of(manifest),
+        k=min(k, manifest.vectors),
+        group="passage",
+        per_row=False,
+        reach=Reach(first, most, index.largest_effort if index is not None else 1),
+        rescores=changes.pop("rescores", False),
     )
+    assert not changes
+    job = RetrieveJob(Workplace(STORAGE, f"{root}/work", 3, None), (searcher,), retrieval, spans=False)
     rows = len(QUERIES)
     table = pa.table(
         {

@@ -1,0 +1,259 @@
+"""Vectors of queries to the best k passages of each, or chunks, with what the data set holds of them.
+
+The one way from ids that an index or an exact search gives to passages, for the job and for `open_index`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bge_ray.dataset.lookup import ShardMap, read_places
+from bge_ray.index.refill import Ask, Reach, first_fetched, refill
+from bge_ray.index.topk import NO_RESULT, Results, best_rows, rescore
+from bge_ray.pipeline.runs.source import Source
+from bge_ray.records.arrays import whole
+from bge_ray.records.ids import FloatArray, IdArray
+from bge_ray.records.index import IndexDescription
+from bge_ray.records.model import EMBEDDING
+from bge_ray.records.schemas import SPAN_COLUMNS
+from bge_ray.storage.objects import Storage
+
+# Candidates whose vectors are in memory at once to be scored again.
+RESCORED_AT_ONCE = 50_000
+
+# (n, dim) queries, results to fetch, effort -> results.
+Search: TypeAlias = Callable[[FloatArray, int, int | None], Results]
+Group: TypeAlias = Literal["passage", "chunk"]
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """What is found, and where it is looked up.
+
+    ``k`` results a query are kept: distinct passages, or chunks (``group``). ``per_row`` says that several
+    vectors may be chunks of one passage. ``rescores`` has all that is fetched scored again from the vectors
+    that ``shards`` below ``root`` hold; ``columns`` of them come with each result.
+    """
+
+    storage: Storage
+    root: str
+    shards: ShardMap
+    k: int
+    group: Group
+    per_row: bool
+    reach: Reach
+    rescores: bool
+    columns: tuple[str, ...] = ()
+
+    def places(self, ids: IdArray, columns: Sequence[str]) -> pa.Table:
+        """Return the rows of the distinct ones of any ids, see `read_places`."""
+        wanted = np.unique(ids[ids != NO_RESULT])
+        return read_places(self.storage, self.root, self.shards, wanted, list(dict.fromkeys(columns)))
+
+
+@dataclass(frozen=True)
+class Found:
+    """The results of n queries, and what became of others.
+
+    Results are (r,), by query, best first, ties by passage id: ``numbers`` of the queries, ``scores``, and
+    ``rows`` with ``vector_id``, ``passage_id`` and the columns that were asked for. ``unknown`` results are
+    not in the data set, ``doubled`` were the same passage as a better one without being a chunk of it,
+    ``refilled`` queries asked again.
+    """
+
+    numbers: IdArray
+    scores: FloatArray
+    rows: pa.Table
+    unknown: int
+    doubled: int
+    refilled: int
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Results of m queries; see `Found` and `refill.Answer`."""
+
+    numbers: IdArray
+    scores: FloatArray
+    rows: pa.Table
+    lacking: npt.NDArray[np.bool_]
+    unknown: IdArray
+    doubled: IdArray
+    holes: bool
+
+
+def plan_retrieval(
+    source: Source,
+    index: IndexDescription | None,
+    k: int,
+    rescored: int,
+    *,
+    group: Group = "passage",
+    effort: int | None = None,
+    columns: Sequence[str] = (),
+) -> Retrieval:
+    """Settle how to find k results in a data set.
+
+    Args:
+        source: the data set.
+        index: its index; None searches the vectors exactly.
+        k: results a query.
+        rescored: candidates of the index to score again; 0 for none.
+        group: what counts as a result.
+        effort: of the index; None takes the tuned one.
+        columns: of the shards, to come with each result.
+    """
+    manifest = source.manifest
+    held = manifest.vectors if index is None else index.ntotal
+    group = group if source.chunked else "passage"
+    per_row = source.chunked and group == "passage"
+    # An exact search gives rows that are distinct already.
+    rows = manifest.rows_out if per_row and index is not None else manifest.vectors
+    fetched = min(first_fetched(k, rescored, manifest.vectors, rows), held)
+    if index is None:
+        reach = Reach(Ask(fetched, None), held, 1)
+    else:
+        reach = Reach(Ask(fetched, effort or index.effort), held, index.largest_effort)
+    return Retrieval(
+        storage=source.storage,
+        root=source.root,
+        shards=ShardMap.of(manifest),
+        k=min(k, manifest.vectors),
+        group=group,
+        per_row=per_row,
+        reach=reach,
+        rescores=rescored > 0,
+        columns=(*(SPAN_COLUMNS if source.chunked else ()), *columns),
+    )
+
+
+def retrieve(queries: FloatArray, search: Search, how: Retrieval) -> Found:
+    """Find the best k of each of (n, dim) queries.
+
+    Raises:
+        IndexBuildError: what ``search`` raises.
+        StorageError: a shard is missing or damaged, or lacks a column.
+    """
+    names = ["passage_id", *how.columns]
+
+    def ask_for(numbers: IdArray, ask: Ask) -> _Answer:
+        return _ask(queries, numbers, ask, search, how)
+
+    parts: list[tuple[IdArray, FloatArray, pa.Table]] = []
+    unknown = doubled = refilled = 0
+    for filled in refill(len(queries), how.reach, ask_for):
+        answer, kept = filled.answer, filled.kept
+        inside = np.isin(answer.numbers, filled.numbers[kept])
+        parts.append((answer.numbers[inside], answer.scores[inside], answer.rows.filter(pa.array(inside))))
+        unknown += int(answer.unknown[kept].sum())
+        doubled += int(answer.doubled[kept].sum())
+        refilled += int((~kept).sum()) if filled.ask == how.reach.first else 0
+    if not parts:
+        parts.append(
+            (np.empty(0, np.int64), np.empty(0, np.float32), how.places(np.empty(0, np.int64), names))
+        )
+    numbers = np.concatenate([numbers for numbers, _, _ in parts])
+    order = np.argsort(numbers, kind="stable")
+    return Found(
+        numbers=numbers[order],
+        scores=np.concatenate([scores for _, scores, _ in parts])[order],
+        # Where nothing was found, the types of the columns are not known.
+        rows=pa.concat_tables([rows for _, _, rows in parts], promote_options="permissive").take(
+            pa.array(order)
+        ),
+        unknown=unknown,
+        doubled=doubled,
+        refilled=refilled,
+    )
+
+
+def _ask(queries: FloatArray, numbers: IdArray, ask: Ask, search: Search, how: Retrieval) -> _Answer:
+    """Search, score again, and resolve ids to passages."""
+    vectors = queries[numbers]
+    scores, ids = search(vectors, ask.fetched, ask.effort)
+    holes = bool(((ids != NO_RESULT).sum(axis=1) < min(ask.fetched, how.reach.most)).any())
+    if how.per_row and not how.rescores:
+        scores, ids = best_rows((scores, ids), ids.shape[1])
+    places = how.places(ids, ["passage_id", *how.columns])
+    known = np.isin(ids, places["vector_id"].to_numpy())
+    unknown = ((ids != NO_RESULT) & ~known).sum(axis=1)
+    if how.rescores:
+        scores, ids = _rescored(how, vectors, np.where(known, ids, NO_RESULT))
+        if how.per_row:
+            scores, ids = best_rows((scores, ids), ids.shape[1])
+        known = ids != NO_RESULT
+    positions = np.searchsorted(places["vector_id"].to_numpy(), ids[known])
+    chosen, kept = _choose(known, scores[known], positions, places, how)
+    return _Answer(
+        numbers=numbers[np.nonzero(known)[0][chosen]],
+        scores=scores[known][chosen],
+        rows=places.take(pa.array(positions[chosen])),
+        lacking=kept < how.k,
+        unknown=unknown,
+        doubled=known.sum(axis=1) - kept,
+        holes=holes,
+    )
+
+
+def _rescored(how: Retrieval, queries: FloatArray, ids: IdArray) -> Results:
+    """Score all candidates again from their stored vectors, some queries at a time."""
+
+    def fetch(wanted: IdArray) -> npt.NDArray[np.floating]:
+        return matrix(how.places(wanted, [EMBEDDING])[EMBEDDING])
+
+    width = ids.shape[1]
+    step = max(1, RESCORED_AT_ONCE // width)
+    parts = [
+        rescore(queries[start : start + step], ids[start : start + step], fetch, width)
+        for start in range(0, len(ids), step)
+    ]
+    return np.concatenate([s for s, _ in parts]), np.concatenate([i for _, i in parts])
+
+
+def _choose(
+    known: npt.NDArray[np.bool_], scores: FloatArray, positions: IdArray, places: pa.Table, how: Retrieval
+) -> tuple[IdArray, IdArray]:
+    """Choose the at most k results of each query, best first, ties by passage id.
+
+    A passage id that was embedded twice (in two objects of the corpus) counts once, with its best score.
+
+    Args:
+        known: (m, w) where a query has a candidate.
+        scores: (r,) of the candidates, query by query.
+        positions: (r,) the row of each in ``places``.
+        places: what the data set holds, by ascending vector id.
+        how: k, and what counts as a result.
+
+    Returns:
+        Which (c,) of the r candidates, and (m,) how many distinct results each query had, k or more.
+    """
+    which, _ = np.nonzero(known)
+    if not len(which):
+        return np.empty(0, np.int64), np.zeros(len(known), np.int64)
+    found = pa.table(
+        [which, scores, places["passage_id"].take(pa.array(positions)), positions],
+        names=["query", "score", "passage_id", "position"],
+    )
+    order = [("query", "ascending"), ("score", "descending"), ("passage_id", "ascending")]
+    chosen = pc.sort_indices(found, [*order, ("position", "ascending")]).to_numpy().astype(np.int64)
+    if how.group == "passage":
+        names = whole(found["passage_id"]).dictionary_encode().indices.to_numpy()[chosen]
+        _, first = np.unique(which[chosen] * len(found) + names, return_index=True)
+        chosen = chosen[np.sort(first)]
+    asked = which[chosen]
+    rank = np.arange(len(chosen)) - np.searchsorted(asked, asked)
+    return chosen[rank < how.k], np.bincount(asked, minlength=len(known))
+
+
+def matrix(column: pa.ChunkedArray) -> npt.NDArray[np.floating]:
+    """Return a fixed-size-list column as (n, dim)."""
+    dim = column.type.list_size
+    chunks = [
+        chunk.flatten().to_numpy(zero_copy_only=False).reshape(len(chunk), dim) for chunk in column.chunks
+    ]
+    return np.concatenate(chunks) if chunks else np.empty((0, dim), np.float32)
