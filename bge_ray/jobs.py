@@ -82,6 +82,20 @@ def _rerank(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
     )
 
 
+def _mine(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
+    from bge_ray.pipeline.engine.cluster import quiet_ray
+    from bge_ray.pipeline.mine.job import mine, plan_mine
+
+    with quiet_ray():
+        if dry_run:
+            return plan_mine(settings)
+        report = mine(settings, stop)
+    return (
+        f"{report.outcome}: {report.negatives:,} negatives for {report.queries_out:,} of "
+        f"{report.queries_in:,} queries in {settings.mine.output}/negatives.jsonl"
+    )
+
+
 def _evaluate(settings: Settings, dry_run: bool, _: StopRequest) -> str:
     from bge_ray.evaluate import evaluate, plan_evaluate, to_markdown
 
@@ -125,6 +139,13 @@ JOBS = (
         ("output", "corpus", "rerank", "search", "resources", "report"),
         _rerank,
         "rerank.output/report.html",
+    ),
+    Job(
+        "mine",
+        "Mine hard negatives for training, out of a data set that was embedded.",
+        ("output", "mine", "search", "model", "batching", "resources", "report", "rerank", "corpus"),
+        _mine,
+        "mine.output/report.html",
     ),
     Job(
         "evaluate",

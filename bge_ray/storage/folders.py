@@ -22,19 +22,23 @@ OWN_FOLDERS = frozenset({"changes", "done", "embeddings", "index", "plan", "reje
 OWN_FILES = frozenset(
     {
         "README.md",
+        "audit.parquet",
         "bench.json",
         "bench.md",
         "dataset.json",
         "lease.json",
+        "lists.parquet",
         "manifest.json",
         "metrics.json",
         "metrics.md",
         "metrics.svg",
+        "negatives.jsonl",
         "rejected.parquet",
         "report.html",
         "report.json",
         "run.parquet",
         "run.trec",
+        "tuples.parquet",
     }
 )
 # What the names in OWN_FOLDERS look like to a glob.

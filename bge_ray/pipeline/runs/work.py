@@ -1,4 +1,4 @@
-"""What search and rerank have in common: input taken in, units run, parts published as a run."""
+"""What search, rerank and mining have in common: input taken in, units run, parts published as a run."""
 
 import dataclasses
 import logging
@@ -21,7 +21,7 @@ from bge_ray.pipeline.engine.progress import Progress, Step, work_line
 from bge_ray.pipeline.engine.telemetry import Telemetry
 from bge_ray.pipeline.runs.groups import GroupTask, Workplace
 from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections, take_in
-from bge_ray.pipeline.runs.parts import RunOutput, Totals, publish
+from bge_ray.pipeline.runs.parts import Output, Totals, publish
 from bge_ray.pipeline.work import Told
 from bge_ray.records.dataset import FileFact
 from bge_ray.records.reports import Report, read_report
@@ -39,7 +39,7 @@ WORK = "work"
 # Files below it that are provably ours: their names hold hashes, or the names of our own pieces.
 _OWN_WORK = re.compile(
     r"groups/\d{8}-[0-9a-f]{32}\.parquet|parts/[0-9a-f]{64}\.parquet|"
-    r"pieces/((first_)?score-(parquet|trec)|rejected)-\d{6}"
+    r"pieces/((first_)?score-(parquet|trec)|rejected|audit|negatives|tuples|lists)-\d{6}"
 )
 PARALLEL_REQUESTS = 16
 # Stages of tasks between the pools share what the pools leave of the CPUs.
@@ -59,7 +59,7 @@ class Outcome:
 
 
 class RunJob(Protocol[R]):
-    """What a search, and what a rerank, is; the rest is common."""
+    """What a search, a rerank or a mining is; the rest is common."""
 
     name: str
     rows: str
@@ -77,8 +77,8 @@ class RunJob(Protocol[R]):
     def key(self) -> str:
         """A name for all that decides the run, the input included."""
 
-    def outputs(self) -> Sequence[RunOutput]:
-        """Return the runs to publish; the first folder has the report."""
+    def outputs(self) -> Sequence[Output]:
+        """Return what to publish; the first folder has the report."""
 
     def withdraw(self) -> None:
         """Remove what an earlier run published below the output and this one will not replace."""
@@ -111,7 +111,7 @@ class RunJob(Protocol[R]):
 
 
 class RunWork(Generic[R]):
-    """One search or rerank run, planned; see `pipeline.work.Work`."""
+    """One search, rerank or mining run, planned; see `pipeline.work.Work`."""
 
     def __init__(self, settings: Settings, job: RunJob[R]) -> None:
         """Take what is to be done; nothing is written."""
