@@ -96,6 +96,16 @@ def _mine(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
     )
 
 
+def _merge(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
+    from bge_ray.pipeline.merge.job import merge, plan_merged
+
+    if dry_run:
+        return plan_merged(settings)
+    report = merge(settings, stop)
+    weights = ", ".join(f"{model.weight:.4f} {model.name}" for model in report.models)
+    return f"{report.outcome}: {report.parameters:,} parameters of {weights} in {settings.merge.output}"
+
+
 def _evaluate(settings: Settings, dry_run: bool, _: StopRequest) -> str:
     from bge_ray.evaluate import evaluate, plan_evaluate, to_markdown
 
@@ -146,6 +156,13 @@ JOBS = (
         ("output", "mine", "search", "model", "batching", "resources", "report", "rerank", "corpus"),
         _mine,
         "mine.output/report.html",
+    ),
+    Job(
+        "merge",
+        "Merge models of one architecture into one, by given weights or by their losses on examples.",
+        ("merge", "model", "report", "output.storage_timeout_s"),
+        _merge,
+        "merge.output/report.html",
     ),
     Job(
         "evaluate",

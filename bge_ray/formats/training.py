@@ -18,7 +18,7 @@ _LABELS = ("prompt", "type")
 
 @dataclass(frozen=True)
 class Example:
-    """A query and its positives: by their ids where the line has ``pos_id``, else by their texts.
+    """A query and its positives: ``texts``, and their ``passage_ids`` where the line has ``pos_id``.
 
     ``labels`` holds the line's ``prompt`` and ``type``, those that it has.
     """
@@ -27,6 +27,7 @@ class Example:
     query: str
     passage_ids: list[str]
     texts: list[str]
+    negatives: list[str]
     labels: dict[str, Any]
 
 
@@ -34,7 +35,7 @@ def read_examples(storage: Storage, uri: str, reject: Reject) -> Iterator[Exampl
     """Yield the examples of a file, folder or glob of JSONL with ``query`` and ``pos``.
 
     The id of a query without one is the number of its line, behind the name of its file where there are
-    several. Negatives that a line has are not read.
+    several.
 
     Args:
         storage: where to read.
@@ -77,7 +78,8 @@ def _read_object(storage: Storage, info: ObjectInfo, stem: str, reject: Reject) 
             query_id=str(given[0]) if given else f"{stem}{line.number}",
             query=record["query"],
             passage_ids=[str(passage_id) for passage_id in record.get("pos_id") or ()],
-            texts=list(record["pos"]),
+            texts=record["pos"],
+            negatives=record.get("neg") or [],
             labels={name: record[name] for name in _LABELS if record.get(name) is not None},
         )
 
@@ -89,8 +91,9 @@ def _fault(record: Any) -> tuple[str, str] | None:
     query, pos, ids = record.get("query"), record.get("pos"), record.get("pos_id")
     if not isinstance(query, str) or not query.strip():
         return "empty_query", "query is missing, no text, or nothing but white space"
-    if not isinstance(pos, list) or not all(isinstance(text, str) for text in pos):
-        return "malformed", "expected pos to be a list of texts"
+    for name, texts in (("pos", pos), ("neg", record.get("neg") or [])):
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            return "malformed", f"expected {name} to be a list of texts"
     if not pos:
         return "no_positive", "pos is an empty list"
     if ids is not None and (not isinstance(ids, list) or len(ids) != len(pos)):

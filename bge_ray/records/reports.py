@@ -1,6 +1,7 @@
 """What report.json of a job holds. Reruns and other jobs read `Report`, which all jobs' reports are.
 
-``rows`` are what the job is about: passages (embed), queries (search, mine), pairs (rerank), vectors (index).
+``rows`` are what the job is about: passages (embed), queries (search, mine), pairs (rerank), vectors (index),
+tensors (merge).
 All times are seconds; moments are Unix seconds.
 """
 
@@ -269,6 +270,27 @@ class MineReport(Report):
     verdicts: dict[str, int]
     examples: tuple[MinedExample, ...]
     gaps: Gaps
+
+
+@dataclass(frozen=True)
+class MergedModel:
+    """A model that went into a merged one: the hash of its files, its weight, and its loss on examples."""
+
+    name: str
+    revision: str | None
+    weights_sha256: str
+    weight: float
+    loss: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport(Report):
+    """Of a merge of models, whose rows are tensors; ``parameters`` counts the numbers of the merged model."""
+
+    output: str
+    models: tuple[MergedModel, ...]
+    examples: int
+    parameters: int
 
 
 def read_report(kind: type[R], data: bytes | None) -> R | None:

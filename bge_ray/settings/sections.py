@@ -684,6 +684,46 @@ class MineSettings(Section):
         return self
 
 
+class MergeSettings(Section):
+    """Which models become one, by which weights, and where it goes."""
+
+    _locations = field_validator("models", "examples", "output")(_check_location)
+
+    models: tuple[str, ...] | None = Field(
+        None,
+        min_length=2,
+        description="folders, URIs of folders or hub ids of models of one architecture; the first one gives "
+        "all but the weights",
+    )
+    weights: tuple[float, ...] | None = Field(
+        None, description="of the models in their order, which sum to 1; null: all the same"
+    )
+    examples: str | None = Field(
+        None,
+        description="in place of weights: file, folder or glob of JSONL with query, pos and neg; the smaller "
+        "a model's loss on them, the greater its weight",
+    )
+    temperature: float = Field(
+        5.0,
+        gt=0,
+        description="by which losses are divided before the softmax that makes weights of them; 5 is that of "
+        "LM-Cocktail and makes all nearly the same, 0.1 tells them apart",
+    )
+    output: str | None = Field(None, description="folder of the merged model on any fsspec URI")
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> "MergeSettings":
+        if self.weights is None:
+            return self
+        if self.examples is not None:
+            raise ValueError("examples: make the weights; leave merge.weights out")
+        if self.models is None or len(self.weights) != len(self.models):
+            raise ValueError("weights: must be one for each of merge.models")
+        if min(self.weights) <= 0 or abs(sum(self.weights) - 1) > 1e-6:
+            raise ValueError(f"weights: must be above 0 and sum to 1, not to {sum(self.weights):g}")
+        return self
+
+
 class EvaluateSettings(Section):
     """Which runs are measured against which judgements."""
 
@@ -756,6 +796,7 @@ class Settings(Section):
     search: SearchSettings = SearchSettings()
     rerank: RerankSettings = RerankSettings()
     mine: MineSettings = MineSettings()
+    merge: MergeSettings = MergeSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     report: ReportSettings = ReportSettings()
     bench: BenchSettings = BenchSettings()

@@ -5,7 +5,6 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -29,7 +28,7 @@ from bge_ray.report.facts import RunFacts, read_receipt
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.objects import Storage, join
 from bge_ray.storage.ownership import OwnedFolder, holds
-from bge_ray.storage.sweep import remove_empty_folders
+from bge_ray.storage.sweep import sweep_work
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +40,6 @@ _OWN_WORK = re.compile(
     r"groups/\d{8}-[0-9a-f]{32}\.parquet|parts/[0-9a-f]{64}\.parquet|"
     r"pieces/((first_)?score-(parquet|trec)|rejected|audit|negatives|tuples|lists)-\d{6}"
 )
-PARALLEL_REQUESTS = 16
 # Stages of tasks between the pools share what the pools leave of the CPUs.
 TASKS = TaskRequest("tasks", most=1_000_000, share=0.2)
 
@@ -203,11 +201,7 @@ class RunWork(Generic[R]):
 
     def sweep(self) -> None:
         """Remove stored inputs and parts."""
-        listed = self.storage.list_files(self._place)
-        own = [i.uri for i in listed if _OWN_WORK.fullmatch(i.uri.rpartition(f"/{WORK}/")[2]) is not None]
-        with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
-            list(pool.map(lambda uri: self.storage.delete([uri]), own))
-        remove_empty_folders(self.storage, self._place)
+        sweep_work(self.storage, self._place, _OWN_WORK)
 
     def report(self, facts: RunFacts, outcome: str, *, complete: bool) -> R:
         """Return what the run came to."""
