@@ -74,6 +74,28 @@ def _rerank(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
     )
 
 
+def _mine(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
+    from bge_ray.pipeline.mine.job import mine, plan_mine
+
+    if dry_run:
+        return plan_mine(settings)
+    report = mine(settings, stop)
+    return (
+        f"{report.outcome}: {report.negatives:,} negatives for {report.queries_out:,} of "
+        f"{report.queries_in:,} queries in {settings.mine.output}/negatives.jsonl"
+    )
+
+
+def _merge(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
+    from bge_ray.pipeline.merge.job import merge, plan_merged
+
+    if dry_run:
+        return plan_merged(settings)
+    report = merge(settings, stop)
+    weights = ", ".join(f"{model.weight:.4f} {model.name}" for model in report.models)
+    return f"{report.outcome}: {report.parameters:,} parameters of {weights} in {settings.merge.output}"
+
+
 def _evaluate(settings: Settings, dry_run: bool, _: StopRequest) -> str:
     from bge_ray.evaluate import evaluate, plan_evaluate
     from bge_ray.report.metrics_page import to_markdown
@@ -125,6 +147,20 @@ JOBS = (
         ("output", "corpus", "rerank", "search", "resources", "report"),
         _rerank,
         "rerank.output/report.html",
+    ),
+    Job(
+        "mine",
+        "Mine hard negatives for training, out of a data set that was embedded.",
+        ("output", "mine", "search", "model", "batching", "resources", "report", "rerank", "corpus"),
+        _mine,
+        "mine.output/report.html",
+    ),
+    Job(
+        "merge",
+        "Merge models of one architecture into one, by given weights or by their losses on examples.",
+        ("merge", "model", "report", "output.storage_timeout_s"),
+        _merge,
+        "merge.output/report.html",
     ),
     EVALUATE,
     Job(

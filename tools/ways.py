@@ -81,14 +81,14 @@ INTAKE = (
     "pipeline.runs.intake:read_group",
 )
 PUBLISH_RUN = (
-    "pipeline.runs.parts:part_stage",
+    "pipeline.runs.parts:part_stage write_part",
     *RECEIPT,
     "pipeline.runs.work:_book RunWork.publish",
-    "pipeline.runs.parts:publish _RunWriter.__init__ _read_parts _count _RunWriter.write _run_rows rank_rows",
-    "pipeline.runs.parts:_passages",
+    "pipeline.runs.parts:publish RunOutput.open _RunWriter.__init__ _read_parts _count",
+    "pipeline.runs.parts:_RunWriter.write _run_rows rank_rows _passages",
     "formats.runs:encode_trec",
-    "pipeline.runs.parts:_ParquetFile.write _ParquetFile._flush _PieceFile.write _PieceFile._flush_piece",
-    "pipeline.runs.parts:_RunWriter.publish _ParquetFile.publish _PieceFile.publish",
+    "pipeline.runs.parts:ParquetFile.write ParquetFile._flush PieceFile.write PieceFile._flush_piece",
+    "pipeline.runs.parts:_RunWriter.publish ParquetFile.publish PieceFile.publish",
     "storage.ownership:OwnedFolder.put",
 )
 
@@ -175,7 +175,7 @@ WAYS: Mapping[str, Sequence[str]] = {
         "formats.rows:check_rows _passage_id _passage_text _unicode_fault take_passages",
         *INTAKE,
         *PARCEL,
-        "pipeline.search.job:SearchJob._flow",
+        "pipeline.search.job:SearchJob._flow SearchJob.encoded",
         "pipeline.search.stages:read_queries_stage",
         *ATTEMPT,
         "model.feed.texts:TextFeeder.queries",
@@ -209,7 +209,8 @@ WAYS: Mapping[str, Sequence[str]] = {
         "pipeline.rerank.score:by_reranker",
         "pipeline.runs.intake:read_group_stage",
         "pipeline.rerank.score:texts_stage",
-        "pipeline.rerank.texts:add_texts _to_score _choose_texts TextSource.places_of TextSource._run",
+        "pipeline.rerank.texts:add_texts _to_score _choose_texts TextSource.places_of TextSource._places",
+        "pipeline.rerank.texts:TextSource._run",
         "pipeline.engine.tasks:run_tasks fetched",
         "dataset.lookup:find_passages",
         "pipeline.rerank.texts:TextSource.texts_of _spans_of _span_map corpus_texts",

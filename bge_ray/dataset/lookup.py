@@ -98,14 +98,17 @@ def read_shard(storage: Storage, root: str, fact: FileFact, ids: IdArray, column
     return pa.concat_tables(tables).replace_schema_metadata(None)
 
 
-def find_passages(storage: Storage, root: str, fact: FileFact, wanted: pa.Array) -> tuple[IdArray, IdArray]:
-    """Look for passage ids in one shard.
+def find_passages(
+    storage: Storage, root: str, fact: FileFact, wanted: pa.Array, column: str = "passage_id"
+) -> tuple[IdArray, IdArray]:
+    """Look for passages in one shard, by their ids or by another column.
 
     Args:
         storage: where to read.
         root: folder of the data set.
         fact: path and size of the shard.
-        wanted: (n,) distinct passage ids.
+        wanted: (n,) distinct values of the column.
+        column: of the shard, such as ``text_hash``.
 
     Returns:
         Positions in ``wanted`` of those that are there, and their vector ids, both (m,) int64.
@@ -118,8 +121,8 @@ def find_passages(storage: Storage, root: str, fact: FileFact, wanted: pa.Array)
     try:
         with open_shard(storage, uri, fact) as file:
             for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=["vector_id", "passage_id"], use_threads=False)
-                places = pc.index_in(table["passage_id"], value_set=wanted)
+                table = file.read_row_group(group, columns=["vector_id", column], use_threads=False)
+                places = pc.index_in(table[column], value_set=wanted)
                 hit = pc.is_valid(places).to_numpy()
                 positions.append(places.drop_null().to_numpy().astype(np.int64))
                 found.append(table["vector_id"].to_numpy()[hit])

@@ -1,6 +1,7 @@
 """What report.json of a job holds. Reruns and other jobs read `Report`, which all jobs' reports are.
 
-``rows`` are what the job is about: passages (embed), queries (search), pairs (rerank), vectors (index).
+``rows`` are what the job is about: passages (embed), queries (search, mine), pairs (rerank), vectors (index),
+tensors (merge).
 All times are seconds; moments are Unix seconds.
 """
 
@@ -216,6 +217,80 @@ class RerankReport(Report):
     pairs_out: int
     lists_rejected: int
     scoring: Scoring
+
+
+@dataclass(frozen=True)
+class MinedExample:
+    """A result of a query, what became of it, and the query's best positive beside it; texts are cut."""
+
+    verdict: str
+    query_id: str
+    query: str
+    positive_id: str
+    positive: str
+    positive_score: float
+    passage_id: str
+    passage: str
+    score: float
+    cosine: float | None
+    overlap: float | None
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """How many negatives are so far below the lowest positive; the last of ``counts`` beyond every edge."""
+
+    upper_edges: tuple[float, ...] = ()
+    counts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MineReport(Report):
+    """Of a mining run; all counts are of the published files, earlier units included.
+
+    ``verdicts`` counts what became of each result and positive. Of the positives, ``positives_unknown`` are
+    not in the data set, and ``positives_beyond`` were not among the results. ``queries_short`` have fewer
+    negatives than asked for, ``queries_unjudged`` no judgement at all; those are not among ``queries_in``.
+    """
+
+    units: int
+    queries: str
+    dataset: str
+    model: ModelSpec
+    exact: bool
+    teacher: str | None
+    queries_in: int
+    queries_out: int
+    queries_short: int
+    queries_unjudged: int
+    positives_unknown: int
+    positives_beyond: int
+    negatives: int
+    tuples: int
+    verdicts: dict[str, int]
+    examples: tuple[MinedExample, ...]
+    gaps: Gaps
+
+
+@dataclass(frozen=True)
+class MergedModel:
+    """A model that went into a merged one: the hash of its files, its weight, and its loss on examples."""
+
+    name: str
+    revision: str | None
+    weights_sha256: str
+    weight: float
+    loss: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport(Report):
+    """Of a merge of models, whose rows are tensors; ``parameters`` counts the numbers of the merged model."""
+
+    output: str
+    models: tuple[MergedModel, ...]
+    examples: int
+    parameters: int
 
 
 def read_report(kind: type[R], data: bytes | None) -> R | None:

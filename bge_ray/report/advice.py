@@ -1,6 +1,14 @@
 """What the figures of a run suggest to change, and from which value on; each line names the setting."""
 
-from bge_ray.records.reports import EmbedReport, IndexReport, Report, RerankReport, Scoring, SearchReport
+from bge_ray.records.reports import (
+    EmbedReport,
+    IndexReport,
+    MineReport,
+    Report,
+    RerankReport,
+    Scoring,
+    SearchReport,
+)
 
 # Shorter runs are mostly start-up and say little about settings.
 MIN_STEADY_S = 60.0
@@ -25,6 +33,11 @@ HIGH_PROBED = 0.25
 MIN_LISTS = 64
 # Of the vectors, out of place since the training; index.max_drift trains anew from some point on.
 HIGH_DRIFT = 0.15
+# Of the results of a mining run, copies of positives; and of its queries, short of negatives.
+HIGH_COPIES = 0.05
+HIGH_SHORT = 0.2
+# Of the positives, not among the results: the list is too short, or the model does not know the matter.
+HIGH_BEYOND = 0.3
 
 
 def advise_embed(report: EmbedReport) -> list[str]:
@@ -110,6 +123,29 @@ def advise_search(report: SearchReport) -> list[str]:
 def advise_rerank(report: RerankReport) -> list[str]:
     """Return what to change after a rerank run, most valuable first."""
     return _on_scoring(report, report.scoring) + _on_trec(report) + _on_startup(report)
+
+
+def advise_mine(report: MineReport) -> list[str]:
+    """Return what to change after a mining run, most valuable first."""
+    verdicts, lines = report.verdicts, []
+    results = sum(verdicts.values()) - verdicts["positive"]
+    copies = verdicts["same_text"] + verdicts["copy_by_vector"] + verdicts["copy_by_words"]
+    if report.queries_out and report.queries_short > HIGH_SHORT * report.queries_out:
+        lines.append(
+            f"{report.queries_short:,} queries have fewer negatives than mine.negatives and are not in "
+            "tuples.parquet: raise mine.depth, or lower mine.negatives."
+        )
+    if results and copies > HIGH_COPIES * results:
+        lines.append(
+            f"{copies:,} of {results:,} results are copies of positives: drop doubled passages from the "
+            "corpus, or judge them as the positives that they are."
+        )
+    if verdicts["positive"] and report.positives_beyond > HIGH_BEYOND * verdicts["positive"]:
+        lines.append(
+            f"{report.positives_beyond:,} of {verdicts['positive']:,} positives are not among the results: "
+            "raise mine.depth, or check that model, queries and corpus are of one matter."
+        )
+    return lines + _on_startup(report)
 
 
 def _on_trec(report: SearchReport | RerankReport) -> list[str]:

@@ -39,6 +39,11 @@ REASONS = {
     "duplicate_passage": "the passage stands twice in the list",
     "malformed": "the line cannot be parsed",
     "no_result": "nothing was found for the query",
+    "no_positive": "the query has no positive",
+    "unknown_positive": "a positive, or all of a query, is not in the data set",
+    "unscored_positive": "no positive of the query has a score of the teacher",
+    "no_negative": "the rules left the query no negative",
+    "held_out": "a query that measures the model has the same text",
 }
 
 Figure = tuple[str, str, str]

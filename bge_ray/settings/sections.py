@@ -605,6 +605,129 @@ class RerankSettings(Section):
         return self
 
 
+class MineSettings(Section):
+    """Which hard negatives are mined for which queries, and where the training files go.
+
+    How candidates are searched for, the section search says; what a teacher is, the section rerank.
+    """
+
+    _locations = field_validator("queries", "qrels", "input", "held_out", "output")(_check_location)
+
+    queries: str | None = Field(
+        None, description="file, folder or glob of queries, as search.queries; needs mine.qrels"
+    )
+    qrels: str | None = Field(
+        None, description="judgements, as evaluate.qrels: what is judged above 0 is a positive of its query"
+    )
+    input: str | None = Field(
+        None,
+        description="in place of queries and qrels: file, folder or glob of JSONL with query and pos, as "
+        "FlagEmbedding trains on",
+    )
+    held_out: str | None = Field(
+        None, description="queries that measure the trained model; equal texts are kept out of the training"
+    )
+    output: str | None = Field(
+        None, description="folder of negatives.jsonl, tuples.parquet, lists.parquet and audit.parquet"
+    )
+    depth: int = Field(200, ge=1, le=10_000, description="results a query that are looked at")
+    negatives: int = Field(7, ge=1, le=1000, description="negatives a query at most")
+    skip: int = Field(
+        0, ge=0, description="results at the top that are not taken, positives and dropped ones counted in"
+    )
+    sampling: Literal["top", "random"] = Field(
+        "top", description="which of the results that are left are taken: the best, or any"
+    )
+    seed: int = Field(0, description="of random sampling; the same seed draws the same")
+    copy_cosine: float | None = Field(
+        0.95,
+        gt=-1,
+        le=1,
+        description="a result with this cosine to a positive, or more, is a copy of it; null: not looked at",
+    )
+    copy_overlap: float | None = Field(
+        0.7,
+        gt=0,
+        le=1,
+        description="a result that shares this part of all words of both with a positive is a copy of it; "
+        "null: not looked at",
+    )
+    relative_margin: float | None = Field(
+        0.05,
+        ge=0,
+        description="part of the lowest positive's score, its sign left out, by which a negative must be "
+        "below it; null: none",
+    )
+    absolute_margin: float | None = Field(
+        None, ge=0, description="by how much a negative must be below the lowest positive's score"
+    )
+    max_score: float | None = Field(None, description="highest score of a negative")
+    teacher: bool = Field(
+        False,
+        description="score what is left with a reranker, too, and write its scores; the section rerank says "
+        "with which",
+    )
+    teacher_relative_margin: float | None = Field(
+        0.05, ge=0, description="as relative_margin, of the teacher's scores"
+    )
+    teacher_absolute_margin: float | None = Field(
+        None, ge=0, description="as absolute_margin, of the teacher's scores, which are logits"
+    )
+    max_rejected_fraction: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="share of queries that cannot be mined for above which the job counts as failed; those "
+        "for which the rules left nothing are not among them",
+    )
+
+    @model_validator(mode="after")
+    def _leaves_something(self) -> "MineSettings":
+        if self.skip >= self.depth:
+            raise ValueError(f"skip: must be less than depth ({self.depth})")
+        return self
+
+
+class MergeSettings(Section):
+    """Which models become one, by which weights, and where it goes."""
+
+    _locations = field_validator("models", "examples", "output")(_check_location)
+
+    models: tuple[str, ...] | None = Field(
+        None,
+        min_length=2,
+        description="folders, URIs of folders or hub ids of models of one architecture; the first one gives "
+        "all but the weights",
+    )
+    weights: tuple[float, ...] | None = Field(
+        None, description="of the models in their order, which sum to 1; null: all the same"
+    )
+    examples: str | None = Field(
+        None,
+        description="in place of weights: file, folder or glob of JSONL with query, pos and neg; the smaller "
+        "a model's loss on them, the greater its weight",
+    )
+    temperature: float = Field(
+        5.0,
+        gt=0,
+        description="by which losses are divided before the softmax that makes weights of them; 5 is that of "
+        "LM-Cocktail and makes all nearly the same, 0.1 tells them apart",
+    )
+    output: str | None = Field(None, description="folder of the merged model on any fsspec URI")
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> "MergeSettings":
+        if self.weights is None:
+            return self
+        if self.examples is not None:
+            raise ValueError("examples: make the weights; leave merge.weights out")
+        if self.models is None or len(self.weights) != len(self.models):
+            raise ValueError("weights: must be one for each of merge.models")
+        if min(self.weights) <= 0 or abs(sum(self.weights) - 1) > 1e-6:
+            raise ValueError(f"weights: must be above 0 and sum to 1, not to {sum(self.weights):g}")
+        return self
+
+
 class EvaluateSettings(Section):
     """Which runs are measured against which judgements."""
 
@@ -679,6 +802,8 @@ class Settings(Section):
     index: IndexSettings = IndexSettings()
     search: SearchSettings = SearchSettings()
     rerank: RerankSettings = RerankSettings()
+    mine: MineSettings = MineSettings()
+    merge: MergeSettings = MergeSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     report: ReportSettings = ReportSettings()
     bench: BenchSettings = BenchSettings()

@@ -22,10 +22,12 @@ OWN_FOLDERS = frozenset({"changes", "done", "embeddings", "index", "plan", "reje
 OWN_FILES = frozenset(
     {
         "README.md",
+        "audit.parquet",
         "bench.json",
         "bench.md",
         "dataset.json",
         "lease.json",
+        "lists.parquet",
         "manifest.json",
         "metrics.json",
         "metrics.md",
@@ -36,9 +38,12 @@ OWN_FILES = frozenset(
         "report.json",
         "run.parquet",
         "run.trec",
+        "tuples.parquet",
         "wins.svg",
     }
 )
+# And what one job alone writes there, by the setting of its output; elsewhere these are names of inputs.
+FURTHER_FILES = {"mine.output": frozenset({"negatives.jsonl"})}
 # What the names in OWN_FOLDERS look like to a glob.
 _SHARDS = ("000000-000000000.parquet", "index.json", "index.faiss")
 _SAME_PROTOCOL = {"s3a": "s3", "s3n": "s3", "gs": "gcs", "local": "file", "abfss": "abfs", "az": "abfs"}
@@ -123,7 +128,7 @@ def refuse_own_files(setting: str, uris: Iterable[str], outputs: Mapping[str, st
     for uri in uris:
         where = place(uri)
         for key, folder in folders:
-            if _is_own(_below(where, folder)):
+            if _is_own(_below(where, folder), key):
                 raise OutputCollisionError(
                     f"{setting}: lists {uri}, which is the output of {key}; choose a {setting} without "
                     f"it, or another {key}"
@@ -134,7 +139,7 @@ def _refuse_outputs(one: tuple[str, str], two: tuple[str, str]) -> None:
     if same_place(one[1], two[1]):
         raise OutputCollisionError(f"{one[0]} and {two[0]}: both are {two[1]}; choose another {two[0]}")
     for (key, uri), (outer_key, outer) in ((one, two), (two, one)):
-        if _is_own(_below(place(uri), place(outer))):
+        if _is_own(_below(place(uri), place(outer)), outer_key):
             raise OutputCollisionError(
                 f"{key} {uri}: lies where {outer_key} {outer} has files of its own; choose another {key}"
             )
@@ -147,7 +152,7 @@ def _refuse_input(given: tuple[str, str], output: tuple[str, str]) -> None:
         raise OutputCollisionError(
             f"{key} and {name}: both are {uri}; an output is no input, choose another {key}"
         )
-    if _is_own(_below(where, folder)):
+    if _is_own(_below(where, folder), key):
         raise OutputCollisionError(
             f"{name} {source}: lies where {key} {uri} has files of its own, which would be replaced; choose "
             f"another {key}"
@@ -156,8 +161,8 @@ def _refuse_input(given: tuple[str, str], output: tuple[str, str]) -> None:
 
 def _refuse_listing(given: tuple[str, str], output: tuple[str, str]) -> None:
     (name, source), (key, uri) = given, output
-    folder = place(uri)
-    if _lists(place(source), folder) or (is_glob(source) and _matches(source, folder)):
+    folder, names = place(uri), (*_own_files(key), *_SHARDS)
+    if _lists(place(source), folder) or (is_glob(source) and _matches(source, folder, names)):
         raise OutputCollisionError(
             f"{key} {uri}: lies inside {name} {source}, which would list what is written there; choose "
             f"another {key}"
@@ -175,9 +180,14 @@ def _below(inner: Place, outer: Place) -> tuple[str, ...]:
     return inner.parts[n:] if within else ()
 
 
-def _is_own(below: tuple[str, ...]) -> bool:
+def _own_files(key: str) -> frozenset[str]:
+    """Return the names of files right below an output that are a job's, by the setting of the output."""
+    return OWN_FILES | FURTHER_FILES.get(key, frozenset())
+
+
+def _is_own(below: tuple[str, ...], key: str) -> bool:
     """Tell whether a path below an output is one that a job writes there."""
-    return bool(below) and (below[0] in OWN_FOLDERS or (len(below) == 1 and below[0] in OWN_FILES))
+    return bool(below) and (below[0] in OWN_FOLDERS or (len(below) == 1 and below[0] in _own_files(key)))
 
 
 def _lists(where: Place, folder: Place) -> bool:
@@ -186,8 +196,8 @@ def _lists(where: Place, folder: Place) -> bool:
     return bool(below) and not is_hidden("/".join(below), "")
 
 
-def _matches(pattern: str, folder: Place) -> bool:
-    """Tell whether a glob with ``**`` sees files of ours in a folder; others are settled by the listing."""
+def _matches(pattern: str, folder: Place, names: Iterable[str]) -> bool:
+    """Tell whether a glob with ``**`` sees files of some names in a folder; a listing settles the others."""
     fixed = fixed_prefix(pattern)
     below = _below(folder, place(fixed))
     inside = below or folder == place(fixed)
@@ -198,4 +208,4 @@ def _matches(pattern: str, folder: Place) -> bool:
     head = rest[:start]
     if len(head) > len(below) or not all(map(fnmatch.fnmatchcase, below, head)):
         return False
-    return any(fnmatch.fnmatchcase(name, rest[-1].replace("**", "*")) for name in (*OWN_FILES, *_SHARDS))
+    return any(fnmatch.fnmatchcase(name, rest[-1].replace("**", "*")) for name in names)

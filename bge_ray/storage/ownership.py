@@ -156,6 +156,15 @@ class OwnedFolder:
         known = journal.files.get(name) if journal is not None else None
         return known is None or Content(len(data), hashlib.sha256(data).hexdigest()) in known
 
+    def known_names(self) -> list[str]:
+        """Return the names of all files that were announced so far, there or not.
+
+        Raises:
+            OutputCollisionError: the journal is another job's, or not one that this version can read.
+        """
+        journal = self._read()
+        return sorted(journal.files) if journal is not None else []
+
     def check_replaceable(self, name: str) -> ObjectInfo | None:
         """Return what has a name and is provably ours, or None if nothing has it; reads all its bytes.
 

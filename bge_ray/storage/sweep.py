@@ -6,6 +6,7 @@ it names is ever removed.
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -94,6 +95,22 @@ def remove_empty_folders(storage: Storage, uri: str) -> int:
         return sum(_remove_if_empty(folder) for folder in found)
 
     return storage.attempt("clean", uri, remove)
+
+
+def sweep_work(storage: Storage, folder: str, own: re.Pattern[str]) -> None:
+    """Remove what lies below a work folder under names of ours, and the folders that are empty then.
+
+    Args:
+        storage: for all requests.
+        folder: URI of the work folder.
+        own: matches whole paths below it.
+    """
+    name = folder.rstrip("/").rpartition("/")[2]
+    listed = storage.list_files(folder)
+    found = [info.uri for info in listed if own.fullmatch(info.uri.rpartition(f"/{name}/")[2]) is not None]
+    with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+        list(pool.map(lambda uri: storage.delete([uri]), found))
+    remove_empty_folders(storage, folder)
 
 
 def _read(storage: Storage, uri: str) -> dict[str, float]:

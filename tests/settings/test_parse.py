@@ -154,6 +154,7 @@ EXAMPLES = {
     "rerank.candidates",
     "rerank.output",
 }
+EXAMPLES |= {"mine.queries", "mine.qrels", "mine.output", "merge.models", "merge.output"}
 EXAMPLES |= {"evaluate.run", "evaluate.qrels", "evaluate.output", "index.queries"}
 
 

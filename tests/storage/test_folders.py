@@ -222,3 +222,11 @@ def test_a_listing_may_hold_other_files_below_an_output() -> None:
     for own in ("embeddings/000000-000000000.parquet", "manifest.json", "index/index.json"):
         with pytest.raises(OutputCollisionError, match=own):
             refuse_own_files(C, ["s3://b/corpus/a.parquet", f"s3://b/out/{own}"], outputs)
+
+
+def test_what_mining_writes_is_no_input_of_it() -> None:
+    for source in ("w/**/*.jsonl", "w/out/negatives.jsonl", "w/out"):
+        with pytest.raises(OutputCollisionError):
+            refuse_collisions({"mine.output": "w/out"}, {"mine.input": source}, {})
+    refuse_collisions({"mine.output": "w/out"}, {"mine.input": "w/other/negatives.jsonl"}, {})
+    refuse_collisions({"search.output": "w/out"}, {"search.queries": "w/**/*.jsonl"}, {})

@@ -88,12 +88,22 @@ class TextSource:
     def places_of(self, passage_ids: Sequence[str]) -> dict[str, int]:
         """Return the vector ids of those passage ids that are there; the lowest of one embedded twice."""
         wanted = pa.array(passage_ids, pa.string())
-        arguments = ((self.storage, self.root, fact, wanted) for fact in self.shards.facts)
-        found: dict[str, int] = {}
+        places = self._places(wanted, "passage_id")
+        return {passage_ids[position]: vector_id for position, vector_id in places.items()}
+
+    def places_of_texts(self, texts: Sequence[str]) -> dict[str, int]:
+        """Return the vector ids of those texts that were embedded; the lowest of one embedded twice."""
+        distinct = list(dict.fromkeys(texts))
+        places = self._places(hash_texts(f"{self.instruction}{text}" for text in distinct), "text_hash")
+        return {distinct[position]: vector_id for position, vector_id in places.items()}
+
+    def _places(self, wanted: pa.Array, column: str) -> dict[int, int]:
+        """Return the lowest vector id by the position of what is there of (n,) distinct values."""
+        arguments = ((self.storage, self.root, fact, wanted, column) for fact in self.shards.facts)
+        found: dict[int, int] = {}
         for positions, ids in self._run(find_passages, arguments):
             for position, vector_id in zip(positions.tolist(), ids.tolist(), strict=True):
-                name = passage_ids[position]
-                found[name] = min(vector_id, found.get(name, vector_id))
+                found[position] = min(vector_id, found.get(position, vector_id))
         return found
 
     def texts_of(self, ids: IdArray, *, whole: bool = False) -> dict[int, Text]:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -63,13 +63,23 @@ def part_stage(batch: pa.Table, place: Workplace, more: Sequence[str] = ()) -> p
     parcel = Parcel.from_batch(batch)
     if parcel.table is None:
         return batch
+    return write_part(parcel, parcel.table.select([*PART_SCHEMA.names, *more]), place)
+
+
+def write_part(parcel: Parcel, table: pa.Table, place: Workplace) -> pa.Table:
+    """Write the part of a parcel's unit, and return its receipt, or the parcel given up, as a batch.
+
+    Args:
+        parcel: of one unit.
+        table: what the part holds: ``row_no``, ``query_id``, ``passage_id``, ``reason``, ``detail`` and more.
+        place: where parts lie.
+    """
     (unit,) = parcel.task_as(GroupTask).todo
     # Every input row is there, with a candidate, a score or a reason.
-    counted = pc.count_distinct(parcel.table["row_no"]).as_py()
+    counted = pc.count_distinct(table["row_no"]).as_py()
     if counted != unit.n_rows:
         return parcel.failed(f"{counted} input rows came out, {unit.n_rows} went in").to_batch()
     facts = {**parcel.facts, "written": time.time()}
-    table = parcel.table.select([*PART_SCHEMA.names, *more])
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({FACTS_KEY: json.dumps(facts)}), sink, compression="zstd")
     try:
@@ -78,6 +88,27 @@ def part_stage(batch: pa.Table, place: Workplace, more: Sequence[str] = ()) -> p
         return parcel.failed(str(error)).to_batch()
     counts = {"queries": pc.count_distinct(table["query_id"]).as_py(), "rows": len(table)}
     return parcel.filled(None, **facts, **counts).to_batch()
+
+
+class Writer(Protocol):
+    """Writes files of one output, part by part."""
+
+    def write(self, part: pa.Table) -> None:
+        """Take the next part in."""
+
+    def publish(self, totals: "Totals") -> None:
+        """Give what was written its final names, and tell the totals of it."""
+
+
+class Output(Protocol):
+    """What a run makes of its parts, in one folder."""
+
+    @property
+    def folder(self) -> OwnedFolder:
+        """Where it is published."""
+
+    def open(self, storage: Storage, work: str, stack: contextlib.ExitStack) -> Writer:
+        """Return what writes it; its pieces lie below the work folder until the stack is left."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +134,10 @@ class RunOutput:
         names = ("probability", *self.layer_scores) if self.column == "score" else ()
         return pa.schema([*schema, *(pa.field(name, pa.float32()) for name in names)])
 
+    def open(self, storage: Storage, work: str, stack: contextlib.ExitStack) -> Writer:
+        """Return what writes the run in both forms."""
+        return _RunWriter(storage, work, self, stack)
+
 
 @dataclass
 class Totals:
@@ -124,11 +159,11 @@ def publish(
     storage: Storage,
     work: str,
     units: Sequence[GroupUnit],
-    outputs: Sequence[RunOutput],
+    outputs: Sequence[Output],
     rejections: Rejections,
     check: Callable[[Totals], None],
 ) -> Totals:
-    """Put the parts together as run.parquet and run.trec, and what was left out as rejected.parquet.
+    """Put the parts together as the files of each output, and what was left out as rejected.parquet.
 
     Memory: a row group, whatever the size of the run.
 
@@ -136,7 +171,7 @@ def publish(
         storage: for all requests.
         work: folder of the parts.
         units: in order.
-        outputs: the runs to write.
+        outputs: what to write; the folder of the first has what was left out.
         rejections: what was left out of the input.
         check: told what the parts add up to before anything appears under a final name; raises to refuse.
 
@@ -147,7 +182,7 @@ def publish(
     """
     totals = Totals()
     with contextlib.ExitStack() as stack:
-        writers = [_RunWriter(storage, work, output, stack) for output in outputs]
+        writers = [output.open(storage, work, stack) for output in outputs]
         rejected = _RejectedWriter(storage, work, stack)
         rejected.write_rejections(rejections)
         for unit, table in zip(units, _read_parts(storage, work, units), strict=True):
@@ -263,10 +298,11 @@ def _read_parts(storage: Storage, work: str, units: Sequence[GroupUnit]) -> Iter
             yield table
 
 
-class _PieceFile(io.RawIOBase):
+class PieceFile(io.RawIOBase):
     """A file to append to whose bytes become objects of bounded size, and one object at the end."""
 
     def __init__(self, storage: Storage, stem: str) -> None:
+        """Begin a file without bytes; its pieces are named by the stem and their number."""
         super().__init__()
         self._storage, self._stem = storage, stem
         self._sha, self._bytes = hashlib.sha256(), 0
@@ -274,9 +310,11 @@ class _PieceFile(io.RawIOBase):
         self._pieces: list[Piece] = []
 
     def writable(self) -> bool:
+        """Tell that it can be written to."""
         return True
 
     def write(self, data: Any) -> int:
+        """Append bytes, and return how many."""
         view = memoryview(data)
         self._sha.update(view)
         self._bytes += view.nbytes
@@ -303,17 +341,19 @@ class _PieceFile(io.RawIOBase):
         self._held = bytearray()
 
 
-class _ParquetFile:
+class ParquetFile:
     """A Parquet file written row group by row group."""
 
     def __init__(self, storage: Storage, stem: str, schema: pa.Schema, stack: contextlib.ExitStack) -> None:
-        self._file = _PieceFile(storage, stem)
+        """Begin a file without rows, which is open until the stack is left."""
+        self._file = PieceFile(storage, stem)
         sink = stack.enter_context(pa.PythonFile(self._file, mode="w"))
         self._writer = stack.enter_context(pq.ParquetWriter(sink, schema, compression="zstd"))
         self._held: list[pa.Table] = []
         self._rows = self._all_rows = 0
 
     def write(self, table: pa.Table) -> None:
+        """Append rows of the schema."""
         self._held.append(table)
         self._rows += len(table)
         self._all_rows += len(table)
@@ -321,6 +361,7 @@ class _ParquetFile:
             self._flush()
 
     def publish(self, folder: OwnedFolder, name: str) -> FileFact:
+        """Make a file of all that was written."""
         self._flush()
         self._writer.close()
         return self._file.publish(folder, name, self._all_rows)
@@ -337,8 +378,8 @@ class _RunWriter:
     def __init__(self, storage: Storage, work: str, output: RunOutput, stack: contextlib.ExitStack) -> None:
         self._output = output
         stem = join(work, "pieces", output.column)
-        self._parquet = _ParquetFile(storage, f"{stem}-parquet", output.schema, stack)
-        self._trec: _PieceFile | None = _PieceFile(storage, f"{stem}-trec")
+        self._parquet = ParquetFile(storage, f"{stem}-parquet", output.schema, stack)
+        self._trec: PieceFile | None = PieceFile(storage, f"{stem}-trec")
         self._why_not = ""
         self._results = self._answered = 0
 
@@ -369,7 +410,7 @@ class _RejectedWriter:
     """Writes what was left out, with its reason."""
 
     def __init__(self, storage: Storage, work: str, stack: contextlib.ExitStack) -> None:
-        self._file = _ParquetFile(storage, join(work, "pieces", "rejected"), LEFT_OUT_SCHEMA, stack)
+        self._file = ParquetFile(storage, join(work, "pieces", "rejected"), LEFT_OUT_SCHEMA, stack)
 
     def write_rejections(self, found: Rejections) -> None:
         columns = [found.query_ids, found.passage_ids, found.reasons, found.details]

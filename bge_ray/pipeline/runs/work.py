@@ -1,11 +1,10 @@
-"""What search and rerank have in common: input taken in, units run, parts published as a run."""
+"""What search, rerank and mining have in common: input taken in, units run, parts published as a run."""
 
 import dataclasses
 import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -21,7 +20,7 @@ from bge_ray.pipeline.engine.progress import Progress, Step, work_line
 from bge_ray.pipeline.engine.telemetry import Telemetry
 from bge_ray.pipeline.runs.groups import GroupTask, Workplace
 from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections, take_in
-from bge_ray.pipeline.runs.parts import RunOutput, Totals, publish
+from bge_ray.pipeline.runs.parts import Output, Totals, publish
 from bge_ray.pipeline.work import Told
 from bge_ray.records.dataset import FileFact
 from bge_ray.records.reports import Report, read_report
@@ -29,7 +28,7 @@ from bge_ray.report.facts import RunFacts, read_receipt
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.objects import Storage, join
 from bge_ray.storage.ownership import OwnedFolder, holds
-from bge_ray.storage.sweep import remove_empty_folders
+from bge_ray.storage.sweep import sweep_work
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +38,8 @@ WORK = "work"
 # Files below it that are provably ours: their names hold hashes, or the names of our own pieces.
 _OWN_WORK = re.compile(
     r"groups/\d{8}-[0-9a-f]{32}\.parquet|parts/[0-9a-f]{64}\.parquet|"
-    r"pieces/((first_)?score-(parquet|trec)|rejected)-\d{6}"
+    r"pieces/((first_)?score-(parquet|trec)|rejected|audit|negatives|tuples|lists)-\d{6}"
 )
-PARALLEL_REQUESTS = 16
 # Stages of tasks between the pools share what the pools leave of the CPUs.
 TASKS = TaskRequest("tasks", most=1_000_000, share=0.2)
 
@@ -59,7 +57,7 @@ class Outcome:
 
 
 class RunJob(Protocol[R]):
-    """What a search, and what a rerank, is; the rest is common."""
+    """What a search, a rerank or a mining is; the rest is common."""
 
     name: str
     rows: str
@@ -77,8 +75,8 @@ class RunJob(Protocol[R]):
     def key(self) -> str:
         """A name for all that decides the run, the input included."""
 
-    def outputs(self) -> Sequence[RunOutput]:
-        """Return the runs to publish; the first folder has the report."""
+    def outputs(self) -> Sequence[Output]:
+        """Return what to publish; the first folder has the report."""
 
     def withdraw(self) -> None:
         """Remove what an earlier run published below the output and this one will not replace."""
@@ -111,7 +109,7 @@ class RunJob(Protocol[R]):
 
 
 class RunWork(Generic[R]):
-    """One search or rerank run, planned; see `pipeline.work.Work`."""
+    """One search, rerank or mining run, planned; see `pipeline.work.Work`."""
 
     def __init__(self, settings: Settings, job: RunJob[R]) -> None:
         """Take what is to be done; nothing is written."""
@@ -203,11 +201,7 @@ class RunWork(Generic[R]):
 
     def sweep(self) -> None:
         """Remove stored inputs and parts."""
-        listed = self.storage.list_files(self._place)
-        own = [i.uri for i in listed if _OWN_WORK.fullmatch(i.uri.rpartition(f"/{WORK}/")[2]) is not None]
-        with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
-            list(pool.map(lambda uri: self.storage.delete([uri]), own))
-        remove_empty_folders(self.storage, self._place)
+        sweep_work(self.storage, self._place, _OWN_WORK)
 
     def report(self, facts: RunFacts, outcome: str, *, complete: bool) -> R:
         """Return what the run came to."""

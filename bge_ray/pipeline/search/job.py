@@ -4,12 +4,14 @@ Like the embed job it knows one mode: take in, subtract what is done, do the res
 """
 
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
+import ray.data
 from ray.actor import ActorHandle
 
 from bge_ray.dataset.lookup import ShardMap
@@ -166,8 +168,11 @@ class SearchJob:
             logger.info("%s has no index: the embedding shards are searched exactly", self.source.root)
         self.model = _query_model(settings, self.source)
         self.reranker = resolve_reranker(settings.rerank, on_gpu=False) if asked.rerank else None
-        self._folders = _folders(settings, self.storage)
         self._searchers: list[ActorHandle] = []
+
+    @functools.cached_property
+    def _folders(self) -> list[OwnedFolder]:
+        return _folders(self._settings, self.storage)
 
     @property
     def storage(self) -> Storage:
@@ -189,7 +194,7 @@ class SearchJob:
             folders,
             inputs,
         )
-        return digest(self._decisive(), *asked)
+        return digest(self.decisive(), *asked)
 
     def outputs(self) -> list[RunOutput]:
         """Return the candidates, and the reranked run if there is one."""
@@ -253,9 +258,9 @@ class SearchJob:
             on_gpu = device_of(settings, reranker_request(settings, 1), watch) == "cuda"
             self.reranker = resolve_reranker(settings.rerank, on_gpu=on_gpu)
         reranked_in = [self.reranker.dtype, self.reranker.kernels] if self.reranker is not None else None
-        return digest(self._decisive(), dtype, reranked_in)
+        return digest(self.decisive(), dtype, reranked_in)
 
-    def _decisive(self) -> list[Any]:
+    def decisive(self) -> list[Any]:
         """Return all that decides the answers of a query beside the query, the compute dtypes and kernels."""
         source, settings, asked = self.source, self._settings, self._settings.search
         index = None
@@ -301,6 +306,16 @@ class SearchJob:
         self, place: Workplace, groups: tuple[GroupTask, ...], facts: RunFacts, watch: Callable[[], None]
     ) -> Callable[[], Iterator[Parcel]]:
         """Start the actors that hold the index; return what starts the data path."""
+        sizes, retrieve = self.start(place, groups, facts, watch)
+        texts = None
+        if self.reranker is not None:
+            texts = open_texts(self._settings, self.source, sizes.tasks["tasks"])
+        return lambda: self._flow(place, groups, sizes, retrieve, texts)
+
+    def start(
+        self, place: Workplace, groups: tuple[GroupTask, ...], facts: RunFacts, watch: Callable[[], None]
+    ) -> tuple[Sizes, RetrieveJob]:
+        """Size all pools, and start the actors that hold the index; return what a search task must know."""
         settings, source = self._settings, self.source
         files = index_files(source.root, self.index) if self.index is not None else []
         shards = ShardMap.of(source.manifest)
@@ -320,9 +335,8 @@ class SearchJob:
             retrieval=self._retrieval(),
             spans=source.chunked,
         )
-        texts = open_texts(settings, source, sizes.tasks["tasks"]) if self.reranker is not None else None
         logger.info("%s queries to answer; %s", f"{facts.rows_planned:,}", sizes)
-        return lambda: self._flow(place, groups, sizes, retrieve, texts)
+        return sizes, retrieve
 
     def _flow(
         self,
@@ -333,6 +347,21 @@ class SearchJob:
         texts: TextSource | None,
     ) -> Iterator[Parcel]:
         """The data path: groups of queries in, one receipt a unit out, in the order they finish."""
+        settings, tasks = self._settings, sizes.tasks["tasks"]
+        rows = self.encoded(place, groups, sizes)
+        rows = by_tasks(rows, retrieve_stage, tasks, job=retrieve)
+        if self.reranker is not None:
+            pair = PairJob(place, self.reranker, settings.rerank.trust_remote_code, settings.rerank.depth)
+            pool = sizes.pools["rerankers"]
+            score = make_score_job(settings, place, self.reranker, pool)
+            rows = by_reranker(rows, tasks, pool, pair, score, texts)
+        layers = self.reranker.layer_scores if self.reranker is not None else ()
+        spans = SPAN_SCHEMA.names if self.source.chunked else ()
+        rows = by_tasks(rows, part_stage, tasks, place=place, more=(*spans, *layers))
+        return receipts(rows)
+
+    def encoded(self, place: Workplace, groups: tuple[GroupTask, ...], sizes: Sizes) -> ray.data.Dataset:
+        """Return groups of queries with their vectors."""
         settings, tasks, encoders = self._settings, sizes.tasks["tasks"], sizes.pools["encoders"]
         trust = settings.model.trust_remote_code
         encode = ModelJob(
@@ -349,17 +378,7 @@ class SearchJob:
         )
         rows = parcels([group.parcel() for group in groups])
         rows = by_tasks(rows, read_queries_stage, tasks, job=QueryJob(place, self.model, trust))
-        rows = by_actors(rows, ModelStage, encoders, encode)
-        rows = by_tasks(rows, retrieve_stage, tasks, job=retrieve)
-        if self.reranker is not None:
-            pair = PairJob(place, self.reranker, settings.rerank.trust_remote_code, settings.rerank.depth)
-            pool = sizes.pools["rerankers"]
-            score = make_score_job(settings, place, self.reranker, pool)
-            rows = by_reranker(rows, tasks, pool, pair, score, texts)
-        layers = self.reranker.layer_scores if self.reranker is not None else ()
-        spans = SPAN_SCHEMA.names if self.source.chunked else ()
-        rows = by_tasks(rows, part_stage, tasks, place=place, more=(*spans, *layers))
-        return receipts(rows)
+        return by_actors(rows, ModelStage, encoders, encode)
 
     def _start_searchers(self, files: list[Any], shards: ShardMap, pool: Pool) -> list[ActorHandle]:
         """Start the actors that share the index, or the shards of an exact search."""
