@@ -16,7 +16,8 @@ from bge_ray.model.folder import ModelFolder
 from bge_ray.model.spec import for_trial, model_folder, resolve_encoder, text_feeder
 from bge_ray.model.weights import weights_bytes
 from bge_ray.pipeline.embed.planning import extend_plan, scan_objects, settle_limits, unchanged_objects
-from bge_ray.pipeline.embed.tasks import CorpusUnit, ReadTask, SpanTask
+from bge_ray.pipeline.embed.sources import NEAR_ROWS, earlier_shards, nearest
+from bge_ray.pipeline.embed.tasks import CorpusUnit, ReadTask, Source, SpanTask
 from bge_ray.pipeline.engine.pools import await_pools, cluster_sizes, device_of, encoder_request
 from bge_ray.pipeline.engine.tasks import run_tasks
 from bge_ray.pipeline.work import refuse_taken
@@ -113,7 +114,10 @@ def prepare(settings: Settings) -> Planned:
     _refuse_large(removal, settings, dataset.root)
     finished = dataset.finished()
     _check_given(dataset, number, previous, finished)
-    todo, still_finished = _subtract(spec, plan, finished)
+    shards: Mapping[int, list[Source]] = {}
+    if settings.output.reuse != "off":
+        shards = earlier_shards(dataset.read_manifest(), finished, plan, spec.vector_fingerprint)
+    todo, still_finished = _subtract(spec, plan, finished, shards)
     if todo and settings.index.build:
         _check_index(settings, storage, spec, plan)
     if todo and not changed and _must_be_tried(model, spec_there):
@@ -162,7 +166,7 @@ def _check_index(settings: Settings, storage: Storage, spec: DatasetSpec, plan: 
 
 
 def _subtract(
-    spec: DatasetSpec, plan: Plan, finished: dict[str, Marker]
+    spec: DatasetSpec, plan: Plan, finished: dict[str, Marker], shards: Mapping[int, list[Source]]
 ) -> tuple[tuple[ReadTask, ...], dict[str, Marker]]:
     """Return what is to be read, and the markers that the plan still wants."""
     spans: dict[tuple[int, int], list[SpanTask]] = {}
@@ -170,6 +174,8 @@ def _subtract(
     rows_fingerprint = spec.rows_fingerprint
     for corpus_object in plan.objects:
         bare = dataclasses.replace(corpus_object, spans=())
+        numbers = (corpus_object.object_no, *corpus_object.earlier)
+        sources = [source for number in numbers for source in shards.get(number, ())]
         for span in corpus_object.spans:
             units = []
             for unit in span_units(corpus_object.object_no, span):
@@ -183,7 +189,9 @@ def _subtract(
                 corpus_object.object_no if corpus_object.group is None else corpus_object.group,
                 span.first_row,
             )
-            spans.setdefault(place, []).append(SpanTask(bare, span, tuple(units)))
+            n_rows = sum(span.unit_rows)
+            near = nearest(sources, span.first_row, n_rows, NEAR_ROWS + 2 * n_rows)
+            spans.setdefault(place, []).append(SpanTask(bare, span, tuple(units), tuple(near)))
     tasks = (ReadTask(tuple(together)) for together in spans.values())
     return tuple(task for task in tasks if task.todo), wanted
 
