@@ -24,7 +24,6 @@ from bge_ray.report.words import count, duration, short, size
 STAGES = ("read", "tokenise", "encode", "write")
 _ORIGINS = {
     "object": "from earlier versions or copies of their files",
-    "corpus": "from elsewhere in the data set",
     "repeated": "from the same text in the same unit",
 }
 SHARES = (0.5, 0.9, 0.99)
@@ -92,7 +91,7 @@ def _reused(report: EmbedReport) -> list[Html]:
     saved = f" They would have cost about {report.cost_saved:,.2f}." if report.cost_saved is not None else ""
     return [
         paragraph(
-            f"Of {report.rows_reused:,} rows nothing was encoded: their texts had vectors. Vectors taken over: "
+            f"Of {report.rows_reused:,} rows nothing was encoded: their texts had vectors. Taken over: "
             f"{sources}; with {report.tokens_reused:,} tokens, beside {report.tokens_encoded:,} that were "
             f"encoded.{saved}"
         )

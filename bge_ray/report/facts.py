@@ -329,7 +329,7 @@ def summarise(facts: RunFacts, *, ended: float, price_per_hour: float | None) ->
 
 
 def cost_saved(facts: RunFacts, tokens: int, price_per_hour: float | None) -> float | None:
-    """Return what devices would have cost to encode more tokens, at the rate at which they computed in the run.
+    """Return what devices would have cost to encode more tokens, at the rate at which they computed.
 
     None without a price, or if nothing was encoded.
     """

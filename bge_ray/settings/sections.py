@@ -34,7 +34,7 @@ OutputDtype: TypeAlias = Literal["float32", "float16"]
 EncoderOutput: TypeAlias = Literal["embedding", "sparse", "colbert"]
 Kernels: TypeAlias = Literal["plain", "fused"]
 Auto: TypeAlias = Literal["auto"]
-Reuse: TypeAlias = Literal["object", "corpus", "off"]
+Reuse: TypeAlias = Literal["object", "off"]
 
 # Of two letters or more: C:/ is a path.
 _ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
@@ -317,9 +317,8 @@ class OutputSettings(Section):
     )
     reuse: Reuse = Field(
         "object",
-        description="which texts take vectors that are there: object, those of earlier versions of a file and "
-        "of files that it may be a copy of, and repeats within a unit; corpus, all texts, at the price of a "
-        "pass over the corpus; off, none",
+        description="which texts take vectors that are there: object, those of earlier versions of a file, of "
+        "files that it may be a copy of, and repeats within a unit; off, none",
     )
 
     @field_validator("reuse", mode="before")

@@ -306,6 +306,8 @@ class EmbedWork:
                 "folder of one machine is no output for a cluster of several (use a bucket or a shared "
                 "disk), or they were removed; run again"
             )
+        # A run that dies between the two leaves old shards under new columns, and the next one publishes.
+        self.dataset.change_rows(self._planned.spec)
         self.dataset.publish(manifest)
         self._manifest = manifest
 

@@ -53,6 +53,20 @@ def unchanged_objects(
     return same
 
 
+def seen_again(
+    unchanged: Mapping[str, CorpusObject], scanned: Sequence[ScannedObject], columns: Columns
+) -> dict[str, CorpusObject]:
+    """Return objects that stay as they were cut, with what a later scan found of new columns in their paths.
+
+    Raises:
+        CorpusError: an object lacks a column, or has it in a type that does not fit.
+    """
+    for scan in scanned:
+        check_columns(scan, columns)
+    found = {scan.info.uri: scan.partitions for scan in scanned}
+    return {uri: dataclasses.replace(unchanged[uri], partitions=found[uri]) for uri in found}
+
+
 def settle_limits(
     batching: BatchingSettings,
     infos: Sequence[ObjectInfo],

@@ -5,8 +5,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import pyarrow as pa
-
 from bge_ray.dataset.changes import check_changes
 from bge_ray.dataset.folder import Dataset
 from bge_ray.errors import CorpusError, DatasetMismatchError, SettingsError
@@ -15,7 +13,13 @@ from bge_ray.model.feed.chunks import Chunker, splitting_rules
 from bge_ray.model.folder import ModelFolder
 from bge_ray.model.spec import for_trial, model_folder, resolve_encoder, text_feeder
 from bge_ray.model.weights import weights_bytes
-from bge_ray.pipeline.embed.planning import extend_plan, scan_objects, settle_limits, unchanged_objects
+from bge_ray.pipeline.embed.planning import (
+    extend_plan,
+    scan_objects,
+    seen_again,
+    settle_limits,
+    unchanged_objects,
+)
 from bge_ray.pipeline.embed.sources import NEAR_ROWS, earlier_shards, nearest
 from bge_ray.pipeline.embed.tasks import CorpusUnit, ReadTask, Source, SpanTask
 from bge_ray.pipeline.engine.pools import await_pools, cluster_sizes, device_of, encoder_request
@@ -92,23 +96,28 @@ def prepare(settings: Settings) -> Planned:
     canaries = spec_there.canaries if spec_there is not None else ()
     if changed and _must_be_tried(model, spec_there):
         canaries = _try_model(settings, model, chunking)
+    # A column that no shard has: its type is looked for in all objects, and in the paths of those that stay.
+    new_columns = spec_there is not None and set(settings.corpus.keep_columns) - set(spec_there.columns.kept)
+    again = [info for info in listed if info.uri in unchanged] if new_columns else []
     scanned = []
     encoders = 1
     if changed:
         sizes = cluster_sizes(settings, [encoder_request(settings, MOST_ENCODERS)], [], lambda: None)
         encoders = sizes.pools["encoders"].count
     limits = settle_limits(settings.batching, changed, encoders, model, chunking)
-    if changed:
-        logger.info("scanning %d of %d corpus objects", len(changed), len(listed))
-        scanned = scan_objects(storage, changed, settings.corpus, limits, settings.report.log_interval_s)
+    if to_scan := [*changed, *again]:
+        logger.info("scanning %d of %d corpus objects", len(to_scan), len(listed))
+        scanned = scan_objects(storage, to_scan, settings.corpus, limits, settings.report.log_interval_s)
     if spec_there is not None:
-        columns = _same_columns(settings, spec_there.columns)
+        found = resolve_columns(scanned, settings.corpus).kept if new_columns else {}
+        columns = _same_columns(settings, spec_there.columns, found)
+        unchanged |= seen_again(unchanged, scanned[len(changed) :], columns)
     else:
         columns = resolve_columns(scanned, settings.corpus)
     spec = DatasetSpec(model, columns, canaries, chunking)
     if spec_there is not None:
         spec.check_same(spec_there, dataset.root)
-    plan = extend_plan(unchanged, previous, scanned, columns, limits)
+    plan = extend_plan(unchanged, previous, scanned[: len(changed)], columns, limits)
     plan = dataclasses.replace(plan, corpus=absolute(str(settings.corpus.uri)))
     removal = find_removal(previous, plan)
     _refuse_large(removal, settings, dataset.root)
@@ -285,12 +294,12 @@ def try_task(spec: ModelSpec, chunking: Chunking | None, trust_remote_code: bool
     return make_canaries(model, text_feeder(spec, trust_remote_code=trust_remote_code))
 
 
-def _same_columns(settings: Settings, there: Columns) -> Columns:
-    """Return the columns of the data set, changed where the settings name others."""
+def _same_columns(settings: Settings, there: Columns, new: Mapping[str, ColumnType]) -> Columns:
+    """Return the columns of the data set, changed where the settings name others; ``new`` ones by type."""
     corpus = settings.corpus
     return Columns(
         id=there.id if corpus.id_column == "auto" else corpus.id_column,
         text=corpus.text_column,
         title=there.title if corpus.title_column == "auto" else corpus.title_column,
-        kept={name: there.kept.get(name, ColumnType.of(pa.string())) for name in corpus.keep_columns},
+        kept={name: there.kept[name] if name in there.kept else new[name] for name in corpus.keep_columns},
     )

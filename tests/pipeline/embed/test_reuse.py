@@ -1,13 +1,11 @@
 """Texts that have vectors are not encoded again, and what comes out is what a clean run makes."""
 
-import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
-from bge_ray.pipeline.embed.job import embed, plan_only
+from bge_ray.pipeline.embed.job import embed
 from bge_ray.pipeline.embed.prepare import prepare
 from bge_ray.records.reports import EmbedReport
 from bge_ray.settings.sections import Settings, parse_settings
@@ -156,9 +154,7 @@ def test_chunks_are_reused_wherever_they_stand_in_their_text(bucket: str, tiny_m
     check_as_if_clean(bucket, tiny_model, *keys)
 
 
-def test_a_damaged_shard_gives_nothing(
-    bucket: str, tiny_model: Path, passages: list[dict[str, str]]
-) -> None:
+def test_a_damaged_shard_gives_nothing(bucket: str, tiny_model: Path, passages: list[dict[str, str]]) -> None:
     upload(bucket, {"a.jsonl": jsonl_bytes(passages[:120])})
     embed(settings_for(bucket, tiny_model))
     damaged, good = [m.embeddings for m in read_manifest(f"{bucket}/out").shards]
@@ -191,3 +187,26 @@ def test_off_reuses_nothing_and_a_run_goes_on_with_another_setting(
     again = embed(settings_for(bucket, tiny_model, "output.reuse=off"))
     assert again.report.units_done == 1
     check_as_if_clean(bucket, tiny_model)
+
+
+def test_a_column_that_comes_or_goes_embeds_nothing_and_keeps_every_id(
+    bucket: str, tiny_model: Path, passages: list[dict[str, str]]
+) -> None:
+    rows = [{**p, "n": n, "lang": "en"} for n, p in enumerate(passages[:90])]
+    data = jsonl_bytes(rows)  # type: ignore[arg-type]
+    for day in (1, 2):
+        upload(bucket, {f"day={day}/a.jsonl": data})
+    embed(settings_for(bucket, tiny_model, "corpus.keep_columns=[lang]"))
+    before = read_shards(f"{bucket}/out")
+    wanted = "corpus.keep_columns=[n,day,lang]"
+    report = embed(settings_for(bucket, tiny_model, wanted)).report
+    assert (report.tokens_encoded, report.rows_reused) == (0, 180)
+    after = read_shards(f"{bucket}/out")
+    assert after["n"].to_pylist() == list(range(90)) * 2
+    assert after["day"].to_pylist() == ["1"] * 90 + ["2"] * 90
+    assert after.select(before.schema.names).equals(before)
+    assert embed(settings_for(bucket, tiny_model, wanted)).report.outcome == "nothing to do"
+    report = embed(settings_for(bucket, tiny_model)).report
+    assert (report.tokens_encoded, report.rows_reused) == (0, 180)
+    assert read_shards(f"{bucket}/out").equals(before.drop_columns(["lang"]))
+    check_nothing_left_over(f"{bucket}/out")
