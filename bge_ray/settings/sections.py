@@ -317,8 +317,8 @@ class OutputSettings(Section):
     )
     reuse: Reuse = Field(
         "object",
-        description="which texts take vectors that are there: object, those of earlier versions of a file, of "
-        "files that it may be a copy of, and repeats within a unit; off, none",
+        description="which texts take vectors that are there: object, those of earlier versions of a file, "
+        "of files that it may be a copy of, and repeats within a unit; off, none",
     )
 
     @field_validator("reuse", mode="before")

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bge_ray.pipeline.embed.job import embed
+from bge_ray.pipeline.embed.estimate import Share
+from bge_ray.pipeline.embed.job import embed, plan_only
 from bge_ray.pipeline.embed.prepare import prepare
 from bge_ray.records.reports import EmbedReport
 from bge_ray.settings.sections import Settings, parse_settings
@@ -210,3 +211,17 @@ def test_a_column_that_comes_or_goes_embeds_nothing_and_keeps_every_id(
     assert (report.tokens_encoded, report.rows_reused) == (0, 180)
     assert read_shards(f"{bucket}/out").equals(before.drop_columns(["lang"]))
     check_nothing_left_over(f"{bucket}/out")
+
+
+def test_a_dry_run_counts_what_has_vectors(
+    bucket: str, tiny_model: Path, passages: list[dict[str, str]]
+) -> None:
+    upload(bucket, {"a.jsonl": jsonl_bytes(passages[:60]), "b.jsonl": jsonl_bytes(passages[60:120])})
+    embed(settings_for(bucket, tiny_model))
+    upload(bucket, {"a.jsonl": jsonl_bytes([*passages[:45], *passages[200:215]])})
+    told = plan_only(settings_for(bucket, tiny_model))
+    assert (told.rows_todo, told.reused) == (60, Share(60, 45))
+    assert "45 of 60 rows looked at" in "\n".join(told.lines())
+    report = embed(settings_for(bucket, tiny_model)).report
+    assert report.rows_reused == 45
+    assert told.tokens == pytest.approx(report.tokens_encoded, rel=0.5)
