@@ -1,4 +1,4 @@
-"""What a nightly run encodes: real rows, of which some changed, went, came, were renamed and copied; and killed.
+"""What a nightly run encodes of real rows: some changed, went and came, files were renamed and copied.
 
     python -m tests.support.reuse_scale --rows 20000 --kills 5 --work /tmp/reuse
 
@@ -51,7 +51,7 @@ def make_corpus(folder: Path, n_rows: int) -> list[list[dict[str, str]]]:
 
 
 def change_corpus(folder: Path, files: list[list[dict[str, str]]], seed: int = 0) -> Night:
-    """Change, delete and add 1 % of the rows, in all files but two, of which one is renamed and one copied."""
+    """Change, delete and add 1 % of the rows, in all files but two: one is renamed, one copied."""
     rng = random.Random(seed)
     n_rows = sum(map(len, files))
     places = [(k, n) for k in range(2, FILES) for n in range(len(files[k]))]
