@@ -19,6 +19,8 @@ class Unit:
         return f"{self.object_no:08d}-{self.first_row:010d}"
 
 
+# The version of an object of which its store tells none.
+NO_VERSION = "-"
 # A token has at least so many bytes of text, in nearly every text: about 4.5 in English, 3 in code.
 BYTES_PER_TOKEN = 3
 
@@ -150,7 +152,7 @@ def find_removal(previous: Plan | None, plan: Plan) -> Removal:
         return Removal()
     there = {corpus_object.uri for corpus_object in plan.objects}
     before = {corpus_object.uri for corpus_object in previous.objects}
-    new = {(o.size, o.etag) for o in plan.objects if o.uri not in before}
+    new = {(o.size, o.etag) for o in plan.objects if o.uri not in before and o.etag != NO_VERSION}
     gone = [o for o in previous.objects if o.uri not in there and (o.size, o.etag) not in new]
     rows_before = sum(corpus_object.n_rows for corpus_object in previous.objects)
     return Removal(tuple(o.uri for o in gone), sum(o.n_rows for o in gone), rows_before)

@@ -9,8 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from bge_ray.formats.corpus import ScannedObject
 from bge_ray.pipeline.embed.tasks import Source
 from bge_ray.records.dataset import Manifest, Marker
-from bge_ray.records.plan import CorpusObject, Plan
-from bge_ray.storage.objects import NO_VERSION
+from bge_ray.records.plan import NO_VERSION, CorpusObject, Plan
 
 # Objects that a new one is compared with.
 MAX_EARLIER = 4

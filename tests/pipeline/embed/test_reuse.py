@@ -1,10 +1,13 @@
 """Texts that have vectors are not encoded again, and what comes out is what a clean run makes."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from bge_ray.dataset.reader import open_reader
+from bge_ray.errors import BgeRayError, StorageError
 from bge_ray.pipeline.embed.estimate import Share
 from bge_ray.pipeline.embed.job import embed, plan_only
 from bge_ray.pipeline.embed.prepare import prepare
@@ -13,6 +16,7 @@ from bge_ray.settings.sections import Settings, parse_settings
 from bge_ray.storage.objects import Storage, join
 from tests.support.corpora import docstrings, jsonl_bytes, parquet_bytes
 from tests.support.datasets import check_nothing_left_over, read_manifest, read_shards
+from tests.support.models import make_m3
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -225,3 +229,58 @@ def test_a_dry_run_counts_what_has_vectors(
     report = embed(settings_for(bucket, tiny_model)).report
     assert report.rows_reused == 45
     assert told.tokens == pytest.approx(report.tokens_encoded, rel=0.5)
+
+
+def test_all_outputs_of_a_row_are_reused_together(
+    bucket: str, tmp_path: Path, passages: list[dict[str, str]]
+) -> None:
+    model = make_m3(tmp_path / "m3", colbert_dim=24, positions=128, pickled=True)
+    keys = ["model.outputs=[embedding,sparse,colbert]", "batching.unit_rows=30"]
+    upload(bucket, {"a.jsonl": jsonl_bytes(passages[:40])})
+    first = embed(settings_for(bucket, model, *keys)).report
+    repeated = [
+        {**passages[0], "id": "again"},
+        {**passages[50], "id": "new"},
+        {**passages[50], "id": "twice"},
+    ]
+    upload(bucket, {"a.jsonl": jsonl_bytes([*repeated, *passages[:40]])})
+    report = embed(settings_for(bucket, model, *keys)).report
+    assert reused(report) == (42, {"object": 41, "repeated": 1})
+    assert report.tokens_encoded < 0.1 * first.tokens
+    check_as_if_clean(bucket, model, *keys)
+
+
+def test_who_reads_while_a_run_publishes_reads_to_the_end(
+    bucket: str, tiny_model: Path, passages: list[dict[str, str]]
+) -> None:
+    """Old shards stay for output.grace_s: of readers that opened before, while and after, none fails."""
+    upload(bucket, {"a.jsonl": jsonl_bytes(passages[:120])})
+    kept = settings_for(bucket, tiny_model, "output.grace_s=3600")
+    embed(kept)
+    old = open_reader(f"{bucket}/out")
+    ended, counts, failed = threading.Event(), [], []
+
+    def read_on() -> None:
+        while not ended.is_set():
+            try:
+                counts.append(sum(len(batch) for batch in open_reader(f"{bucket}/out").batches()))
+            except BgeRayError as error:
+                failed.append(error)
+
+    reader = threading.Thread(target=read_on)
+    reader.start()
+    upload(bucket, {"a.jsonl": jsonl_bytes([*passages[5:120], *passages[200:220]])})
+    try:
+        embed(kept)
+    finally:
+        ended.set()
+        reader.join()
+    assert not failed
+    assert set(counts) <= {120, 135} and 120 in counts
+    assert sum(len(batch) for batch in open_reader(f"{bucket}/out").batches()) == 135
+    assert {n for batch in old.batches() for n in batch.passage_ids.to_pylist()} == {
+        p["id"] for p in passages[:120]
+    }
+    embed(settings_for(bucket, tiny_model, "output.grace_s=0"))
+    with pytest.raises(StorageError, match=r"embeddings/.*parquet"):
+        list(old.batches())
