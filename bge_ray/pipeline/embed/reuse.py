@@ -143,7 +143,7 @@ def settle_reused(table: pa.Table, spec: DatasetSpec) -> pa.Table:
         encoded, known = whole(table[output.name]), whole(table[KNOWN + output.name])
         there = known.is_valid().to_numpy(zero_copy_only=False)
         rows = np.where(there, np.arange(n) + n, np.arange(n))[like]
-        both = pa.concat_arrays([encoded, known.cast(encoded.type)])
+        both = pa.concat_arrays([encoded, known])
         place = table.schema.get_field_index(output.name)
         table = table.set_column(place, output.name, both.take(pa.array(rows)))
     for name in ("reason", "detail"):
