@@ -134,6 +134,7 @@ def _group(ending: Ending) -> "TyperGroup":
     _add_demo(app, ending)
     _add_compare(app, ending)
     _add_ask(app, ending)
+    _add_changes(app, ending)
 
     @app.command("models", help="List the models that are known by card: what each makes, and what it takes.")
     def models() -> None:
@@ -276,6 +277,35 @@ def _add_ask(app: "Typer", ending: Ending) -> None:
 
         ending.configure(log_format)
         ending.run(work, lambda: None)
+
+
+def _add_changes(app: "Typer", ending: Ending) -> None:
+    from typer import Option
+
+    from bge_ray.changes import SAYS, changes_job
+
+    @app.command("changes", help=SAYS, epilog=_settings_epilog(("output.uri", "output.storage_timeout_s")))
+    def changes(
+        since: Annotated[int, Option(min=0, help="Number of the change that is known; 0: none.")] = 0,
+        output: Annotated[
+            str | None,
+            Option(
+                metavar="FILE_OR_URI", help="Write this file (.parquet, else JSON lines); default: to stdout."
+            ),
+        ] = None,
+        config: Annotated[
+            str | None,
+            Option(metavar="FILE_OR_URI", help="YAML file with settings, local or on any fsspec URI."),
+        ] = None,
+        overrides: Annotated[
+            list[str] | None,
+            Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; may be repeated."),
+        ] = None,
+        dry_run: Annotated[bool, Option("--dry-run", help="Write no file, and tell all on stdout.")] = False,
+        log_format: Annotated[LogFormat, Option(help="Format of the log lines.")] = "text",
+    ) -> None:
+        asked = Asked(config, tuple(overrides or ()), dry_run, False, log_format)
+        _run_here(changes_job(since, output), asked, ending)
 
 
 def _settings_epilog(reads: Sequence[str]) -> str | None:

@@ -302,7 +302,7 @@ def test_what_goes_to_other_processes_carries_no_secret(
     folder = open_folder(storage, f"{bucket}/index", "index", "output.uri")
     shipped = {
         "settings": parse_settings(None, [f"corpus.uri={bucket}", f"output.uri={bucket}/out"]),
-        "embed": EmbedJob(storage, bucket, spec, "zstd", False, 3, ledger),
+        "embed": EmbedJob(storage, bucket, spec, "zstd", False, 3, ledger, "object"),
         "model": ModelJob("encode", model, "cpu", 1, 1024, False, ledger, 3),
         "model stage": ModelStage,
         "search": QueryJob(place, model, False),

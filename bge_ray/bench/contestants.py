@@ -137,6 +137,7 @@ def embed_job(task: Task) -> Result:
             "corpus.uri": task.corpus,
             "corpus.title_column": "null",
             "output.uri": folder,
+            "output.reuse": "off",  # texts repeat, and all are to be encoded
             "model.name": task.model,
             "model.max_length": task.max_length,
             "model.dtype": task.dtype,

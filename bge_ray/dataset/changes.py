@@ -2,13 +2,14 @@
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from bge_ray.errors import DatasetMismatchError
+from bge_ray.errors import DatasetMismatchError, SettingsError
 from bge_ray.records.canonical import digest, from_json, to_json
 from bge_ray.records.dataset import Manifest, Marker
 from bge_ray.records.ids import id_range
+from bge_ray.records.plan import Unit
 from bge_ray.storage.objects import Storage, join
 
 _NAME = re.compile(r"changes/(\d{6})\.json$")
@@ -109,8 +110,7 @@ def _paths(markers: Iterable[Marker]) -> tuple[str, ...]:
 
 def _id_ranges(markers: Iterable[Marker]) -> tuple[tuple[int, int], ...]:
     """Return the ranges of ids of units, neighbours joined."""
-    units = sorted(marker.unit for marker in markers)
-    ranges = [id_range(u.object_no, u.first_row, u.n_rows) for u in units]
+    ranges = sorted(_ids(marker.unit) for marker in markers)
     joined: list[tuple[int, int]] = []
     for start, stop in ranges:
         if joined and joined[-1][1] == start:
@@ -124,11 +124,96 @@ def read_changes(storage: Storage, root: str, since: int = 0) -> list[Change]:
     """Return the changes after a number, in order, without those that never were published.
 
     Raises:
-        DatasetMismatchError: a file is not one of ours.
+        DatasetMismatchError: a file is not one of ours, or one that leads to the manifest is gone.
+        SettingsError: ``since`` is neither 0 nor the number of a change of that line.
     """
-    changes = [_read(storage, root, number) for number in _numbers(storage, root)]
+    # First: a change that is published meanwhile does not follow from it, and is left for the next time.
     manifest = storage.read_optional(join(root, "manifest.json"))
-    published = digest(manifest) if manifest is not None else None
+    return _line(storage, root, digest(manifest) if manifest is not None else None, since)
+
+
+def _line(storage: Storage, root: str, published: str | None, since: int) -> list[Change]:
+    """Return the changes after a number that lead to the manifest of a digest; see `read_changes`."""
+    changes = [_read(storage, root, number) for number in _numbers(storage, root)]
     follows = [*(change.before for change in changes[1:]), published]
     real = [c for c, following in itertools.zip_longest(changes, follows) if c.after == following]
+    before = None
+    for change in real:
+        if change.before != before:
+            raise DatasetMismatchError(
+                f"{_uri(root, change.number)}: the change before it is gone; start anew from manifest.json"
+            )
+        before = change.after
+    if since and since not in {change.number for change in real}:
+        last = real[-1].number if real else 0
+        raise SettingsError(
+            f"--since {since}: no change of that number leads to the manifest of {root}, the last one is "
+            f"{last}; start anew with 0"
+        )
     return [change for change in real if change.number > since]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What became of a data set after a change: to be applied in the order of the fields.
+
+    ``number`` is the change that leads to what is there now. The ids in the ranges of ``removed`` are gone.
+    Of the shards of ``replaced`` there were rows of the same ids before, of ``added`` none.
+    """
+
+    number: int
+    removed: tuple[tuple[int, int], ...]
+    replaced: tuple[Marker, ...]
+    added: tuple[Marker, ...]
+
+
+def read_difference(storage: Storage, root: str, manifest: Manifest, since: int) -> Difference:
+    """Return what became of a data set after a change, whatever was there for a while in between.
+
+    Args:
+        storage: where to read.
+        root: folder of the data set.
+        manifest: its manifest.
+        since: number of the change that is known; 0 for nothing.
+
+    Raises:
+        DatasetMismatchError, SettingsError: as `read_changes`.
+    """
+    changes = _line(storage, root, manifest_digest(manifest), since)
+    gone: list[tuple[int, int]] = []
+    born: list[tuple[int, int]] = []
+    paths: set[str] = set()
+    for change in changes:
+        gone = sorted([*gone, *_without(change.removed_ids, born)])
+        born = sorted([*_without(born, change.removed_ids), *_without(change.added_ids, gone)])
+        paths = (paths - set(change.removed)) | set(change.added)
+    replaced: list[Marker] = []
+    added: list[Marker] = []
+    for marker in manifest.shards:
+        if marker.embeddings is not None and marker.embeddings.path in paths:
+            (replaced if _without([_ids(marker.unit)], gone) != [_ids(marker.unit)] else added).append(marker)
+    live = sorted(_ids(marker.unit) for marker in replaced)
+    number = changes[-1].number if changes else since
+    return Difference(number, tuple(_without(gone, live)), tuple(replaced), tuple(added))
+
+
+def _ids(unit: Unit) -> tuple[int, int]:
+    return id_range(unit.object_no, unit.first_row, unit.n_rows)
+
+
+def _without(ranges: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return what is left of ascending ranges once all that is in other ascending ranges is taken out."""
+    left: list[tuple[int, int]] = []
+    place = 0
+    for start, stop in ranges:
+        while place < len(others) and others[place][1] <= start:
+            place += 1
+        k = place
+        while k < len(others) and others[k][0] < stop:
+            if others[k][0] > start:
+                left.append((start, others[k][0]))
+            start = max(start, others[k][1])
+            k += 1
+        if start < stop:
+            left.append((start, stop))
+    return left

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 ROW_GROUP_ROWS = 16_384
 FINGERPRINT_KEY = b"bge_ray.unit_fingerprint"
+VECTOR_FINGERPRINT_KEY = b"bge_ray.vector_fingerprint"
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class ShardWriter:
         model = self.spec.model
         facts = {
             FINGERPRINT_KEY: fingerprint,
-            b"bge_ray.vector_fingerprint": self.spec.vector_fingerprint,
+            VECTOR_FINGERPRINT_KEY: self.spec.vector_fingerprint,
             b"bge_ray.model": model.name,
             b"bge_ray.weights_sha256": model.weights_sha256,
             b"bge_ray.pooling": model.pooling,

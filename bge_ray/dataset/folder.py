@@ -102,6 +102,20 @@ class Dataset:
                 return
         spec.check_same(there, self.root)
 
+    def change_rows(self, spec: DatasetSpec) -> None:
+        """Let dataset.json say which columns the shards have that are about to be published.
+
+        Raises:
+            DatasetMismatchError: another data set is there, or none.
+            OutputCollisionError: a foreign file has the name.
+        """
+        there = self.read_spec()
+        if there is None:
+            raise DatasetMismatchError(f"{join(self.root, SPEC)}: is gone; restore it")
+        spec.check_same(there, self.root)
+        if there.rows_fingerprint != spec.rows_fingerprint:
+            self.folder.put(SPEC, to_json(there.with_rows_of(spec)))
+
     def latest_plan(self) -> tuple[int, Plan | None]:
         """Return the number of the newest plan and the plan; (0, None) where there is none.
 

@@ -40,6 +40,18 @@ def read_vectors(storage: Storage, root: str, fact: FileFact) -> Iterator[Vector
 
 def read_groups(storage: Storage, root: str, fact: FileFact, columns: Sequence[str]) -> Iterator[pa.Table]:
     """Read columns of one embedding shard, row group by row group; see `read_vectors`."""
+    with pq.ParquetFile(pa.BufferReader(read_verified(storage, root, fact))) as file:
+        for group in range(file.num_row_groups):
+            # The task that reads has one CPU; Arrow would take all there are.
+            yield file.read_row_group(group, columns=list(columns), use_threads=False)
+
+
+def read_verified(storage: Storage, root: str, fact: FileFact) -> bytes:
+    """Return the bytes of a shard.
+
+    Raises:
+        StorageError: it is missing, or its bytes are not those that the manifest vouches for.
+    """
     uri = join(root, fact.path)
     data = storage.read(uri)
     if len(data) != fact.bytes or hashlib.sha256(data).hexdigest() != fact.sha256:
@@ -47,10 +59,7 @@ def read_groups(storage: Storage, root: str, fact: FileFact, columns: Sequence[s
             f"{uri}: {len(data)} bytes that are not the {fact.bytes} the manifest vouches for; "
             "remove it and run embed.py again to make it anew"
         )
-    with pq.ParquetFile(pa.BufferReader(data)) as file:
-        for group in range(file.num_row_groups):
-            # The task that reads has one CPU; Arrow would take all there are.
-            yield file.read_row_group(group, columns=list(columns), use_threads=False)
+    return data
 
 
 @contextlib.contextmanager

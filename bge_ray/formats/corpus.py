@@ -20,9 +20,9 @@ from bge_ray.formats.rows import RawRows
 from bge_ray.formats.sought import Sought
 from bge_ray.formats.types import extension_names, is_text, plain_type, unify_all, unify_types, without_nulls
 from bge_ray.records.columns import Columns, ColumnType
-from bge_ray.records.plan import Coding, CorpusObject, Span, Unit, UnitLimits, span_units
+from bge_ray.records.plan import NO_VERSION, Coding, CorpusObject, Span, Unit, UnitLimits, span_units
 from bge_ray.settings.sections import CorpusSettings
-from bge_ray.storage.objects import NO_VERSION, ObjectInfo, Storage
+from bge_ray.storage.objects import ObjectInfo, Storage
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from bge_ray.errors import ModelError, StorageError
 from bge_ray.model.cache import cache_folder, locked
 from bge_ray.model.modules import MODULES_FILE, TRANSFORMER_FILES, list_modules, module_files
 from bge_ray.model.weights import HEAD_FILES, is_head, tensor_shapes, weight_files
-from bge_ray.storage.objects import NO_VERSION, ObjectInfo, Storage
+from bge_ray.records.plan import NO_VERSION
+from bge_ray.storage.objects import ObjectInfo, Storage
 
 logger = logging.getLogger(__name__)
 

@@ -21,6 +21,8 @@ from bge_ray.records.plan import Unit
 
 # Of which no vector depends, but the rows of shards do.
 ROWS_ONLY = ("columns.", "chunking.keep_text")
+# Which of these a data set may change: its vectors stay, its shards are written anew.
+MAY_CHANGE = ("columns.kept.", "chunking.keep_text")
 # Where a model lies and what is put before queries change no vector of the data set; canaries follow from
 # the model.
 NOT_DECISIVE = (
@@ -74,8 +76,12 @@ class DatasetSpec:
         absent = {key for key, before in OPTIONAL.items() if flat[key] == before}
         return {key: value for key, value in flat.items() if key not in NOT_DECISIVE and key not in absent}
 
+    def with_rows_of(self, other: "DatasetSpec") -> "DatasetSpec":
+        """Return this data set with the columns of another state of it, and what else may change."""
+        return dataclasses.replace(self, columns=other.columns, chunking=other.chunking)
+
     def check_same(self, other: "DatasetSpec", uri: str) -> None:
-        """Refuse to mix two data sets.
+        """Refuse to mix two data sets; which columns are carried along beside the vectors may change.
 
         Raises:
             DatasetMismatchError: names each field that differs, with both values.
@@ -84,7 +90,7 @@ class DatasetSpec:
         differ = [
             f"{key}: there {theirs.get(key)!r}, now {mine.get(key)!r}"
             for key in sorted(mine | theirs)
-            if mine.get(key) != theirs.get(key)
+            if mine.get(key) != theirs.get(key) and not key.startswith(MAY_CHANGE)
         ]
         if differ:
             raise DatasetMismatchError(

@@ -19,6 +19,8 @@ class Unit:
         return f"{self.object_no:08d}-{self.first_row:010d}"
 
 
+# The version of an object of which its store tells none.
+NO_VERSION = "-"
 # A token has at least so many bytes of text, in nearly every text: about 4.5 in English, 3 in code.
 BYTES_PER_TOKEN = 3
 
@@ -81,7 +83,8 @@ class CorpusObject:
     Small objects of one ``group`` (the number of its first) are read and encoded together and committed each
     on its own; None is an object by itself. A group is settled when its objects are planned, because which
     texts share a batch decides the last bits of their vectors. ``partitions`` are the kept columns that its
-    path and not its rows have, with their one value.
+    path and not its rows have, with their one value. ``earlier`` are numbers of objects, of this plan or
+    gone, whose texts it may have: where vectors to reuse are looked for.
     """
 
     object_no: int
@@ -92,6 +95,7 @@ class CorpusObject:
     spans: tuple[Span, ...]
     group: int | None = None
     partitions: tuple[tuple[str, str | None], ...] = ()
+    earlier: tuple[int, ...] = ()
 
     @property
     def n_rows(self) -> int:
@@ -123,7 +127,8 @@ class Plan:
 class Removal:
     """What the plan before had and this one leaves out: objects gone from the corpus, by URI, and their rows.
 
-    An object that is there with another content is replaced and not removed.
+    An object that is there with another content is replaced and not removed, and one of which the same
+    version is there under a new name is moved.
     """
 
     uris: tuple[str, ...] = ()
@@ -146,9 +151,11 @@ def find_removal(previous: Plan | None, plan: Plan) -> Removal:
     if previous is None:
         return Removal()
     there = {corpus_object.uri for corpus_object in plan.objects}
-    gone = [corpus_object for corpus_object in previous.objects if corpus_object.uri not in there]
-    before = sum(corpus_object.n_rows for corpus_object in previous.objects)
-    return Removal(tuple(o.uri for o in gone), sum(o.n_rows for o in gone), before)
+    before = {corpus_object.uri for corpus_object in previous.objects}
+    new = {(o.size, o.etag) for o in plan.objects if o.uri not in before and o.etag != NO_VERSION}
+    gone = [o for o in previous.objects if o.uri not in there and (o.size, o.etag) not in new]
+    rows_before = sum(corpus_object.n_rows for corpus_object in previous.objects)
+    return Removal(tuple(o.uri for o in gone), sum(o.n_rows for o in gone), rows_before)
 
 
 def span_units(object_no: int, span: Span) -> list[Unit]:

@@ -113,6 +113,12 @@ class EmbedReport(Report):
     ``removed_uris`` are some of the ``objects_removed`` that left the corpus, and with it the data set.
     ``tokenizer`` says what a person should know of how this run read texts; None if there is nothing.
     ``output_bytes`` are bytes a row of each output, before Parquet compresses them.
+
+    ``tokens`` are those of all rows that came out, ``tokens_encoded`` those that went through the model, and
+    ``tokens_reused`` those of vectors that were there already; rates and costs are of ``tokens_encoded``.
+    ``rows_reused`` are rows none of whose vectors was encoded for them; ``vectors_reused`` says where vectors
+    came from: object (a shard of an earlier state), repeated (the same text in the same unit). ``cost_saved``
+    is what the device would have taken for them, None if nobody knows.
     """
 
     output: str
@@ -127,6 +133,11 @@ class EmbedReport(Report):
     removed_uris: tuple[str, ...]
     tokenizer: str | None = None
     output_bytes: dict[str, float] = field(default_factory=dict)
+    tokens_encoded: int = 0
+    rows_reused: int = 0
+    tokens_reused: int = 0
+    vectors_reused: dict[str, int] = field(default_factory=dict)
+    cost_saved: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,23 @@ class PackedTokens:
     def __len__(self) -> int:
         return len(self.truncated)
 
+    def take(self, rows: npt.NDArray[np.int64]) -> "PackedTokens":
+        """Return the given (m,) rows, laid end to end; as it is if those are all."""
+        if len(rows) == len(self):
+            return self
+        lengths = self.lengths_of(rows)
+        offsets = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum(lengths, out=offsets[1:])
+        # Of each token, where it stands: its row's beginning here, less that there, and its own place.
+        shift = np.repeat(self.offsets[rows].astype(np.int64) - offsets[:-1], lengths)
+        return PackedTokens(
+            self.input_ids[np.arange(offsets[-1], dtype=np.int64) + shift],
+            offsets,
+            self.truncated[rows],
+            None if self.type_starts is None else self.type_starts[rows],
+            None if self.prompt_tokens is None else self.prompt_tokens[rows],
+        )
+
     @staticmethod
     def of(ids: "Sequence[Sequence[int]]", truncated: npt.NDArray[np.bool_]) -> "PackedTokens":
         """Lay the token ids of n rows end to end."""

@@ -22,6 +22,10 @@ from bge_ray.report.sections import (
 from bge_ray.report.words import count, duration, short, size
 
 STAGES = ("read", "tokenise", "encode", "write")
+_ORIGINS = {
+    "object": "from earlier versions or copies of their files",
+    "repeated": "from the same text in the same unit",
+}
 SHARES = (0.5, 0.9, 0.99)
 _KINDS = {
     "dense": "one vector",
@@ -37,7 +41,9 @@ def embed_page(report: EmbedReport) -> bytes:
         tiles(_figures(report)),
         advice_section(report),
         failures_section(report),
-        section("Rows", paragraph(_accounts(report)), *_removed(report), *_left_out(report)),
+        section(
+            "Rows", paragraph(_accounts(report)), *_reused(report), *_removed(report), *_left_out(report)
+        ),
         section("Outputs", paragraph("Before compression:"), table(_outputs(report))),
         section("Cost", table(_cost(report))),
         section("Where the time went", *_time(report)),
@@ -53,7 +59,7 @@ def _figures(report: EmbedReport) -> list[Figure]:
         ("Rows embedded", f"{report.rows_out:,}", f"of {report.rows_planned:,} to do"),
         wall_figure(report),
         left_out_figure(report, report.rows_rejected),
-        ("Tokens", short(report.tokens), f"{short(report.tokens_per_s)} a second"),
+        ("Tokens encoded", short(report.tokens_encoded), f"{short(report.tokens_per_s)} a second"),
         ("Encoders busy", f"{report.utilisation:.0%}", busy),
         price_figure(report),
     ]
@@ -76,6 +82,20 @@ def _outputs(report: EmbedReport) -> list[tuple[str, str]]:
         each = f"{size:,.0f} bytes a row" if size is not None else "no row in this run"
         told.append((output.name, f"{_KINDS[output.kind]}, {output.dtype}, {each}"))
     return told
+
+
+def _reused(report: EmbedReport) -> list[Html]:
+    if not report.vectors_reused:
+        return []
+    sources = ", ".join(f"{n:,} {_ORIGINS[origin]}" for origin, n in report.vectors_reused.items())
+    saved = f" They would have cost about {report.cost_saved:,.2f}." if report.cost_saved is not None else ""
+    return [
+        paragraph(
+            f"Of {report.rows_reused:,} rows nothing was encoded: their texts had vectors. Taken over: "
+            f"{sources}; with {report.tokens_reused:,} tokens, beside {report.tokens_encoded:,} that were "
+            f"encoded.{saved}"
+        )
+    ]
 
 
 def _removed(report: EmbedReport) -> list[Html]:

@@ -46,6 +46,7 @@ class Receipt:
     reasons: Mapping[str, int]
     examples: tuple[RejectedRow, ...]
     tokens: int
+    tokens_encoded: int
     padded_tokens: int
     truncated: int
     bytes_in: int
@@ -70,7 +71,8 @@ def read_receipt(rows: int, noted: Mapping[str, Any]) -> Receipt:
             unit's, ``written`` the last moment; tokens, padded_tokens, truncated (or
             query_tokens, pair_tokens, truncated_queries, truncated_pairs), text_bytes, bytes_out,
             memory_splits, lengths, device_s, waited_s; rows_out, reasons, rejected_examples, without which
-            every row came out. Other whole numbers are counted by their own names.
+            every row came out; tokens_encoded, without which all tokens were. Other whole numbers are counted
+            by their own names.
     """
     reasons = dict(noted.get("reasons", {}))
     queries, pairs = noted.get("query_tokens", 0), noted.get("pair_tokens", 0)
@@ -87,12 +89,14 @@ def read_receipt(rows: int, noted: Mapping[str, Any]) -> Receipt:
             spent = noted[f"{stage}_ended"] - noted[f"{stage}_started"]
             # Units overlap in an actor; while one waits for the device, the time is another's.
             stage_s[stage] = spent - noted.get(f"{stage}_queued", 0.0)
+    tokens = noted.get("tokens", 0) + queries + pairs
     return Receipt(
         rows=rows,
         rows_out=noted.get("rows_out", rows - sum(reasons.values())),
         reasons=reasons,
         examples=tuple(RejectedRow(**example) for example in noted.get("rejected_examples", ())),
-        tokens=noted.get("tokens", 0) + queries + pairs,
+        tokens=tokens,
+        tokens_encoded=noted.get("tokens_encoded", tokens),
         # A reranker notes the padding of its pairs in the place of that of the queries before them.
         padded_tokens=noted.get("padded_tokens", 0) + (queries if "score_ended" in noted else 0),
         truncated=sum(noted.get(name, 0) for name in ("truncated", "truncated_queries", "truncated_pairs")),
@@ -111,7 +115,7 @@ def read_receipt(rows: int, noted: Mapping[str, Any]) -> Receipt:
 
 @dataclass(frozen=True)
 class Moment:
-    """When a unit was at work, for how long a model computed for it, and what came of it."""
+    """When a unit was at work, how long a model computed, for how many tokens, and how many rows it has."""
 
     began: float
     ended: float
@@ -143,6 +147,7 @@ class RunFacts:
     examples: list[RejectedRow] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     tokens: int = 0
+    tokens_encoded: int = 0
     padded_tokens: int = 0
     truncated: int = 0
     bytes_in: int = 0
@@ -184,6 +189,7 @@ class RunFacts:
         self.rows_in += receipt.rows
         self.rows_out += receipt.rows_out
         self.tokens += receipt.tokens
+        self.tokens_encoded += receipt.tokens_encoded
         self.padded_tokens += receipt.padded_tokens
         self.truncated += receipt.truncated
         self.bytes_in += receipt.bytes_in
@@ -201,7 +207,7 @@ class RunFacts:
         if receipt.began is not None and receipt.ended is not None:
             self.mark_work(receipt.began, receipt.ended)
             times = (receipt.began, receipt.ended, receipt.device_s)
-            self.timeline.append(Moment(*times, receipt.tokens, receipt.rows))
+            self.timeline.append(Moment(*times, receipt.tokens_encoded, receipt.rows))
 
     def mark_work(self, began: float, ended: float) -> None:
         """Widen the time of work to a span."""
@@ -303,10 +309,10 @@ def summarise(facts: RunFacts, *, ended: float, price_per_hour: float | None) ->
         bytes_out=facts.bytes_out,
         tokens=facts.tokens,
         truncated=facts.truncated,
-        padding_waste=1 - facts.tokens / facts.padded_tokens if facts.padded_tokens else 0.0,
+        padding_waste=1 - facts.tokens_encoded / facts.padded_tokens if facts.padded_tokens else 0.0,
         memory_splits=facts.memory_splits,
         rows_per_s=facts.rows_out / steady if steady else 0.0,
-        tokens_per_s=facts.tokens / steady if steady else 0.0,
+        tokens_per_s=facts.tokens_encoded / steady if steady else 0.0,
         device=workers.device,
         devices=workers.devices,
         workers=dict(workers.counts),
@@ -315,9 +321,22 @@ def summarise(facts: RunFacts, *, ended: float, price_per_hour: float | None) ->
         device_hours=hours,
         price_per_hour=price_per_hour,
         cost=cost,
-        cost_per_million_tokens=cost / facts.tokens * 1e6 if cost is not None and facts.tokens else None,
+        cost_per_million_tokens=(
+            cost / facts.tokens_encoded * 1e6 if cost is not None and facts.tokens_encoded else None
+        ),
         throughput=_throughput(facts),
     )
+
+
+def cost_saved(facts: RunFacts, tokens: int, price_per_hour: float | None) -> float | None:
+    """Return what devices would have cost to encode more tokens, at the rate at which they computed.
+
+    None without a price, or if nothing was encoded.
+    """
+    if price_per_hour is None or not facts.tokens_encoded or not facts.workers.models:
+        return None
+    device_s = facts.device_s * tokens / facts.tokens_encoded * facts.workers.devices / facts.workers.models
+    return price_per_hour * device_s / 3600
 
 
 def text_lengths(facts: RunFacts) -> Lengths:

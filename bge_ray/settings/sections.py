@@ -34,6 +34,7 @@ OutputDtype: TypeAlias = Literal["float32", "float16"]
 EncoderOutput: TypeAlias = Literal["embedding", "sparse", "colbert"]
 Kernels: TypeAlias = Literal["plain", "fused"]
 Auto: TypeAlias = Literal["auto"]
+Reuse: TypeAlias = Literal["object", "off"]
 
 # Of two letters or more: C:/ is a path.
 _ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
@@ -314,6 +315,16 @@ class OutputSettings(Section):
         ge=0,
         description="how long files of an earlier state stay for those who still read it, in seconds",
     )
+    reuse: Reuse = Field(
+        "object",
+        description="which texts take vectors that are there: object, those of earlier versions of a file, "
+        "of files that it may be a copy of, and repeats within a unit; off, none",
+    )
+
+    @field_validator("reuse", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML takes the bare word for a truth value
 
 
 class ResourcesSettings(Section):

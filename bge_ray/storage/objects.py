@@ -27,6 +27,7 @@ import tenacity
 from fsspec.core import url_to_fs
 
 from bge_ray.errors import StorageAccessError, StorageError
+from bge_ray.records.plan import NO_VERSION
 from bge_ray.storage.links import ThroughLinks
 from bge_ray.storage.ranges import read_s3_range
 
@@ -44,7 +45,6 @@ LOCK_SUFFIX = ".bge-ray-lock"
 # What stores call that which changes with the content, and the time of the last write where none does.
 _ETAG_KEYS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "Content-MD5", "Digest")
 _TIME_KEYS = ("mtime", "last_modified", "LastModified", "Last-Modified", "created")
-NO_VERSION = "-"
 FOLDER_ENDINGS = ("/", "_$folder$")
 # Web servers are asked about so many files at once.
 PARALLEL_LOOKS = 16

@@ -59,13 +59,25 @@ def test_another_spec_is_refused_and_each_difference_named(dataset: Dataset) -> 
         "dtype: there 'float32', now 'float16'",
         "model.pooling: there 'cls', now 'mean'",
         "model.max_length: there 16, now 8",
-        "columns.kept.lang: there 'string', now None",
         dataset.root,
         "choose another output.uri",
     ):
         assert part in said
     assert "model.name" not in said
     assert "weights" not in said
+    assert "columns" not in said, "these may change"
+
+
+def test_columns_change_with_the_shards_that_have_them_and_nothing_else_does(dataset: Dataset) -> None:
+    before = make_spec(kept={"lang": pa.string()})
+    dataset.create_spec(before)
+    other = make_spec(kept={"year": pa.int64()}, query_instruction="other")
+    dataset.create_spec(other)
+    assert dataset.read_spec() == before, "its shards are not published yet"
+    dataset.change_rows(other)
+    assert dataset.read_spec() == dataclasses.replace(before, columns=other.columns)
+    with pytest.raises(DatasetMismatchError, match="max_length"):
+        dataset.change_rows(make_spec(max_length=8))
 
 
 @pytest.mark.parametrize(

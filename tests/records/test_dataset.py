@@ -23,7 +23,16 @@ from bge_ray.records.ids import (
 )
 from bge_ray.records.model import Example, ModelSpec
 from bge_ray.records.outputs import Output
-from bge_ray.records.plan import Coding, CorpusObject, Plan, Span, Unit, find_removal, unit_fingerprint
+from bge_ray.records.plan import (
+    NO_VERSION,
+    Coding,
+    CorpusObject,
+    Plan,
+    Span,
+    Unit,
+    find_removal,
+    unit_fingerprint,
+)
 
 TEXT = ColumnType.of(pa.string())
 OUTPUT = Output("embedding", "dense", 4, "float32")
@@ -158,6 +167,10 @@ def test_what_a_plan_leaves_out_is_removed_and_what_has_another_content_is_not()
     removal = find_removal(Plan((OBJECT, other), 5), Plan((changed,), 6))
     assert (removal.uris, removal.rows, removal.rows_before) == (("s3://b/x",), 9, 18)
     assert str(removal) == "1 object with 9 rows (50%), such as s3://b/x"
+    moved = dataclasses.replace(other, object_no=5, uri="s3://b/z")
+    assert not find_removal(Plan((OBJECT, other), 5), Plan((OBJECT, moved), 6))
+    unversioned = [dataclasses.replace(o, etag=NO_VERSION) for o in (OBJECT, other, moved)]
+    assert find_removal(Plan(tuple(unversioned[:2]), 5), Plan((unversioned[0], unversioned[2]), 6)).uris
     assert not find_removal(None, Plan((OBJECT,), 4))
     assert not find_removal(Plan((OBJECT,), 4), Plan((OBJECT, other), 5))
 

@@ -32,6 +32,12 @@ def test_parts_end_to_end_are_the_rows_of_all(parts: list[list[list[int]]], type
         assert joined.type_starts.tolist() == whole.type_starts.tolist()
         assert joined.prompt_tokens.tolist() == whole.prompt_tokens.tolist()
     chosen = np.arange(len(rows))[::-1]
+    some, picked = joined.take(np.arange(len(rows))[1::2]), pack(rows[1::2], types=types)
+    for name in ("input_ids", "offsets", "truncated"):
+        assert getattr(some, name).tolist() == getattr(picked, name).tolist(), name
+    if types and parts:
+        assert some.type_starts.tolist() == picked.type_starts.tolist()
+        assert some.prompt_tokens.tolist() == picked.prompt_tokens.tolist()
     assert joined.lengths_of(chosen).tolist() == [len(row) for row in rows][::-1]
 
 

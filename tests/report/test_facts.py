@@ -21,7 +21,14 @@ from bge_ray.records.reports import (
     RerankReport,
     SearchReport,
 )
-from bge_ray.report.facts import EXAMPLES_PER_REASON, RunFacts, read_receipt, summarise
+from bge_ray.report.facts import (
+    EXAMPLES_PER_REASON,
+    RunFacts,
+    Workers,
+    cost_saved,
+    read_receipt,
+    summarise,
+)
 from bge_ray.report.start import count_from_process, take_start
 from tests.report.samples import (
     ENDED,
@@ -186,3 +193,16 @@ def test_a_description_of_an_index_comes_back_whole() -> None:
     assert index.tuned_recall == index.recall["@10"]
     tiny = index_description(k=1, recall={"@1": index.recall["@10"]})
     assert tiny.tuned_recall is tiny.recall["@1"]
+
+
+def test_what_was_saved_is_what_the_devices_would_have_computed_longer() -> None:
+    facts = RunFacts("embed")
+    facts.start(Workers("cuda", 4.0, {"encoders": 2}), 0.0)
+    assert cost_saved(facts, 1_000, 3.6) is None, "nobody knows what a token takes"
+    noted = {"tokens": 100, "tokens_encoded": 50, "padded_tokens": 60, "device_s": 10.0, "rows_out": 4}
+    facts.book(read_receipt(4, noted))
+    assert (facts.tokens, facts.tokens_encoded) == (100, 50)
+    # 10 s of an encoder for 50 tokens, 200 s for 1,000, with two GPUs each.
+    assert cost_saved(facts, 1_000, 3.6) == pytest.approx(400 * 3.6 / 3600)
+    assert cost_saved(facts, 1_000, None) is None
+    assert summarise(facts, ended=1.0, price_per_hour=None)["padding_waste"] == pytest.approx(1 - 50 / 60)

@@ -85,6 +85,20 @@ def test_what_left_the_data_set_is_named() -> None:
     assert "left the corpus" not in PAGES["embed"].decode()
 
 
+def test_what_was_not_encoded_is_told_with_where_it_came_from_and_what_it_saved() -> None:
+    reused = {"rows_reused": 980, "tokens_reused": 98_000, "tokens_encoded": 2_000}
+    page = embed_page(embed_report(**reused, vectors_reused={"object": 970, "repeated": 12})).decode()
+    assert "Of 980 rows nothing was encoded" in page
+    assert (
+        "970 from earlier versions or copies of their files, 12 from the same text in the same unit" in page
+    )
+    assert "with 98,000 tokens, beside 2,000 that were encoded." in page
+    assert "They would have cost" not in page
+    page = embed_page(embed_report(vectors_reused={"object": 1}, cost_saved=12.3)).decode()
+    assert "They would have cost about 12.30." in page
+    assert "nothing was encoded" not in embed_page(embed_report()).decode()
+
+
 def test_how_texts_were_read_is_shown_where_there_is_something_to_say() -> None:
     said = embed_page(embed_report(tokenizer=f"other tokens {HOSTILE}")).decode()
     assert "Tokenizer" in said and "other tokens" in said and HOSTILE not in said

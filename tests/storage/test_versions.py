@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from bge_ray.storage.objects import NO_VERSION, Storage, join
+from bge_ray.records.plan import NO_VERSION
+from bge_ray.storage.objects import Storage, join
 from tests.support.reading import parquet_bytes, read_all
 
 

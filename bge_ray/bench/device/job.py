@@ -141,6 +141,7 @@ def _run(
         "corpus.uri": str(corpus),
         "corpus.title_column": "null",
         "output.uri": str(out),
+        "output.reuse": "off",
         "model.name": str(model),
         **settings,
     }

@@ -1,6 +1,6 @@
-"""Passages of a unit to the pieces that a model reads, tokenised: whole texts, or their chunks."""
+"""Passages of a unit to the pieces that a model reads: whole texts, or their chunks; and their tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,11 +9,10 @@ import pyarrow as pa
 
 from bge_ray.formats.rows import Passages
 from bge_ray.pipeline.engine.isolation import Attempt
-from bge_ray.pipeline.engine.rows import Fault, spread, with_faults, with_tokens
-from bge_ray.pipeline.engine.tokenise import in_pieces, load_chunker, load_text_feeder
+from bge_ray.pipeline.engine.rows import Fault, spread, with_faults
+from bge_ray.pipeline.engine.tokenise import in_pieces, load_chunker, load_text_feeder, tokenise
 from bge_ray.records.dataset import DatasetSpec
 from bge_ray.records.ids import MAX_CHUNKS_PER_ROW, IdArray
-from bge_ray.records.schemas import TEXT_HASH_BYTES, hash_texts
 from bge_ray.records.tokens import PackedTokens
 
 
@@ -42,20 +41,21 @@ class Pieces:
     """The m pieces of some passages, in their order.
 
     ``passages`` (m,) says which passage each is of, ``numbers`` (m,) which piece of it, ``spans`` (m, 2)
-    which characters of the text in the corpus. ``read`` is what the model reads, ``tokens`` what it gets.
+    which characters of the text in the corpus. ``read`` is what the model reads. ``tokens`` are those of all
+    pieces where cutting needed them, and None where texts are whole and nobody has tokenised them yet.
     """
 
     passages: IdArray
     numbers: IdArray
     spans: npt.NDArray[np.int64]
     read: list[str]
-    tokens: PackedTokens
+    tokens: PackedTokens | None
 
 
 def cut_passages(
     attempt: Attempt, prefix: str, passages: Texts, spec: DatasetSpec, *, trust_remote_code: bool
 ) -> tuple[Pieces, dict[int, Fault]]:
-    """Cut and tokenise passages as the data set says; the passages that cannot be come back as faults.
+    """Cut passages as the data set says; the passages that cannot be come back as faults.
 
     Args:
         attempt: the attempt this is part of.
@@ -67,34 +67,64 @@ def cut_passages(
     Returns:
         The pieces, and faults by the number of the passage.
     """
-    faults: dict[int, Fault] = {}
     if spec.chunking is None:
-        feeder = load_text_feeder(spec.model, trust_remote_code=trust_remote_code)
+        instruction = load_text_feeder(spec.model, trust_remote_code=trust_remote_code).passage_instruction
+        n = len(passages.joined)
+        lengths = np.asarray([len(body) for body in passages.bodies], np.int64)
+        spans = np.stack([np.zeros(n, np.int64), lengths], axis=1)
+        read = [instruction + text for text in passages.joined]
+        return Pieces(np.arange(n, dtype=np.int64), np.zeros(n, np.int64), spans, read, None), {}
+    faults: dict[int, Fault] = {}
+    chunker = load_chunker(spec.model, spec.chunking, trust_remote_code=trust_remote_code)
 
-        def whole(piece: IdArray) -> Pieces:
-            texts = [passages.joined[n] for n in piece]
-            spans = np.asarray([(0, len(passages.bodies[n])) for n in piece], np.int64).reshape(-1, 2)
-            read = [feeder.passage_instruction + text for text in texts]
-            return Pieces(piece, np.zeros(len(piece), np.int64), spans, read, feeder.passages(texts))
+    def cut(piece: IdArray) -> Pieces:
+        chunks = chunker.cut([passages.titles[n] for n in piece], [passages.bodies[n] for n in piece])
+        for n, estimated in chunks.too_many.items():
+            faults[int(piece[n])] = _too_many(estimated)
+        return Pieces(piece[chunks.texts], chunks.numbers, chunks.spans, chunks.read, chunks.tokens)
 
-        cut = whole
-    else:
-        chunker = load_chunker(spec.model, spec.chunking, trust_remote_code=trust_remote_code)
-
-        def chunked(piece: IdArray) -> Pieces:
-            chunks = chunker.cut([passages.titles[n] for n in piece], [passages.bodies[n] for n in piece])
-            for n, estimated in chunks.too_many.items():
-                faults[int(piece[n])] = _too_many(estimated)
-            return Pieces(piece[chunks.texts], chunks.numbers, chunks.spans, chunks.read, chunks.tokens)
-
-        cut = chunked
     done, killed = in_pieces(attempt, prefix, len(passages.joined), cut)
     return _joined([pieces for _, pieces in done]), faults | killed
 
 
+def tokens_of(
+    attempt: Attempt,
+    prefix: str,
+    passages: Texts,
+    pieces: Pieces,
+    wanted: IdArray,
+    spec: DatasetSpec,
+    *,
+    trust_remote_code: bool,
+) -> tuple[IdArray, PackedTokens, dict[int, Fault]]:
+    """Return the tokens of some pieces.
+
+    Args:
+        attempt: the attempt this is part of.
+        prefix: makes the places of this call distinct within the attempt.
+        passages: what the pieces are of.
+        pieces: all of them.
+        wanted: (k,) numbers of those that are asked for, ascending.
+        spec: of the data set.
+        trust_remote_code: of the tokenizer.
+
+    Returns:
+        The numbers of the pieces that have tokens, ascending; their tokens; and faults of the others, by the
+        number of the piece.
+    """
+    if pieces.tokens is not None:
+        return wanted, pieces.tokens.take(wanted), {}
+    feeder = load_text_feeder(spec.model, trust_remote_code=trust_remote_code)
+    texts = [passages.joined[n] for n in pieces.passages[wanted].tolist()]
+    done, tokens, faults = tokenise(
+        attempt, prefix, len(texts), lambda some: feeder.passages([texts[n] for n in some])
+    )
+    return wanted[done], tokens, {int(wanted[n]): fault for n, fault in faults.items()}
+
+
 def with_pieces(
     table: pa.Table, passages: Texts, pieces: Pieces, faults: dict[int, Fault], spec: DatasetSpec
-) -> pa.Table:
+) -> tuple[pa.Table, IdArray]:
     """Return a table of corpus rows with a row for each piece, in place of the row of its passage.
 
     Args:
@@ -103,6 +133,9 @@ def with_pieces(
         pieces: of these.
         faults: by the number of the passage; such a passage keeps its one row, with the reason in it.
         spec: of the data set.
+
+    Returns:
+        The table, and the (m,) row of each piece in it.
     """
     n_rows = len(table)
     table = with_faults(table, {int(passages.rows[n]): fault for n, fault in faults.items()})
@@ -114,12 +147,7 @@ def with_pieces(
         ids = table["vector_id"].to_numpy().copy()
         ids[at] |= pieces.numbers
         table = table.set_column(table.schema.get_field_index("vector_id"), "vector_id", pa.array(ids))
-    size = len(table)
-    columns = {
-        "text_hash": hash_texts(pieces.read).cast(pa.binary(TEXT_HASH_BYTES)),
-        "n_tokens": pa.array(pieces.tokens.lengths.astype(np.int32)),
-        "truncated": pa.array(pieces.tokens.truncated),
-    }
+    columns = {}
     if spec.chunking is not None:
         columns["chunk_no"] = pa.array(pieces.numbers.astype(np.int32))
         columns["start"] = pa.array(pieces.spans[:, 0].astype(np.int32))
@@ -128,9 +156,14 @@ def with_pieces(
             bodies = (passages.bodies[n] for n in pieces.passages.tolist())
             texts = [body[a:b] for body, (a, b) in zip(bodies, pieces.spans.tolist(), strict=True)]
             columns["chunk_text"] = pa.array(texts, pa.string())
-    for name, column in columns.items():
-        table = table.append_column(name, spread(column, at, size))
-    return with_tokens(table, at, pieces.tokens)
+    return with_columns(table, at, columns), at
+
+
+def with_columns(table: pa.Table, at: IdArray, columns: Mapping[str, pa.Array]) -> pa.Table:
+    """Add columns of the (m,) rows at ``at``; the other rows have nulls in them."""
+    for name, values in columns.items():
+        table = table.append_column(name, spread(values, at, len(table)))
+    return table
 
 
 def _too_many(chunks: int) -> Fault:
@@ -148,5 +181,5 @@ def _joined(parts: Sequence[Pieces]) -> Pieces:
         np.concatenate([nothing, *(part.numbers for part in parts)]),
         np.concatenate([nothing.reshape(0, 2), *(part.spans for part in parts)]),
         [text for part in parts for text in part.read],
-        PackedTokens.concatenate([part.tokens for part in parts]),
+        PackedTokens.concatenate([part.tokens for part in parts if part.tokens is not None]),
     )

@@ -10,18 +10,22 @@ from dataclasses import dataclass, field
 import numpy as np
 import ray
 
+from bge_ray.dataset.reuse import KnownTexts, hash_array, read_hashes
 from bge_ray.formats.corpus import read_units
 from bge_ray.formats.rows import check_rows
 from bge_ray.model.feed.chunks import Chunker
 from bge_ray.model.spec import model_folder, text_feeder
 from bge_ray.pipeline.embed.prepare import Planned
+from bge_ray.pipeline.embed.sources import nearest
 from bge_ray.pipeline.embed.tasks import ReadTask, SpanTask
 from bge_ray.pipeline.engine.pools import Pool, Sizes
 from bge_ray.records.chunking import Chunking
 from bge_ray.records.columns import Columns
+from bge_ray.records.dataset import DatasetSpec
 from bge_ray.records.model import ModelSpec
 from bge_ray.records.outputs import row_bytes
 from bge_ray.records.plan import Removal
+from bge_ray.records.schemas import hash_texts
 from bge_ray.settings.sections import Auto, Settings
 from bge_ray.storage.objects import Storage
 
@@ -33,6 +37,24 @@ GPU_SAMPLE_S = 1.0
 # What handing a parcel from stage to stage takes, and what committing a unit, in seconds. The second is CPU
 # time: 4.4 ms on a disk, and about 4 ms for each of two requests to S3; see docs/measured.md.
 PARCEL_S, COMMIT_S = 0.045, 0.01
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of some rows have vectors that can be reused; None where that cannot be told cheaply."""
+
+    rows: int
+    known: int | None
+
+    @property
+    def left(self) -> float:
+        """Share of the rows that is to be encoded, as far as is known."""
+        return 1.0 if not self.known else 1 - self.known / self.rows
+
+    def __str__(self) -> str:
+        if self.known is None:
+            return "not known: texts are cut when they are read; what follows is without"
+        return f"{self.known:,} of {self.rows:,} rows looked at have their texts' vectors"
 
 
 @dataclass(frozen=True)
@@ -56,6 +78,7 @@ class Estimate:
     num_encoders: int | None = None
     cost: float | None = None
     sample_runs: int = 1
+    reused: "Share | None" = None
 
     def lines(self) -> list[str]:
         """Return the estimate for a person."""
@@ -73,8 +96,10 @@ class Estimate:
             or self.memory_bytes is None
         ):
             return lines
+        if self.reused is not None:
+            lines.append(f"reused           {self.reused}")
         lines += [
-            f"tokens           about {self.tokens:,}",
+            f"tokens           about {self.tokens:,} to encode",
             f"time             about {self.seconds:,.0f} s on {self.num_encoders} encoders "
             f"({self.tokens_per_s:,.0f} tokens/s measured on a sample{_often(self.sample_runs)})",
             f"object store     about {self.memory_bytes / 1e6:,.0f} MB in flight",
@@ -105,7 +130,12 @@ def estimate(planned: Planned, sizes: Sizes | None, settings: Settings) -> Estim
     encoders, model = sizes.pools["encoders"], planned.spec.model
     budget = settings.batching.token_budget
     sampling = ray.remote(num_cpus=0)(sample_task)
-    texts = sampling.remote(planned.dataset.storage, _sample(planned), planned.spec.columns)
+    sample = _sample(planned)
+    texts = sampling.remote(planned.dataset.storage, sample, planned.spec.columns)
+    share: Share | None = None
+    if any(span.sources for span in sample):
+        looking = ray.remote(num_cpus=0)(share_task)
+        share = ray.get(looking.remote(planned.dataset.storage, planned.dataset.root, planned.spec, sample))
     chunking = planned.spec.chunking
     measure = ray.remote(num_cpus=encoders.cpus, num_gpus=encoders.gpus)(measure_task)
     trust = settings.model.trust_remote_code
@@ -113,7 +143,7 @@ def estimate(planned: Planned, sizes: Sizes | None, settings: Settings) -> Estim
     if measured is None:
         return base
     tokens_per_row, pieces_per_row, rate = measured.tokens, measured.pieces, measured.rate
-    tokens = int(tokens_per_row * planned.todo_rows)
+    tokens = int(tokens_per_row * planned.todo_rows * (1.0 if share is None else share.left))
     handed_on = sum(task.n_parcels for task in planned.todo) * PARCEL_S + len(todo) * COMMIT_S
     seconds = tokens / (rate * encoders.count) + handed_on
     output_bytes = pieces_per_row * row_bytes(model.outputs, tokens_per_row / pieces_per_row)
@@ -129,6 +159,7 @@ def estimate(planned: Planned, sizes: Sizes | None, settings: Settings) -> Estim
         output_bytes=int(planned.todo_rows * (output_bytes * 0.93 + 56 * pieces_per_row)),
         num_encoders=encoders.count,
         sample_runs=measured.runs,
+        reused=share,
         cost=None if price is None else price * encoders.devices * seconds / 3600,
     )
 
@@ -164,6 +195,25 @@ def sample_task(storage: Storage, spans: Sequence[SpanTask], columns: Columns) -
             some = zip(found.titles, found.bodies, found.texts, strict=True)
             texts += itertools.islice(some, SAMPLE_ROWS // MIN_SAMPLE_SPANS)
     return texts
+
+
+def share_task(storage: Storage, root: str, spec: DatasetSpec, spans: Sequence[SpanTask]) -> Share:
+    """Return how many rows of the sample's spans have vectors in the shards that a run would look at."""
+    if spec.chunking is not None:
+        return Share(0, None)
+    looked = known = 0
+    for span in spans:
+        if looked >= SAMPLE_ROWS:
+            break
+        unit = span.todo[0].unit
+        facts = [source.fact for source in nearest(span.sources, unit.first_row, unit.n_rows)]
+        there = KnownTexts.of(facts, read_hashes(storage, root, facts))
+        for _, rows in read_units(storage, span.corpus_object, span.span, spec.columns, {unit.first_row}):
+            texts = check_rows(rows)[0].texts[: SAMPLE_ROWS // MIN_SAMPLE_SPANS]
+            hashes = hash_array(hash_texts(spec.model.passage_instruction + text for text in texts))
+            looked += len(texts)
+            known += int(np.count_nonzero(there.find(hashes) >= 0))
+    return Share(looked, known)
 
 
 @dataclass(frozen=True)

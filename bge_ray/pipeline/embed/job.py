@@ -22,6 +22,7 @@ from bge_ray.pipeline.embed.estimate import Estimate, estimate
 from bge_ray.pipeline.embed.planning import MAX_NAMED_OBJECTS
 from bge_ray.pipeline.embed.prepare import Planned, prepare
 from bge_ray.pipeline.embed.read import LENGTH_EDGES, read_stage
+from bge_ray.pipeline.embed.reuse import ORIGINS
 from bge_ray.pipeline.embed.tasks import EmbedJob, ReadTask, UnitsTask
 from bge_ray.pipeline.embed.write import commit_stage
 from bge_ray.pipeline.engine.flow import by_actors, by_tasks, follow, parcels, receipts
@@ -37,7 +38,7 @@ from bge_ray.records.dataset import Manifest, make_manifest, marker_of
 from bge_ray.records.reports import EmbedReport, read_report
 from bge_ray.report.advice import advise_embed
 from bge_ray.report.embed_page import embed_page
-from bge_ray.report.facts import RunFacts, read_receipt, summarise, text_lengths
+from bge_ray.report.facts import RunFacts, cost_saved, read_receipt, summarise, text_lengths
 from bge_ray.run_id import run_id
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.objects import Storage, join
@@ -216,6 +217,7 @@ class EmbedWork:
             trust_remote_code=trust,
             max_attempts=attempts,
             ledger=ledger,
+            reuse=settings.output.reuse,
         )
         model = ModelJob(
             stage="encode",
@@ -304,6 +306,8 @@ class EmbedWork:
                 "folder of one machine is no output for a cluster of several (use a bucket or a shared "
                 "disk), or they were removed; run again"
             )
+        # A run that dies between the two leaves old shards under new columns, and the next one publishes.
+        self.dataset.change_rows(self._planned.spec)
         self.dataset.publish(manifest)
         self._manifest = manifest
 
@@ -343,6 +347,15 @@ class EmbedWork:
             rows_removed=planned.removal.rows,
             removed_uris=planned.removal.uris[:MAX_NAMED_OBJECTS],
             tokenizer=self._tokenizer,
+            tokens_encoded=facts.tokens_encoded,
+            rows_reused=facts.counts["rows_reused"],
+            tokens_reused=facts.counts["tokens_reused"],
+            vectors_reused={
+                origin: facts.counts[f"vectors_{origin}"]
+                for origin in ORIGINS
+                if facts.counts[f"vectors_{origin}"]
+            },
+            cost_saved=cost_saved(facts, facts.counts["tokens_reused"], settings.report.price_per_hour),
             output_bytes={
                 output.name: facts.counts[f"{output.name}_bytes"] / facts.rows_out
                 for output in planned.spec.model.outputs

@@ -10,6 +10,7 @@ import ray
 
 from bge_ray.errors import CorpusError, StorageError
 from bge_ray.formats.corpus import ScannedObject, check_columns, coding_of, scan_object
+from bge_ray.pipeline.embed.sources import EarlierObjects
 from bge_ray.pipeline.engine.progress import Step
 from bge_ray.pipeline.engine.tasks import run_tasks
 from bge_ray.records.chunking import Chunking
@@ -50,6 +51,20 @@ def unchanged_objects(
         ):
             same[info.uri] = there
     return same
+
+
+def seen_again(
+    unchanged: Mapping[str, CorpusObject], scanned: Sequence[ScannedObject], columns: Columns
+) -> dict[str, CorpusObject]:
+    """Return objects that stay as they were cut, with what a later scan found of new columns in their paths.
+
+    Raises:
+        CorpusError: an object lacks a column, or has it in a type that does not fit.
+    """
+    for scan in scanned:
+        check_columns(scan, columns)
+    found = {scan.info.uri: scan.partitions for scan in scanned}
+    return {uri: dataclasses.replace(unchanged[uri], partitions=found[uri]) for uri in found}
 
 
 def settle_limits(
@@ -176,10 +191,11 @@ def extend_plan(
         CorpusError: an object lacks a column, or has more rows than a vector id can count.
     """
     objects = dict(unchanged)
+    earlier = EarlierObjects(previous, [*unchanged, *(scan.info.uri for scan in scanned)])
     number = previous.next_object_no if previous else 0
     for scan, group in zip(scanned, _groups(scanned, number, limits), strict=True):
         check_columns(scan, columns)
-        found = scan.under(number, group)
+        found = dataclasses.replace(scan.under(number, group), earlier=earlier.of(scan))
         if found.n_rows > MAX_ROWS_PER_OBJECT or number >= MAX_OBJECTS:
             raise CorpusError(
                 f"{found.uri}: {found.n_rows} rows as object {number}: too many for a vector id"

@@ -5,8 +5,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import pyarrow as pa
-
 from bge_ray.dataset.changes import check_changes
 from bge_ray.dataset.folder import Dataset
 from bge_ray.errors import CorpusError, DatasetMismatchError, SettingsError
@@ -16,8 +14,15 @@ from bge_ray.model.folder import ModelFolder
 from bge_ray.model.spec import for_trial, model_folder, resolve_encoder, text_feeder
 from bge_ray.model.uncollected import uncollected
 from bge_ray.model.weights import weights_bytes
-from bge_ray.pipeline.embed.planning import extend_plan, scan_objects, settle_limits, unchanged_objects
-from bge_ray.pipeline.embed.tasks import CorpusUnit, ReadTask, SpanTask
+from bge_ray.pipeline.embed.planning import (
+    extend_plan,
+    scan_objects,
+    seen_again,
+    settle_limits,
+    unchanged_objects,
+)
+from bge_ray.pipeline.embed.sources import NEAR_ROWS, earlier_shards, nearest
+from bge_ray.pipeline.embed.tasks import CorpusUnit, ReadTask, Source, SpanTask
 from bge_ray.pipeline.engine.pools import await_pools, cluster_sizes, device_of, encoder_request
 from bge_ray.pipeline.engine.tasks import run_tasks
 from bge_ray.pipeline.work import refuse_taken
@@ -92,29 +97,37 @@ def prepare(settings: Settings) -> Planned:
     canaries = spec_there.canaries if spec_there is not None else ()
     if changed and _must_be_tried(model, spec_there):
         canaries = _try_model(settings, model, chunking)
+    # A column that no shard has: its type is looked for in all objects, and in the paths of those that stay.
+    new_columns = spec_there is not None and set(settings.corpus.keep_columns) - set(spec_there.columns.kept)
+    again = [info for info in listed if info.uri in unchanged] if new_columns else []
     scanned = []
     encoders = 1
     if changed:
         sizes = cluster_sizes(settings, [encoder_request(settings, MOST_ENCODERS)], [], lambda: None)
         encoders = sizes.pools["encoders"].count
     limits = settle_limits(settings.batching, changed, encoders, model, chunking)
-    if changed:
-        logger.info("scanning %d of %d corpus objects", len(changed), len(listed))
-        scanned = scan_objects(storage, changed, settings.corpus, limits, settings.report.log_interval_s)
+    if to_scan := [*changed, *again]:
+        logger.info("scanning %d of %d corpus objects", len(to_scan), len(listed))
+        scanned = scan_objects(storage, to_scan, settings.corpus, limits, settings.report.log_interval_s)
     if spec_there is not None:
-        columns = _same_columns(settings, spec_there.columns)
+        found = resolve_columns(scanned, settings.corpus).kept if new_columns else {}
+        columns = _same_columns(settings, spec_there.columns, found)
+        unchanged |= seen_again(unchanged, scanned[len(changed) :], columns)
     else:
         columns = resolve_columns(scanned, settings.corpus)
     spec = DatasetSpec(model, columns, canaries, chunking)
     if spec_there is not None:
         spec.check_same(spec_there, dataset.root)
-    plan = extend_plan(unchanged, previous, scanned, columns, limits)
+    plan = extend_plan(unchanged, previous, scanned[: len(changed)], columns, limits)
     plan = dataclasses.replace(plan, corpus=absolute(str(settings.corpus.uri)))
     removal = find_removal(previous, plan)
     _refuse_large(removal, settings, dataset.root)
     finished = dataset.finished()
     _check_given(dataset, number, previous, finished)
-    todo, still_finished = _subtract(spec, plan, finished)
+    shards: Mapping[int, list[Source]] = {}
+    if settings.output.reuse != "off":
+        shards = earlier_shards(dataset.read_manifest(), finished, plan, spec.vector_fingerprint)
+    todo, still_finished = _subtract(spec, plan, finished, shards)
     if todo and settings.index.build:
         _check_index(settings, storage, spec, plan)
     if todo and not changed and _must_be_tried(model, spec_there):
@@ -163,7 +176,7 @@ def _check_index(settings: Settings, storage: Storage, spec: DatasetSpec, plan: 
 
 
 def _subtract(
-    spec: DatasetSpec, plan: Plan, finished: dict[str, Marker]
+    spec: DatasetSpec, plan: Plan, finished: dict[str, Marker], shards: Mapping[int, list[Source]]
 ) -> tuple[tuple[ReadTask, ...], dict[str, Marker]]:
     """Return what is to be read, and the markers that the plan still wants."""
     spans: dict[tuple[int, int], list[SpanTask]] = {}
@@ -171,6 +184,8 @@ def _subtract(
     rows_fingerprint = spec.rows_fingerprint
     for corpus_object in plan.objects:
         bare = dataclasses.replace(corpus_object, spans=())
+        numbers = (corpus_object.object_no, *corpus_object.earlier)
+        sources = [source for number in numbers for source in shards.get(number, ())]
         for span in corpus_object.spans:
             units = []
             for unit in span_units(corpus_object.object_no, span):
@@ -184,7 +199,9 @@ def _subtract(
                 corpus_object.object_no if corpus_object.group is None else corpus_object.group,
                 span.first_row,
             )
-            spans.setdefault(place, []).append(SpanTask(bare, span, tuple(units)))
+            n_rows = sum(span.unit_rows)
+            near = nearest(sources, span.first_row, n_rows, NEAR_ROWS + 2 * n_rows)
+            spans.setdefault(place, []).append(SpanTask(bare, span, tuple(units), tuple(near)))
     tasks = (ReadTask(tuple(together)) for together in spans.values())
     return tuple(task for task in tasks if task.todo), wanted
 
@@ -279,12 +296,12 @@ def try_task(spec: ModelSpec, chunking: Chunking | None, trust_remote_code: bool
     return make_canaries(model, text_feeder(spec, trust_remote_code=trust_remote_code))
 
 
-def _same_columns(settings: Settings, there: Columns) -> Columns:
-    """Return the columns of the data set, changed where the settings name others."""
+def _same_columns(settings: Settings, there: Columns, new: Mapping[str, ColumnType]) -> Columns:
+    """Return the columns of the data set, changed where the settings name others; ``new`` ones by type."""
     corpus = settings.corpus
     return Columns(
         id=there.id if corpus.id_column == "auto" else corpus.id_column,
         text=corpus.text_column,
         title=there.title if corpus.title_column == "auto" else corpus.title_column,
-        kept={name: there.kept.get(name, ColumnType.of(pa.string())) for name in corpus.keep_columns},
+        kept={name: there.kept[name] if name in there.kept else new[name] for name in corpus.keep_columns},
     )

@@ -1,4 +1,4 @@
-"""First stage: read spans, check their rows, tokenise them. A CPU task that loads no model.
+"""First stage: read spans, check their rows, find their vectors or tokenise them. A CPU task without a model.
 
 A row that cannot be used stays in the table with its reason, a unit that cannot be read is passed on as
 given up; only defects raise.
@@ -10,20 +10,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
+from bge_ray.dataset.reuse import hash_array
 from bge_ray.errors import CorpusError, StorageError
 from bge_ray.formats.corpus import read_units
 from bge_ray.formats.rows import Passages, Rejected, check_rows
-from bge_ray.pipeline.embed.cut import Texts, cut_passages, with_pieces
-from bge_ray.pipeline.embed.tasks import CorpusUnit, EmbedJob, ReadTask, SpanTask, UnitsTask
+from bge_ray.pipeline.embed.cut import Texts, cut_passages, tokens_of, with_columns, with_pieces
+from bge_ray.pipeline.embed.reuse import Earlier, find_reused, with_reused
+from bge_ray.pipeline.embed.tasks import CorpusUnit, EmbedJob, ReadTask, Source, SpanTask, UnitsTask
 from bge_ray.pipeline.engine.isolation import LETHAL_DEATHS, Attempt
 from bge_ray.pipeline.engine.parcel import Parcel
-from bge_ray.pipeline.engine.rows import spread, with_faults
+from bge_ray.pipeline.engine.rows import spread, with_faults, with_tokens
 from bge_ray.pipeline.engine.tokenise import load_text_feeder
 from bge_ray.records.ids import vector_ids
 from bge_ray.records.plan import Unit, span_units
-from bge_ray.records.tokens import PackedTokens
+from bge_ray.records.schemas import hash_texts
 
 # Upper edges, in tokens, of the length histogram: half powers of two from 4 to 16384.
 LENGTH_EDGES = tuple(round(2 ** (k / 2)) for k in range(4, 29))
@@ -40,6 +43,7 @@ class Checked:
     unit: Unit
     passages: Passages
     rejected: list[Rejected]
+    sources: tuple[Source, ...]
 
 
 def read_stage(batch: pa.Table, job: EmbedJob) -> Iterator[pa.Table]:
@@ -65,6 +69,7 @@ def _read_span(
 ) -> Iterator[pa.Table]:
     wanted = {unit.unit.first_row for unit in todo.values()}
     units = read_units(job.storage, task.corpus_object, task.span, job.spec.columns, wanted)
+    earlier = Earlier(job)
     for corpus_unit in list(todo.values()):
         attempt.announce(_reading(corpus_unit.unit))
         started = time.time()
@@ -74,8 +79,8 @@ def _read_span(
             yield from (_give_up(left, str(error)) for left in todo.values())
             return
         del todo[unit.name]
-        parts = [Checked(unit, *check_rows(rows))]
-        yield _filled(UnitsTask((corpus_unit,)), parts, started, job, attempt)
+        parts = [Checked(unit, *check_rows(rows), task.sources)]
+        yield _filled(UnitsTask((corpus_unit,)), parts, started, earlier, job, attempt)
 
 
 def _read_group(
@@ -89,7 +94,7 @@ def _read_group(
             [(_, rows)] = read_units(job.storage, span.corpus_object, span.span, job.spec.columns, wanted)
         except (CorpusError, StorageError) as error:
             return unit, str(error)
-        return Checked(unit, *check_rows(rows))
+        return Checked(unit, *check_rows(rows), span.sources)
 
     started = time.time()
     spans = [s for s in task.spans if span_units(s.corpus_object.object_no, s.span)[0].name not in lethal]
@@ -101,41 +106,65 @@ def _read_group(
             yield _give_up(todo.pop(result[0].name), result[1])
     parts = [result for result in found if isinstance(result, Checked)]
     if todo:
-        yield _filled(UnitsTask(tuple(todo.values())), parts, started, job, attempt)
+        yield _filled(UnitsTask(tuple(todo.values())), parts, started, Earlier(job), job, attempt)
 
 
 def _filled(
-    task: UnitsTask, parts: Sequence[Checked], started: float, job: EmbedJob, attempt: Attempt
+    task: UnitsTask,
+    parts: Sequence[Checked],
+    started: float,
+    earlier: Earlier,
+    job: EmbedJob,
+    attempt: Attempt,
 ) -> pa.Table:
-    """Return the parcel of some units, with all rows of the given ones tokenised."""
+    """Return the parcel of some units: all rows of the given ones, tokenised unless they are reused."""
     read = time.time()
-    table, tokens = _tokenised(job, attempt, task.name, parts)
+    made = _make(task.name, parts, earlier, job, attempt)
     return (
         task.parcel()
         .filled(
-            table,
+            made.table,
             read_started=started,
             read_s=read - started,
             tokenise_s=time.time() - read,
             text_bytes=sum(len(text.encode()) for part in parts for text in part.passages.texts),
-            lengths=count_lengths(tokens.lengths),
+            lengths=count_lengths(made.lengths),
+            tokens_encoded=made.tokens_encoded,
             tokenizer=load_text_feeder(job.spec.model, trust_remote_code=job.trust_remote_code).note,
         )
         .to_batch()
     )
 
 
-def _tokenised(
-    job: EmbedJob, attempt: Attempt, name: str, parts: Sequence[Checked]
-) -> tuple[pa.Table, PackedTokens]:
-    """Return all rows of some units: one for each piece that is tokenised, the others with their reasons."""
+@dataclass(frozen=True)
+class _Made:
+    """What a parcel is filled with: its table, the tokens of all its texts, and of those to be encoded."""
+
+    table: pa.Table
+    lengths: npt.NDArray[np.int32]
+    tokens_encoded: int
+
+
+def _make(name: str, parts: Sequence[Checked], earlier: Earlier, job: EmbedJob, attempt: Attempt) -> _Made:
+    """Make all rows of some units: one for each piece that has an output, the others with their reasons."""
     firsts = np.cumsum([0, *(part.unit.n_rows for part in parts)]).tolist()
     texts = Texts.of([(first, part.passages) for first, part in zip(firsts, parts, strict=False)])
-    pieces, faults = cut_passages(
-        attempt, f"tokenising {name}", texts, job.spec, trust_remote_code=job.trust_remote_code
+    prefix, trust = f"tokenising {name}", job.trust_remote_code
+    pieces, faults = cut_passages(attempt, prefix, texts, job.spec, trust_remote_code=trust)
+    hashes = hash_texts(pieces.read)
+    known = earlier.near([(part.unit, part.sources) for part in parts])
+    reused = find_reused(job, hash_array(hashes), known)
+    done, tokens, killed = tokens_of(
+        attempt, prefix, texts, pieces, reused.to_encode, job.spec, trust_remote_code=trust
     )
     table = pa.concat_tables(unit_table(part.unit, part.passages, part.rejected) for part in parts)
-    return with_pieces(table, texts, pieces, faults, job.spec), pieces.tokens
+    table, at = with_pieces(table, texts, pieces, faults, job.spec)
+    lengths = reused.settled("n_tokens", done, tokens.lengths.astype(np.int32))
+    truncated = reused.settled("truncated", done, tokens.truncated)
+    facts = {"text_hash": hashes, "n_tokens": pa.array(lengths), "truncated": pa.array(truncated)}
+    table = with_reused(with_columns(table, at, facts), at, reused, job.spec)
+    table = with_faults(table, {int(at[n]): fault for n, fault in killed.items()})
+    return _Made(with_tokens(table, at[done], tokens), lengths, int(tokens.lengths.sum()))
 
 
 def unit_table(unit: Unit, passages: Passages, rejected: list[Rejected]) -> pa.Table:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from ray.actor import ActorHandle
 
 from bge_ray.pipeline.engine.parcel import Parcel
-from bge_ray.records.dataset import DatasetSpec
+from bge_ray.records.dataset import DatasetSpec, FileFact
 from bge_ray.records.plan import CorpusObject, Span, Unit
+from bge_ray.settings.sections import Reuse
 from bge_ray.storage.objects import Storage
 
 
@@ -39,12 +40,24 @@ class UnitsTask:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A shard whose texts may be those of an object; its own begin at ``first_row`` of theirs."""
+
+    first_row: int
+    fact: FileFact
+
+
+@dataclass(frozen=True)
 class SpanTask:
-    """One span to read: the object (without its other spans) and the units of it that are to do."""
+    """One span to read: the object (without its other spans) and the units of it that are to do.
+
+    ``sources`` are shards that its texts may have vectors in.
+    """
 
     corpus_object: CorpusObject
     span: Span
     todo: tuple[CorpusUnit, ...]
+    sources: tuple[Source, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,3 +100,4 @@ class EmbedJob:
     trust_remote_code: bool
     max_attempts: int
     ledger: ActorHandle
+    reuse: Reuse

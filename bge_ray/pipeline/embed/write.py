@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from bge_ray.dataset.commit import ShardWriter
 from bge_ray.errors import StorageError
+from bge_ray.pipeline.embed.reuse import count_reused, settle_reused
 from bge_ray.pipeline.embed.tasks import CorpusUnit, EmbedJob, UnitsTask
 from bge_ray.pipeline.engine.isolation import Attempt
 from bge_ray.pipeline.engine.parcel import Parcel
@@ -40,7 +41,8 @@ def commit_stage(batch: pa.Table, job: EmbedJob) -> Iterator[pa.Table]:
             yield parcel.failed(f"its writer died {attempt.total_deaths} times").to_batch()
             return
         started = time.time()
-        shard, rejected = split_rows(job.spec, parcel.table)
+        table = settle_reused(parcel.table, job.spec)
+        shard, rejected = split_rows(job.spec, table)
         parts = [(task, _of_unit(shard, task.unit), _of_unit(rejected, task.unit)) for task in units]
 
         def commit(part: tuple[CorpusUnit, pa.Table, pa.Table]) -> Marker | str:
@@ -64,6 +66,7 @@ def commit_stage(batch: pa.Table, job: EmbedJob) -> Iterator[pa.Table]:
             "rejected_examples": [e for (task, _, left_out), _ in done for e in _examples(task, left_out)],
             "markers": [dataclasses.asdict(marker) for _, marker in done],
         }
+        facts |= count_reused(table, [own["vector_id"] for (_, own, _), _ in done])
         for output in job.spec.model.outputs:
             facts[f"{output.name}_bytes"] = sum(own[output.name].nbytes for (_, own, _), _ in done)
         yield parcel.filled(None, **facts).to_batch()

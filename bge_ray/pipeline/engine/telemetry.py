@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 COUNTERS = {
     "rows": "rows that were done: passages embedded, queries answered, pairs scored",
     "rejected_rows": "rows that were rejected, by reason",
-    "tokens": "tokens of texts, special tokens included",
+    "tokens": "tokens of the texts that were encoded, special tokens included",
     "padded_tokens": "tokens computed, padding included",
     "truncated_rows": "texts that were cut at model.max_length",
     "bytes_in": "bytes of text, in UTF-8",
@@ -108,7 +108,7 @@ def _amounts(receipt: Receipt) -> dict[str, float]:
     """Return what a unit counts for, by the names of COUNTERS."""
     return {
         "rows": receipt.rows_out,
-        "tokens": receipt.tokens,
+        "tokens": receipt.tokens_encoded,
         "padded_tokens": receipt.padded_tokens,
         "truncated_rows": receipt.truncated,
         "bytes_in": receipt.bytes_in,

@@ -1,0 +1,179 @@
+"""Pieces whose vectors are there already: found in the reader, carried past the encoder, put in their place.
+
+A piece takes its outputs from a shard of an earlier state, or from an earlier piece of the same parcel with
+the same text; only the others are tokenised and encoded. The outputs themselves travel, and not their places:
+what was read and proved once cannot be gone when it is written.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from bge_ray.dataset.reuse import HashArray, KnownTexts, read_hashes, take_known
+from bge_ray.pipeline.embed.sources import nearest
+from bge_ray.pipeline.embed.tasks import EmbedJob, Source
+from bge_ray.pipeline.engine.rows import spread
+from bge_ray.records.arrays import whole
+from bge_ray.records.dataset import DatasetSpec
+from bge_ray.records.ids import IdArray, first_ids
+from bge_ray.records.plan import Unit
+
+T = TypeVar("T", bound=np.generic)
+
+# Columns of a parcel; no column of a corpus that is kept has such a name.
+LIKE, ORIGIN, KNOWN = "reuse:like", "reuse:origin", "reuse:known:"
+# Where outputs that were not encoded came from.
+ORIGINS = OBJECT, REPEATED = "object", "repeated"
+
+
+@dataclass(frozen=True)
+class Reused:
+    """Of m pieces, those that need no encoding.
+
+    ``like`` (m,) says which piece has the outputs of each: itself, or the first with the same text.
+    ``places`` (k,) are the pieces, each like itself, whose outputs the rows of ``known`` are. ``origin`` (m,)
+    is OBJECT, REPEATED, or null for what is to be encoded.
+    """
+
+    like: IdArray
+    places: IdArray
+    known: pa.Table
+    origin: pa.Array
+
+    @property
+    def to_encode(self) -> IdArray:
+        """Numbers of the pieces to be encoded, ascending."""
+        return np.setdiff1d(np.flatnonzero(self.like == np.arange(len(self.like))), self.places)
+
+    def settled(self, name: str, rows: IdArray, values: npt.NDArray[T]) -> npt.NDArray[T]:
+        """Return a fact of all m texts: given for the ``rows`` that were tokenised, known for the others."""
+        every = np.zeros(len(self.like), values.dtype)
+        every[rows] = values
+        if len(self.places):
+            every[self.places] = self.known[name].to_numpy()
+        return every[self.like]
+
+
+class Earlier:
+    """The texts of earlier shards, as the units of one task ask for them.
+
+    Memory: the hashes of what the last unit asked for.
+    """
+
+    def __init__(self, job: EmbedJob) -> None:
+        """Take where to read; nothing is read yet."""
+        self._job = job
+        self._hashes: dict[str, HashArray] = {}
+
+    def near(self, units: Sequence[tuple[Unit, Sequence[Source]]]) -> KnownTexts:
+        """Return the texts of the shards nearest to each of some units, among those that it has."""
+        facts = {
+            source.fact.path: source.fact
+            for unit, sources in units
+            for source in nearest(sources, unit.first_row, unit.n_rows)
+        }
+        missing = [fact for path, fact in facts.items() if path not in self._hashes]
+        read = read_hashes(self._job.storage, self._job.root, missing)
+        there = self._hashes | {fact.path: hashes for fact, hashes in zip(missing, read, strict=True)}
+        self._hashes = {path: there[path] for path in facts}
+        return KnownTexts.of(tuple(facts.values()), tuple(self._hashes.values()))
+
+
+def find_reused(job: EmbedJob, hashes: HashArray, known: KnownTexts) -> Reused:
+    """Find out which of m pieces, by the hashes of their texts, need no encoding."""
+    n = len(hashes)
+    if job.reuse == "off":
+        everything = np.arange(n, dtype=np.int64)
+        return Reused(everything, everything[:0], pa.table({}), pa.nulls(n, pa.string()))
+    distinct, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    at, outputs = take_known(job.storage, job.root, job.spec, known, distinct)
+    like = first[inverse].astype(np.int64)
+    places = first[at].astype(np.int64)
+    origin = np.full(n, None, object)
+    origin[like != np.arange(n)] = REPEATED
+    origin[np.isin(like, places)] = OBJECT
+    order = np.argsort(places)
+    known_outputs = outputs.take(pa.array(order)) if len(places) else outputs
+    return Reused(like, places[order], known_outputs, pa.array(origin, pa.string()))
+
+
+def with_reused(table: pa.Table, at: IdArray, reused: Reused, spec: DatasetSpec) -> pa.Table:
+    """Add to a table what its rows need no encoding for.
+
+    Args:
+        table: n rows.
+        at: (m,) row of each piece.
+        reused: of the m pieces.
+        spec: of the data set.
+
+    Returns:
+        The table with LIKE (the row that has the outputs of a row), ORIGIN, and a column KNOWN + name for
+        each output of the model; as it is if nothing is reused.
+    """
+    n = len(table)
+    if reused.origin.null_count == len(reused.origin):
+        return table
+    like = np.arange(n, dtype=np.int64)
+    like[at] = at[reused.like]
+    table = table.append_column(LIKE, pa.array(like)).append_column(ORIGIN, spread(reused.origin, at, n))
+    for output in spec.model.outputs:
+        if len(reused.places):
+            values = whole(reused.known[output.name])
+        else:
+            values = pa.array([], output.type())
+        table = table.append_column(KNOWN + output.name, spread(values, at[reused.places], n))
+    return table
+
+
+def settle_reused(table: pa.Table, spec: DatasetSpec) -> pa.Table:
+    """Return an encoded table with every row's outputs in their columns, wherever they came from.
+
+    A row like one that could not be done cannot be done, for the same reason.
+    """
+    if LIKE not in table.column_names:
+        return table
+    n = len(table)
+    like = table[LIKE].to_numpy()
+    for output in spec.model.outputs:
+        encoded, known = whole(table[output.name]), whole(table[KNOWN + output.name])
+        there = known.is_valid().to_numpy(zero_copy_only=False)
+        rows = np.where(there, np.arange(n) + n, np.arange(n))[like]
+        both = pa.concat_arrays([encoded, known])
+        place = table.schema.get_field_index(output.name)
+        table = table.set_column(place, output.name, both.take(pa.array(rows)))
+    for name in ("reason", "detail"):
+        mine = whole(table[name])
+        # Reasons of its own, as of a passage that is rejected for another of its chunks, stay.
+        rows = np.where(mine.is_null().to_numpy(zero_copy_only=False), like, np.arange(n))
+        table = table.set_column(table.schema.get_field_index(name), name, mine.take(pa.array(rows)))
+    return table
+
+
+def count_reused(table: pa.Table, committed: Sequence[pa.ChunkedArray]) -> dict[str, int]:
+    """Count what was not encoded of some shards.
+
+    Args:
+        table: what they were made of.
+        committed: the vector ids of each shard.
+
+    Returns:
+        ``rows_reused``, corpus rows none of whose vectors was encoded for them; ``tokens_reused``; and
+        ``vectors_`` + origin of each origin. Nothing where nothing was reused.
+    """
+    if ORIGIN not in table.column_names:
+        return {}
+    ids = pa.chunked_array([chunk for column in committed for chunk in column.chunks], pa.int64())
+    ours = table.filter(np.isin(table["vector_id"].to_numpy(), ids.to_numpy()))
+    origin = ours[ORIGIN]
+    is_reused = origin.is_valid().to_numpy()
+    rows, row_of = np.unique(first_ids(ours["vector_id"].to_numpy()), return_inverse=True)
+    encoded = np.unique(row_of[~is_reused])
+    counts = Counter(origin.drop_null().to_pylist())
+    tokens = int(ours["n_tokens"].to_numpy()[is_reused].sum(dtype=np.int64))
+    each = {f"vectors_{name}": count for name, count in sorted(counts.items())}
+    return {"rows_reused": len(rows) - len(encoded), "tokens_reused": tokens, **each}
