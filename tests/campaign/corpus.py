@@ -18,7 +18,10 @@ BAD_LINES = b'{"id": "half a line, "text"\n' + b"".join(
         {"id": "twice", "text": "another text"},
     )
 )
-CHANGES = ("changed", "new", "removed")
+CHANGES = ("changed", "new", "removed", "edited", "renamed", "copied")
+# After these texts are there whose vectors are there already.
+REUSING = frozenset({"edited", "renamed", "copied"})
+EDITED_ROWS = 3
 QUERIES = 60
 BAD_QUERIES = (
     b'{"_id": "q-half", "text"\n'
@@ -42,7 +45,21 @@ def corpus(state: str = "base") -> dict[str, bytes]:
         objects["999-late.jsonl"] = jsonl_bytes(spare)
     elif state == "removed":
         del objects[first]
+    elif state == "edited":
+        objects[lines] = _edited(objects[lines], spare)
+    elif state == "renamed":
+        objects[f"renamed-{first}"] = objects.pop(first)
+    elif state == "copied":
+        objects[f"copy-of-{first}"] = objects[first]
     return objects
+
+
+def _edited(lines: bytes, spare: list[dict[str, str]]) -> bytes:
+    """Return JSONL with a row inserted, the next one gone, and the one after it with another text."""
+    rows = lines.splitlines(keepends=True)
+    inserted, other = spare[:2]
+    third = json.loads(rows[2]) | {"text": other["text"]}
+    return b"".join([rows[0], jsonl_bytes([inserted, third]), *rows[EDITED_ROWS:]])
 
 
 @lru_cache

@@ -15,7 +15,7 @@ from tests.campaign.codes import check_code
 from tests.campaign.foreign import Laid
 from tests.campaign.jobs import Asked, Models, dataset_settings, run_settings, written_folders
 from tests.campaign.moments import EMBED, INDEX
-from tests.campaign.references import References
+from tests.campaign.references import Made, References
 from tests.campaign.schedule import Life, Trial
 from tests.campaign.site import MARK, Site
 from tests.campaign.strikes import Strikes
@@ -73,8 +73,8 @@ class Course:
                 self._change_corpus()
             code = self._live(life, None)
         self._calm(EMBED, None, code)
-        history = tuple(self._states)
-        reference = references.dataset(self._site, history)
+        made = Made(tuple(self._states), trial.chunked)
+        reference = references.dataset(self._site, made)
         findings = self._check_dataset(reference)
         if trial.indexes:
             for life in trial.indexes:
@@ -87,7 +87,7 @@ class Course:
             for life in leg.lives:
                 code = self._live(life, leg.asked)
             self._calm(leg.asked.job, leg.asked, code)
-            expected = references.run(self._site, history, leg.asked)
+            expected = references.run(self._site, made, leg.asked)
             findings.broken += self._check_run(leg.asked, expected)
         if trial.grace_s:
             findings.broken += self._after_the_grace(reference)
@@ -145,7 +145,14 @@ class Course:
         if asked is not None:
             return run_settings(asked, self.root, self._models)
         trial = self._trial
-        return dataset_settings(job, self.root, self._models, trial.encoders, trial.grace_s)
+        return dataset_settings(
+            job,
+            self.root,
+            self._models,
+            encoders=trial.encoders,
+            grace_s=trial.grace_s,
+            chunked=trial.chunked,
+        )
 
     def _live(self, life: Life, asked: Asked | None) -> int:
         """Run a job once, striking as drawn; check what must hold after it; returns its exit code."""

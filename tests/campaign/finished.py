@@ -45,13 +45,19 @@ def write_report(folder: Path, job: str, key: str, files: list[dict[str, Any]], 
     write_json(folder / "report.json", facts | more)
 
 
-def make_dataset(root: Path) -> None:
-    """Write a data set of some units, published in two steps, and an index of it."""
+def make_dataset(root: Path, moved: float = 0.0) -> None:
+    """Write a data set of some units, published in two steps, and an index of it.
+
+    Args:
+        root: its folder.
+        moved: by how much the vectors of its second object differ from what they are by default.
+    """
     shards = []
     for number, rows in enumerate(UNITS):
         ids = [number << 41 | row << 13 for row in range(rows)]
         path = f"embeddings/{number:08d}-{0:010d}.parquet"
         columns = {"vector_id": ids, "passage_id": [f"{number}-{row}" for row in range(rows)]}
+        columns["embedding"] = [[row / rows, 0.5 + moved * (number == 1)] for row in range(rows)]
         fact = write_table(root / path, columns) | {"path": path}
         unit = {"object_no": number, "first_row": 0, "n_rows": rows}
         shards.append({"unit": unit, "embeddings": fact, "rejected": None})

@@ -11,6 +11,8 @@ from tests.campaign.moments import EMBED, INDEX, RERANK, SEARCH
 CORPUS = "corpus/campaign"
 QUERIES = "corpus/queries/queries.jsonl"
 TOKENS = 64
+# Most passages of the campaign are longer than a chunk.
+CHUNK_TOKENS, OVERLAP_TOKENS = 24, 6
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ def written_folders(root: str) -> list[str]:
     return [f"{root}/{name}" for name in names]
 
 
-def dataset_settings(job: str, root: str, models: Models, encoders: int, grace_s: int) -> dict[str, object]:
+def dataset_settings(
+    job: str, root: str, models: Models, *, encoders: int, grace_s: int, chunked: bool
+) -> dict[str, object]:
     """Return the settings of every embed or index run of a trial."""
     common: dict[str, object] = {
         "output.uri": f"s3://{root}/dataset",
@@ -76,6 +80,8 @@ def dataset_settings(job: str, root: str, models: Models, encoders: int, grace_s
     if job == INDEX:
         return common | {"index.factory": "IVF8,SQ8", "index.num_queries": 50, "index.part_bytes": 100_000}
     assert job == EMBED
+    if chunked:
+        common |= {"chunking.max_tokens": CHUNK_TOKENS, "chunking.overlap_tokens": OVERLAP_TOKENS}
     return common | {
         "corpus.uri": f"s3://{CORPUS}",
         "corpus.max_rejected_fraction": 0.05,

@@ -5,12 +5,13 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.campaign.checks.dataset import snapshot
 from tests.campaign.checks.runs import run_snapshot
-from tests.campaign.corpus import corpus_hash
+from tests.campaign.corpus import REUSING, corpus_hash
 from tests.campaign.jobs import Asked, Models, dataset_settings, run_settings
 from tests.campaign.moments import EMBED, INDEX
 from tests.campaign.site import Site
@@ -18,7 +19,23 @@ from tests.support.runs import JobProcess
 
 ROOT = "out/reference"
 
-History = tuple[str, ...]
+
+@dataclass(frozen=True)
+class Made:
+    """What a data set was made of: the states of the corpus that it was embedded in, and cut texts or not."""
+
+    history: tuple[str, ...]
+    chunked: bool
+
+    @property
+    def name(self) -> str:
+        states = "-".join(f"{state}-{corpus_hash(state)}" for state in self.history)
+        return f"chunks-{states}" if self.chunked else states
+
+    @property
+    def reuses(self) -> bool:
+        """Whether vectors of an earlier state are taken over; which are, goes by how far runs of it came."""
+        return not REUSING.isdisjoint(self.history)
 
 
 class References:
@@ -29,16 +46,20 @@ class References:
         self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
 
-    def dataset(self, site: Site, history: History) -> dict[str, Any]:
+    def dataset(self, site: Site, made: Made) -> dict[str, Any]:
         """Return the `snapshot` of a data set that was embedded in each of these states, then indexed."""
-        return self._kept(f"{_name(history)}.json", lambda: snapshot(site.fs, self._dataset(site, history)))
 
-    def run(self, site: Site, history: History, asked: Asked) -> dict[str, Any]:
+        def make() -> dict[str, Any]:
+            return snapshot(site.fs, self._dataset(site, made), reuses=made.reuses)
+
+        return self._kept(f"{made.name}.json", make)
+
+    def run(self, site: Site, made: Made, asked: Asked) -> dict[str, Any]:
         """Return the `run_snapshot` of a search, or a rerank, over that data set."""
         asked = asked.content
         named = json.dumps(dataclasses.asdict(asked), sort_keys=True).encode()
-        name = f"{_name(history)}-{asked.job}-{hashlib.sha256(named).hexdigest()[:16]}.json"
-        return self._kept(name, lambda: self._run(site, history, asked))
+        name = f"{made.name}-{asked.job}-{hashlib.sha256(named).hexdigest()[:16]}.json"
+        return self._kept(name, lambda: self._run(site, made, asked))
 
     def _kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return what a file says, made first if it is not there; what is made is read back, too."""
@@ -49,19 +70,24 @@ class References:
                 path.write_text(made)
             return json.loads(path.read_text())
 
-    def _dataset(self, site: Site, history: History) -> str:
+    def _dataset(self, site: Site, made: Made) -> str:
         """Return the root of a clean data set in the store of a site, which keeps the last one made."""
-        root = f"{ROOT}/{'-'.join(history)}"
+        root = f"{ROOT}/{made.name}"
+
+        def run(job: str) -> None:
+            how = {"encoders": 1, "grace_s": 0, "chunked": made.chunked}
+            self._start(site, job, dataset_settings(job, root, self._models, **how))
+
         if not site.fs.exists(f"{root}/dataset/index/report.json"):
             site.remove(ROOT)
-            for state in history:
+            for state in made.history:
                 site.set_corpus(state)
-                self._start(site, EMBED, dataset_settings(EMBED, root, self._models, encoders=1, grace_s=0))
-            self._start(site, INDEX, dataset_settings(INDEX, root, self._models, encoders=1, grace_s=0))
+                run(EMBED)
+            run(INDEX)
         return f"{root}/dataset"
 
-    def _run(self, site: Site, history: History, asked: Asked) -> dict[str, Any]:
-        root = self._dataset(site, history).removesuffix("/dataset")
+    def _run(self, site: Site, made: Made, asked: Asked) -> dict[str, Any]:
+        root = self._dataset(site, made).removesuffix("/dataset")
         site.remove(f"{root}/run")
         for step in ([asked.over] if asked.over is not None else []) + [asked]:
             self._start(site, step.job, run_settings(step, root, self._models))
@@ -76,7 +102,3 @@ class References:
         )
         if run.wait() != 0:
             raise RuntimeError(f"the clean {job} run failed:\n{run.log()}")
-
-
-def _name(history: History) -> str:
-    return "-".join(f"{state}-{corpus_hash(state)}" for state in history)

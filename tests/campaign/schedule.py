@@ -55,7 +55,7 @@ class Trial:
     """All that is done in one trial.
 
     ``change`` is made to the corpus before the last life of embed; then come the index, if there are lives
-    of it, and the legs.
+    of it, and the legs. ``chunked``: texts are cut.
     """
 
     number: int
@@ -69,6 +69,7 @@ class Trial:
     legs: tuple[Leg, ...]
     foreign: tuple[Foreign, ...]
     further_run: bool
+    chunked: bool
 
     def lives(self) -> Iterator[Life]:
         """Yield all lives, in their order."""
@@ -88,7 +89,7 @@ def draw(seed: int, number: int) -> Trial:
     name = f"{seed}-{number}"
     rng = random.Random(name)
     cluster = rng.random() < 0.6
-    change = rng.choice(CHANGES) if rng.random() < 0.35 else None
+    change = rng.choice(CHANGES) if rng.random() < 0.5 else None
     # Where runs are what the trial is about, the data set below them has few lives.
     runs = rng.random() < 0.6
     embeds = rng.choice((1, 1, 2)) + (change is not None and not runs)
@@ -109,6 +110,7 @@ def draw(seed: int, number: int) -> Trial:
         legs=legs,
         foreign=draw_foreign(rng, jobs, outside=outside),
         further_run=rng.random() < 0.25,
+        chunked=rng.random() < 0.5,
     )
 
 

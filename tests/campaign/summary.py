@@ -30,6 +30,7 @@ def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "runs_compared": sum(line["run_files"]["compared"] for line in lines),
         "runs_same_bytes": sum(line["run_files"]["same_bytes"] for line in lines),
         "with_changed_corpus": sum(line["change"] is not None for line in lines),
+        "with_chunks": sum(line["chunked"] for line in lines),
         "with_a_grace": sum(bool(line["grace_s"]) for line in lines),
         "on_a_cluster": sum(line["cluster"] for line in lines),
         "seconds": round(sum(line["seconds"] for line in lines), 1),
@@ -38,12 +39,12 @@ def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 def as_markdown(summary: dict[str, Any]) -> str:
     """Return the summary as a table."""
-    kinds = ("on_a_cluster", "with_changed_corpus", "with_a_grace")
+    kinds = ("on_a_cluster", "with_changed_corpus", "with_chunks", "with_a_grace")
     rows = [
         ("trials", summary["trials"]),
         ("of them all guarantees held", summary["ok"]),
         (
-            "on a cluster of two nodes, with a corpus that changed, with a grace",
+            "on a cluster of two nodes, with a corpus that changed, with chunks, with a grace",
             ", ".join(str(summary[kind]) for kind in kinds),
         ),
         ("lives that were struck at", _counts(summary["lives"])),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.campaign.__main__ import main
-from tests.campaign.corpus import BAD_QUERIES, QUERIES, QUERY_LINES, queries
+from tests.campaign.corpus import BAD_QUERIES, CHANGES, QUERIES, QUERY_LINES, queries
 from tests.campaign.foreign import APART, IN_THE_WAY, OUR_CARD, OUR_SHARD, OUTSIDE
 from tests.campaign.jobs import Models, run_settings
 from tests.campaign.moments import JOBS, RERANK, SEARCH, STEPS
@@ -39,6 +39,11 @@ def test_every_blow_falls_on_every_job_that_it_can_hit(trials: list[Trial]) -> N
         if blow.when.step
     }
     assert len(steps) > 0.9 * sum(len(STEPS[job]) for job in JOBS)
+
+
+def test_every_change_comes_with_chunks_and_without(trials: list[Trial]) -> None:
+    drawn = {(trial.change, trial.chunked) for trial in trials}
+    assert drawn == {(change, chunked) for change in (None, *CHANGES) for chunked in (True, False)}
 
 
 def test_trials_hold_every_kind_of_run(trials: list[Trial]) -> None:
@@ -100,6 +105,7 @@ def test_the_summary_adds_up() -> None:
         "jobs": ["embed", "index", "search (exact)"],
         "cluster": True,
         "change": None,
+        "chunked": True,
         "grace_s": 5,
         "blows": [["driver @ request 3", "store @ 1.0 s"], [], []],
         "noise": {"503": 2},

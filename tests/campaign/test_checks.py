@@ -29,7 +29,7 @@ def finished(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     """A finished data set with an index, and its snapshot."""
     root = tmp_path / "dataset"
     make_dataset(root)
-    return root, json.loads(json.dumps(snapshot(FS, str(root))))
+    return root, json.loads(json.dumps(snapshot(FS, str(root), reuses=False)))
 
 
 @pytest.fixture
@@ -96,6 +96,26 @@ def test_a_doubled_row_is_noticed(finished: tuple[Path, dict[str, Any]]) -> None
 def test_a_changed_byte_is_noticed(finished: tuple[Path, dict[str, Any]]) -> None:
     flip(finished[0] / SHARD)
     assert f"{SHARD}: other bytes" in broken(finished)
+
+
+@pytest.mark.parametrize(
+    ("reuses", "moved", "says"),
+    [
+        (True, 1e-6, ""),
+        (True, 1e-3, "vectors differ from the clean run's by up to 0.00"),
+        (False, 1e-6, "the manifest is not that of the clean run"),
+    ],
+)
+def test_last_bits_may_differ_where_vectors_are_reused(
+    tmp_path: Path, *, reuses: bool, moved: float, says: str
+) -> None:
+    make_dataset(tmp_path)
+    reference = json.loads(json.dumps(snapshot(FS, str(tmp_path), reuses=reuses)))
+    make_dataset(tmp_path, moved)
+    found = broken((tmp_path, reference))
+    assert says in found if says else not found
+    change_json(tmp_path / "manifest.json", tokens=1)
+    assert ("not that of the clean run: tokens" in broken((tmp_path, reference))) == reuses
 
 
 def test_another_manifest_is_noticed(finished: tuple[Path, dict[str, Any]]) -> None:

@@ -1,8 +1,12 @@
 """The guarantees of a data set and its index, checked on what lies in the store."""
 
+import base64
 import json
+import re
 from collections import Counter
 from typing import Any
+
+import numpy as np
 
 from tests.campaign.checks.findings import Findings, check_fact, names_below, read_json, read_table, sha256
 from tests.campaign.checks.reports import check_report, digest_of, file_facts
@@ -10,10 +14,15 @@ from tests.campaign.checks.reports import check_report, digest_of, file_facts
 DATA = ("embeddings/", "rejected/")
 JOURNAL, RETIRED = "_bge_ray.json", "_retired.json"
 ROW_BITS = 13
+# Of float32 components: texts that are encoded in other company.
+TOLERANCE = 1e-5
 
 
-def snapshot(fs: Any, root: str) -> dict[str, Any]:
+def snapshot(fs: Any, root: str, *, reuses: bool) -> dict[str, Any]:
     """Return what a finished data set is, index included: to compare others with.
+
+    Where it reuses vectors, those of others are compared by value, and not by the bytes of their files: how
+    many were there to be reused, and so who shared a batch with whom, goes by how far earlier runs came.
 
     Raises:
         AssertionError: it is itself not sound.
@@ -23,6 +32,7 @@ def snapshot(fs: Any, root: str) -> dict[str, Any]:
         "manifest": fs.cat_file(f"{root}/manifest.json").decode(),
         "rows": Counter(_rows(fs, root, manifest)),
         "index": _index_files(fs, root, frozenset()),
+        "vectors": _encoded(*_vectors(fs, root, manifest)) if reuses else None,
     }
     broken = check_dataset(fs, root, reference).broken + check_index(fs, root, reference)
     assert not broken, broken
@@ -53,13 +63,19 @@ def check_dataset(
         return found
     text = fs.cat_file(f"{root}/manifest.json").decode()
     manifest, expected = json.loads(text), _renamed(reference["manifest"], root, foreign)
-    if text != expected:
-        what = _difference(manifest, json.loads(expected))
+    ours, theirs = manifest, json.loads(expected)
+    same = text == expected
+    if reference["vectors"] is not None:
+        ours, theirs = _without_bytes(ours), _without_bytes(theirs)
+        same = ours == theirs
+        found.broken += _check_vectors(fs, root, manifest, reference["vectors"])
+    if not same:
+        what = _difference(ours, theirs)
         found.broken.append(f"the manifest is not that of the clean run: {what}")
     for fact in file_facts(manifest):
         found.broken += check_fact(fs, f"{root}/{fact['path']}", fact)
     rows, clean = Counter(_rows(fs, root, manifest)), Counter(reference["rows"])
-    found.rows = sum(rows.values())
+    found.rows = len({int(row.partition(" ")[0]) >> ROW_BITS for row in rows})
     found.lost, found.doubled = sum((clean - rows).values()), sum((rows - clean).values())
     if found.lost or found.doubled:
         found.broken.append(f"{found.lost} rows lost, {found.doubled} doubled")
@@ -82,7 +98,10 @@ def check_index(
     if files is None:
         return ["there is no index"]
     broken = check_report(fs, f"{root}/index")
-    if files != reference["index"]:
+    if reference["vectors"] is not None:
+        if files.keys() != reference["index"].keys():
+            broken.append(f"the index has other files than the clean run's: {sorted(files)}")
+    elif files != reference["index"]:
         differ = sorted(set(files.items()) ^ set(reference["index"].items()))
         broken.append(f"the index differs from the clean run's: {differ}")
     for fact in read_json(fs, f"{root}/index/index.json")["files"]:
@@ -105,6 +124,53 @@ def _renamed(manifest: str, root: str, foreign: frozenset[str]) -> str:
             other = fact["path"].replace(".parquet", f"-{fact['sha256'][:12]}.parquet")
             manifest = manifest.replace(f'"{fact["path"]}"', f'"{other}"')
     return manifest
+
+
+def _without_bytes(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest without what follows from the bytes of shards."""
+
+    def stripped(value: Any) -> Any:
+        if isinstance(value, list):
+            return [stripped(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        kept = {key: stripped(item) for key, item in value.items() if key not in ("bytes", "sha256")}
+        if "path" in kept:
+            kept["path"] = re.sub(r"-[0-9a-f]{12}(?=\.parquet$)", "", kept["path"])
+        return kept
+
+    found: dict[str, Any] = stripped(manifest)
+    return found
+
+
+def _vectors(fs: Any, root: str, manifest: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the (n,) ids of all vectors, ascending, and the (n, dim) vectors."""
+    ids, vectors = [np.empty(0, np.int64)], []
+    for shard in manifest["shards"]:
+        if shard["embeddings"]:
+            table = read_table(fs, f"{root}/{shard['embeddings']['path']}")
+            ids.append(table["vector_id"].to_numpy())
+            vectors.append(np.stack(table["embedding"].to_pylist()).astype(np.float32))
+    together, order = np.concatenate(ids), np.argsort(np.concatenate(ids))
+    return together[order], np.concatenate(vectors)[order]
+
+
+def _encoded(ids: Any, vectors: Any) -> dict[str, Any]:
+    named = {"ids": ids.astype("<i8"), "vectors": vectors.astype("<f4")}
+    return {"dim": vectors.shape[1]} | {k: base64.b64encode(v.tobytes()).decode() for k, v in named.items()}
+
+
+def _check_vectors(fs: Any, root: str, manifest: dict[str, Any], reference: dict[str, Any]) -> list[str]:
+    try:
+        ids, vectors = _vectors(fs, root, manifest)
+    except (FileNotFoundError, ValueError) as error:
+        return [f"a shard cannot be read: {error}"]
+    clean_ids = np.frombuffer(base64.b64decode(reference["ids"]), "<i8")
+    clean = np.frombuffer(base64.b64decode(reference["vectors"]), "<f4").reshape(-1, reference["dim"])
+    if not np.array_equal(ids, clean_ids):
+        return ["other vectors than in the clean run"]
+    worst = float(np.abs(vectors - clean).max())
+    return [f"vectors differ from the clean run's by up to {worst}"] if worst > TOLERANCE else []
 
 
 def _difference(manifest: dict[str, Any], clean: dict[str, Any]) -> str:
