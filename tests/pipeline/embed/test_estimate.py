@@ -1,25 +1,36 @@
 """What a dry run measures: the texts as they will be embedded, of units from all over the corpus."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy.typing as npt
 import pytest
 from transformers import AutoTokenizer
 
+from bge_ray.dataset.folder import Dataset
 from bge_ray.model.feed.chunks import Chunker
 from bge_ray.model.run.model import Model
 from bge_ray.model.run.result import Result
 from bge_ray.model.spec import resolve_encoder, text_feeder
 from bge_ray.pipeline.embed import estimate
 from bge_ray.pipeline.embed.estimate import SAMPLE_ROWS, measure_task, sample_task
-from bge_ray.pipeline.embed.job import plan_only
-from bge_ray.pipeline.embed.prepare import settle_chunking
+from bge_ray.pipeline.embed.planning import extend_plan, scan_task, settle_limits
+from bge_ray.pipeline.embed.prepare import Planned, _subtract, settle_chunking
 from bge_ray.pipeline.embed.tasks import CorpusUnit, SpanTask
-from bge_ray.pipeline.engine.pools import Pool
+from bge_ray.pipeline.engine.pools import Pool, Sizes, Tasks
+from bge_ray.records.columns import Columns
+from bge_ray.records.dataset import DatasetSpec
+from bge_ray.records.plan import Removal
 from bge_ray.records.tokens import PackedTokens
-from bge_ray.settings.sections import ChunkingSettings, ModelSettings, parse_settings
+from bge_ray.settings.sections import (
+    BatchingSettings,
+    ChunkingSettings,
+    CorpusSettings,
+    ModelSettings,
+    Settings,
+)
 from bge_ray.storage.objects import Storage
 from tests.support.reading import jsonl_bytes, resolve, scan
 
@@ -107,20 +118,34 @@ def test_small_objects_are_sampled_until_there_are_rows_enough(storage: Storage,
     assert {text.split()[0] for _, _, text in mixed} == {"0", "1", "2", "3", "4"}
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
-def test_many_small_objects_cost_what_committing_them_takes(tmp_path: Path, tiny_model: Path) -> None:
+class InThisProcess:
+    """As much of Ray as an estimate takes: tasks that run where they are called."""
+
+    def remote(self, **_: object) -> Callable[[Callable], SimpleNamespace]:
+        return lambda function: SimpleNamespace(remote=function)
+
+    def get(self, result: object) -> object:
+        return result
+
+
+def test_many_small_objects_cost_what_committing_them_takes(
+    storage: Storage, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their texts are nothing, and still 1,000 of them took a minute, which the dry run called 0 s."""
     n = 300
-    (tmp_path / "corpus").mkdir()
     for number in range(n):
-        (tmp_path / f"corpus/{number}.jsonl").write_bytes(
-            jsonl_bytes([{"id": "1", "text": f"text {number}"}])
-        )
-    keys = {"corpus.uri": tmp_path / "corpus", "output.uri": tmp_path / "out", "model.name": tiny_model}
-    told = plan_only(parse_settings(None, [f"{key}={value}" for key, value in keys.items()]))
+        (tmp_path / f"{number}.jsonl").write_bytes(jsonl_bytes([{"id": "1", "text": f"text {number}"}]))
+    spec = DatasetSpec(
+        resolve_encoder(ModelSettings(name=str(tiny_model)), on_gpu=False), Columns("id", "text", None)
+    )
+    settings, listed = CorpusSettings(uri=str(tmp_path)), storage.list_files(str(tmp_path))
+    limits = settle_limits(BatchingSettings(), listed, 1, spec.model)
+    plan = extend_plan({}, None, scan_task(storage, listed, settings, limits), spec.columns, limits)
+    todo, _ = _subtract(spec, plan, {})
+    planned = Planned(Dataset(storage, str(tmp_path / "out")), spec, plan, 0, {}, todo, Removal())
+    sizes = Sizes({"encoders": POOL}, {"readers": Tasks(1, 0.0)})
+    monkeypatch.setattr(estimate, "ray", InThisProcess())
+    told = estimate.estimate(planned, sizes, Settings())
     assert (told.units_todo, told.rows_todo) == (n, n)
-    computing = told.tokens / told.tokens_per_s
-    # On a disk a unit takes 4.4 ms of a core at the least (docs/measured.md), and a group 45 ms more.
-    assert told.seconds - computing > n * 0.0044
-    assert not (tmp_path / "out").exists()
+    # On a disk a unit takes 4.4 ms of a core at the least (docs/measured.md).
+    assert told.seconds - told.tokens / told.tokens_per_s > n * 0.0044

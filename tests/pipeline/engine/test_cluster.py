@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -75,3 +76,45 @@ def test_what_is_quiet_meanwhile_is_as_it_was_afterwards() -> None:
         logging.getLogger("ray").setLevel(logging.ERROR)  # as ray.init does
         raise ZeroDivisionError
     assert state() == before
+
+
+# As much of Ray as leaving it takes, with the session folder that a local cluster would have.
+LEAVING = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+session, logs = Path(sys.argv[1]), sys.argv[2]
+session.joinpath("logs").mkdir(parents=True)
+session.joinpath("logs", "raylet.out").write_text("one line")
+session.with_name("session_latest").symlink_to(session)
+node = SimpleNamespace(head=True, get_session_dir_path=lambda: str(session))
+sys.modules["ray"] = SimpleNamespace(
+    is_initialized=lambda: True,
+    shutdown=lambda: None,
+    _private=SimpleNamespace(worker=SimpleNamespace(_global_node=node)),
+)
+from bge_ray.pipeline.engine.cluster import disconnect
+disconnect(keep_logs=logs == "kept")
+"""
+
+
+@pytest.mark.parametrize(
+    ("logs", "environment", "left"),
+    [
+        ("kept", {}, ["session_1", "session_latest"]),
+        ("not kept", {}, []),
+        ("not kept", {"BGE_RAY_KEEP_SESSION": "1"}, ["session_1", "session_latest"]),
+    ],
+)
+def test_the_session_folder_goes_where_its_logs_are_not_wanted(
+    tmp_path: Path, logs: str, environment: dict[str, str], left: list[str]
+) -> None:
+    """Ray itself never removes one; of a run that failed, and where it is asked for, it stays."""
+    subprocess.run(
+        [sys.executable, "-c", LEAVING, str(tmp_path / "session_1"), logs],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)} | environment,
+        check=True,
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == left

@@ -1,10 +1,7 @@
-"""A job leaves no process behind, also where one does not react to the end of its cluster, and no folder."""
+"""A job leaves no process behind, also where one does not react to the end of its cluster."""
 
-import os
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import psutil
 import pytest
@@ -40,28 +37,3 @@ def test_a_worker_that_hangs_ends_with_its_cluster_and_none_follows_it() -> None
     assert run.returncode == 0, run.stderr
     assert not psutil.pid_exists(int(run.stdout.split()[0]))
     assert "refused: " in run.stdout  # and no cluster is started behind the job's back
-
-
-ENDED = """
-import sys
-from bge_ray.pipeline.engine.cluster import connect, disconnect
-from bge_ray.settings.sections import ResourcesSettings
-
-connect(ResourcesSettings())
-disconnect(keep_logs=sys.argv[1] == "kept")
-"""
-
-
-@pytest.mark.parametrize("logs", ["kept", "not kept"])
-def test_the_session_folder_of_a_run_that_went_well_goes(logs: str) -> None:
-    """Ray itself never removes one, and each has some ten megabytes; of a run that failed they are wanted."""
-    with tempfile.TemporaryDirectory(prefix="ray") as folder:  # the path of a socket in it must be short
-        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        subprocess.run(
-            [sys.executable, "-c", ENDED, logs],
-            cwd=REPOSITORY,
-            env=environment | {"RAY_TMPDIR": folder, "PYTHONPATH": str(REPOSITORY)},
-            check=True,
-        )
-        left = sorted(path.name for path in Path(folder).glob("ray/session_*"))
-    assert len(left) == (2 if logs == "kept" else 0), left  # one, and the link to the latest
