@@ -159,6 +159,8 @@ def test_a_passage_with_8000_chunks_leaves_room_for_others_and_costs_few_questio
     assert results(found) == truth
     assert found.refilled == len(QUERIES)
     assert len(asked) <= 6 and asked == sorted(asked)
+    how = plan_retrieval(chunked.source, described, 1000, 0)
+    assert how.k == chunked.manifest.rows_out == 51  # nobody asks for passages that are not there
     how = plan_retrieval(chunked.source, None, 10, 0)
     exact = retrieve(QUERIES, chunked.exactly(per_row=True), how)
     assert results(exact) == truth
