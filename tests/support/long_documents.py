@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -154,7 +155,7 @@ def embed(documents: list[Document], work: Path, seconds: float) -> bool:
     return True
 
 
-def measure(documents: list[Document], work: Path) -> dict[str, object]:
+def measure(documents: list[Document], work: Path) -> dict[str, Any]:
     """Search exactly, by passages, and count how many documents are among the first K."""
     stored = [np.load(document.stored(work)) for document in documents]
     queries = np.concatenate([found["queries"] for found in stored])
@@ -173,11 +174,14 @@ def measure(documents: list[Document], work: Path) -> dict[str, object]:
         )
         _, found = exact_topk(queries, [(np.concatenate(vectors), ids)], K, per_row=True)
         hits = split_vector_ids(found).row_no == wanted[:, None]
-        recall = float(hits.any(axis=1).mean())
-        low, high = wilson(recall, len(queries))
+        figures[kind] = {"vectors": len(ids)}
+        for depth in (1, K):
+            share = float(hits[:, :depth].any(axis=1).mean())
+            low, high = wilson(share, len(queries))
+            figures[kind] |= {f"recall@{depth}": share, f"between@{depth}": [low, high]}
         ranks[kind] = {str(number): float(hit.any()) for number, hit in enumerate(hits)}
         mrr = float((hits / np.arange(1, hits.shape[1] + 1)).sum(axis=1).mean())
-        figures[kind] = {"vectors": len(ids), "recall@10": recall, "low": low, "high": high, "mrr@10": mrr}
+        figures[kind]["mrr@10"] = mrr
     figures["chunks against whole"] = str(compare(ranks["chunks"], ranks["whole"]))
     return figures
 

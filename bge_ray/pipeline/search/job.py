@@ -164,6 +164,14 @@ class SearchJob:
         self.index = None if asked.exact else read_index(self.storage, self.source.root)
         if self.index is not None:
             _check_index(self.index, self.source, allowed=asked.stale_index)
+            results = "passages" if self.source.chunked and asked.group == "passage" else "vectors"
+            if self.index.results != results:
+                logger.warning(
+                    "%s: its index was tuned for %s and is searched for %s: its recall is of the former; run "
+                    "index.py with the same search.group to tune it for these",
+                    self.source.root,
+                    *(self.index.results, results),
+                )
         elif not asked.exact:
             logger.info("%s has no index: the embedding shards are searched exactly", self.source.root)
         self.model = _query_model(settings, self.source)

@@ -123,7 +123,7 @@ def plan_retrieval(
         storage=source.storage,
         root=source.root,
         shards=ShardMap.of(manifest),
-        k=min(k, manifest.vectors),
+        k=min(k, manifest.rows_out if per_row else manifest.vectors),
         group=group,
         per_row=per_row,
         reach=reach,

@@ -1,6 +1,7 @@
 """Passages by the best of their chunks, and chunks: against numpy over all chunks; without Ray."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,19 @@ import pytest
 
 import bge_ray
 from bge_ray.dataset.lookup import ShardMap
+from bge_ray.errors import ModelError
 from bge_ray.index.search import search
 from bge_ray.pipeline.runs.source import Source
 from bge_ray.pipeline.search.exact import ShardSearcher
+from bge_ray.pipeline.search.job import SearchJob
 from bge_ray.pipeline.search.retrieve import Found, Search, plan_retrieval, retrieve
+from bge_ray.records.canonical import to_json
 from bge_ray.records.ids import vector_ids
-from bge_ray.records.index import IndexDescription
+from bge_ray.records.index import SHARD_DIGITS, IndexDescription
 from bge_ray.retrieval import Hit
 from bge_ray.storage.objects import Storage
 from tests.report.samples import index_description
+from tests.support.searches import settings_for
 from tests.support.vectors import CHUNK_CHARS, CHUNKING, VectorDataset, clustered
 
 DIM = 32
@@ -154,6 +159,8 @@ def test_a_passage_with_8000_chunks_leaves_room_for_others_and_costs_few_questio
     assert results(found) == truth
     assert found.refilled == len(QUERIES)
     assert len(asked) <= 6 and asked == sorted(asked)
+    how = plan_retrieval(chunked.source, described, 1000, 0)
+    assert how.k == chunked.manifest.rows_out == 51  # nobody asks for passages that are not there
     how = plan_retrieval(chunked.source, None, 10, 0)
     exact = retrieve(QUERIES, chunked.exactly(per_row=True), how)
     assert results(exact) == truth
@@ -170,6 +177,33 @@ def test_chunks_of_objects_that_are_gone_leave_no_place_empty(chunked: Chunked) 
     assert {name for rows in results(found) for name, _ in rows} <= set(chunked.names[1])
     assert {len(rows) for rows in results(found)} == {10}
     assert found.unknown > 0
+
+
+def test_a_search_for_what_the_index_was_not_tuned_for_is_told_so(
+    chunked: Chunked, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = Path(shutil.copytree(chunked.source.root, tmp_path / "data"))
+    (tmp_path / "q.jsonl").write_text('{"_id": "1", "text": "?"}\n')
+    shards = tuple(sha256[:SHARD_DIGITS] for sha256 in chunked.source.shard_hashes)
+    keys = {"output__uri": str(root), "search__output": str(tmp_path / "run")}
+
+    def told(results: Any, group: str) -> bool:
+        described = index_description(
+            vector_fingerprint=chunked.source.spec.vector_fingerprint,
+            dim=DIM,
+            ntotal=len(chunked.ids),
+            shards=shards,
+            results=results,
+        )
+        (root / "index").mkdir(exist_ok=True)
+        (root / "index" / "index.json").write_bytes(to_json(described))
+        caplog.clear()
+        with pytest.raises(ModelError):  # these data sets have their model only by name
+            SearchJob(settings_for(**keys, search__queries=str(tmp_path / "q.jsonl"), search__group=group))
+        return "was tuned for" in caplog.text
+
+    assert [told("passages", "passage"), told("vectors", "chunk")] == [False, False]
+    assert [told("vectors", "passage"), told("passages", "chunk")] == [True, True]
 
 
 def test_open_index_answers_with_passages_and_their_chunks(chunked: Chunked) -> None:
