@@ -42,7 +42,10 @@ HIGH_BEYOND = 0.3
 
 def advise_embed(report: EmbedReport) -> list[str]:
     """Return what to change after an embed run, most valuable first."""
-    lines = [*_on_waiting(report), *_on_units(report), *_on_batches(report), *_on_rows(report)]
+    lines = [*_on_batches(report), *_on_rows(report)]
+    # Where most texts have vectors, encoders wait for readers whatever the settings are.
+    if report.tokens_reused <= report.tokens_encoded:
+        lines = [*_on_waiting(report), *_on_units(report), *lines]
     return lines + _on_startup(report)
 
 

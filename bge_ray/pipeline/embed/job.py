@@ -178,6 +178,9 @@ class EmbedWork:
             return None
         if [m.unit for m in manifest.shards] != sorted(self._planned.plan.units()):
             return None
+        spec = self.dataset.read_spec()
+        if spec is None or spec.rows_fingerprint != self._planned.spec.rows_fingerprint:
+            return None
         self._manifest = manifest
         report = read_report(EmbedReport, self.storage.read_optional(join(self.dataset.root, "report.json")))
         if report is None or not report.complete or report.key != manifest_digest(manifest):

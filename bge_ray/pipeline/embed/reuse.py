@@ -36,8 +36,8 @@ class Reused:
     """Of m pieces, those that need no encoding.
 
     ``like`` (m,) says which piece has the outputs of each: itself, or the first with the same text.
-    ``places`` (k,) are the pieces, each like itself, whose outputs the rows of ``known`` are. ``origin`` (m,)
-    is OBJECT, REPEATED, or null for what is to be encoded.
+    ``places`` (k,), ascending, are the pieces, each like itself, whose outputs the rows of ``known`` are.
+    ``origin`` (m,) is OBJECT, REPEATED, or null for what is to be encoded.
     """
 
     like: IdArray
@@ -90,16 +90,15 @@ def find_reused(job: EmbedJob, hashes: HashArray, known: KnownTexts) -> Reused:
     if job.reuse == "off":
         everything = np.arange(n, dtype=np.int64)
         return Reused(everything, everything[:0], pa.table({}), pa.nulls(n, pa.string()))
-    distinct, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-    at, outputs = take_known(job.storage, job.root, job.spec, known, distinct)
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     like = first[inverse].astype(np.int64)
-    places = first[at].astype(np.int64)
+    firsts = np.sort(first).astype(np.int64)
+    at, outputs = take_known(job.storage, job.root, job.spec, known, hashes[firsts])
+    places = firsts[at]
     origin = np.full(n, None, object)
     origin[like != np.arange(n)] = REPEATED
     origin[np.isin(like, places)] = OBJECT
-    order = np.argsort(places)
-    known_outputs = outputs.take(pa.array(order)) if len(places) else outputs
-    return Reused(like, places[order], known_outputs, pa.array(origin, pa.string()))
+    return Reused(like, places, outputs, pa.array(origin, pa.string()))
 
 
 def with_reused(table: pa.Table, at: IdArray, reused: Reused, spec: DatasetSpec) -> pa.Table:

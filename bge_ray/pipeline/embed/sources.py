@@ -74,7 +74,8 @@ def earlier_shards(
     found: dict[int, list[Source]] = defaultdict(list)
     for marker in sorted((*published, *left), key=lambda m: m.unit):
         if marker.embeddings is not None:
-            found[marker.unit.object_no].append(Source(marker.unit.first_row, marker.embeddings))
+            unit = marker.unit
+            found[unit.object_no].append(Source(unit.first_row, unit.n_rows, marker.embeddings))
     return found
 
 
@@ -87,11 +88,11 @@ def nearest(
         sources: the likeliest object's first.
         first_row: of the range.
         n_rows: of the range.
-        most_rows: of all shards that are returned; one is always.
+        most_rows: of all shards that are returned, chunks counted; one is always.
     """
 
     def distance(source: Source) -> int:
-        return max(first_row - source.first_row - source.fact.rows, source.first_row - first_row - n_rows, 0)
+        return max(first_row - source.first_row - source.n_rows, source.first_row - first_row - n_rows, 0)
 
     near: list[Source] = []
     rows = 0

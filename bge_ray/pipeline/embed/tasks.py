@@ -41,9 +41,10 @@ class UnitsTask:
 
 @dataclass(frozen=True)
 class Source:
-    """A shard whose texts may be those of an object; its own begin at ``first_row`` of theirs."""
+    """A shard whose texts may be those of an object: of ``n_rows`` rows from ``first_row`` on of its own."""
 
     first_row: int
+    n_rows: int
     fact: FileFact
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bge_ray.dataset.folder import Dataset
 from bge_ray.dataset.reader import open_reader
 from bge_ray.errors import BgeRayError, StorageError
 from bge_ray.pipeline.embed.estimate import Share
@@ -211,9 +212,15 @@ def test_a_column_that_comes_or_goes_embeds_nothing_and_keeps_every_id(
     assert after["day"].to_pylist() == ["1"] * 90 + ["2"] * 90
     assert after.select(before.schema.names).equals(before)
     assert embed(settings_for(bucket, tiny_model, wanted)).report.outcome == "nothing to do"
-    report = embed(settings_for(bucket, tiny_model)).report
+    bare = settings_for(bucket, tiny_model)
+    report = embed(bare).report
     assert (report.tokens_encoded, report.rows_reused) == (0, 180)
     assert read_shards(f"{bucket}/out").equals(before.drop_columns(["lang"]))
+    # A run that dies between dataset.json and the manifest leaves new columns over old shards.
+    dataset = Dataset(STORAGE, f"{bucket}/out")
+    dataset.change_rows(prepare(settings_for(bucket, tiny_model, wanted)).spec)
+    assert embed(bare).report.units_done == 0
+    assert dataset.read_spec().columns.kept == {}
     check_nothing_left_over(f"{bucket}/out")
 
 
