@@ -9,7 +9,12 @@ from bge_ray.records.model import ModelSpec
 from bge_ray.records.outputs import Output
 from bge_ray.records.reports import (
     EmbedReport,
+    Gaps,
     IndexReport,
+    MergedModel,
+    MergeReport,
+    MinedExample,
+    MineReport,
     RerankReport,
     Scoring,
     SearchedIndex,
@@ -180,5 +185,47 @@ def rerank_report(**changes: Any) -> RerankReport:
         pairs_out=40,
         lists_rejected=0,
         scoring=SCORING,
+    )
+    return dataclasses.replace(report, **changes)
+
+
+VERDICTS = {"positive": 10, "same_text": 1, "copy_by_words": 2, "margin": 7, "not_drawn": 60, "negative": 30}
+
+
+def mine_report(**changes: Any) -> MineReport:
+    example = MinedExample(
+        "margin", HOSTILE, HOSTILE, HOSTILE, HOSTILE, 0.9, HOSTILE, HOSTILE, 0.89, 0.5, 0.25
+    )
+    every = ("copy_by_vector", "max_score", "skipped", "teacher_margin")
+    report = MineReport(
+        **common(facts_of_two("mine")),
+        units=2,
+        queries=HOSTILE,
+        dataset="s3://b/out",
+        model=MODEL,
+        exact=True,
+        teacher=None,
+        queries_in=12,
+        queries_out=10,
+        queries_short=1,
+        queries_unjudged=5,
+        positives_unknown=2,
+        positives_beyond=1,
+        negatives=30,
+        tuples=9,
+        verdicts=VERDICTS | dict.fromkeys(every, 0),
+        examples=(example,),
+        gaps=Gaps((0.05, 0.1), (10, 15, 5)),
+    )
+    return dataclasses.replace(report, **changes)
+
+
+def merge_report(**changes: Any) -> MergeReport:
+    report = MergeReport(
+        **common(RunFacts("merge", "run-7", started=100.0, entered=101.0)),
+        output=HOSTILE,
+        models=(MergedModel(HOSTILE, None, "abc", 0.25, 1.5), MergedModel("b", "rev", "def", 0.75, None)),
+        examples=4,
+        parameters=22_713_216,
     )
     return dataclasses.replace(report, **changes)

@@ -6,12 +6,13 @@ import pytest
 
 from bge_ray.records.reports import EmbedReport
 from bge_ray.report import advice
-from bge_ray.report.advice import advise_embed, advise_index, advise_rerank, advise_search
+from bge_ray.report.advice import advise_embed, advise_index, advise_mine, advise_rerank, advise_search
 from bge_ray.settings.sections import parse_settings
 from tests.report.samples import (
     SCORING,
     embed_report,
     index_report,
+    mine_report,
     rerank_report,
     search_report,
     searched_index,
@@ -35,6 +36,7 @@ def test_good_figures_need_no_advice() -> None:
     assert advise_index(index_report(effort=6)) == []  # of 8 lists
     assert advise_search(search_report()) == []
     assert advise_rerank(rerank_report()) == []
+    assert advise_mine(mine_report()) == []
 
 
 @pytest.mark.parametrize(
@@ -112,3 +114,21 @@ def test_advice_on_a_search(change: dict[str, Any], word: str) -> None:
 def test_advice_on_a_rerank_run_is_that_on_its_rerankers() -> None:
     (line,) = advise_rerank(rerank_report(**scoring(utilisation=0.3)))
     assert "rerank.num_rerankers" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"queries_short": 3}, ["3 queries have fewer", "mine.depth"]),
+        ({"verdicts": "copy_by_vector"}, ["8 of 105 results are copies"]),
+        ({"positives_beyond": 4}, ["4 of 10 positives are not among the results"]),
+        ({"wall_s": 600.0, "startup_s": 400.0}, ["start-up"]),
+    ],
+)
+def test_advice_on_a_mining_run(change: dict[str, Any], words: list[str]) -> None:
+    verdicts = mine_report().verdicts
+    if "verdicts" in change:
+        change = {"verdicts": verdicts | {change["verdicts"]: 5}}
+    (line,) = advise_mine(mine_report(**change))
+    for word in words:
+        assert word in line

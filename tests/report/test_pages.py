@@ -5,10 +5,12 @@ import re
 import numpy as np
 import pytest
 
-from bge_ray.records.reports import RejectedRow
+from bge_ray.records.reports import Gaps, RejectedRow
 from bge_ray.report.embed_page import embed_page
 from bge_ray.report.facts import RunFacts
 from bge_ray.report.index_page import index_page
+from bge_ray.report.merge_page import merge_page
+from bge_ray.report.mine_page import mine_page
 from bge_ray.report.run_page import rerank_page, search_page
 from bge_ray.report.sections import MAX_FAILURES, PHASES
 from tests.report.samples import (
@@ -16,6 +18,8 @@ from tests.report.samples import (
     embed_report,
     facts_of_two,
     index_report,
+    merge_report,
+    mine_report,
     rerank_report,
     search_report,
 )
@@ -25,6 +29,7 @@ PAGES = {
     "index": index_page(index_report(), np.array([10, 20, 70])),
     "search": search_page(search_report()),
     "rerank": rerank_page(rerank_report(without_trec=(HOSTILE,))),
+    "mine": mine_page(mine_report()),
 }
 
 
@@ -54,7 +59,7 @@ def test_every_page_says_how_long_what_it_cost_and_what_to_change(job: str) -> N
     assert "batching.unit_rows" in page  # among all settings
 
 
-@pytest.mark.parametrize("job", ["embed", "search", "rerank"])
+@pytest.mark.parametrize("job", ["embed", "search", "rerank", "mine"])
 def test_what_was_left_out_is_shown_by_reason_with_examples(job: str) -> None:
     page = PAGES[job].decode()
     assert "empty_text" in page
@@ -111,6 +116,7 @@ def test_pictures_are_there_where_there_is_something_to_draw() -> None:
         "index": 2,
         "search": 1,
         "rerank": 1,
+        "mine": 2,
     }
     flat = index_report(parameter=None, effort=1, curve=(), ceiling=None, nlist=0)
     assert index_page(flat, None).count(b"<svg") == 0
@@ -165,3 +171,26 @@ def test_no_price_is_said() -> None:
     page = search_page(report).decode()
     assert "CPU core hours" in page
     assert "report.price_per_hour takes that of a CPU core hour" in page
+
+
+def test_a_mining_run_shows_which_rule_dropped_what() -> None:
+    page = PAGES["mine"].decode()
+    assert "12 queries = 10 mined for + 2 left out; 5 more had no judgement" in page
+    assert "10 positives, 1 of them not among the results of their queries; 2 more are not in" in page
+    assert "7: not far enough below the lowest positive by the vectors" in page
+    assert "30: taken as negatives" in page
+    assert ">max_score<" not in page  # dropped nothing
+    assert "score 0.890, positive&#x27;s 0.900; cosine 0.500; words in common 25%" in page
+    assert "How far negatives are away" in page
+    assert "How far" not in mine_page(mine_report(gaps=Gaps())).decode()
+    lost = mine_page(mine_report(complete=False, outcome="incomplete: x")).decode()
+    assert "Nothing of this run is published" in lost
+
+
+def test_a_merge_names_its_models() -> None:
+    page = merge_page(merge_report()).decode()
+    assert "<script" not in page.lower()
+    assert "22,713,216 parameters" in page
+    assert "by the losses on 4 examples" in page
+    for words in ("0.250000", "1.5000", "0.750000", "rev", "abc", "def"):
+        assert words in page

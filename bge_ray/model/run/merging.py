@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
@@ -96,7 +97,8 @@ def example_loss(asked: ModelSettings, queries: Sequence[str], passages: Sequenc
     """
     spec = resolve_encoder(asked, on_gpu=False)
     feeder = text_feeder(spec, trust_remote_code=asked.trust_remote_code)
-    model = Model(spec, model_folder(spec), Place(trust_remote_code=asked.trust_remote_code))
+    place = Place(threads=os.cpu_count() or 1, trust_remote_code=asked.trust_remote_code)
+    model = Model(spec, model_folder(spec), place)
     return group_loss(_vectors(model, feeder.queries(queries)), _vectors(model, feeder.passages(passages)))
 
 

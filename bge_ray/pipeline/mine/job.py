@@ -24,7 +24,6 @@ from bge_ray.pipeline.rerank.texts import open_texts
 from bge_ray.pipeline.runs.groups import GroupTask, Workplace
 from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections
 from bge_ray.pipeline.runs.parts import LEFT_OUT, Totals
-from bge_ray.pipeline.runs.source import refuse_in_source
 from bge_ray.pipeline.runs.work import Outcome, RunWork, check_rejected, published_files
 from bge_ray.pipeline.search.job import SearchJob
 from bge_ray.pipeline.work import carry_out, refuse_taken
@@ -100,9 +99,8 @@ class MineJob:
         _check_inputs(settings)
         asked = settings.mine
         self._settings = settings
-        self.search = SearchJob(_search_settings(settings))
+        self.search = SearchJob(_search_settings(settings), "mine.output")
         source = self.search.source
-        refuse_in_source(source, {"mine.output": asked.output})
         if source.spec.chunking is not None:
             raise SettingsError(
                 f"output.uri {source.root}: its passages were cut into chunks, and a training file needs "

@@ -265,7 +265,7 @@ def _judged(rows: list[Row], rules: MineSettings) -> list[Row]:
     positives = [row for row in rows if row["verdict"] == POSITIVE and row["reason"] is None]
     results = [row for row in rows if row["verdict"] is None and row["reason"] is None]
     if not positives:
-        return rows if _is_rejected(rows) else [*rows, _rejection(rows, "unknown_positive", "no text of one")]
+        return _given_up(rows, "unknown_positive", "the texts of its positives cannot be read")
     known = [words(row["text"]) for row in positives]
     for row in results:
         own = words(row["text"])
@@ -301,7 +301,7 @@ def _drawn(rows: list[Row], rules: MineSettings) -> list[Row]:
     left = [row for row in able if row["verdict"] is None]
     ordered_by = "score" if rules.teacher else "first_score"
     if not positives:
-        return [*rows, _rejection(rows, "unscored_positive", "the teacher has no score of its positives")]
+        return _given_up(rows, "unscored_positive", "the teacher has no score of its positives")
     if rules.teacher:
         margins = (rules.teacher_relative_margin, rules.teacher_absolute_margin)
         bound = highest_allowed(_column(positives, "score"), *margins)
@@ -364,6 +364,12 @@ def _examples(rows: list[Row], there: list[Row]) -> list[Row]:
             }
         )
     return found
+
+
+def _given_up(rows: list[Row], reason: str, detail: str) -> list[Row]:
+    """Return what is to be said of a query that cannot be mined for: its faults, not its results."""
+    faults = [row for row in rows if row["reason"] is not None]
+    return faults if _is_rejected(rows) else [*faults, _rejection(rows, reason, detail)]
 
 
 def _is_rejected(rows: list[Row]) -> bool:

@@ -120,12 +120,17 @@ class SearchJob:
     name, rows, schema = "search", "queries", QUERY_SCHEMA
     kind = SearchReport
 
-    def __init__(self, settings: Settings) -> None:
-        """Open the data set and its index, and settle the models; reads only."""
+    def __init__(self, settings: Settings, output_key: str = "search.output") -> None:
+        """Open the data set and its index, and settle the models; reads only.
+
+        Args:
+            settings: as `search` takes them.
+            output_key: the setting that named search.output, for messages.
+        """
         settings.require("output.uri", "search.queries", "search.output")
         asked = settings.search
         outputs = {
-            "search.output": asked.output,
+            output_key: asked.output,
             "rerank.output": settings.rerank.output if asked.rerank else None,
         }
         refuse_collisions(

@@ -15,13 +15,14 @@ from transformers import AutoModel, AutoTokenizer
 
 from bge_ray.errors import CorpusError, ModelError, OutputCollisionError, SettingsError
 from bge_ray.model.run.merging import NEGATIVES, group_loss, loss_weights, merged_bytes
+from bge_ray.model.source import fetch_model, hash_model
 from bge_ray.pipeline.merge.job import MergeWork, merge, plan_merged
 from bge_ray.pipeline.work import carry_out
 from bge_ray.report.facts import RunFacts
 from bge_ray.settings.sections import Settings, parse_settings
 from bge_ray.storage.ownership import OwnedFolder
 from tests.support.models import make_cross_encoder, make_encoder, make_m3, write_pooling
-from tests.support.searches import query_vectors
+from tests.support.searches import STORAGE, query_vectors
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [first, *(changed(folder / f"model-{k}", first, lambda t, k=k: noise(t, k)) for k in (1, 2))]
 
 
-def settings_for(models: list[Path], output: Path | str, **keys: object) -> Settings:
+def settings_for(models: list[Path] | list[str], output: Path | str, **keys: object) -> Settings:
     words = [f"merge.models={json.dumps([str(model) for model in models])}", f"merge.output={output}"]
     return parse_settings(
         None, [*words, *(f"merge.{key}={json.dumps(value)}" for key, value in keys.items())]
@@ -108,6 +109,20 @@ def test_other_libraries_and_this_one_load_the_merged_model(encoders: list[Path]
     theirs = sentence_transformers.SentenceTransformer(str(out), device="cpu").encode(texts)
     np.testing.assert_allclose(theirs, truth, atol=1e-5)
     assert not np.allclose(truth, vectors(encoders[0], texts), atol=1e-2)
+
+
+def test_models_in_object_storage_are_merged_there(encoders: list[Path], tmp_path: Path, bucket: str) -> None:
+    for path in encoders:
+        for file in path.rglob("*"):
+            if file.is_file():
+                STORAGE.write(f"{bucket}/{path.name}/{file.relative_to(path)}", file.read_bytes())
+    names = [f"{bucket}/{path.name}" for path in encoders]
+    merge(settings_for(names, f"{bucket}/merged"))
+    merge(settings_for(encoders, tmp_path / "out"))
+    folder, _ = fetch_model(f"{bucket}/merged", None)
+    assert hash_model(folder) == hash_model(tmp_path / "out")
+    assert STORAGE.list_files(f"{bucket}/merged/work") == []
+    assert merge(settings_for(names, f"{bucket}/merged")).outcome == "nothing to do"
 
 
 def test_the_card_names_sources_hashes_and_weights(encoders: list[Path], tmp_path: Path) -> None:

@@ -352,7 +352,7 @@ def test_what_cannot_be_mined_is_refused_before_anything_is_written(root: str, b
         ({"mine__output": f"{root}/data"}, OutputCollisionError, "mine.output"),
         ({"mine__output": f"{root}/corpus"}, OutputCollisionError, "corpus of output.uri"),
         ({"output__uri": f"{bucket}/no-data"}, SettingsError, "no complete data set|no data set"),
-        ({"search__rescore": 70, "mine__depth": 80}, SettingsError, "search.rescore"),
+        ({"search__k": 9, "search__rescore": 70, "mine__depth": 80}, SettingsError, "mine.depth"),
     ]
     for change, kind, said in refused:
         with pytest.raises(kind, match=said) as caught:
