@@ -38,6 +38,14 @@ hypothesis.settings.load_profile("bge-ray")
 
 # Files of more than about 15 s, which a worker takes whole: begun last, they would be waited for alone.
 LONG_FILES = (
+    # Of those with a real Ray.
+    "test_job.py",
+    "test_honest.py",
+    "test_work.py",
+    "test_m3.py",
+    "test_api.py",
+    "test_last_line.py",
+    # Of the others.
     "test_objects.py",
     "test_llm.py",
     "test_out_of_memory.py",
@@ -46,7 +54,6 @@ LONG_FILES = (
     "test_ownership.py",
     "test_ending.py",
     "test_command.py",
-    "test_m3.py",
     "test_commit.py",
     "test_corpus.py",
     "test_lease.py",

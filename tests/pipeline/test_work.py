@@ -139,7 +139,8 @@ def plant(out: str) -> None:
         STORAGE.write(join(out, name), data)
 
 
-@pytest.mark.parametrize("root", ["s3", pytest.param("file", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow  # four jobs; the campaign lays more files, under every kind of run
+@pytest.mark.parametrize("root", ["s3", "file"], indirect=True)
 def test_files_of_others_survive_every_kind_of_run(root: str, tiny_model: Path) -> None:
     out, settings = f"{root}/out", settings_for(root, tiny_model)
     put(root, a=rows(0), b=rows(10))

@@ -28,6 +28,7 @@ def keys_for(root: Path, model: Path, dtype: str) -> dict[str, object]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_model_that_overflows_float16_ends_the_run_and_runs_in_bfloat16(tmp_path: Path) -> None:
     model = make_decoder(tmp_path / "model", "mistral")
