@@ -67,7 +67,7 @@ def test_an_unforeseen_error_keeps_the_log_whole(tmp_path: Path) -> None:
 
 
 SIGNALLED = """
-import os, signal, subprocess, sys, threading
+import os, signal, sys
 from bge_ray.command import run_job
 from bge_ray.jobs import Job
 from bge_ray.pipeline.engine.cluster import connect
@@ -79,9 +79,12 @@ def job(settings, dry_run, stop):
         except BaseException:
             raise SystemError("an exception lost in foreign code")
     connect(ResourcesSettings())
-    subprocess.Popen(["sleep", "7"])  # what the end of the job waits for
-    # Not earlier: while Ray shuts down, a second or two, it has taken every handler away.
-    threading.Timer(5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    import ray._private.node
+    kill = ray._private.node.Node.kill_all_processes
+    def killed_under_a_signal(node, **how):  # Ray's core is down then, and has taken every handler away
+        os.kill(os.getpid(), signal.SIGTERM)
+        kill(node, **how)
+    ray._private.node.Node.kill_all_processes = killed_under_a_signal
 raise SystemExit(run_job(Job("embed", "", (), job), sys.argv[1:]))
 """
 

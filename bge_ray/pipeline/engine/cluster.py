@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -223,15 +223,23 @@ def _watch(ray: Any) -> None:
 
 
 @contextlib.contextmanager
-def _signal_handlers_kept() -> Iterator[None]:
-    """Put back the handlers that Ray replaces by its own, which exit without giving the lease back."""
+def _signal_handlers_kept() -> Iterator[Callable[[], None]]:
+    """Put back the handlers that Ray replaces by its own, which exit without giving the lease back.
+
+    Yields:
+        What puts them back before the end.
+    """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+    try:
+        yield put_back
+    finally:
+        put_back()
 
 
 def disconnect(*, keep_logs: bool = True) -> None:
@@ -250,7 +258,9 @@ def disconnect(*, keep_logs: bool = True) -> None:
     own = node is not None and node.head
     session = Path(node.get_session_dir_path()) if own else None
     started = psutil.Process().children(recursive=True)
-    with _signal_handlers_kept():
+    with _signal_handlers_kept() as put_back:
+        if own:
+            _before(node, "kill_all_processes", put_back)
         sys.modules["ray"].shutdown()
     # Now and then a worker that is told to exit hangs in its libraries' own clean-up, with all its memory.
     _, left = psutil.wait_procs(started, timeout=EXIT_S)
@@ -259,6 +269,21 @@ def disconnect(*, keep_logs: bool = True) -> None:
             process.kill()
     if session is not None and not keep_logs and not os.environ.get(KEEP_SESSION):
         _remove_session(session)
+
+
+def _before(thing: Any, method: str, first: Callable[[], None]) -> None:
+    """Have a method of one object do something else first.
+
+    Ray's core takes all signal handlers away on its way out, and a second or two pass in which Ray ends its
+    processes.
+    """
+    after = getattr(thing, method)
+
+    def both(*words: Any, **more: Any) -> Any:
+        first()
+        return after(*words, **more)
+
+    setattr(thing, method, both)
 
 
 def _remove_session(session: Path) -> None:
