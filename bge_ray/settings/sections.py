@@ -576,7 +576,7 @@ class RerankSettings(Section):
     reads: Literal["chunk", "passage"] = Field(
         "chunk",
         description="what of a passage that was cut into chunks is scored: the chunk that was found, or all "
-        "of it, cut at max_length; a run without vector ids names no chunk, and all of it is scored",
+        "of it, cut at max_length; a run without chunk_no, start and end names no chunk: all of it is scored",
     )
     unit_pairs: int = Field(
         4096, ge=1, description="pairs of one work unit, the piece that is committed, retried and resumed"

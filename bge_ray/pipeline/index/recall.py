@@ -116,15 +116,16 @@ def tune(build: Build, sources: Sequence[IndexSource], held_out: HeldOut) -> Qua
     spec, k = build.spec, min(build.k, held_out.truth.shape[1])
     truth = first_chunks(held_out.truth) if held_out.per_row else held_out.truth
     graphs = spec.kind is Kind.SHARDS
-    # The width decides how far a graph is walked, so it is searched for what will be asked and no more.
-    width = build.rescore or (k if graphs else max(k, MEASURED_K))
+    # The width decides how far a graph is walked, and how hard passages that lack are looked for, so these
+    # are searched for what will be asked and no more.
+    width = build.rescore or (k if graphs or held_out.per_row else max(k, MEASURED_K))
     smallest = width if graphs else 1
     largest = {Kind.IVF: spec.nlist, Kind.FLAT: 1, Kind.SHARDS: max(MAX_EF_SEARCH, 4 * width)}[spec.kind]
     searchers = start_searchers(build.storage, sources, build.at_once)
     step = build.step("tuning", "searches", None)
 
     asked = Asked(
-        results=k if graphs or build.rescore else max(k, MEASURED_K),
+        results=k,
         vectors=build.manifest.vectors,
         passages=build.manifest.rows_out,
         largest_effort=largest,

@@ -4,6 +4,7 @@ import faiss
 import numpy as np
 import pytest
 
+from bge_ray.index.refill import first_fetched
 from bge_ray.index.search import search
 from bge_ray.index.topk import NO_RESULT, exact_topk
 from bge_ray.index.tune import measure_recall
@@ -65,14 +66,20 @@ def test_the_measured_search_fills_every_place(made: tuple, own: bool, results: 
     some = held_out(vectors, ids, own=own, depth=results)
     asked = Asked(results, len(ids), len(SIZES), 16)
 
+    first: list[int] = []
+
     def found_at(effort: int) -> Candidates:
         def search_some(numbers: np.ndarray, fetched: int, effort: int) -> np.ndarray:
+            first.append(fetched)
             return search(index, some.queries[numbers], fetched, effort=effort)[1]
 
         return passages_at(search_some, effort, width, some, asked)
 
     for effort in (1, 16):
+        first.clear()
         found = found_at(effort)
+        # It asks at first as a search does, for one more where a query finds itself.
+        assert first[0] == first_fetched(results + own, width + own, len(ids), len(SIZES))
         assert found.listed.shape == (len(some.queries), results)
         assert (found.listed != NO_RESULT).all()
         assert all(len(set(row)) == results for row in found.listed.tolist())
