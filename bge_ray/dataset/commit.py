@@ -90,7 +90,9 @@ class ShardWriter:
             wrong = _why_not_adoptable(there, table, fingerprint)
             if wrong is None:
                 return FileFact(path, len(there), hashlib.sha256(there).hexdigest(), len(table))
-            logger.warning("%s: stands in the way and is left alone: %s", uri, wrong)
+            # Of the unit with other columns: every unit has such a one when columns change.
+            level = logging.INFO if _is_another_state(there, fingerprint) else logging.WARNING
+            logger.log(level, "%s: stands in the way and is left alone: %s", uri, wrong)
         raise StorageError(
             f"{uri}: exists and is not what was written there ({wrong}); remove it and run again"
         )
@@ -143,3 +145,12 @@ def _why_not_adoptable(data: bytes, table: pa.Table, fingerprint: str) -> str | 
     if there.schema.names != table.schema.names or not there["vector_id"].equals(table["vector_id"]):
         return f"its {len(there)} rows are not the {len(table)} rows of this attempt"
     return None
+
+
+def _is_another_state(data: bytes, fingerprint: str) -> bool:
+    """Tell whether a file is a whole shard of ours, under another unit fingerprint."""
+    try:
+        metadata = pq.read_schema(io.BytesIO(data)).metadata or {}
+    except (OSError, pa.ArrowException):
+        return False
+    return bool(metadata.get(FINGERPRINT_KEY, fingerprint.encode()) != fingerprint.encode())
