@@ -110,17 +110,17 @@ def test_half_precision_on_a_gpu_is_that_of_the_card(tmp_path: Path) -> None:
     assert resolve_encoder(asked.model_copy(update={"dtype": "float16"}), on_gpu=True).dtype == "float16"
 
 
-def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "t5"
-    folder.mkdir()
-    vocabulary = len(make_unigram(folder, 128))
-    config = transformers.T5Config(
-        vocab_size=vocabulary, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4
-    )
-    transformers.T5Model(config).save_pretrained(folder)
-    write_pooling(folder, "mean", 32)
-    with pytest.raises(ModelError, match=r"encoder with a decoder \(t5\)"):
-        resolve(folder)
+@pytest.mark.parametrize("part", ["Model", "EncoderModel"])
+@pytest.mark.parametrize("kind", ["T5", "MT5", "UMT5", "LongT5"])
+def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path, kind: str, part: str) -> None:
+    """The encoder alone, too, as sentence-transformers saves a T5; not every one of them says what it is."""
+    vocabulary = len(make_unigram(tmp_path, 128))
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=vocabulary, **sizes)
+    getattr(transformers, f"{kind}{part}")(config).save_pretrained(tmp_path)
+    write_pooling(tmp_path, "mean", 32)
+    with pytest.raises(ModelError, match=rf"encoder with a decoder \({kind.lower()}\)"):
+        resolve(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config
 
 from bge_ray.errors import ModelError, SettingsError
 from bge_ray.model.families.llm_reranker import HALVES
-from bge_ray.model.feed.prompts import PREDICT, prompt_template
+from bge_ray.model.feed.prompts import PREDICT, YES_OR_NO, prompt_template
 from bge_ray.model.feed.texts import load_tokenizer
 from bge_ray.model.run.layers import LayerByLayer, Merging, load_layer_heads, merge
 from bge_ray.model.run.load import Loading, load_decoder
@@ -93,6 +93,27 @@ def reconfigured(folder: Path, target: Path, **changes: Any) -> Path:
     config = json.loads((target / "config.json").read_text()) | changes
     (target / "config.json").write_text(json.dumps(config))
     return target
+
+
+@pytest.mark.parametrize(
+    ("place", "known"),
+    [
+        ("me/BGE-Reranker-v2-Gemma", True),
+        ("bge-reranker-v2-gemma/checkpoint-500", True),
+        ("models--BAAI--bge-reranker-v2-gemma/snapshots/a5beb1e3e68b9ab74eb54cfd186867f64f240e1a", True),
+        ("bge-reranker-v2-gemma/another", False),
+        ("bge-multilingual-gemma2", False),
+    ],
+)
+def test_the_prompt_of_a_card_goes_with_its_name(
+    folders: Folders, tmp_path: Path, place: str, known: bool
+) -> None:
+    folder = Path(shutil.copytree(folders("gemma"), tmp_path / place))
+    if known:
+        assert resolve(folder).prompt == YES_OR_NO
+        return
+    with pytest.raises(ModelError, match=r"set rerank\.prompt"):
+        resolve(folder)
 
 
 INSTRUCTED = {"query_instruction": "query: ", "passage_instruction": "passage: "}
