@@ -250,7 +250,7 @@ def test_layers_beyond_the_last_that_scores_are_not_even_read(
 
 @pytest.mark.parametrize("kind", HALVES)
 def test_a_row_of_the_head_gives_what_the_whole_head_gives(tmp_path: Path, kind: str) -> None:
-    """Each type of language model against transformers' own class, its head tied or not."""
+    """Each type of language model against transformers' own, packed and padded, its head tied or not."""
     for tied in (True, False):
         folder = tmp_path / f"{kind}-{tied}"
         folder.mkdir()
@@ -270,6 +270,8 @@ def test_a_row_of_the_head_gives_what_the_whole_head_gives(tmp_path: Path, kind:
                 float(whole(torch.tensor([ids])).logits[0, -1, answer]) for ids in rows_of(pairs_of(spec))
             ]
         np.testing.assert_allclose(result.array(SCORE), theirs, atol=1e-4, rtol=0)
+        padded = run(load(spec, packed=False), pairs_of(spec), 2000)
+        np.testing.assert_allclose(padded.array(SCORE), theirs, atol=1e-4, rtol=0)
         assert np.ptp(theirs) > 0.1
 
 
