@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from tokenizers import AddedToken, Tokenizer
@@ -45,6 +45,9 @@ from bge_ray.model.weights import weight_files
 from bge_ray.records.model import ModelSpec
 from bge_ray.records.tokens import PackedTokens
 from bge_ray.settings.sections import ComputeDtype, ModelSettings, RerankSettings
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 MAX_LENGTH = 512
 # So many rows that this much is to be computed, and not fewer than a batch of the others.
@@ -145,7 +148,6 @@ def make_model(shape: Shape, folder: Path) -> Path:
     tokenizer.no_truncation()
     if shape.role == "llm_reranker":  # an answer and a line break, which that of a BERT has no tokens for
         tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("Yes", "\n")])
-    # By a class that takes the file as it is: that of a family makes its own of it.
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=MAX_LENGTH,
@@ -210,15 +212,25 @@ def _rows(folder: Path) -> list[Pair]:
     return passages[: max(MIN_ROWS, enough)]
 
 
-def _prepare_encoders(shape: Shape, folder: Path, rows: Sequence[Pair]) -> Prepared:
+def load_library(shape: Shape, folder: Path) -> "SentenceTransformer":
+    """Load a folder of `make_model` as sentence-transformers does, but for the tokenizer.
+
+    Of that some types make one of their own, whatever the file says, and so other tokens of the same texts.
+    """
     from sentence_transformers import SentenceTransformer
 
+    library = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": shape.dtype})
+    library.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    library.max_seq_length = MAX_LENGTH
+    return library
+
+
+def _prepare_encoders(shape: Shape, folder: Path, rows: Sequence[Pair]) -> Prepared:
     texts = [text for _, text in rows]
     asked = ModelSettings(name=str(folder), dtype=shape.dtype, max_length=MAX_LENGTH)
     spec = resolve_encoder(asked, on_gpu=False)
     feeder, model = text_feeder(spec), _load(spec, folder)
-    library = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": shape.dtype})
-    library.max_seq_length = MAX_LENGTH
+    library = load_library(shape, folder)
 
     def theirs(texts: list[str] = texts) -> None:
         library.encode(texts, show_progress_bar=False)

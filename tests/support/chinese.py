@@ -6,15 +6,20 @@
 
 A passage is the long description of a Debian package, each text once; a query the short description of it,
 each once, and every passage that has it is what it asks for. The vectors are searched exactly. Prints the
-metrics: of the jobs embed, search and evaluate, which go on with the same command where they were stopped;
-or, without a Ray, of the same model, feeder and metrics in this process.
+metrics: of the jobs embed, search and evaluate; or, without a Ray, of the same model, feeder and metrics in
+this process, for `--seconds` at most (exit code 75: there is more to do). Both go on where they were stopped.
 """
 
 import argparse
 import json
+import math
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from bge_ray import metrics
 from bge_ray.model.run.model import Model, Place
@@ -24,9 +29,10 @@ from bge_ray.records.tokens import PackedTokens
 from bge_ray.settings.sections import ModelSettings, ResourcesSettings
 from tests.support.e5 import make_e5
 from tests.support.searches import jsonl, settings_for
-from tools.real_vectors import descriptions
+from tools.real_vectors import MORE_TO_DO, descriptions
 
 CUTS = [1, 10, 100]
+BLOCK = 12
 
 
 def known_items(translations: Path) -> tuple[dict[str, str], dict[str, str], dict[str, dict[str, int]]]:
@@ -84,21 +90,41 @@ def by_the_jobs(
 
 
 def in_this_process(
-    passages: dict[str, str], queries: dict[str, str], qrels: dict[str, dict[str, int]], model: Path
-) -> dict[str, float]:
-    """Encode both sides by the model that the jobs run, and rank by inner product."""
+    passages: dict[str, str],
+    queries: dict[str, str],
+    qrels: dict[str, dict[str, int]],
+    model: Path,
+    work: Path,
+    seconds: float,
+) -> dict[str, float] | None:
+    """Encode both sides by the model that the jobs run, and rank by inner product; None if time was short."""
     spec = resolve_encoder(ModelSettings(name=str(model)), on_gpu=False)
     feeder, loaded = text_feeder(spec), Model(spec, model_folder(spec), Place("cpu", 2))
+    deadline = psutil.Process().create_time() + seconds
 
-    def encode(tokens: PackedTokens) -> np.ndarray:
-        result = loaded.empty_result(len(tokens))
-        loaded.run(tokens, loaded.cut(tokens.lengths, loaded.settle_budget("auto")), result)
-        return result.array(EMBEDDING)
+    def encode(
+        side: str, tokens_of: Callable[[list[str]], PackedTokens], texts: list[str]
+    ) -> np.ndarray | None:
+        parts = []
+        for start in range(0, len(texts), BLOCK):
+            path = work / f"{side}-{start}.npy"
+            if not path.is_file():
+                if time.time() > deadline:
+                    return None
+                tokens = tokens_of(texts[start : start + BLOCK])
+                result = loaded.empty_result(len(tokens))
+                loaded.run(tokens, loaded.cut(tokens.lengths, loaded.settle_budget("auto")), result)
+                with path.with_suffix(".part").open("wb") as file:
+                    np.save(file, result.array(EMBEDDING))
+                path.with_suffix(".part").rename(path)
+            parts.append(np.load(path))
+        return np.concatenate(parts)
 
-    scores = (
-        encode(feeder.queries(list(queries.values()))) @ encode(feeder.passages(list(passages.values()))).T
-    )
-    ids = list(passages)
+    there = encode("passages", feeder.passages, list(passages.values()))
+    asked = encode("queries", feeder.queries, list(queries.values()))
+    if there is None or asked is None:
+        return None
+    ids, scores = list(passages), asked @ there.T
     run = {
         query: {ids[place]: float(row[place]) for place in np.argsort(-row)[: CUTS[-1]]}
         for query, row in zip(queries, scores, strict=True)
@@ -112,6 +138,7 @@ def main() -> None:
     parser.add_argument("--descriptions", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--jobs", action="store_true")
+    parser.add_argument("--seconds", type=float, default=math.inf)
     asked = parser.parse_args()
     work = asked.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
@@ -119,10 +146,13 @@ def main() -> None:
     model = work / "e5-small-4-bits"
     if not (model / "config_sentence_transformers.json").is_file():  # what `make_e5` writes last
         make_e5(model)
+    found: dict[str, float] | None
     if asked.jobs:
         found = by_the_jobs(passages, queries, qrels, model, work)
     else:
-        found = in_this_process(passages, queries, qrels, model)
+        found = in_this_process(passages, queries, qrels, model, work, asked.seconds)
+    if found is None:
+        sys.exit(MORE_TO_DO)
     print(json.dumps({"passages": len(passages), "queries": len(queries)} | found))
 
 
