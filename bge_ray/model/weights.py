@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ HEAD_FILES = {
 }
 
 Shape: TypeAlias = tuple[int, ...]
+# The number of the layer that a weight of a decoder belongs to.
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -45,25 +48,34 @@ class WeightFiles:
         return {name: shape for shapes in found.values() for name, shape in shapes.items()}
 
 
-def count_numbers(folder: Path) -> int:
+def count_numbers(folder: Path, n_layers: int | None = None) -> int:
     """Return how many numbers the weights of a model hold, by the headers of their files.
 
-    A head that makes words of states is not counted: none of ours loads it. Pickled files are not opened:
-    theirs are taken to be float32.
+    A head that makes words of states is not counted: none of ours loads it. Pickled files are not opened for
+    the whole of a model: theirs are taken to be float32.
+
+    Args:
+        folder: the model's.
+        n_layers: how many layers of a decoder are loaded, where it is cut off; None is all.
 
     Raises:
         ModelError: there are none, or a file cannot be read.
     """
     weights = weight_files(folder)
-    if weights.pickled:
+    if weights.pickled and n_layers is None:
         return sum(path.stat().st_size for path in weights.files) // 4
-    shapes = weights.shapes().items()
-    return sum(math.prod(shape) for name, shape in shapes if not name.startswith("lm_head."))
+
+    def is_loaded(name: str) -> bool:
+        layer = _LAYER.search(name)
+        cut_off = n_layers is not None and layer is not None and int(layer[1]) >= n_layers
+        return not (cut_off or name.startswith("lm_head."))
+
+    return sum(math.prod(shape) for name, shape in weights.shapes().items() if is_loaded(name))
 
 
-def weights_bytes(folder: Path, dtype: str) -> int:
-    """Return the bytes that the weights of a model take in a compute dtype."""
-    return count_numbers(folder) * (4 if dtype == "float32" else 2)
+def weights_bytes(folder: Path, dtype: str, n_layers: int | None = None) -> int:
+    """Return the bytes that the weights of a model, or of its first layers, take in a compute dtype."""
+    return count_numbers(folder, n_layers) * (4 if dtype == "float32" else 2)
 
 
 def weight_files(folder: Path) -> WeightFiles:

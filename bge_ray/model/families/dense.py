@@ -36,6 +36,9 @@ NAME = "dense"
 ROLE: Role = "encoder"
 PACKS = True
 DEFAULT_MAX_LENGTH = 512
+# Encoders with a decoder, also where config.json is of the encoder alone: the published ones hold both, and
+# of those who made such a folder only some say so.
+_WITH_DECODER = {"longt5", "mt5", "t5", "umt5"}
 
 
 def recognises(folder: ModelFolder) -> bool:  # noqa: ARG001 - the last of the table takes what is left
@@ -144,7 +147,7 @@ def _refuse_kind(folder: ModelFolder, card: ModelCard | None) -> None:
     kind = folder.config.get("model_type")
     if card is not None and card.refused is not None:
         raise ModelError(f"{folder.path}: {card.id} is not run: {card.refused}")
-    if folder.config.get("is_encoder_decoder"):
+    if folder.config.get("is_encoder_decoder") or kind in _WITH_DECODER:
         raise ModelError(f"{folder.path}: is an encoder with a decoder ({kind}), which is not supported")
 
 

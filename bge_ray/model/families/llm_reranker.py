@@ -1,12 +1,13 @@
 """Language models tuned to answer whether a passage answers a query: the logit of "Yes" is the score."""
 
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
 from bge_ray.errors import ModelError
+from bge_ray.model.cards import find_card
 from bge_ray.model.family import LAYER_SETTINGS, MERGE_SETTINGS, Role, refuse_settings
 from bge_ray.model.feed.pairs import PairFeeder
 from bge_ray.model.feed.pipeline import TOKENIZER_FILE, read_tokenizer
@@ -36,7 +37,7 @@ HALVES: dict[str, ComputeDtype] = {
     "qwen2": "float16",
     "qwen3": "float16",
 }
-# Of other names nobody knows which question they were tuned with.
+# Of models without a card nobody knows which question they were tuned with; this one has one.
 TUNED_SO = "bge-reranker-v2-gemma"
 
 
@@ -98,8 +99,9 @@ def load(spec: ModelSpec, folder: Path, how: "Loading") -> "tuple[torch.nn.Modul
 
 
 def _is_tuned_so(name: str) -> bool:
-    """Tell by the id or the folder's name, also above a training's checkpoint or in the hub's cache."""
-    return any(part == TUNED_SO or part.endswith(f"--{TUNED_SO}") for part in PurePosixPath(name).parts)
+    """Tell whether the model of a name has a card of this family, whose question is known."""
+    card = find_card(name)
+    return card is not None and card.family == NAME
 
 
 def _check_answer(folder: Path) -> None:

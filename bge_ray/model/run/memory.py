@@ -10,7 +10,7 @@ import torch
 from bge_ray.errors import ModelError
 from bge_ray.model.run.batching import Card
 from bge_ray.model.weights import weights_bytes
-from bge_ray.records.model import ModelSpec
+from bge_ray.records.model import ModelSpec, RerankerSpec
 
 # What a container may use at most, where there is one: of cgroups of version 2, and of version 1.
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -77,15 +77,21 @@ def memory_of(device: torch.device) -> int:
 def check_room(spec: ModelSpec, folder: Path, device: torch.device) -> None:
     """Refuse a model whose weights alone are larger than a device, before any of them is read.
 
+    Layers above the last that scores are not loaded, and do not count.
+
     Raises:
         ModelError: names both sizes, and what would help.
     """
-    needed, there = weights_bytes(folder, spec.dtype), memory_of(device)
+    scoring = spec.layers if isinstance(spec, RerankerSpec) else ()
+    needed = weights_bytes(folder, spec.dtype, scoring[-1] if scoring else None)
+    there = memory_of(device)
     if needed <= there:
         return
     ways = ["a smaller model", f"{'a GPU' if device.type == 'cuda' else 'nodes'} with more memory"]
     if spec.dtype == "float32":
         ways.insert(0, "bfloat16, which takes half (model.dtype, or rerank.dtype of a reranker)")
+    if scoring:
+        ways.insert(0, "an earlier last layer (rerank.cutoff_layers)")
     raise ModelError(
         f"{spec.name}: its weights take {needed / 1e9:,.1f} GB in {spec.dtype}, and {device} has "
         f"{there / 1e9:,.1f} GB. What would help: {'; '.join(ways)}"

@@ -82,8 +82,12 @@ def _is_packable_decoder(config: PretrainedConfig) -> bool:
     both_ways = not getattr(config, "is_causal", True) or getattr(
         config, "use_bidirectional_attention", False
     )
+    # A decoder's classification head looks for the last token by itself, one in each line of a batch.
+    classifies = any("ForSequenceClassification" in name for name in config.architectures or ())
     # A window to both sides has no test.
-    return rope in STATIC_ROPE and not (both_ways and getattr(config, "sliding_window", None))
+    return (
+        rope in STATIC_ROPE and not classifies and not (both_ways and getattr(config, "sliding_window", None))
+    )
 
 
 def takes_ready_mask(model: torch.nn.Module) -> bool:

@@ -14,11 +14,13 @@ from tests.support.varlen import register_reference
 
 # What is told apart: the model type, and what of its configuration is changed.
 KINDS: dict[str, tuple[str, dict[str, object]]] = {
+    "llama": ("llama", {}),
     "mistral": ("mistral", {}),
     "qwen2": ("qwen2", {}),
     "qwen2-windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
     "qwen2-both-ways": ("qwen2", {"is_causal": False}),
     "qwen3": ("qwen3", {}),
+    "gemma": ("gemma", {}),
     "gemma2": ("gemma2", {}),
     "gemma2-uncapped": ("gemma2", {"attn_logit_softcapping": None}),
 }

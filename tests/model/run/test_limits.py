@@ -14,10 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from bge_ray.errors import ModelError
 from bge_ray.model.run import memory
+from bge_ray.model.run.load import Loading
 from bge_ray.model.run.memory import check_device, check_room, memory_of
-from bge_ray.model.spec import text_feeder
+from bge_ray.model.spec import family_of, resolve_reranker, text_feeder
 from bge_ray.model.weights import count_numbers, weights_bytes
+from bge_ray.records.model import as_reranker
+from bge_ray.settings.sections import RerankSettings
 from tests.model.conftest import MakeModel, load, resolve, run, vectors
+from tests.support.llm_rerankers import make_llm_reranker
 from tests.support.models import make_decoder
 
 
@@ -106,6 +110,21 @@ def test_numbers_are_counted_by_the_headers(encoder_folder: MakeModel) -> None:
     )
 
 
+def write_nothing_but_sizes(path: Path, numbers: dict[str, int]) -> None:
+    """Write the header of weights of so many thousands of numbers, and a hole in place of these."""
+    header, at = {}, 0
+    for name, size in numbers.items():
+        header[name] = {"dtype": "F32", "shape": [size // 1000, 1000], "data_offsets": [at, at + 4 * size]}
+        at += 4 * size
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        try:
+            file.truncate(8 + len(text) + at)
+        except OSError:
+            pytest.skip("the file system has no files of this size")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_larger_than_its_device_is_refused_with_its_size(
     encoder_folder: MakeModel, tmp_path: Path, dtype: str
@@ -113,15 +132,7 @@ def test_a_model_larger_than_its_device_is_refused_with_its_size(
     """By the header of a sparse file: its weights are not there, and would be too large for the machine."""
     folder = tmp_path / "m"
     shutil.copytree(encoder_folder("bert", "cls"), folder)
-    numbers = 3_000_000_000_000
-    header = {"w": {"dtype": "F32", "shape": [numbers // 1000, 1000], "data_offsets": [0, 4 * numbers]}}
-    text = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        try:
-            file.truncate(8 + len(text) + 4 * numbers)
-        except OSError:
-            pytest.skip("the file system has no files of this size")
+    write_nothing_but_sizes(folder / "model.safetensors", {"w": 3_000_000_000_000})
     spec = resolve(encoder_folder("bert", "cls"), dtype=dtype)
     with pytest.raises(ModelError) as caught:
         check_room(spec, folder, torch.device("cpu"))
@@ -130,6 +141,37 @@ def test_a_model_larger_than_its_device_is_refused_with_its_size(
     assert f"its weights take {size:,.1f} GB in {dtype}, and cpu has {there:,.1f} GB" in str(caught.value)
     assert ("bfloat16, which takes half" in str(caught.value)) == (dtype == "float32")
     assert "nodes with more memory" in str(caught.value)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("kind", ["minicpm", "gemma2"])
+@pytest.mark.parametrize("cuts", [(2,), (3, 5), None])
+def test_layers_that_are_cut_off_are_not_counted(
+    tmp_path: Path, kind: str, cuts: tuple[int, ...] | None, pickled: bool
+) -> None:
+    folder = make_llm_reranker(tmp_path / "m", kind)
+    settings = RerankSettings(model=str(folder), cutoff_layers=cuts, max_length=64)
+    spec = as_reranker(resolve_reranker(settings, on_gpu=False))
+    if pickled:
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    how = Loading(torch.float32)
+    loaded, _ = family_of(spec).load(spec, folder, how)
+    assert count_numbers(folder, spec.layers[-1]) == sum(weight.numel() for weight in loaded.parameters())
+
+
+def test_a_reranker_that_fits_when_it_is_cut_off(tmp_path: Path) -> None:
+    folder = make_llm_reranker(tmp_path / "m", "minicpm")
+    asked = RerankSettings(model=str(folder), max_length=64)
+    whole, cut = (
+        resolve_reranker(asked.model_copy(update={"cutoff_layers": cuts}), on_gpu=False)
+        for cuts in ((6,), (5,))
+    )
+    sizes = {"model.layers.4.w": 1000, "model.layers.5.w": 3_000_000_000_000}  # the fifth, and the sixth
+    write_nothing_but_sizes(folder / "model.safetensors", sizes)
+    check_room(cut, folder, torch.device("cpu"))
+    with pytest.raises(ModelError, match=r"12,000\.0 GB in float32.*an earlier last layer \(rerank\.cutoff"):
+        check_room(whole, folder, torch.device("cpu"))
 
 
 CHILD = """

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config
 
 from bge_ray.errors import ModelError, SettingsError
 from bge_ray.model.families.llm_reranker import HALVES
-from bge_ray.model.feed.prompts import PREDICT, prompt_template
+from bge_ray.model.feed.prompts import PREDICT, YES_OR_NO, prompt_template
 from bge_ray.model.feed.texts import load_tokenizer
 from bge_ray.model.run.layers import LayerByLayer, Merging, load_layer_heads, merge
 from bge_ray.model.run.load import Loading, load_decoder
@@ -93,6 +93,27 @@ def reconfigured(folder: Path, target: Path, **changes: Any) -> Path:
     config = json.loads((target / "config.json").read_text()) | changes
     (target / "config.json").write_text(json.dumps(config))
     return target
+
+
+@pytest.mark.parametrize(
+    ("place", "known"),
+    [
+        ("me/BGE-Reranker-v2-Gemma", True),
+        ("bge-reranker-v2-gemma/checkpoint-500", True),
+        ("models--BAAI--bge-reranker-v2-gemma/snapshots/a5beb1e3e68b9ab74eb54cfd186867f64f240e1a", True),
+        ("bge-reranker-v2-gemma/another", False),
+        ("bge-multilingual-gemma2", False),
+    ],
+)
+def test_the_prompt_of_a_card_goes_with_its_name(
+    folders: Folders, tmp_path: Path, place: str, known: bool
+) -> None:
+    folder = Path(shutil.copytree(folders("gemma"), tmp_path / place))
+    if known:
+        assert resolve(folder).prompt == YES_OR_NO
+        return
+    with pytest.raises(ModelError, match=r"set rerank\.prompt"):
+        resolve(folder)
 
 
 INSTRUCTED = {"query_instruction": "query: ", "passage_instruction": "passage: "}
@@ -229,7 +250,7 @@ def test_layers_beyond_the_last_that_scores_are_not_even_read(
 
 @pytest.mark.parametrize("kind", HALVES)
 def test_a_row_of_the_head_gives_what_the_whole_head_gives(tmp_path: Path, kind: str) -> None:
-    """Each type of language model against transformers' own class, its head tied or not."""
+    """Each type of language model against transformers' own, packed and padded, its head tied or not."""
     for tied in (True, False):
         folder = tmp_path / f"{kind}-{tied}"
         folder.mkdir()
@@ -249,6 +270,8 @@ def test_a_row_of_the_head_gives_what_the_whole_head_gives(tmp_path: Path, kind:
                 float(whole(torch.tensor([ids])).logits[0, -1, answer]) for ids in rows_of(pairs_of(spec))
             ]
         np.testing.assert_allclose(result.array(SCORE), theirs, atol=1e-4, rtol=0)
+        padded = run(load(spec, packed=False), pairs_of(spec), 2000)
+        np.testing.assert_allclose(padded.array(SCORE), theirs, atol=1e-4, rtol=0)
         assert np.ptp(theirs) > 0.1
 
 

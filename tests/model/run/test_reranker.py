@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from bge_ray.errors import ModelError
 from bge_ray.model.feed.pairs import tokenizer_pairs
@@ -20,7 +20,7 @@ from bge_ray.model.spec import pair_feeder, resolve_reranker
 from bge_ray.records.model import SCORE, ModelSpec
 from bge_ray.settings.sections import RerankSettings
 from tests.model.conftest import MakeModel, load, run
-from tests.support.models import SENTENCES
+from tests.support.models import SENTENCES, make_decoder
 
 RerankerFolder = Callable[[str], Path]
 KINDS = pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])
@@ -134,6 +134,28 @@ def test_batching_does_not_change_scores(
     shuffled = list(np.random.default_rng(0).permutation(len(pairs)))
     again = scores(score(folder, [pairs[i] for i in shuffled]))
     np.testing.assert_allclose(again, scores(alone)[shuffled], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("kind", ["qwen2", "mistral", "gemma2"])
+def test_a_decoder_with_a_head_scores_as_cross_encoder(tmp_path: Path, kind: str) -> None:
+    from sentence_transformers import CrossEncoder
+
+    bare = make_decoder(tmp_path / "bare", kind)
+    config = AutoConfig.from_pretrained(bare, num_labels=1)
+    torch.manual_seed(2)
+    whole = AutoModelForSequenceClassification.from_config(config).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    AutoTokenizer.from_pretrained(bare).save_pretrained(tmp_path / "whole")
+    short = [(query, text) for query in ("a fox", "ray runs", SENTENCES[4]) for text in SENTENCES]
+    theirs = CrossEncoder(str(tmp_path / "whole"), device="cpu").predict(
+        short, activation_fn=torch.nn.Identity(), show_progress_bar=False
+    )
+    for budget in (1, 200, 100_000):
+        ours = score(tmp_path / "whole", short, budget=budget)
+        assert not ours.faults
+        np.testing.assert_allclose(scores(ours), theirs, atol=1e-4, rtol=0)
+    assert np.ptp(theirs) > 0.1
 
 
 def test_no_pairs(reranker_folder: RerankerFolder) -> None:

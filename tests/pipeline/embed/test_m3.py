@@ -1,6 +1,8 @@
 """The three outputs of an m3 through the whole job: what is stored, who can read it, what goes on from it."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import duckdb
@@ -165,8 +167,24 @@ def test_without_dense_vectors_there_is_no_index_and_no_search(
         search(settings_for(output__uri=f"{bucket}/out", **asked))
 
 
+@pytest.fixture
+def start() -> Iterator[Callable[[Path, dict[str, object]], JobProcess]]:
+    """Start a job; what still runs when a test has failed is killed."""
+    with ExitStack() as ended:
+
+        def start(log: Path, keys: dict[str, object]) -> JobProcess:
+            run = JobProcess(log, keys)
+            ended.callback(run.kill)
+            return run
+
+        yield start
+
+
 @pytest.mark.slow
-def test_three_outputs_survive_kills_of_driver_and_encoder(bucket: str, m3: Path, tmp_path: Path) -> None:
+@pytest.mark.timeout(1800)
+def test_three_outputs_survive_kills_of_driver_and_encoder(
+    bucket: str, m3: Path, tmp_path: Path, start: Callable[[Path, dict[str, object]], JobProcess]
+) -> None:
     records = [{**r, "text": r["text"][:600]} for r in docstrings(600)]
     upload(
         f"{bucket}/corpus", {f"{i}.jsonl": jsonl_bytes(records[i * 100 : i * 100 + 100]) for i in range(6)}
@@ -179,12 +197,12 @@ def test_three_outputs_survive_kills_of_driver_and_encoder(bucket: str, m3: Path
     def markers() -> int:
         return len(STORAGE.list_files(f"{bucket}/out/done"))
 
-    run = JobProcess(tmp_path / "log", keys)
-    wait_until(lambda: markers() >= 5, 240)
+    run = start(tmp_path / "log", keys)
+    wait_until(lambda: markers() >= 5, 500)
     run.kill()
     before = markers()
-    run = JobProcess(tmp_path / "log", keys)
-    wait_until(lambda: markers() > before, 240)
+    run = start(tmp_path / "log", keys)
+    wait_until(lambda: markers() > before, 500)
     run.actors("ModelStage")[0].kill()
     assert run.wait(400) == 0, run.log()
     manifest = read_manifest(f"{bucket}/out")
@@ -192,6 +210,6 @@ def test_three_outputs_survive_kills_of_driver_and_encoder(bucket: str, m3: Path
     check_nothing_left_over(f"{bucket}/out")
     table = read_shards(f"{bucket}/out")
     assert table["passage_id"].to_pylist() == [r["id"] for r in records]
-    undisturbed = JobProcess(tmp_path / "other", keys | {"output.uri": f"{bucket}/undisturbed"})
+    undisturbed = start(tmp_path / "other", keys | {"output.uri": f"{bucket}/undisturbed"})
     assert undisturbed.wait(400) == 0, undisturbed.log()
     assert read_manifest(f"{bucket}/undisturbed") == manifest  # every file, byte for byte
