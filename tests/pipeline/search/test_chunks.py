@@ -1,5 +1,6 @@
 """A search over a data set of chunks, and a rerank of it, as jobs on a real Ray."""
 
+import functools
 from pathlib import Path
 
 import duckdb
@@ -9,6 +10,7 @@ import pytest
 
 from bge_ray.errors import SettingsError
 from bge_ray.evaluate import evaluate
+from bge_ray.model.feed.pairs import PairFeeder
 from bge_ray.model.run.model import Model, Place
 from bge_ray.model.spec import model_folder, pair_feeder, resolve_reranker
 from bge_ray.pipeline.embed.job import embed
@@ -154,10 +156,15 @@ def test_runs_name_passages_and_the_chunks_that_found_them(tmp_path: Path, tiny_
         run("none", search__rerank=True, search__group="chunk", rerank__reads="passage", **reranker)
 
 
-def score_here(folder: str, query: str, text: str) -> float:
+@functools.cache
+def reranker_here(folder: str) -> tuple[Model, PairFeeder]:
     spec = resolve_reranker(RerankSettings(model=folder, max_length=96), on_gpu=False)
-    rows = pair_feeder(spec).pairs([query], [text])
-    model = Model(spec, model_folder(spec), Place())
+    return Model(spec, model_folder(spec), Place()), pair_feeder(spec)
+
+
+def score_here(folder: str, query: str, text: str) -> float:
+    model, feeder = reranker_here(folder)
+    rows = feeder.pairs([query], [text])
     result = model.empty_result(1)
     model.run(rows, model.cut(rows.lengths, 1024), result)
     return float(result.array(SCORE)[0])
