@@ -42,9 +42,14 @@ class VectorDataset:
         self.dataset.create_spec(self.spec)
         self._markers: dict[int, Marker] = {}
 
-    def put(self, object_no: int, vectors: np.ndarray, names: Sequence[str] | None = None) -> Marker:
-        """Write one shard of (n, dim) vectors; their ids are those of rows 0 to n - 1 of the object."""
-        marker = write_shard(self.dataset, self.spec, object_no, vectors, names)
+    def put(
+        self, object_no: int, vectors: np.ndarray, names: Sequence[str] | None = None, state: str = ""
+    ) -> Marker:
+        """Write one shard of (n, dim) vectors; their ids are those of rows 0 to n - 1 of the object.
+
+        In another state, as of other columns, it takes the place of the one that is there.
+        """
+        marker = write_shard(self.dataset, self.spec, object_no, vectors, names, state)
         self._markers[object_no] = marker
         return marker
 
@@ -68,6 +73,7 @@ def write_shard(
     object_no: int,
     vectors: np.ndarray,
     names: Sequence[str] | None = None,
+    state: str = "",
 ) -> Marker:
     rows = len(vectors)
     schema = embedding_schema(spec.model.outputs, pa.schema([]))
@@ -84,7 +90,9 @@ def write_shard(
         schema=schema,
     )
     writer = ShardWriter(dataset.storage, dataset.root, spec, "zstd")
-    return writer.commit(Unit(object_no, 0, rows), f"f{object_no}", table, REJECTED_SCHEMA.empty_table())
+    return writer.commit(
+        Unit(object_no, 0, rows), f"f{object_no}{state}", table, REJECTED_SCHEMA.empty_table()
+    )
 
 
 def make_dataset(
