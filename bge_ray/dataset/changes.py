@@ -184,7 +184,8 @@ def read_difference(storage: Storage, root: str, manifest: Manifest, since: int)
     born: list[tuple[int, int]] = []
     paths: set[str] = set()
     for change in changes:
-        gone = sorted([*gone, *_without(change.removed_ids, born)])
+        # Neither what the follower never had, nor what goes a second time.
+        gone = sorted([*gone, *_without(_without(change.removed_ids, born), gone)])
         born = sorted([*_without(born, change.removed_ids), *_without(change.added_ids, gone)])
         paths = (paths - set(change.removed)) | set(change.added)
     replaced: list[Marker] = []

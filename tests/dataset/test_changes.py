@@ -58,7 +58,7 @@ def test_a_follower_has_what_the_data_set_has_from_wherever_it_begins(tmp_path: 
                 gone = int(rng.choice(list(alive)))
                 made.remove(gone)
                 if rng.random() < 0.5:  # the same unit with other bytes: its columns changed
-                    made.put(gone, clustered(alive[gone], 32, seed=100 + step))
+                    made.put(gone, clustered(alive[gone], 32, seed=100 + step), state=f"step {step}")
                 else:
                     del alive[gone]
             else:
@@ -69,10 +69,14 @@ def test_a_follower_has_what_the_data_set_has_from_wherever_it_begins(tmp_path: 
         if len(read_changes(STORAGE, str(root))) == len(states):
             states.append(contents(root, [m.embeddings.path for m in manifest.shards]))
     assert len(states) > 8
+    told = set()
     for since, known in enumerate(states):
         difference = read_difference(STORAGE, str(root), manifest, since)
         assert difference.number == len(states) - 1
-        assert apply(dict(known), difference_table(difference).to_pylist(), root) == states[-1]
+        records = difference_table(difference).to_pylist()
+        assert apply(dict(known), records, root) == states[-1]
+        told |= {record["action"] for record in records}
+    assert told == {"removed", "replaced", "added", "end"}
     with pytest.raises(
         SettingsError, match=rf"--since 99: no change of that .* the last one is {len(states) - 1}"
     ):

@@ -69,12 +69,14 @@ class VectorDataset:
         vectors: np.ndarray,
         names: Sequence[str] | None = None,
         sizes: Sequence[int] | None = None,
+        state: str = "",
     ) -> Marker:
         """Write one shard of (n, dim) vectors; their ids are those of rows 0 to n - 1 of the object.
 
-        With ``sizes`` row i has so many of them, as chunks; names are of rows.
+        With ``sizes`` row i has so many of them, as chunks; names are of rows. In another state, as of other
+        columns, it takes the place of the one that is there.
         """
-        marker = write_shard(self.dataset, self.spec, object_no, vectors, names, sizes)
+        marker = write_shard(self.dataset, self.spec, object_no, vectors, names, sizes, state)
         self._markers[object_no] = marker
         return marker
 
@@ -99,6 +101,7 @@ def write_shard(
     vectors: np.ndarray,
     names: Sequence[str] | None = None,
     sizes: Sequence[int] | None = None,
+    state: str = "",
 ) -> Marker:
     n, sizes = len(vectors), sizes or [1] * len(vectors)
     rows = np.repeat(np.arange(len(sizes)), sizes)
@@ -124,7 +127,7 @@ def write_shard(
     )
     writer = ShardWriter(dataset.storage, dataset.root, spec, "zstd")
     return writer.commit(
-        Unit(object_no, 0, len(sizes)), f"f{object_no}", table, REJECTED_SCHEMA.empty_table()
+        Unit(object_no, 0, len(sizes)), f"f{object_no}{state}", table, REJECTED_SCHEMA.empty_table()
     )
 
 

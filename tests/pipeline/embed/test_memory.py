@@ -15,7 +15,7 @@ from tests.support.runs import JobProcess
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-KINDS = {"read_span_stage": "reader", "ModelStage": "encoder", "commit_stage": "writer", "Ledger": "ledger"}
+KINDS = {"read_stage": "reader", "ModelStage": "encoder", "commit_stage": "writer", "Ledger": "ledger"}
 ROWS = 12_000
 
 
