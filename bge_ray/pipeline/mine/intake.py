@@ -30,14 +30,18 @@ class Questions:
     """Reads what a mining run asks; ``unjudged`` counts queries without a judgement, which are passed by."""
 
     def __init__(self, storage: Storage, settings: Settings) -> None:
-        """Read the judgements, if there are any.
+        """Look whether all inputs are there, and read the judgements, if there are any.
 
         Raises:
-            CorpusError: they are missing or unreadable, or none of them is above 0.
+            CorpusError: one is not there or unreadable, or no judgement is above 0.
         """
         self._storage, self._settings = storage, settings
         self.unjudged = 0
         self._positives: dict[str, list[str]] = {}
+        for key in ("queries", "input", "held_out"):
+            uri = getattr(settings.mine, key)
+            if uri is not None and not storage.list_files(uri):
+                raise CorpusError(f"mine.{key} {uri}: no such file or folder, or an empty one")
         qrels = settings.mine.qrels
         if qrels is not None:
             judged = read_qrels(storage, qrels)
