@@ -221,7 +221,7 @@ def load_library(shape: Shape, folder: Path) -> "SentenceTransformer":
     from sentence_transformers import SentenceTransformer
 
     library = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": shape.dtype})
-    library.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    library[0].processor = PreTrainedTokenizerFast.from_pretrained(folder)
     library.max_seq_length = MAX_LENGTH
     return library
 
