@@ -1,13 +1,14 @@
-"""Tokens/s of each family's shape on this machine, beside what a user would pick instead.
+"""What a core makes of each family's shape, beside what a user would pick instead.
 
     python -m bge_ray.bench.families --out DIR [--only NAME ...] [--repeats 3]
 
 Weights are random, and of the layers of each real shape there are a few: a layer costs what a layer costs.
 Texts are the docstrings of this Python, cut at 512 tokens by the tokenizer of all-MiniLM-L6-v2, which stands
 for that of every family: all read the same tokens, and tables of words are as large as its. Pooling is mean,
-where every layer does all of its work. Both contestants of a family are loaded in one process, have run once
-before the clock starts, and run one after the other, as often as asked, all families in turn; tokenising is a
-part of both. What was measured is kept in DIR: a run that was stopped goes on with the same command.
+where every layer does all of its work. Both contestants of a family are loaded in one process of one thread,
+have run once before the clock starts, and run one after the other, as often as asked, all families in turn;
+tokenising is a part of both. The clock is the processor's, so that other work on a machine hardly counts.
+What was measured is kept in DIR: a run that was stopped goes on with the same command.
 """
 
 import argparse
@@ -50,8 +51,8 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 MAX_LENGTH = 512
-# So many rows that this much is to be computed, and not fewer than a batch of the others.
-GFLOP, MIN_ROWS, MAX_ROWS = 60, 32, 1000
+# So many rows that this much is to be computed, and not fewer than two batches of the library's.
+GFLOP, MIN_ROWS, MAX_ROWS = 300, 64, 1000
 
 Role: TypeAlias = Literal["encoder", "cross_encoder", "llm_reranker"]
 # What both contestants are given: texts, or pairs of a title and a text.
@@ -81,12 +82,12 @@ def _grouped(hidden: int, heads: int, key_heads: int, head_dim: int, inner: int)
 
 # Sizes of the published models, of their config.json; language models in what they are used in.
 SHAPES: dict[str, Shape] = {
-    "bert-small": Shape("bge-small-en-v1.5", "bert", 4, 12, _sizes(384, 12, 1536)),
-    "bert-base": Shape("bge-base-en-v1.5", "bert", 2, 12, _sizes(768, 12, 3072)),
-    "xlm-roberta": Shape("bge-m3", "xlm-roberta", 2, 24, _sizes(1024, 16, 4096)),
-    "mpnet": Shape("all-mpnet-base-v2", "mpnet", 2, 12, _sizes(768, 12, 3072)),
+    "bert-small": Shape("bge-small-en-v1.5", "bert", 3, 12, _sizes(384, 12, 1536)),
+    "bert-base": Shape("bge-base-en-v1.5", "bert", 1, 12, _sizes(768, 12, 3072)),
+    "xlm-roberta": Shape("bge-m3", "xlm-roberta", 1, 24, _sizes(1024, 16, 4096)),
+    "mpnet": Shape("all-mpnet-base-v2", "mpnet", 1, 12, _sizes(768, 12, 3072)),
     "modernbert": Shape("gte-modernbert-base", "modernbert", 3, 22, _sizes(768, 12, 1152)),
-    "nomic_bert": Shape("nomic-embed-text-v1.5", "nomic_bert", 2, 12, _sizes(768, 12, 3072)),
+    "nomic_bert": Shape("nomic-embed-text-v1.5", "nomic_bert", 1, 12, _sizes(768, 12, 3072)),
     "gemma3_text": Shape(
         "embeddinggemma-300m", "gemma3_text", 2, 24, _grouped(768, 3, 1, 256, 1152), dtype="bfloat16"
     ),
@@ -95,13 +96,13 @@ SHAPES: dict[str, Shape] = {
     ),
     "mistral": Shape("bge-en-icl", "mistral", 1, 32, _grouped(4096, 32, 8, 128, 14336), dtype="bfloat16"),
     "qwen2": Shape(
-        "bge-code-v1", "qwen2", 2, 28, _sizes(1536, 12, 8960, num_key_value_heads=2), dtype="bfloat16"
+        "bge-code-v1", "qwen2", 1, 28, _sizes(1536, 12, 8960, num_key_value_heads=2), dtype="bfloat16"
     ),
     "qwen3": Shape(
         "bge-reasoner-embed-qwen3-8b", "qwen3", 1, 36, _grouped(4096, 32, 8, 128, 12288), dtype="bfloat16"
     ),
     "cross-encoder": Shape(
-        "bge-reranker-base", "xlm-roberta", 2, 12, _sizes(768, 12, 3072), role="cross_encoder"
+        "bge-reranker-base", "xlm-roberta", 1, 12, _sizes(768, 12, 3072), role="cross_encoder"
     ),
     "llm-reranker": Shape(
         "bge-reranker-v2-gemma",
@@ -131,7 +132,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one family: what stood beside ours, the tokens of a run, and the seconds of each of both."""
+    """Of one family: what stood beside ours, the tokens of a run, and the CPU seconds of each of both."""
 
     beside: str
     packed: bool
@@ -193,11 +194,11 @@ def measure(shape: Shape, folder: Path) -> Measured:
     prepare = _prepare_encoders if shape.role == "encoder" else _prepare_rerankers
     both = prepare(shape, folder, rows)
     packed = can_pack(load_config(folder), torch.device("cpu"), getattr(torch, shape.dtype))
-    started = time.perf_counter()
+    started = time.process_time()
     tokens = both.ours()
-    between = time.perf_counter()
+    between = time.process_time()
     both.theirs()
-    ended = time.perf_counter()
+    ended = time.process_time()
     return Measured(both.beside, packed, len(rows), tokens, [between - started], [ended - between])
 
 
@@ -220,7 +221,7 @@ def load_library(shape: Shape, folder: Path) -> "SentenceTransformer":
     from sentence_transformers import SentenceTransformer
 
     library = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": shape.dtype})
-    library.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    library[0].processor = PreTrainedTokenizerFast.from_pretrained(folder)
     library.max_seq_length = MAX_LENGTH
     return library
 
@@ -267,7 +268,7 @@ def _prepare_rerankers(shape: Shape, folder: Path, rows: Sequence[Pair]) -> Prep
 
 
 def _load(spec: ModelSpec, folder: Path) -> Model:
-    model = Model(spec, folder, Place("cpu", torch.get_num_threads()))
+    model = Model(spec, folder, Place("cpu", 1))
     model.warm_up(model.settle_budget("auto"))
     return model
 
@@ -313,6 +314,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--repeats", type=int, default=3)
     asked = parser.parse_args()
+    torch.set_num_threads(1)
     asked.out.mkdir(parents=True, exist_ok=True)
     path = asked.out / "families.json"
     found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
@@ -324,7 +326,7 @@ def main() -> None:
             found[name] = once | {who: before[who] + once[who] for who in ("ours", "theirs")}
             path.write_text(json.dumps(found, indent=1))
     machine = describe_machine()
-    where = f"{machine['cpu']}, {torch.get_num_threads()} threads, torch {machine['torch']}"
+    where = f"{machine['cpu']}, one thread, torch {machine['torch']}"
     print(f"{where}\n\n{to_markdown(found)}")  # noqa: T201
 
 

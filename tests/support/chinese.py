@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import torch
 
 from bge_ray import metrics
 from bge_ray.model.run.model import Model, Place
@@ -99,7 +100,7 @@ def in_this_process(
 ) -> dict[str, float] | None:
     """Encode both sides by the model that the jobs run, and rank by inner product; None if time was short."""
     spec = resolve_encoder(ModelSettings(name=str(model)), on_gpu=False)
-    feeder, loaded = text_feeder(spec), Model(spec, model_folder(spec), Place("cpu", 2))
+    feeder, loaded = text_feeder(spec), Model(spec, model_folder(spec), Place("cpu", torch.get_num_threads()))
     deadline = psutil.Process().create_time() + seconds
 
     def encode(
