@@ -1,6 +1,5 @@
 """What each published manifest added and removed against the one before it: the feed of a data set."""
 
-import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -136,21 +135,31 @@ def _line(storage: Storage, root: str, published: str | None, since: int) -> lis
     """Return the changes after a number that lead to the manifest of a digest; see `read_changes`."""
     changes = [_read(storage, root, number) for number in _numbers(storage, root)]
     follows = [*(change.before for change in changes[1:]), published]
-    real = [c for c, following in itertools.zip_longest(changes, follows) if c.after == following]
-    before = None
-    for change in real:
-        if change.before != before:
-            raise DatasetMismatchError(
-                f"{_uri(root, change.number)}: the change before it is gone; start anew from manifest.json"
-            )
-        before = change.after
-    if since and since not in {change.number for change in real}:
-        last = real[-1].number if real else 0
+    real = [c for c, following in zip(changes, follows, strict=False) if c.after == following]
+    last = real[-1] if real else None
+    if (None if last is None else last.after) != published:
+        raise DatasetMismatchError(
+            f"{join(root, 'changes')}: no file in it leads to manifest.json, the newest is gone; restore it, "
+            "or start anew from manifest.json once another run has published"
+        )
+    known = next((change for change in changes if change.number == since), None)
+    # One whose run died before it published: the next one began where it began.
+    never_was = known and any(c.before == known.before for c in changes if c.number > since)
+    if since and (known is None or never_was):
         raise SettingsError(
             f"--since {since}: no change of that number leads to the manifest of {root}, the last one is "
-            f"{last}; start anew with 0"
+            f"{0 if last is None else last.number}; start anew with 0"
         )
-    return [change for change in real if change.number > since]
+    before = known.after if known is not None else None
+    line = [change for change in real if change.number > since]
+    for change in line:
+        if change.before != before:
+            raise DatasetMismatchError(
+                f"{_uri(root, change.number)}: the change before it is gone; start anew from manifest.json, "
+                f"and go on with --since {line[-1].number}"
+            )
+        before = change.after
+    return line
 
 
 @dataclass(frozen=True)

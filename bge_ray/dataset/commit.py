@@ -80,7 +80,9 @@ class ShardWriter:
     def _create(self, stem: str, table: pa.Table, fingerprint: str) -> FileFact:
         data = self._encode(table, fingerprint)
         digest = hashlib.sha256(data).hexdigest()
-        for path in (f"{stem}.parquet", f"{stem}-{digest[:12]}.parquet"):
+        # A name that is taken, by another state of the unit or by what damage left of one, stays taken.
+        others = (f"{stem}-{digest[at : at + 12]}.parquet" for at in range(0, len(digest) - 11, 12))
+        for path in (f"{stem}.parquet", *others):
             uri = join(self.root, path)
             if self.storage.create(uri, data):
                 return FileFact(path, len(data), digest, len(table))

@@ -1,5 +1,6 @@
 """What there is to do: corpus objects under their numbers, in spans to read and units to commit."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from bge_ray.records.canonical import digest
@@ -152,8 +153,15 @@ def find_removal(previous: Plan | None, plan: Plan) -> Removal:
         return Removal()
     there = {corpus_object.uri for corpus_object in plan.objects}
     before = {corpus_object.uri for corpus_object in previous.objects}
-    new = {(o.size, o.etag) for o in plan.objects if o.uri not in before and o.etag != NO_VERSION}
-    gone = [o for o in previous.objects if o.uri not in there and (o.size, o.etag) not in new]
+    # One that is new stands for one that is gone: many may have a size and a time in common.
+    new = Counter((o.size, o.etag) for o in plan.objects if o.uri not in before and o.etag != NO_VERSION)
+    gone = []
+    for known in previous.objects:
+        if known.uri not in there:
+            if new[known.size, known.etag]:
+                new[known.size, known.etag] -= 1
+            else:
+                gone.append(known)
     rows_before = sum(corpus_object.n_rows for corpus_object in previous.objects)
     return Removal(tuple(o.uri for o in gone), sum(o.n_rows for o in gone), rows_before)
 

@@ -248,7 +248,9 @@ def _on_batches(report: EmbedReport) -> list[str]:
 
 def _on_rows(report: EmbedReport) -> list[str]:
     lines = []
-    if report.rows_out and report.truncated > HIGH_TRUNCATED * report.rows_out:
+    # Of chunks it is their passage's title that was cut.
+    chunked = report.settings["chunking"]["max_tokens"] is not None
+    if report.rows_out and not chunked and report.truncated > HIGH_TRUNCATED * report.rows_out:
         lines.append(
             f"{report.truncated / report.rows_out:.0%} of the texts were cut at "
             f"{report.model.max_length:,} tokens: cut them into chunks (chunking.max_tokens), or "

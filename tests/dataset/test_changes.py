@@ -81,9 +81,23 @@ def test_a_follower_has_what_the_data_set_has_from_wherever_it_begins(tmp_path: 
         SettingsError, match=rf"--since 99: no change of that .* the last one is {len(states) - 1}"
     ):
         read_difference(STORAGE, str(root), manifest, 99)
+    newest = root / f"changes/{len(states) - 1:06d}.json"
+    newest.rename(root / "newest")
+    for since in (0, 1, len(states) - 2):
+        with pytest.raises(DatasetMismatchError, match=r"changes: no file in it leads to manifest\.json"):
+            read_difference(STORAGE, str(root), manifest, since)
+    (root / "newest").rename(newest)
     (root / "changes/000002.json").unlink()
     with pytest.raises(DatasetMismatchError, match=r"000003\.json: the change before it is gone"):
         read_difference(STORAGE, str(root), manifest, 1)
+    # Who began anew goes on behind the gap.
+    for since in range(3, len(states)):
+        records = difference_table(read_difference(STORAGE, str(root), manifest, since)).to_pylist()
+        assert apply(dict(states[since]), records, root) == states[-1]
+    for path in (root / "changes").iterdir():
+        path.unlink()
+    with pytest.raises(DatasetMismatchError, match=r"changes: no file in it leads to manifest\.json"):
+        read_difference(STORAGE, str(root), manifest, 0)
 
 
 def test_ranges_without_others_are_what_sets_say() -> None:

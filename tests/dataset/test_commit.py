@@ -187,6 +187,19 @@ def test_a_foreign_or_damaged_file_in_the_way_is_left_alone(storage: Storage, ro
         assert storage.read(join(root, SHARD)) == content
 
 
+def test_a_file_that_was_put_beside_a_damaged_one_and_is_damaged_too_is_made_again(
+    storage: Storage, root: str
+) -> None:
+    paths = []
+    for _ in range(4):
+        marker = make_writer(storage, root).commit(UNIT, FINGERPRINT, *make_tables(make_spec()))
+        check_committed(storage, root, marker)
+        paths.append(marker.embeddings.path)
+        uri = join(root, marker.embeddings.path)
+        storage.write(uri, storage.read(uri)[:-30])
+    assert len(set(paths)) == 4
+
+
 def test_two_at_once_leave_one_consistent_unit(storage: Storage, root: str) -> None:
     spec = make_spec()
     from concurrent.futures import ThreadPoolExecutor

@@ -172,6 +172,10 @@ def test_what_a_plan_leaves_out_is_removed_and_what_has_another_content_is_not()
     unversioned = [dataclasses.replace(o, etag=NO_VERSION) for o in (OBJECT, other, moved)]
     assert find_removal(Plan(tuple(unversioned[:2]), 5), Plan((unversioned[0], unversioned[2]), 6)).uris
     assert not find_removal(None, Plan((OBJECT,), 4))
+    # Files of equal size and time: the one that is new stands for one of those that are gone.
+    alike = [dataclasses.replace(OBJECT, object_no=n, uri=f"s3://b/{n}.jsonl") for n in range(4)]
+    removal = find_removal(Plan(tuple(alike[:3]), 5), Plan((alike[3],), 6))
+    assert (len(removal.uris), removal.rows) == (2, 2 * OBJECT.n_rows)
     assert not find_removal(Plan((OBJECT,), 4), Plan((OBJECT, other), 5))
 
 

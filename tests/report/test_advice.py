@@ -66,6 +66,11 @@ def test_advice_on_an_embed_run(change: dict[str, Any], words: list[str]) -> Non
         assert word in line
 
 
+def test_titles_that_were_cut_are_no_texts_that_chunks_would_help() -> None:
+    settings = parse_settings(None, ["chunking.max_tokens=10"]).model_dump(mode="json")
+    assert advise_embed(quiet(truncated=80, settings=settings)) == []
+
+
 def test_advice_begins_at_its_threshold() -> None:
     just = advice.HIGH_PADDING
     assert advise_embed(quiet(padding_waste=just)) == []

@@ -159,8 +159,12 @@ def _make(name: str, parts: Sequence[Checked], earlier: Earlier, job: EmbedJob, 
     )
     table = pa.concat_tables(unit_table(part.unit, part.passages, part.rejected) for part in parts)
     table, at = with_pieces(table, texts, pieces, faults, job.spec)
-    lengths = reused.settled("n_tokens", done, tokens.lengths.astype(np.int32))
-    truncated = reused.settled("truncated", done, tokens.truncated)
+    if pieces.tokens is not None:
+        # Of its own, and not of a text with the same hash: a chunk says that its passage's title was cut.
+        lengths, truncated = pieces.tokens.lengths.astype(np.int32), pieces.tokens.truncated
+    else:
+        lengths = reused.settled("n_tokens", done, tokens.lengths.astype(np.int32))
+        truncated = reused.settled("truncated", done, tokens.truncated)
     facts = {"text_hash": hashes, "n_tokens": pa.array(lengths), "truncated": pa.array(truncated)}
     table = with_reused(with_columns(table, at, facts), at, reused, job.spec)
     table = with_faults(table, {int(at[n]): fault for n, fault in killed.items()})

@@ -8,10 +8,9 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-import ray.data
 from ray.actor import ActorHandle
 
 from bge_ray.dataset.lookup import ShardMap
@@ -63,6 +62,9 @@ from bge_ray.settings.sections import Settings
 from bge_ray.storage.folders import refuse_collisions
 from bge_ray.storage.objects import Storage, join
 from bge_ray.storage.ownership import OwnedFolder, open_folder
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -373,7 +375,7 @@ class SearchJob:
         rows = by_tasks(rows, part_stage, tasks, place=place, more=(*spans, *layers))
         return receipts(rows)
 
-    def encoded(self, place: Workplace, groups: tuple[GroupTask, ...], sizes: Sizes) -> ray.data.Dataset:
+    def encoded(self, place: Workplace, groups: tuple[GroupTask, ...], sizes: Sizes) -> "Dataset":
         """Return groups of queries with their vectors."""
         settings, tasks, encoders = self._settings, sizes.tasks["tasks"], sizes.pools["encoders"]
         trust = settings.model.trust_remote_code

@@ -141,7 +141,7 @@ def test_many_small_objects_cost_what_committing_them_takes(
     settings, listed = CorpusSettings(uri=str(tmp_path)), storage.list_files(str(tmp_path))
     limits = settle_limits(BatchingSettings(), listed, 1, spec.model)
     plan = extend_plan({}, None, scan_task(storage, listed, settings, limits), spec.columns, limits)
-    todo, _ = _subtract(spec, plan, {})
+    todo, _ = _subtract(spec, plan, {}, {})
     planned = Planned(Dataset(storage, str(tmp_path / "out")), spec, plan, 0, {}, todo, Removal())
     sizes = Sizes({"encoders": POOL}, {"readers": Tasks(1, 0.0)})
     monkeypatch.setattr(estimate, "ray", InThisProcess())

@@ -160,6 +160,25 @@ def test_chunks_are_reused_wherever_they_stand_in_their_text(bucket: str, tiny_m
     check_as_if_clean(bucket, tiny_model, *keys)
 
 
+def test_a_chunk_says_of_its_own_passage_that_the_title_was_cut(bucket: str, tiny_model: Path) -> None:
+    words = "the quick brown fox jumps over lazy dog"
+    second = "a corpus in object storage becomes embeddings and an index over lazy dog."
+    long = {"id": "long", "title": " ".join([words] * 4), "text": f"the quick fox. {second}"}
+    short = {"id": "short", "title": "", "text": second}
+    upload(bucket, {"a.jsonl": jsonl_bytes([long])})
+    keys = ["chunking.max_tokens=20"]
+    embed(settings_for(bucket, tiny_model, *keys))
+    upload(bucket, {"a.jsonl": jsonl_bytes([long, short])})
+    report = embed(settings_for(bucket, tiny_model, *keys)).report
+    assert (report.tokens_encoded, report.rows_reused) == (0, 2)
+    assert [(row["passage_id"], row["truncated"]) for row in rows_of(bucket)] == [
+        ("long", True),
+        ("long", True),
+        ("short", False),
+    ]
+    check_as_if_clean(bucket, tiny_model, *keys)
+
+
 def test_a_damaged_shard_gives_nothing(bucket: str, tiny_model: Path, passages: list[dict[str, str]]) -> None:
     upload(bucket, {"a.jsonl": jsonl_bytes(passages[:120])})
     embed(settings_for(bucket, tiny_model))
