@@ -162,8 +162,8 @@ def test_chunks_are_reused_wherever_they_stand_in_their_text(bucket: str, tiny_m
 
 def test_a_chunk_says_of_its_own_passage_that_the_title_was_cut(bucket: str, tiny_model: Path) -> None:
     words = "the quick brown fox jumps over lazy dog"
-    second = "a corpus in object storage becomes embeddings and an index over lazy dog."
-    long = {"id": "long", "title": " ".join([words] * 4), "text": f"the quick fox. {second}"}
+    second = "A corpus in object storage becomes embeddings and an index over lazy dog."
+    long = {"id": "long", "title": " ".join([words] * 4), "text": f"The quick fox. {second}"}
     short = {"id": "short", "title": "", "text": second}
     upload(bucket, {"a.jsonl": jsonl_bytes([long])})
     keys = ["chunking.max_tokens=20"]
