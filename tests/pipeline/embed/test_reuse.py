@@ -162,7 +162,7 @@ def test_chunks_are_reused_wherever_they_stand_in_their_text(bucket: str, tiny_m
 
 def test_a_chunk_says_of_its_own_passage_that_the_title_was_cut(bucket: str, tiny_model: Path) -> None:
     words = "the quick brown fox jumps over lazy dog"
-    second = "A corpus in object storage becomes embeddings and an index over lazy dog."
+    second = "A corpus becomes an index."
     long = {"id": "long", "title": " ".join([words] * 4), "text": f"The quick fox. {second}"}
     short = {"id": "short", "title": "", "text": second}
     upload(bucket, {"a.jsonl": jsonl_bytes([long])})
