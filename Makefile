@@ -15,7 +15,7 @@ demo: $(VENV)/.demo ## embed, index and search the docstrings of this Python, of
 	$(BIN)/python jobs/demo.py
 
 test: check ## the tests: `make check`, then those with a real Ray, a real S3 server and real weights
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "ray and not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "ray and not slow"
 
 test-slow: $(VENV)/.dev ## the long ones: search and rerank on Ray, real kills of drivers, actors, nodes and the store, memory
 	$(BIN)/python -m pytest -m slow
