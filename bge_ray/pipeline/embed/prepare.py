@@ -185,11 +185,19 @@ def _subtract(
     for corpus_object in plan.objects:
         bare = dataclasses.replace(corpus_object, spans=())
         numbers = (corpus_object.object_no, *corpus_object.earlier)
-        sources = [source for number in numbers for source in shards.get(number, ())]
-        for span in corpus_object.spans:
+        planned = [
+            (span, [(unit, unit_fingerprint(rows_fingerprint, corpus_object, unit)) for unit in units])
+            for span in corpus_object.spans
+            for units in [span_units(corpus_object.object_no, span)]
+        ]
+        # What these very units have made is no source: the first attempt at them had none of it, and who is
+        # encoded in other company differs in the last bits.
+        own = {fingerprint for _, units in planned for _, fingerprint in units}
+        earlier = [source for number in numbers for source in shards.get(number, ())]
+        sources = [source for source in earlier if source.fingerprint not in own]
+        for span, fingerprints in planned:
             units = []
-            for unit in span_units(corpus_object.object_no, span):
-                fingerprint = unit_fingerprint(rows_fingerprint, corpus_object, unit)
+            for unit, fingerprint in fingerprints:
                 marker = finished.get(unit.name)
                 if marker is not None and marker.fingerprint == fingerprint:
                     wanted[unit.name] = marker

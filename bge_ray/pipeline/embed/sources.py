@@ -75,7 +75,9 @@ def earlier_shards(
     for marker in sorted((*published, *left), key=lambda m: m.unit):
         if marker.embeddings is not None:
             unit = marker.unit
-            found[unit.object_no].append(Source(unit.first_row, unit.n_rows, marker.embeddings))
+            found[unit.object_no].append(
+                Source(unit.first_row, unit.n_rows, marker.embeddings, marker.fingerprint)
+            )
     return found
 
 

@@ -41,11 +41,15 @@ class UnitsTask:
 
 @dataclass(frozen=True)
 class Source:
-    """A shard whose texts may be those of an object: of ``n_rows`` rows from ``first_row`` on of its own."""
+    """A shard whose texts may be those of an object: of ``n_rows`` rows from ``first_row`` on of its own.
+
+    ``fingerprint`` is that of the unit that made it.
+    """
 
     first_row: int
     n_rows: int
     fact: FileFact
+    fingerprint: str
 
 
 @dataclass(frozen=True)

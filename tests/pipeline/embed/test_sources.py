@@ -65,17 +65,19 @@ def test_shards_are_those_published_and_those_left_of_objects_that_are_gone() ->
 
 
 def test_the_nearest_shards_are_those_of_the_same_rows_and_around_them() -> None:
-    sources = [Source(first, 100, FileFact(str(first), 1, "0", 100)) for first in range(0, 20_000, 100)]
+    sources = [Source(first, 100, FileFact(str(first), 1, "0", 100), "f") for first in range(0, 20_000, 100)]
     near = nearest(sources, 5_000, 100, 700)
     assert len(near) == 7
     assert near[0].first_row in (4_900, 5_000, 5_100)
     assert max(abs(source.first_row - 5_000) for source in near) <= 400
     assert len(nearest(sources, 0, 10, 10**9)) == NEAR_SHARDS
-    large = [Source(0, 9, FileFact("a", 1, "0", 10**6)), Source(0, 9, FileFact("b", 1, "0", 10))]
+    large = [Source(0, 9, FileFact("a", 1, "0", 10**6), "f"), Source(0, 9, FileFact("b", 1, "0", 10), "f")]
     assert [source.fact.path for source in nearest(large, 0, 10, 100)] == ["a"], "one is always looked at"
     assert nearest([], 0, 10) == []
     # Of rows that are cut into many chunks: it is rows that are near, not chunks.
-    chunked = [Source(first, 100, FileFact(str(first), 1, "0", 50_000)) for first in range(0, 20_000, 100)]
+    chunked = [
+        Source(first, 100, FileFact(str(first), 1, "0", 50_000), "f") for first in range(0, 20_000, 100)
+    ]
     assert {source.first_row for source in nearest(chunked, 15_000, 100)} >= {14_900, 15_000, 15_100}
     rng = np.random.default_rng(0)
     for _ in range(50):
