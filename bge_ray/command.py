@@ -162,6 +162,24 @@ def _tell_version(wanted: bool) -> None:
         raise Exit
 
 
+def _config_option() -> Any:
+    from typer import Option
+
+    return Option(metavar="FILE_OR_URI", help="YAML file with settings, local or on any fsspec URI.")
+
+
+def _set_option() -> Any:
+    from typer import Option
+
+    return Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; may be repeated.")
+
+
+def _log_option() -> Any:
+    from typer import Option
+
+    return Option(help="Format of the log lines.")
+
+
 def _add_job(app: "Typer", job: "Job", ending: Ending) -> None:
     from typer import Option
 
@@ -169,21 +187,15 @@ def _add_job(app: "Typer", job: "Job", ending: Ending) -> None:
 
     @app.command(job.name, help=job.says, epilog=epilog)
     def command(
-        config: Annotated[
-            str | None,
-            Option(metavar="FILE_OR_URI", help="YAML file with settings, local or on any fsspec URI."),
-        ] = None,
-        overrides: Annotated[
-            list[str] | None,
-            Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; may be repeated."),
-        ] = None,
+        config: Annotated[str | None, _config_option()] = None,
+        overrides: Annotated[list[str] | None, _set_option()] = None,
         dry_run: Annotated[
             bool, Option("--dry-run", help="Say what would be done, and write nothing.")
         ] = False,
         print_config: Annotated[
             bool, Option("--print-config", help="Print the settled settings as YAML, and do nothing.")
         ] = False,
-        log_format: Annotated[LogFormat, Option(help="Format of the log lines.")] = "text",
+        log_format: Annotated[LogFormat, _log_option()] = "text",
         _version: Annotated[
             bool,
             Option("--version", callback=_tell_version, is_eager=True, help="Say which version this is."),
@@ -205,14 +217,11 @@ def _add_demo(app: "Typer", ending: Ending) -> None:
         ask: Annotated[
             list[str] | None, Option(metavar="QUESTION", help="Ask this instead; may be repeated.")
         ] = None,
-        overrides: Annotated[
-            list[str] | None,
-            Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; may be repeated."),
-        ] = None,
+        overrides: Annotated[list[str] | None, _set_option()] = None,
         dry_run: Annotated[
             bool, Option("--dry-run", help="Say what would be embedded; the corpus is written.")
         ] = False,
-        log_format: Annotated[LogFormat, Option(help="Format of the log lines.")] = "text",
+        log_format: Annotated[LogFormat, _log_option()] = "text",
     ) -> None:
         def made() -> tuple[str, ...]:
             return (*demo_settings(work, limit, ask or ()), *(overrides or ()))
@@ -235,12 +244,9 @@ def _add_compare(app: "Typer", ending: Ending) -> None:
         qrels: Annotated[str | None, Option(help="Judgements; without them results are compared.")] = None,
         output: Annotated[str | None, Option(help="Folder for tables and pictures.")] = None,
         k: Annotated[list[int] | None, Option("-k", help="A cut-off; may be repeated.")] = None,
-        overrides: Annotated[
-            list[str] | None,
-            Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; may be repeated."),
-        ] = None,
+        overrides: Annotated[list[str] | None, _set_option()] = None,
         dry_run: Annotated[bool, Option("--dry-run", help="Say what would be read and written.")] = False,
-        log_format: Annotated[LogFormat, Option(help="Format of the log lines.")] = "text",
+        log_format: Annotated[LogFormat, _log_option()] = "text",
     ) -> None:
         asked = {"run": runs, "qrels": qrels, "output": output, "k": k}
         words = [f"evaluate.{key}={json.dumps(value)}" for key, value in asked.items() if value is not None]
@@ -266,7 +272,7 @@ def _add_ask(app: "Typer", ending: Ending) -> None:
         model: Annotated[str | None, Option(help="Where the model lies, if not where it lay.")] = None,
         device: Annotated[str, Option(help="Device on which questions are encoded.")] = "cpu",
         as_json: Annotated[bool, Option("--json", help="A line of JSON a passage.")] = False,
-        log_format: Annotated[LogFormat, Option(help="Format of the log lines.")] = "text",
+        log_format: Annotated[LogFormat, _log_option()] = "text",
     ) -> None:
         def work() -> str:
             from bge_ray import ask as asking
@@ -293,16 +299,10 @@ def _add_changes(app: "Typer", ending: Ending) -> None:
                 metavar="FILE_OR_URI", help="Write this file (.parquet, else JSON lines); default: to stdout."
             ),
         ] = None,
-        config: Annotated[
-            str | None,
-            Option(metavar="FILE_OR_URI", help="YAML file with settings, local or on any fsspec URI."),
-        ] = None,
-        overrides: Annotated[
-            list[str] | None,
-            Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; may be repeated."),
-        ] = None,
+        config: Annotated[str | None, _config_option()] = None,
+        overrides: Annotated[list[str] | None, _set_option()] = None,
         dry_run: Annotated[bool, Option("--dry-run", help="Write no file, and tell all on stdout.")] = False,
-        log_format: Annotated[LogFormat, Option(help="Format of the log lines.")] = "text",
+        log_format: Annotated[LogFormat, _log_option()] = "text",
     ) -> None:
         asked = Asked(config, tuple(overrides or ()), dry_run, False, log_format)
         _run_here(changes_job(since, output), asked, ending)

@@ -189,7 +189,7 @@ WAYS: Mapping[str, Sequence[str]] = {
         "model.heads:Pooled.forward",
         *RESULT,
         "pipeline.search.stages:retrieve_stage _retrieve",
-        "pipeline.search.retrieve:matrix retrieve",
+        "pipeline.search.retrieve:retrieve",
         "index.refill:refill",
         "pipeline.search.retrieve:_ask",
         "pipeline.index.searchers:search_all Searcher.search",

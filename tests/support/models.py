@@ -74,7 +74,14 @@ def make_unigram(folder: Path, max_length: int = 512) -> PreTrainedTokenizerFast
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", bos), ("</s>", eos)]
     )
-    fast = PreTrainedTokenizerFast(
+    fast = like_xlm_roberta(tokenizer, max_length)
+    fast.save_pretrained(folder)
+    return fast
+
+
+def like_xlm_roberta(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with XLM-RoBERTa's names for its special tokens."""
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=max_length,
         bos_token="<s>",
@@ -86,8 +93,6 @@ def make_unigram(folder: Path, max_length: int = 512) -> PreTrainedTokenizerFast
         mask_token="<mask>",
         model_input_names=["input_ids", "attention_mask"],
     )
-    fast.save_pretrained(folder)
-    return fast
 
 
 def make_encoder(

@@ -186,9 +186,14 @@ def _subtract(
         bare = dataclasses.replace(corpus_object, spans=())
         numbers = (corpus_object.object_no, *corpus_object.earlier)
         planned = [
-            (span, [(unit, unit_fingerprint(rows_fingerprint, corpus_object, unit)) for unit in units])
+            (
+                span,
+                [
+                    (unit, unit_fingerprint(rows_fingerprint, corpus_object, unit))
+                    for unit in span_units(corpus_object.object_no, span)
+                ],
+            )
             for span in corpus_object.spans
-            for units in [span_units(corpus_object.object_no, span)]
         ]
         # What these very units have made is no source: the first attempt at them had none of it, and who is
         # encoded in other company differs in the last bits.

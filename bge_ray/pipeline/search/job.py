@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.actor import ActorHandle
 
-from bge_ray.dataset.lookup import ShardMap
 from bge_ray.errors import DatasetMismatchError, IncompleteRunError, SettingsError
 from bge_ray.formats.queries import read_queries
 from bge_ray.index.refill import RESULTS_AT_ONCE
@@ -333,21 +332,21 @@ class SearchJob:
         """Size all pools, and start the actors that hold the index; return what a search task must know."""
         settings, source = self._settings, self.source
         files = index_files(source.root, self.index) if self.index is not None else []
-        shards = ShardMap.of(source.manifest)
+        retrieval = self._retrieval()
         requests = [
             encoder_request(settings, len(groups)),
-            searcher_request(settings, len(files) if files else len(shards.facts)),
+            searcher_request(settings, len(files) if files else len(retrieval.shards.facts)),
         ]
         if self.reranker is not None:
             requests.append(reranker_request(settings, sum(len(group.todo) for group in groups)))
         sizes = cluster_sizes(settings, requests, [TASKS], watch)
         dear = "rerankers" if self.reranker is not None else "encoders"
         facts.start(sizes.workers(dear), time.time())
-        self._searchers = self._start_searchers(files, shards, sizes.pools["searchers"])
+        self._searchers = self._start_searchers(files, retrieval, sizes.pools["searchers"])
         retrieve = RetrieveJob(
             place=place,
             searchers=tuple(self._searchers),
-            retrieval=self._retrieval(),
+            retrieval=retrieval,
             spans=source.chunked,
         )
         logger.info("%s queries to answer; %s", f"{facts.rows_planned:,}", sizes)
@@ -395,7 +394,7 @@ class SearchJob:
         rows = by_tasks(rows, read_queries_stage, tasks, job=QueryJob(place, self.model, trust))
         return by_actors(rows, ModelStage, encoders, encode)
 
-    def _start_searchers(self, files: list[Any], shards: ShardMap, pool: Pool) -> list[ActorHandle]:
+    def _start_searchers(self, files: list[Any], retrieval: Retrieval, pool: Pool) -> list[ActorHandle]:
         """Start the actors that share the index, or the shards of an exact search."""
         options = {
             "num_cpus": pool.cpus,
@@ -406,10 +405,9 @@ class SearchJob:
         }
         if self.index is None:
             actor = ray.remote(**options)(ShardSearcher)
-            shares = [shards.facts[i :: pool.count] for i in range(pool.count)]
-            per_row = self._retrieval().per_row
+            shares = [retrieval.shards.facts[i :: pool.count] for i in range(pool.count)]
             return [
-                actor.remote(self.storage, self.source.root, share, pool.threads, per_row=per_row)
+                actor.remote(self.storage, self.source.root, share, pool.threads, per_row=retrieval.per_row)
                 for share in shares
             ]
         actor = ray.remote(**options)(Searcher)

@@ -16,7 +16,7 @@ from bge_ray.dataset.lookup import ShardMap, read_places
 from bge_ray.index.refill import Ask, Reach, first_fetched, refill
 from bge_ray.index.topk import NO_RESULT, Results, best_rows, rescore
 from bge_ray.pipeline.runs.source import Source
-from bge_ray.records.arrays import whole
+from bge_ray.records.arrays import dense_rows, whole
 from bge_ray.records.ids import FloatArray, IdArray
 from bge_ray.records.index import IndexDescription
 from bge_ray.records.model import EMBEDDING
@@ -204,7 +204,7 @@ def _rescored(how: Retrieval, queries: FloatArray, ids: IdArray) -> Results:
     """Score all candidates again from their stored vectors, some queries at a time."""
 
     def fetch(wanted: IdArray) -> npt.NDArray[np.floating]:
-        return matrix(how.places(wanted, [EMBEDDING])[EMBEDDING])
+        return dense_rows(how.places(wanted, [EMBEDDING])[EMBEDDING])
 
     width = ids.shape[1]
     step = max(1, RESCORED_AT_ONCE // width)
@@ -248,12 +248,3 @@ def _choose(
     asked = which[chosen]
     rank = np.arange(len(chosen)) - np.searchsorted(asked, asked)
     return chosen[rank < how.k], np.bincount(asked, minlength=len(known))
-
-
-def matrix(column: pa.ChunkedArray) -> npt.NDArray[np.floating]:
-    """Return a fixed-size-list column as (n, dim)."""
-    dim = column.type.list_size
-    chunks = [
-        chunk.flatten().to_numpy(zero_copy_only=False).reshape(len(chunk), dim) for chunk in column.chunks
-    ]
-    return np.concatenate(chunks) if chunks else np.empty((0, dim), np.float32)

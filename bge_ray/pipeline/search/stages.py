@@ -21,7 +21,8 @@ from bge_ray.pipeline.engine.tokenise import load_text_feeder, tokenise
 from bge_ray.pipeline.index.searchers import search_all
 from bge_ray.pipeline.runs.groups import CANDIDATE_SCHEMA, SPAN_SCHEMA, GroupTask, Workplace
 from bge_ray.pipeline.runs.intake import read_group
-from bge_ray.pipeline.search.retrieve import Retrieval, matrix, retrieve
+from bge_ray.pipeline.search.retrieve import Retrieval, retrieve
+from bge_ray.records.arrays import dense_rows
 from bge_ray.records.ids import FloatArray
 from bge_ray.records.model import EMBEDDING, ModelSpec
 
@@ -93,7 +94,7 @@ def _retrieve(parcel: Parcel, table: pa.Table, job: RetrieveJob, started: float)
         search_s += time.time() - began
         return found
 
-    found = retrieve(matrix(able[EMBEDDING]), search, job.retrieval)
+    found = retrieve(dense_rows(able[EMBEDDING]), search, job.retrieval)
     rows = able.select(["row_no", "query_id", "query"]).take(pa.array(found.numbers))
     for name in ("passage_id", "vector_id", *(SPAN_SCHEMA.names if job.spans else ())):
         rows = rows.append_column(name, found.rows[name])
