@@ -16,6 +16,7 @@ import pytest
 from bge_ray.storage.objects import Storage
 from tests.support.proxy import Fault, FaultyProxy
 from tests.support.s3 import S3Server
+from tests.support.warm import warm_workers
 
 # Ray reads these at import; this machine's loopback interface is all the tests may use.
 os.environ.update(
@@ -94,15 +95,16 @@ def ray_cluster(s3_server: S3Server) -> Iterator[None]:
     """One local Ray for the session, started after S3 so that its workers inherit the credentials."""
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=256 << 20,
-        _node_ip_address="127.0.0.1",
-    )
+    with warm_workers():
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            object_store_memory=256 << 20,
+            _node_ip_address="127.0.0.1",
+        )
     yield
     ray.shutdown()
 

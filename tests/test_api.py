@@ -31,6 +31,7 @@ from tests.support.models import make_encoder
 from tests.support.runs import REPOSITORY
 from tests.support.searches import assert_same_ranking, brute_force, query_vectors
 from tests.support.vectors import VectorDataset
+from tests.support.warm import warm_environment
 
 # A program of a user: its Ray, its context, handlers, levels and filters before and after, and the report.
 NOTEBOOK = """
@@ -112,7 +113,7 @@ def notebook(way: str, folder: Path, model: Path, **environment: str) -> dict[st
     done = subprocess.run(
         [sys.executable, "-c", NOTEBOOK, way, folder / "corpus.jsonl", folder / "out", model],
         cwd="/",
-        env=plain | {"PYTHONPATH": str(REPOSITORY), **environment},
+        env=plain | warm_environment() | environment,
         capture_output=True,
         text=True,
         timeout=280,

@@ -8,6 +8,7 @@ trial N alone.
 
 import argparse
 import json
+import os
 import queue
 import signal
 import sys
@@ -25,6 +26,7 @@ from tests.campaign.site import Site
 from tests.campaign.summary import as_markdown, summarise
 from tests.campaign.trial import run_trial
 from tests.support.models import make_cross_encoder, make_encoder
+from tests.support.warm import COLD, warm_environment
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,8 +35,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--parallel", type=int, default=1, metavar="N", help="trials at once")
     parser.add_argument("--out", type=Path, default=Path("campaign-out"), help="folder of results and logs")
+    parser.add_argument(
+        "--cold", action="store_true", help="start every worker as Ray does: takes thrice as long"
+    )
     parser.add_argument("--only", type=int, metavar="N", help="run trial N alone, and write no results")
     arguments = parser.parse_args(argv)
+    if arguments.cold:
+        os.environ[COLD] = "1"
     out = arguments.out.resolve()
     results = out / "trials.jsonl"
     lines = _read(results)
@@ -64,7 +71,6 @@ def _run(numbers: list[int], seed: int, parallel: int, out: Path) -> Iterator[di
     """Run trials, so many at once, and yield their lines as they end."""
     (out / "logs").mkdir(parents=True, exist_ok=True)
     models = Models(out / "models" / "encoder", out / "models" / "reranker")
-    # No two tokenizers are trained alike: these are kept.
     if not models.encoder.exists():
         make_encoder(models.encoder)
     if not models.reranker.exists():
@@ -72,6 +78,7 @@ def _run(numbers: list[int], seed: int, parallel: int, out: Path) -> Iterator[di
     for state in ("base", *CHANGES):
         corpus(state)  # here, because Python 3.11 parses source in one thread only
     queries()
+    warm_environment()  # here, once for all threads
     references = References(out / "references", models)
     free: queue.SimpleQueue[Site] = queue.SimpleQueue()
 

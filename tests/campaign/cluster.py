@@ -11,6 +11,7 @@ import sys
 import psutil
 
 from tests.support.runs import REPOSITORY
+from tests.support.warm import descendants, warm_environment
 
 OBJECT_STORE_BYTES = 200 << 20
 
@@ -23,7 +24,7 @@ class RayCluster:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.campaign.cluster", *map(str, cores)],
                 cwd=REPOSITORY,
-                env={**os.environ, **environment},
+                env={**os.environ, **warm_environment(), **environment},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -33,14 +34,14 @@ class RayCluster:
 
     def workers(self) -> list[psutil.Process]:
         """Return everything that runs on its nodes."""
-        return psutil.Process(self._process.pid).children(recursive=True)
+        return descendants(psutil.Process(self._process.pid))
 
     def lose_node(self) -> bool:
         """Kill the second node and all that ran on it, at once."""
         raylets = [p for p in self._raylets() if "--head" not in p.cmdline()]
         if not raylets:
             return False
-        doomed = [raylets[-1], *raylets[-1].children(recursive=True)]
+        doomed = [raylets[-1], *descendants(raylets[-1])]
         for process in doomed:
             try:
                 process.kill()

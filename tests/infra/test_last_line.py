@@ -12,6 +12,7 @@ from bge_ray.storage.objects import Storage
 from bge_ray.storage.ownership import open_folder
 from bge_ray.storage.reports import write_report
 from tests.support.runs import REPOSITORY
+from tests.support.warm import warm_environment
 
 DEFECT = """
 import sys
@@ -34,7 +35,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *words],
         cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, **warm_environment()},
         capture_output=True,
         text=True,
         timeout=250,

@@ -16,6 +16,7 @@ from tests.support.corpora import docstrings, parquet_bytes
 from tests.support.datasets import check_nothing_left_over, read_manifest, vectors_by_id
 from tests.support.runs import REPOSITORY, wait_until
 from tests.support.s3 import S3Server
+from tests.support.warm import warm_environment
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -39,7 +40,7 @@ class Cron:
             program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$@"\n')
             program.chmod(0o755)
         own = {"BGE_RAY": program, "CONFIG": self.config, "LOG": self.log, "LOCK": self.folder / "lock"}
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **{k: str(v) for k, v in own.items()}}
+        environment = {**os.environ, **warm_environment(), **{k: str(v) for k, v in own.items()}}
         return subprocess.Popen(
             ["/bin/sh", "-c", line.split(maxsplit=5)[5]],
             env=environment,

@@ -30,17 +30,24 @@ SENTENCES = [
     "0 1 2 3 4 5 6 7 8 9 ( ) [ ] { } . , ; : ! ? - _ / é ü ñ",
 ]
 
+# As their trainers made them once (tests/goldens/vocabularies.py).
+VOCABULARIES = Path(__file__).parents[1] / "goldens" / "vocabularies.json"
+WORDPIECE_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+UNIGRAM_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+
+
+def _vocabulary(name: str) -> list:
+    return json.loads(VOCABULARIES.read_text())[name]
+
 
 def make_wordpiece(folder: Path, max_length: int = 512) -> PreTrainedTokenizerFast:
-    """Train a lower-casing WordPiece tokenizer with BERT's special tokens and save it."""
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    """Save a lower-casing WordPiece tokenizer with BERT's special tokens."""
+    pieces = {piece: number for number, piece in enumerate(_vocabulary("wordpiece"))}
+    tokenizer = Tokenizer(models.WordPiece(pieces, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(list(WORDPIECE_SPECIALS))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    tokenizer.train_from_iterator(
-        SENTENCES * 4, trainers.WordPieceTrainer(vocab_size=400, special_tokens=specials)
-    )
     cls_id, sep_id = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
@@ -62,14 +69,13 @@ def make_wordpiece(folder: Path, max_length: int = 512) -> PreTrainedTokenizerFa
 
 
 def make_unigram(folder: Path, max_length: int = 512) -> PreTrainedTokenizerFast:
-    """Train a SentencePiece-like Unigram tokenizer with XLM-RoBERTa's special tokens and pair format."""
-    specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    tokenizer = Tokenizer(models.Unigram())
+    """Save a SentencePiece-like Unigram tokenizer with XLM-RoBERTa's special tokens and pair format."""
+    pieces = [(piece, score) for piece, score in _vocabulary("unigram")]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=UNIGRAM_SPECIALS.index("<unk>")))
+    tokenizer.add_special_tokens(list(UNIGRAM_SPECIALS))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=specials, unk_token="<unk>")
-    tokenizer.train_from_iterator(SENTENCES * 4, trainer)
     bos, eos = tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", bos), ("</s>", eos)]

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.support.warm import descendants, warm_environment
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -29,7 +31,7 @@ class JobProcess:
         self.process = subprocess.Popen(
             [sys.executable, f"jobs/{job}.py", *words, *extra],
             cwd=REPOSITORY,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY), **(environment or {})},
+            env={**os.environ, **warm_environment(), **(environment or {})},
             stdout=log.open("ab"),
             stderr=subprocess.STDOUT,
         )
@@ -44,7 +46,7 @@ class JobProcess:
 
     def children(self) -> list[psutil.Process]:
         try:
-            return psutil.Process(self.process.pid).children(recursive=True)
+            return descendants(psutil.Process(self.process.pid))
         except psutil.NoSuchProcess:
             return []
 

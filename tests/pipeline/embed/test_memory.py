@@ -1,5 +1,6 @@
 """Peak memory of driver and workers does not grow with the corpus."""
 
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -64,7 +65,8 @@ def test_peak_memory_stays_when_the_corpus_is_tripled(bucket: str, tiny_model: P
             "batching.unit_rows": 500,
             "resources.num_encoders": 2,
         }
-        peaks.append(peak_memory(JobProcess(tmp_path / "log", keys)))
+        run = JobProcess(tmp_path / "log", keys, environment={"BGE_RAY_TESTS_PYTHON": sys.executable})
+        peaks.append(peak_memory(run))  # Of processes that share nothing with another.
         assert read_manifest(f"{root}/out").rows_out == times * ROWS
     print("\npeak private memory in MB")
     for kind in sorted(peaks[0]):

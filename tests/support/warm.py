@@ -1,0 +1,212 @@
+"""Ray's workers with their imports behind them, by fork, where tests start them by hundreds.
+
+A worker that holds a model imports torch and transformers, seven seconds of a core before it does anything,
+and a job starts several. One server imports them once. In place of the interpreter, Ray is given a launcher:
+at its word the server forks, and what runs is Ray's own ``default_worker.py`` in a process of its own, to be
+killed like any other. Whatever is no worker of Ray's, or reads another environment at its imports, goes to
+the real interpreter.
+
+Ray's own modules are imported after the fork: they read their environment once, and it names job and node.
+"""
+
+import array
+import atexit
+import contextlib
+import functools
+import gc
+import importlib
+import json
+import os
+import pkgutil
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SITE = Path(__file__).with_name("warm_site")
+LIBRARIES = (
+    *("numpy", "pandas", "pyarrow.dataset", "pyarrow.parquet", "faiss", "s3fs", "aiobotocore.session"),
+    *("transformers", "transformers.models.bert.modeling_bert"),
+    "transformers.models.xlm_roberta.modeling_xlm_roberta",
+)
+PACKAGES = ("settings", "storage", "formats", "dataset", "model", "index")
+# A worker for which these differ starts cold: they are read when a module is imported.
+READ_AT_IMPORT = (
+    "PYTHON",
+    "LD_",
+    "HF_",
+    "TRANSFORMERS_",
+    "TORCH",
+    "PYTORCH_",
+    "ARROW_",
+    "OPENBLAS_",
+    "FSSPEC_",
+)
+COLD = "BGE_RAY_TESTS_COLD"  # Set: every worker is started as Ray starts it.
+PREFIX = "bge-ray-warm-"
+# The core of the standard library only, so that it costs nothing. It lives as long as the worker does, and
+# either ends with the other.
+LAUNCHER = """#!{python} -ISE
+import os, sys
+if len(sys.argv) < 2 or not sys.argv[1].endswith("ray/_private/workers/default_worker.py"):
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+import array, json, socket, time
+line, deadline = socket.socket(socket.AF_UNIX), time.monotonic() + 60
+while True:
+    try:
+        line.connect({address!r})
+        break
+    except (FileNotFoundError, ConnectionRefusedError):
+        if time.monotonic() > deadline:
+            raise
+        time.sleep(0.05)
+wish = {{"arguments": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}}
+wish = json.dumps(wish | {{"pid": os.getpid()}}).encode()
+outputs = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))
+line.sendmsg([len(wish).to_bytes(4, "big")], [outputs])
+line.sendall(wish)
+if line.recv(1) == b"c":
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+line.recv(1)
+"""
+
+
+@functools.cache
+def launcher() -> str:
+    """Return the path to give to Ray as the interpreter; its server ends with this process."""
+    folder = tempfile.mkdtemp(prefix=PREFIX)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path, address = Path(folder, "python"), f"{folder}/server"
+    path.write_text(LAUNCHER.format(python=sys.executable, address=address))
+    path.chmod(0o755)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.warm", address],
+        cwd=REPOSITORY,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        stdin=subprocess.PIPE,  # Its end is ours.
+    )
+    atexit.register(server.kill)
+    return str(path)
+
+
+@contextlib.contextmanager
+def warm_workers() -> Iterator[None]:
+    """Give warm workers to the Ray that this process starts meanwhile."""
+    real, sys.executable = sys.executable, sys.executable if COLD in os.environ else launcher()
+    try:
+        yield
+    finally:
+        sys.executable = real
+
+
+def warm_environment() -> dict[str, str]:
+    """Return what lets a Python process start a Ray with warm workers."""
+    if COLD in os.environ:
+        return {"PYTHONPATH": str(REPOSITORY)}
+    return {"BGE_RAY_TESTS_PYTHON": launcher(), "PYTHONPATH": f"{SITE}:{REPOSITORY}"}
+
+
+def descendants(process: psutil.Process) -> list[psutil.Process]:
+    """Return all that a process started and that lives, a worker in place of its launcher."""
+    found = []
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append(_worker_of(child) or child)
+    return found
+
+
+def _worker_of(process: psutil.Process) -> psutil.Process | None:
+    words = process.cmdline()
+    if len(words) > 2 and words[2].endswith("/python") and PREFIX in words[2]:
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return psutil.Process(int(Path(words[2]).with_name(str(process.pid)).read_text()))
+    return None
+
+
+def serve(address: str) -> None:
+    """Import what workers import, then fork one at each word; returns in the worker alone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    mine = _read_at_import(dict(os.environ))  # Some of the imports set more.
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    for package in PACKAGES:
+        path = importlib.import_module(f"bge_ray.{package}").__path__
+        for found in pkgutil.walk_packages(path, f"bge_ray.{package}."):
+            importlib.import_module(found.name)
+    assert "ray" not in sys.modules
+    gc.collect()
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(64)
+    while True:
+        line, _ = listener.accept()
+        wish, places = _receive(line)
+        if _read_at_import(wish["environment"]) != mine:
+            line.sendall(b"c")
+        elif os.fork() == 0:
+            listener.close()
+            _become(wish, places)
+            Path(address).with_name(str(wish["pid"])).write_text(str(os.getpid()))
+            line.sendall(b"w")
+            threading.Thread(target=_end_with, args=(line,), daemon=True).start()
+            return
+        line.close()
+        for place in places:
+            os.close(place)
+
+
+def _end_with_stdin() -> None:
+    os.read(0, 1)  # Not sys.stdin, whose lock a worker would inherit.
+    os._exit(0)
+
+
+def _end_with(line: socket.socket) -> None:
+    line.recv(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _read_at_import(environment: dict[str, str]) -> dict[str, str]:
+    read = {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
+    return {**read, "PYTHONPATH": read.get("PYTHONPATH", "").removeprefix(f"{SITE}:") or str(REPOSITORY)}
+
+
+def _receive(line: socket.socket) -> tuple[dict, list[int]]:
+    places = array.array("i")
+    data, ancillary, _, _ = line.recvmsg(4, socket.CMSG_SPACE(3 * places.itemsize))
+    for _, _, received in ancillary:
+        places.frombytes(received)
+    length, read = int.from_bytes(data, "big"), b""
+    while len(read) < length:
+        read += line.recv(length - len(read))
+    return json.loads(read), list(places)
+
+
+def _become(wish: dict, places: list[int]) -> None:
+    """Take the environment, folder, output and arguments of the process that was asked for."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, place in enumerate(places):
+        os.dup2(place, number)
+        os.close(place)
+    os.environ.clear()
+    os.environ.update(wish["environment"])
+    os.chdir(wish["folder"])
+    sys.argv[:] = wish["arguments"]
+    sys.path[0] = str(Path(sys.argv[0]).parent)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
+    runpy.run_path(sys.argv[0], run_name="__main__")

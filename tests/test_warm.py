@@ -1,0 +1,43 @@
+"""Warm workers are the processes that Ray asked for."""
+
+import os
+import sys
+
+import psutil
+import pytest
+
+from tests.support.warm import COLD, descendants, launcher
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.usefixtures("ray_cluster"),
+    pytest.mark.skipif(COLD in os.environ, reason=f"{COLD} is set"),
+]
+
+
+def test_a_worker_has_its_imports_behind_it_and_is_a_process_of_its_own() -> None:
+    import ray
+
+    @ray.remote
+    class Worker:
+        def facts(self) -> tuple[int, int, bool, str, str, str]:
+            loaded = "torch" in sys.modules and "transformers" in sys.modules
+            job = ray.get_runtime_context().get_job_id()
+            return os.getpid(), os.getppid(), loaded, job, sys.executable, os.environ["AWS_ACCESS_KEY_ID"]
+
+    workers = [Worker.remote() for _ in range(2)]
+    facts = [ray.get(worker.facts.remote()) for worker in workers]
+    job = ray.get_runtime_context().get_job_id()
+    expected = (True, job, sys.executable, os.environ["AWS_ACCESS_KEY_ID"])
+    assert [found[2:] for found in facts] == [expected, expected]
+    assert facts[0][0] != facts[1][0]
+    server = {parent for _, parent, *_ in facts}
+    assert len(server) == 1
+    mine = {process.pid for process in descendants(psutil.Process())}
+    assert {pid for pid, *_ in facts} <= mine
+    assert not any(launcher() in process.cmdline() for process in descendants(psutil.Process()))
+    # Killed like any other, and its launcher does not stay behind.
+    for worker, (pid, *_) in zip(workers, facts, strict=True):
+        psutil.Process(pid).kill()
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(worker.facts.remote())
