@@ -75,7 +75,7 @@ RECEIPT = (
     "report.facts:read_receipt RunFacts.book",
 )
 INTAKE = (
-    "pipeline.runs.intake:take_in _cut _content _renumbered",
+    "pipeline.runs.intake:take_in _cut _content _pieces",
     "pipeline.runs.groups:GroupTask.parcel",
     "pipeline.engine.flow:parcels by_tasks by_actors",
     "pipeline.runs.intake:read_group",
@@ -204,8 +204,9 @@ WAYS: Mapping[str, Sequence[str]] = {
     ),
     "a pair of a run to its score": (
         "pipeline.rerank.job:RerankJob.blocks",
-        "formats.candidates:read_candidate_lists _read_rows _parquet_records _rows_of _expand _single",
-        "formats.candidates:_candidates",
+        "formats.candidates:read_candidate_lists _read_parts _parquet_parts",
+        "formats.candidate_table:split",
+        "formats.candidates:_plain",
         "formats.runs:sort_candidates",
         "pipeline.rerank.job:_block",
         *INTAKE,

@@ -7,11 +7,19 @@ list does not spoil the rest.
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from bge_ray.errors import CorpusError
+from bge_ray.formats.candidate_table import (
+    LIST_COLUMNS,
+    PASSAGE_ID_COLUMNS,
+    QUERY_ID_COLUMNS,
+    Listed,
+    split,
+)
 from bge_ray.formats.endings import ending_of
 from bge_ray.formats.lines import read_text_lines
 from bge_ray.formats.parquet import open_parquet
@@ -22,13 +30,15 @@ from bge_ray.storage.objects import ObjectInfo, Storage
 # Told of (query id, passage id, reason, detail) of what is left out.
 Reject: TypeAlias = Callable[[str | None, str | None, str, str], None]
 
+T = TypeVar("T")
+
 # Number, start and end of a chunk within its text, as SPAN_COLUMNS name them.
 ChunkSpan: TypeAlias = tuple[int | None, int | None, int | None]
 NO_SPAN: ChunkSpan = (None, None, None)
 
-_QUERY_ID_NAMES = ("query_id", "qid", "_id", "id")
-_PASSAGE_ID_NAMES = ("passage_id", "docid", "pid")
-READ_ROWS = 8192
+READ_ROWS = 65_536
+# Of a table that holds texts, or lists.
+READ_LARGE_ROWS = 8192
 
 
 class _MalformedError(Exception):
@@ -108,17 +118,42 @@ def read_candidate_lists(
     info = find_candidates(storage, uri)
     read = 0
     seen: set[str] = set()
-    for query_id, group in itertools.groupby(_read_rows(storage, info, reject), key=lambda row: row.query_id):
-        rows = list(group)
+    parts = _read_parts(storage, info, reject)
+    for query_id, group in itertools.groupby(parts, key=lambda part: part[0]):
+        together = [part for _, part in group]
         read += 1
         if query_id in seen and not scattered:
+            rows = _rows(together)
             detail = f"{rows[0].place}: the query began earlier; its {len(rows)} candidates here are left out"
             reject(query_id, None, "duplicate_query", detail)
             continue
         seen.add(query_id)
-        yield _candidates(query_id, rows, reject, chunks=chunks)
+        plain = _plain(together[0]) if len(together) == 1 else None
+        yield plain or _candidates(query_id, _rows(together), reject, chunks=chunks)
     if not read:
         raise CorpusError(f"{info.uri}: holds no candidates")
+
+
+def _plain(part: "_Part") -> Candidates | None:
+    """Return candidates of which none is to be looked at by itself; None if one is."""
+    if not isinstance(part, Listed) or len(set(part.passage_ids)) < len(part.passage_ids):
+        return None
+    order = None
+    if part.scores is not None and not all(map(operator.gt, part.scores, part.scores[1:])):
+        order = sort_candidates(part.passage_ids, part.scores)
+    return Candidates(
+        part.query_id,
+        _ordered(part.passage_ids, order) or [],
+        _ordered(part.scores, order),
+        part.query,
+        _ordered(part.texts, order),
+        _ordered(part.vector_ids, order),
+        _ordered(part.spans, order),
+    )
+
+
+def _ordered(column: list[T] | None, order: list[int] | None) -> list[T] | None:
+    return column if column is None or order is None else [column[i] for i in order]
 
 
 def _candidates(query_id: str, rows: list[_Row], reject: Reject, *, chunks: bool) -> Candidates:
@@ -158,20 +193,48 @@ def _candidates(query_id: str, rows: list[_Row], reject: Reject, *, chunks: bool
     )
 
 
-def _read_rows(storage: Storage, info: ObjectInfo, reject: Reject) -> Iterator[_Row]:
+# Consecutive rows of one query: one by one, or as columns where there is nothing to look for.
+_Part: TypeAlias = list[_Row] | Listed
+
+
+def _read_parts(storage: Storage, info: ObjectInfo, reject: Reject) -> Iterator[tuple[str, _Part]]:
     kind = ending_of(info.uri).format
     if kind == "parquet":
-        records = _parquet_records(storage, info)
+        yield from _parquet_parts(storage, info, reject)
     elif kind == "jsonl":
-        records = _json_records(storage, info, reject)
+        yield from _together(_rows_of_records(_json_records(storage, info, reject), reject))
     else:
-        return _trec_rows(storage, info, reject)
-    return itertools.chain.from_iterable(_rows_of(record, place, reject) for place, record in records)
+        yield from _together(_trec_rows(storage, info, reject))
+
+
+def _together(rows: Iterable[_Row]) -> Iterator[tuple[str, _Part]]:
+    for query_id, group in itertools.groupby(rows, key=lambda row: row.query_id):
+        yield query_id, list(group)
+
+
+def _rows(parts: Iterable[_Part]) -> list[_Row]:
+    return [row for part in parts for row in (_listed_rows(part) if isinstance(part, Listed) else part)]
+
+
+def _listed_rows(part: Listed) -> list[_Row]:
+    nothing = [None] * len(part.passage_ids)
+    columns = (part.texts or nothing, part.scores or nothing, part.vector_ids or nothing)
+    spans: Sequence[ChunkSpan] = part.spans or [NO_SPAN] * len(part.passage_ids)
+    rows = zip(part.passage_ids, *columns, spans, strict=True)
+    return [
+        _Row(part.query_id, part.query, passage_id, text, score, f"row {number}", vector_id, span)
+        for number, (passage_id, text, score, vector_id, span) in enumerate(rows, part.first_row)
+    ]
+
+
+def _rows_of_records(records: Iterable[tuple[str, dict[str, Any]]], reject: Reject) -> Iterator[_Row]:
+    for place, record in records:
+        yield from _rows_of(record, place, reject)
 
 
 def _rows_of(record: dict[str, Any], place: str, reject: Reject) -> list[_Row]:
     """Return the candidates of one record; of one that cannot be used none, and it is rejected."""
-    query_id = next((str(record[n]) for n in _QUERY_ID_NAMES if record.get(n) is not None), None)
+    query_id = next((str(record[n]) for n in QUERY_ID_COLUMNS if record.get(n) is not None), None)
     name = query_id if query_id is not None else place.rpartition(" ")[2]
     try:
         return _expand(record, name, place)
@@ -184,7 +247,7 @@ def _expand(record: dict[str, Any], query_id: str, place: str) -> list[_Row]:
     query = record.get("query")
     if query is not None and not isinstance(query, str):
         raise _MalformedError(f"the query is a {type(query).__name__}, expected text")
-    if any(record.get(name) is not None for name in _PASSAGE_ID_NAMES):
+    if any(record.get(name) is not None for name in PASSAGE_ID_COLUMNS):
         return [_single(record, query_id, query, place)]
     if record.get("passages") is not None:
         found = [_passage(entry) for entry in _list(record, "passages")]
@@ -198,7 +261,7 @@ def _expand(record: dict[str, Any], query_id: str, place: str) -> list[_Row]:
 
 
 def _single(record: dict[str, Any], query_id: str, query: str | None, place: str) -> _Row:
-    passage_id = next(record[n] for n in _PASSAGE_ID_NAMES if record.get(n) is not None)
+    passage_id = next(record[n] for n in PASSAGE_ID_COLUMNS if record.get(n) is not None)
     text = record.get("text")
     if text is not None and not isinstance(text, str):
         raise _MalformedError(f"the text is a {type(text).__name__}")
@@ -215,7 +278,7 @@ def _passage(entry: Any) -> tuple[str, str | None, float | None]:
         return entry, None, None
     if not isinstance(entry, dict) or not isinstance(entry.get("text"), str | None):
         raise _MalformedError("expected passages to be ids, or objects with passage_id and text")
-    names = (*_PASSAGE_ID_NAMES, "_id", "id")
+    names = (*PASSAGE_ID_COLUMNS, "_id", "id")
     passage_id = next((entry[name] for name in names if entry.get(name) is not None), None)
     if passage_id is None:
         raise _MalformedError("a passage without an id")
@@ -251,21 +314,26 @@ def _score(value: Any) -> float | None:
     return score
 
 
-def _parquet_records(storage: Storage, info: ObjectInfo) -> Iterator[tuple[str, dict[str, Any]]]:
-    row = 0
+def _parquet_parts(storage: Storage, info: ObjectInfo, reject: Reject) -> Iterator[tuple[str, _Part]]:
+    first = 0
     with open_parquet(storage, info.uri, info.size, stream=True) as file:
-        wanted = ("query", "pos", "neg", "pos_id", "neg_id", "passages", "text", "score", "vector_id")
-        known = (*_QUERY_ID_NAMES, *_PASSAGE_ID_NAMES, *wanted, *SPAN_COLUMNS)
+        wanted = ("query", "text", "score", "vector_id", *LIST_COLUMNS)
+        known = (*QUERY_ID_COLUMNS, *PASSAGE_ID_COLUMNS, *wanted, *SPAN_COLUMNS)
         names = [n for n in known if n in file.schema_arrow.names]
-        if not {"pos", "neg", "passages", *_PASSAGE_ID_NAMES} & set(names):
+        if not {"pos", "neg", "passages", *PASSAGE_ID_COLUMNS} & set(names):
             raise CorpusError(
                 f"{info.uri}: no candidates among its columns {file.schema_arrow.names}; expected "
                 "passage_id, passages, or pos and neg"
             )
-        for batch in file.iter_batches(READ_ROWS, columns=names):
-            for record in batch.to_pylist():
-                yield f"row {row}", record
-                row += 1
+        large = {"text", *LIST_COLUMNS}.intersection(names)
+        for batch in file.iter_batches(READ_LARGE_ROWS if large else READ_ROWS, columns=names):
+            listed = split(batch, first)
+            if listed is not None:
+                yield from ((part.query_id, part) for part in listed)
+            else:
+                records = ((f"row {row}", record) for row, record in enumerate(batch.to_pylist(), first))
+                yield from _together(_rows_of_records(records, reject))
+            first += batch.num_rows
 
 
 def _json_records(storage: Storage, info: ObjectInfo, reject: Reject) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -3,12 +3,15 @@
 import gzip
 import io
 import json
+import time
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import strategies as st
 
 from bge_ray.dataset.lookup import ShardMap, find_passages, read_places
 from bge_ray.errors import CorpusError, StorageError
@@ -265,3 +268,69 @@ def test_tabs_tell_the_fields_of_a_run_apart_where_ids_hold_blanks(tmp_path: Pat
     path = tmp_path / "run.trec"
     path.write_text("a query\tQ0\tthe doc\t1\t0.5\ttag\n")
     assert read(path) == ([Candidates("a query", ["the doc"], [0.5])], [])
+
+
+def texts_or(values: st.SearchStrategy) -> st.SearchStrategy:
+    return st.one_of(st.none(), values)
+
+
+COLUMNS = {
+    "score": texts_or(st.sampled_from([0.0, -1.5, 2.25, 7.0, float("inf")])),
+    "query": texts_or(st.sampled_from(["who", "what", ""])),
+    "text": texts_or(st.sampled_from(["a", "b c", ""])),
+    "vector_id": texts_or(st.sampled_from([-1, 0, 5, 1 << 40])),
+    "chunk_no": texts_or(st.integers(0, 1)),
+    "start": texts_or(st.integers(0, 1)),
+    "end": texts_or(st.integers(1, 2)),
+}
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> list[dict[str, object]]:
+    """Rows of one candidate each: most columns plain throughout, as runs are, and some with gaps."""
+    names = draw(st.lists(st.sampled_from(sorted(COLUMNS)), unique=True))
+    gaps = draw(st.booleans())
+    rows = []
+    for query in draw(st.lists(st.sampled_from("abc"), min_size=1, max_size=12)):
+        row: dict[str, object] = {"query_id": query, "passage_id": draw(st.sampled_from("xyzuvw"))}
+        for name in names:
+            values = COLUMNS[name] if gaps else COLUMNS[name].filter(lambda value: value is not None)
+            row[name] = draw(values)
+        rows.append(row)
+    return rows
+
+
+@hypothesis.given(rows=tables(), chunks=st.booleans(), size=st.sampled_from([1, 2, 5, 100]))
+def test_a_table_by_columns_is_what_its_rows_are_one_by_one(
+    rows: list[dict[str, object]], chunks: bool, size: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("tables")
+    (folder / "rows.jsonl").write_bytes(jsonl_bytes(rows))
+    types = {"score": pa.float64(), "vector_id": pa.int64(), "chunk_no": pa.int32()}
+    types |= {"start": pa.int32(), "end": pa.int32()}
+    schema = pa.schema([(name, types.get(name, pa.string())) for name in rows[0]])
+    pq.write_table(pa.Table.from_pylist(rows, schema), folder / "rows.parquet", row_group_size=size)
+    lines, table = read(folder / "rows.jsonl", chunks=chunks), read(folder / "rows.parquet", chunks=chunks)
+    assert table == lines
+
+
+def test_a_run_is_read_by_columns_and_not_by_its_rows(tmp_path: Path) -> None:
+    n, depth = 60_000, 100
+    run = {
+        "query_id": [f"q{i // depth}" for i in range(n)],
+        "passage_id": [f"doc{i * 7919 % n}" for i in range(n)],
+        "score": [float(-(i % depth)) for i in range(n)],
+        "vector_id": list(range(n)),
+    }
+    pq.write_table(pa.table(run), tmp_path / "run.parquet")
+    # One value that has to be looked at makes each row be looked at.
+    pq.write_table(pa.table(run | {"vector_id": [None, *range(1, n)]}), tmp_path / "gap.parquet")
+
+    def cost(name: str) -> float:
+        began = time.process_time()
+        found, rejected = read(tmp_path / name)
+        assert sum(len(one.passage_ids) for one in found) == n
+        assert not rejected
+        return time.process_time() - began
+
+    assert min(cost("run.parquet") for _ in range(3)) < min(cost("gap.parquet") for _ in range(2)) / 4

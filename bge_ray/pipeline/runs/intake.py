@@ -4,16 +4,19 @@ Groups are named by their content, so that a rerun finds what it left, and an in
 of its groups but the last.
 """
 
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bge_ray.errors import StorageError
-from bge_ray.pipeline.engine.parcel import Parcel, ipc_buffer
+from bge_ray.pipeline.engine.parcel import Parcel
 from bge_ray.pipeline.runs.groups import GroupTask, GroupUnit
 from bge_ray.records.canonical import digest
 from bge_ray.records.reports import RejectedRow
@@ -21,6 +24,9 @@ from bge_ray.storage.objects import Storage, join
 
 # Texts of a group that came inline, in characters; more are cut into several groups.
 GROUP_CHARS = 64 << 20
+
+# Columns with the same value in the rows of a query.
+REPEATED = ("query_id", "query")
 
 # Rows that must stay together (the candidates of one query), as columns.
 Block: TypeAlias = dict[str, list[Any]]
@@ -109,7 +115,7 @@ def take_in(
     groups: list[GroupTask] = []
     for number, (table, edges) in enumerate(_cut(blocks, schema, limits)):
         found = [
-            GroupUnit(start, stop - start, digest(key, _content(table, start, stop)))
+            GroupUnit(start, stop - start, digest(key, _content(table.slice(start, stop - start))))
             for start, stop in itertools.pairwise(edges)
         ]
         units += found
@@ -118,7 +124,8 @@ def take_in(
             name = digest(key, [unit.fingerprint for unit in found])
             uri = join(folder, "groups", f"{number:08d}-{name[:32]}.parquet")
             sink = pa.BufferOutputStream()
-            pq.write_table(table, sink, compression="zstd")
+            repeated = [name for name in REPEATED if name in table.column_names]
+            pq.write_table(table, sink, compression="zstd", use_dictionary=repeated)
             storage.write(uri, bytes(sink.getvalue()))
             groups.append(GroupTask(number, uri, todo))
     return Intake(tuple(units), tuple(groups))
@@ -155,7 +162,8 @@ def _cut(blocks: Iterable[Block], schema: pa.Schema, limits: Limits) -> Iterator
 
     def close() -> tuple[pa.Table, list[int]]:
         columns = {"row_no": list(range(size)), **held}
-        return pa.table([columns[name] for name in schema.names], schema=schema), [*edges, size]
+        arrays = [pa.array(columns[field.name], field.type) for field in schema]
+        return pa.table(arrays, schema=schema), [*edges, size]
 
     for block in blocks:
         n_rows = len(block[names[0]])
@@ -173,12 +181,29 @@ def _cut(blocks: Iterable[Block], schema: pa.Schema, limits: Limits) -> Iterator
         yield close()
 
 
-def _content(table: pa.Table, start: int, stop: int) -> bytes:
-    return bytes(ipc_buffer(_renumbered(table, start, stop)))
+def _content(table: pa.Table) -> bytes:
+    """Return a hash of the rows of a table, wherever they lie in it and whatever their ``row_no``."""
+    sha = hashlib.sha256()
+    for name in table.column_names:
+        if name != "row_no":
+            for piece in _pieces(table[name].combine_chunks()):
+                sha.update(len(piece).to_bytes(8, "little"))
+                sha.update(piece)
+    return sha.digest()
 
 
-def _renumbered(table: pa.Table, start: int, stop: int) -> pa.Table:
-    """Return rows of a table without what depends on their place in it."""
-    rows = table.slice(start, stop - start).drop_columns(["row_no"])
-    # Built anew, because a slice may carry bits of its neighbours.
-    return pa.table({name: rows[name].to_pylist() for name in rows.column_names}, schema=rows.schema)
+def _pieces(array: pa.Array) -> Iterator[bytes]:
+    """Yield what the values of an array come to: which are there, their lengths, and themselves."""
+    yield np.packbits(array.is_valid().to_numpy(zero_copy_only=False)).tobytes()
+    if array.null_count == len(array):
+        return
+    if pa.types.is_list(array.type):
+        yield pc.list_value_length(array).fill_null(0).to_numpy().tobytes()
+        yield from _pieces(array.flatten())
+    elif pa.types.is_string(array.type):
+        yield pc.binary_length(array).fill_null(0).to_numpy().tobytes()
+        _, offsets, data = array.buffers()
+        ends = np.frombuffer(offsets, np.int32)[array.offset : array.offset + len(array) + 1]
+        yield memoryview(data)[ends[0] : ends[-1]].tobytes() if data is not None else b""
+    else:
+        yield array.fill_null(0).to_numpy(zero_copy_only=False).tobytes()

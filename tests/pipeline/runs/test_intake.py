@@ -75,3 +75,36 @@ def test_long_texts_close_a_group_early(tmp_path: Path) -> None:
     intake = take_in(STORAGE, str(tmp_path), long_lists(), CANDIDATE_SCHEMA, Limits(1, 1000), "key")
     assert [len(group.todo) for group in intake.groups] == [4, 4]
     assert pq.read_schema(pa.BufferReader(STORAGE.read(intake.groups[0].uri))).names == CANDIDATE_SCHEMA.names
+
+
+VALUES = st.one_of(st.none(), st.text(max_size=3))
+
+
+@given(
+    rows=st.lists(st.tuples(VALUES, st.one_of(st.none(), st.integers(0, 3))), min_size=1, max_size=9),
+    before=st.lists(st.tuples(VALUES, st.one_of(st.none(), st.integers(0, 3))), max_size=9),
+    changed=st.tuples(VALUES, st.one_of(st.none(), st.integers(0, 3))),
+    place=st.integers(0, 8),
+)
+def test_a_unit_is_named_by_its_rows_and_nothing_else(
+    rows: list, before: list, changed: tuple, place: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    def name(found: list, earlier: list) -> str:
+        def block(query: str, pairs: list) -> Block:
+            nothing = {name: [None] * len(pairs) for name in ("first_score", "score", "reason", "detail")}
+            texts, vector_ids = [text for text, _ in pairs], [number for _, number in pairs]
+            ids = [str(number) for number in range(len(pairs))]
+            queries = {"query_id": [query] * len(pairs), "query": ["text"] * len(pairs)}
+            return queries | nothing | {"passage_id": ids, "text": texts, "vector_id": vector_ids}
+
+        given_blocks = [block("before", earlier)] if earlier else []
+        folder = str(tmp_path_factory.mktemp("work"))
+        taken = take_in(
+            STORAGE, folder, iter([*given_blocks, block("q", found)]), CANDIDATE_SCHEMA, Limits(1, 99), "key"
+        )
+        return taken.units[-1].fingerprint
+
+    assert name(rows, before) == name(rows, [])
+    other = [*rows]
+    other[place % len(rows)] = changed
+    assert (name(other, before) == name(rows, before)) == (other == rows)
