@@ -34,10 +34,13 @@ def _changes(settings: Settings, dry_run: bool, _: StopRequest, since: int, outp
     """
     from bge_ray.dataset.changes import read_difference
     from bge_ray.dataset.folder import read_complete
+    from bge_ray.dataset.pointer import refuse_pointer
     from bge_ray.storage.objects import Storage
 
     settings.require("output.uri")
     storage, root = Storage(settings.output.storage_timeout_s), str(settings.output.uri)
+    # Numbers of changes are those of one data set.
+    refuse_pointer(storage, root, "output.uri")
     manifest = read_complete(storage, root)[1]
     difference = read_difference(storage, root, manifest, since)
     table = difference_table(difference)

@@ -99,3 +99,9 @@ class IndexBuildError(BgeRayError):
 
 class RecallError(BgeRayError):
     """The published index does not reach ``index.recall_target``."""
+
+
+class WorseModelError(BgeRayError):
+    """A new data set answers worse than ``migrate.max_loss`` allows; the pointer was not moved."""
+
+    exit_code = 2

@@ -103,6 +103,12 @@ def _evaluate(settings: Settings, dry_run: bool, _: StopRequest) -> str:
     return plan_evaluate(settings) if dry_run else to_markdown(evaluate(settings))
 
 
+def _migrate(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
+    from bge_ray.migrate import migrate, plan_migrate
+
+    return plan_migrate(settings) if dry_run else migrate(settings, stop)
+
+
 def _bench(settings: Settings, dry_run: bool, _: StopRequest) -> str:
     if dry_run:
         bench = settings.bench
@@ -163,6 +169,16 @@ JOBS = (
         "merge.output/report.html",
     ),
     EVALUATE,
+    Job(
+        "migrate",
+        "Embed with another model beside the data set in use, compare both, and move the pointer to it.",
+        (
+            *("migrate", "corpus", "chunking", "model", "batching", "output", "resources", "report", "index"),
+            *("search", "evaluate.qrels", "evaluate.k"),
+        ),
+        _migrate,
+        "migrate.output/migration.md",
+    ),
     Job(
         "bench",
         "Measure tokens/s and utilisation of this machine beside what a user would pick instead.",

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from bge_ray.dataset.folder import read_complete
 from bge_ray.dataset.lookup import PARALLEL_SHARDS, ShardMap, find_passages, read_places
+from bge_ray.dataset.pointer import follow
 from bge_ray.dataset.read import read_groups
 from bge_ray.records.dataset import DatasetSpec, FileFact, Manifest
 from bge_ray.records.ids import IdArray
@@ -144,4 +145,5 @@ class DatasetReader:
 def open_reader(uri: str) -> DatasetReader:
     """Open a data set; see `bge_ray.open_dataset`."""
     storage = Storage()
-    return DatasetReader(storage, uri, *read_complete(storage, uri))
+    root = follow(storage, uri)
+    return DatasetReader(storage, root, *read_complete(storage, root))

@@ -770,6 +770,38 @@ class EvaluateSettings(Section):
         return self
 
 
+class MigrateSettings(Section):
+    """How a new data set takes the place of the one in use."""
+
+    _locations = field_validator("pointer", "compare_with", "output")(_check_location)
+
+    pointer: str | None = Field(
+        None,
+        description="folder that stands for the data set in use: search, rerank and mine take it as "
+        "output.uri, ask, open_dataset and open_index as they take a data set",
+    )
+    compare_with: str | None = Field(
+        None, description="data set to compare the new one with; null: the one that the pointer leads to"
+    )
+    output: str | None = Field(
+        None, description="folder of both runs, of what evaluate says of them, and of migration.md"
+    )
+    move: bool = Field(False, description="move the pointer to output.uri when both have been compared")
+    back: bool = Field(False, description="only move the pointer back to where it led before")
+    max_loss: float | None = Field(
+        None,
+        ge=0,
+        description="by how much nDCG, at the cut-off of evaluate.k nearest to 10, may be lower for the "
+        "pointer to be moved; null: by anything",
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "MigrateSettings":
+        if self.move and self.back:
+            raise ValueError("move, back: only one of them")
+        return self
+
+
 class BenchSettings(Section):
     """What jobs/bench.py measures on this machine."""
 
@@ -816,6 +848,7 @@ class Settings(Section):
     mine: MineSettings = MineSettings()
     merge: MergeSettings = MergeSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    migrate: MigrateSettings = MigrateSettings()
     report: ReportSettings = ReportSettings()
     bench: BenchSettings = BenchSettings()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from bge_ray.dataset.changes import check_changes
 from bge_ray.dataset.folder import Dataset
+from bge_ray.dataset.pointer import refuse_pointer
 from bge_ray.errors import CorpusError, DatasetMismatchError, SettingsError
 from bge_ray.formats.corpus import list_corpus, resolve_columns
 from bge_ray.model.feed.chunks import Chunker, splitting_rules
@@ -72,6 +73,7 @@ def prepare(settings: Settings) -> Planned:
     inputs = {"corpus.uri": settings.corpus.uri, "model.name": settings.model.name}
     refuse_collisions({"output.uri": settings.output.uri}, inputs, {})
     storage = Storage(settings.output.storage_timeout_s)
+    refuse_pointer(storage, settings.output.uri, "output.uri")
     dataset = Dataset(storage, str(settings.output.uri))
     dataset.folder.check_owner()
     spec_there = dataset.read_spec()

@@ -15,6 +15,7 @@ from dataclasses import replace
 import ray
 
 from bge_ray.dataset.folder import PARALLEL_REQUESTS, Dataset
+from bge_ray.dataset.pointer import refuse_pointer
 from bge_ray.errors import DatasetMismatchError, IndexBuildError, RecallError
 from bge_ray.index.factory import index_bytes
 from bge_ray.pipeline.engine.pools import PoolRequest, await_pools
@@ -127,6 +128,7 @@ class IndexWork:
         self._settings = settings
         self._storage = Storage(settings.output.storage_timeout_s)
         self._root = str(settings.output.uri)
+        refuse_pointer(self._storage, self._root, "output.uri")
         self._folder = open_folder(self._storage, join(self._root, FOLDER), "index", "output.uri", NAMES)
         # Before anything of it is read: what is not ours says nothing.
         refuse_taken([self._folder])

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bge_ray.dataset.folder import Dataset, read_complete
+from bge_ray.dataset.pointer import follow
 from bge_ray.errors import SettingsError
 from bge_ray.records.dataset import DatasetSpec, Manifest
 from bge_ray.settings.sections import Settings
@@ -49,7 +50,7 @@ def refuse_in_source(source: Source, outputs: Mapping[str, str | None]) -> None:
 
 
 def open_source(settings: Settings) -> Source:
-    """Open the data set at output.uri.
+    """Open the data set at output.uri, or the one that a pointer there leads to.
 
     Raises:
         SettingsError: there is no complete data set.
@@ -57,7 +58,7 @@ def open_source(settings: Settings) -> Source:
     """
     settings.require("output.uri")
     storage = Storage(settings.output.storage_timeout_s)
-    root = str(settings.output.uri)
+    root = follow(storage, str(settings.output.uri))
     spec, manifest = read_complete(storage, root)
     if not manifest.vectors:
         raise SettingsError(f"output.uri {root}: the data set has no vectors")
