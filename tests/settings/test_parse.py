@@ -156,6 +156,7 @@ EXAMPLES = {
 }
 EXAMPLES |= {"mine.queries", "mine.qrels", "mine.output", "merge.models", "merge.output"}
 EXAMPLES |= {"evaluate.run", "evaluate.qrels", "evaluate.output", "index.queries"}
+EXAMPLES |= {"migrate.pointer", "migrate.output"}
 
 
 def test_the_configs_name_every_key_and_say_the_defaults() -> None:
