@@ -71,7 +71,7 @@ def invert(rows: SparseRows, ids: IdArray) -> Lists:
         vectors=vectors[order].astype(np.int32),
         weights=weights[order],
         ids=ids,
-        sums=np.bincount(vectors, weights, minlength=len(ids)),
+        sums=np.bincount(vectors, weights, minlength=len(ids)).astype(np.float64),
     )
 
 
@@ -198,7 +198,8 @@ def _best(scores: FloatArray, starts: IdArray | None, k: int, least: float) -> I
     places, of_row = ranges(starts[hopeful], lengths), np.repeat(np.arange(len(hopeful)), lengths)
     hit = scores[places] == tops[hopeful][of_row]
     _, first = np.unique(of_row[hit], return_index=True)
-    return places[hit][first]
+    chosen: IdArray = places[hit][first]
+    return chosen
 
 
 def _joined(parts: list[tuple[SparseRows, IdArray]]) -> tuple[SparseRows, IdArray]:

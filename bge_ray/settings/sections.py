@@ -31,7 +31,7 @@ from bge_ray.settings.variables import expand
 Pooling: TypeAlias = Literal["cls", "mean", "last_token", "max", "mean_sqrt_len", "weighted_mean"]
 ComputeDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 OutputDtype: TypeAlias = Literal["float32", "float16"]
-EncoderOutput: TypeAlias = Literal["embedding", "sparse", "colbert"]
+EncoderOutput: TypeAlias = Literal["embedding", "sparse", "colbert", "bm25"]
 Kernels: TypeAlias = Literal["plain", "fused"]
 Auto: TypeAlias = Literal["auto"]
 Reuse: TypeAlias = Literal["object", "off"]
@@ -141,7 +141,8 @@ class ModelSettings(Section):
         ("embedding",),
         min_length=1,
         description="what to make of a passage: embedding (one vector), sparse (token weights), colbert (one "
-        "vector a token); the last two with bge-m3 and models tuned from it",
+        "vector a token), these two with bge-m3 and models tuned from it; bm25 (how often it has each token, "
+        "by the tokenizer of any model; alone it takes no model)",
     )
     pooling: Pooling | Auto = Field(
         "auto", description="tokens to one vector; auto takes what the model card or folder says"

@@ -106,7 +106,9 @@ def bm25_scores(rows: SparseRows, queries: SparseRows, k1: float, b: float) -> n
             for p, passage in enumerate(passages):
                 count = passage.get(token, 0)
                 length = sum(passage.values())
-                scores[q, p] += times * idf * count / (count + k1 * (1 - b + b * length / mean))
+                scores[q, p] += (
+                    times * idf * count / (count + k1 * (1 - b + b * length / mean)) if count else 0
+                )
     return scores
 
 

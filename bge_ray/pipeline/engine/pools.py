@@ -14,6 +14,7 @@ from bge_ray.errors import SettingsError
 from bge_ray.pipeline.engine.cluster import connect
 from bge_ray.pipeline.engine.nodes import await_nodes
 from bge_ray.pipeline.engine.tasks import largest_node
+from bge_ray.records.model import BM25
 from bge_ray.report.facts import Workers
 from bge_ray.settings.sections import Settings
 
@@ -119,7 +120,9 @@ class Sizes:
 def encoder_request(settings: Settings, most: int) -> PoolRequest:
     """Return the request for encoders of passages or queries."""
     asked = settings.resources
-    fixed = (asked.num_encoders, asked.gpus_per_encoder, asked.threads_per_encoder)
+    # Where tokens are counted and no model is run, a GPU would have nothing to do.
+    gpus = 0.0 if settings.model.outputs == (BM25,) else asked.gpus_per_encoder
+    fixed = (asked.num_encoders, gpus, asked.threads_per_encoder)
     return PoolRequest("encoders", "resources.num_encoders", most, *fixed)
 
 
