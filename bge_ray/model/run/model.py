@@ -18,7 +18,7 @@ from bge_ray.model.run.memory import card_of, check_device, check_room
 from bge_ray.model.run.packed import ATTENTION, can_pack, register
 from bge_ray.model.run.prepack import prepack_linears
 from bge_ray.model.run.result import Result
-from bge_ray.model.run.terms import TermModel, passage_counter
+from bge_ray.model.run.terms import TermModel, term_counter
 from bge_ray.model.spec import family_of, hash_files
 from bge_ray.records.ids import IdArray
 from bge_ray.records.model import ModelSpec
@@ -85,7 +85,7 @@ class Model:
         self._model = loaded.model
         counter = None
         if spec.of_states != spec:
-            counter = passage_counter(spec, folder, trust_remote_code=place.trust_remote_code)
+            counter = term_counter(spec, folder, trust_remote_code=place.trust_remote_code)
         self._executor = Executor(
             loaded, lambda: load(exact), device=self.device, packed=packed, counter=counter
         )

@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from bge_ray.model.feed.texts import load_tokenizer
 from bge_ray.model.run.batching import token_budget_batches
@@ -55,9 +56,16 @@ class TermCounter:
             indices=(keys % self.output.dim).astype(np.int32),
         )
 
+    def column(self, tokens: PackedTokens) -> pa.Array:
+        """Return the counts of n rows as `Output.type` holds them."""
+        rows = np.arange(len(tokens), dtype=np.int64)
+        result = Result((self.output,), len(tokens))
+        result.put(rows, [self.block(tokens, rows)])
+        return result.columns()[self.output.name]
 
-def passage_counter(spec: ModelSpec, folder: Path, *, trust_remote_code: bool) -> TermCounter:
-    """Return what counts the tokens of a spec's passages, those of their instruction left out.
+
+def term_counter(spec: ModelSpec, folder: Path, *, trust_remote_code: bool) -> TermCounter:
+    """Return what counts the tokens of texts behind a spec's instruction for passages, without its own.
 
     Raises:
         ModelError: there is no fast tokenizer.
@@ -83,7 +91,7 @@ class TermModel:
             ModelError: there is no fast tokenizer.
         """
         self.spec = spec
-        self._counter = passage_counter(spec, folder, trust_remote_code=trust_remote_code)
+        self._counter = term_counter(spec, folder, trust_remote_code=trust_remote_code)
 
     def settle_budget(self, asked: int | Auto) -> int:
         """Return how many tokens are counted at once."""
