@@ -71,7 +71,9 @@ class VectorDataset:
         sizes: Sequence[int] | None = None,
         state: str = "",
     ) -> Marker:
-        """Write one shard of (n, dim) vectors, or of n values of each output; their ids are those of rows 0 to n - 1 of the object.
+        """Write one shard of (n, dim) vectors, or of n values of each output.
+
+        Their ids are those of rows 0 to n - 1 of the object.
 
         With ``sizes`` row i has so many of them, as chunks; names are of rows. In another state, as of other
         columns, it takes the place of the one that is there.

@@ -47,7 +47,7 @@ Scored = dict[str, dict[str, dict[str, float]]]
 @pytest.fixture(scope="module")
 def m3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of so many dimensions that what half precision rounds off evens out, as it does in bge-m3."""
-    return make_m3(tmp_path_factory.mktemp("models") / "tiny-m3", dim=256)
+    return make_m3(tmp_path_factory.mktemp("models") / "tiny-m3", dim=256, pickled=True)
 
 
 @pytest.fixture(scope="module")
