@@ -162,6 +162,9 @@ class IndexReader:
 def open_index_reader(uri: str, *, model: str | None, device: str) -> IndexReader:
     """Open a data set for questions; see `bge_ray.open_index`."""
     source = open_source(Settings(output=OutputSettings(uri=uri)))
+    made = [output.name for output in source.spec.model.outputs]
+    if EMBEDDING not in made:
+        raise SettingsError(f"{uri}: has no output {EMBEDDING}, only {', '.join(made)}; questions need it")
     if not source.spec.model.normalize:
         raise SettingsError(f"{uri}: its vectors are not normalised, which a search needs")
     index = read_index(source.storage, source.root)

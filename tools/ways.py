@@ -66,7 +66,7 @@ MODEL = (
 )
 RESULT = (
     "model.run.inputs:pool",
-    "model.run.executor:_checked _send _copied Executor._collect _Launched.blocks _Sent.block",
+    "model.run.executor:_checked _send _copied Executor._collect Executor._put _Launched.blocks _Sent.block",
     "model.run.result:Result.put Block.beyond Result.columns Result._column",
 )
 RECEIPT = (
@@ -181,7 +181,7 @@ WAYS: Mapping[str, Sequence[str]] = {
         *INTAKE,
         *PARCEL,
         "pipeline.search.job:SearchJob._flow SearchJob.encoded",
-        "pipeline.search.stages:read_queries_stage",
+        "pipeline.search.stages:read_queries_stage _tokenised",
         *ATTEMPT,
         "model.feed.texts:TextFeeder.queries",
         *TEXT_TOKENS,
@@ -189,6 +189,7 @@ WAYS: Mapping[str, Sequence[str]] = {
         "model.heads:Pooled.forward",
         *RESULT,
         "pipeline.search.stages:retrieve_stage _retrieve",
+        "pipeline.search.finders:Finder.find Finder._queries",
         "pipeline.search.retrieve:retrieve",
         "index.refill:refill",
         "pipeline.search.retrieve:_ask",

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 import yaml
 
 from bge_ray.records.dataset import DatasetSpec, Manifest
-from bge_ray.records.model import ModelSpec
+from bge_ray.records.model import BM25, ModelSpec
 from bge_ray.records.outputs import VALUE_BYTES, Output
 
 _HOLDS = {
     "dense": "one vector of {dim} numbers, {dtype}",
+    BM25: "how often each token is there: `indices`, ascending token ids, and `values`, {dtype}",
     "sparse": "token weights: `indices`, ascending token ids, and `values`, {dtype}",
     "multi": "one vector a token: the {bytes} bytes of {dim} numbers each, {dtype}, lowest byte first",
     "scalar": "one number, {dtype}",
@@ -92,7 +93,7 @@ def make_card(root: str, spec: DatasetSpec, manifest: Manifest, *, only_live: Se
         rows_out=manifest.rows_out,
         rows_in=manifest.rows_in,
         rejected=manifest.rows_rejected,
-        pooling=model.pooling,
+        pooling="none" if model.counts_only else model.pooling,
         max_length=model.max_length,
         normalize="yes" if model.normalize else "no",
         passage_instruction=repr(model.passage_instruction) if model.passage_instruction else "nothing",
@@ -103,7 +104,9 @@ def make_card(root: str, spec: DatasetSpec, manifest: Manifest, *, only_live: Se
 
 def _told(texts: Mapping[str, str], output: Output) -> str:
     size = VALUE_BYTES[output.dtype] * output.dim
-    return texts[output.kind].format(name=output.name, dim=output.dim, dtype=output.dtype, bytes=size)
+    return texts.get(output.name, texts[output.kind]).format(
+        name=output.name, dim=output.dim, dtype=output.dtype, bytes=size
+    )
 
 
 def _around_query(model: ModelSpec) -> str:

@@ -70,6 +70,24 @@ def open_shard(storage: Storage, uri: str, fact: FileFact) -> Iterator[pq.Parque
         yield file
 
 
+def read_columns(storage: Storage, root: str, fact: FileFact, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Read columns of one embedding shard, row group by row group, and no byte of the others.
+
+    Raises:
+        StorageError: it is missing or damaged.
+    """
+    uri = join(root, fact.path)
+    try:
+        with open_shard(storage, uri, fact) as file:
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group, columns=list(columns), use_threads=False)
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise StorageError(
+            f"{uri}: is not the embedding shard that the manifest vouches for ({error}); "
+            "remove it and run embed.py again to make it anew"
+        ) from error
+
+
 def sample_vectors(storage: Storage, root: str, fact: FileFact, groups: dict[int, list[int]]) -> Vectors:
     """Read some rows of some row groups of a shard, without reading the rest.
 

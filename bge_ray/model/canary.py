@@ -5,6 +5,7 @@ files in another way; the vectors can.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +14,13 @@ import pyarrow as pa
 from bge_ray.errors import DatasetMismatchError, ModelError
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.run.batching import CPU_TOKEN_BUDGET
-from bge_ray.model.run.model import Model
 from bge_ray.records.arrays import dense_rows, multi_rows, sparse_rows
 from bge_ray.records.model import Canary
 from bge_ray.records.outputs import Output
+
+if TYPE_CHECKING:  # counts of tokens are checked where there is no torch
+    from bge_ray.model.run.model import Model
+    from bge_ray.model.run.terms import TermModel
 
 _SENTENCE = (
     "Rain fell on the harbour all morning; by noon 3 of the 12 boats had left, "
@@ -35,7 +39,7 @@ LEAST_COSINES = {"float32": 0.99999, "float16": 0.999, "bfloat16": 0.99}
 FOLDED = 256
 
 
-def make_canaries(model: Model, feeder: TextFeeder) -> tuple[Canary, ...]:
+def make_canaries(model: "Model | TermModel", feeder: TextFeeder) -> tuple[Canary, ...]:
     """Run the fixed texts as passages and return a canary for each of them and each output.
 
     Raises:
@@ -49,7 +53,7 @@ def make_canaries(model: Model, feeder: TextFeeder) -> tuple[Canary, ...]:
     )
 
 
-def check_canaries(stored: Sequence[Canary], model: Model, feeder: TextFeeder) -> None:
+def check_canaries(stored: Sequence[Canary], model: "Model | TermModel", feeder: TextFeeder) -> None:
     """Refuse a model that makes other vectors of the stored canaries' texts than the one that made them.
 
     Args:
@@ -78,7 +82,9 @@ def check_canaries(stored: Sequence[Canary], model: Model, feeder: TextFeeder) -
             )
 
 
-def _encode(model: Model, feeder: TextFeeder, texts: Sequence[str]) -> dict[str, npt.NDArray[np.floating]]:
+def _encode(
+    model: "Model | TermModel", feeder: TextFeeder, texts: Sequence[str]
+) -> dict[str, npt.NDArray[np.floating]]:
     """Return (n, length) of each output, as canaries hold it."""
     tokens = feeder.passages(texts)
     result = model.empty_result(len(tokens))

@@ -57,6 +57,8 @@ DECISIVE_FILES = (
     *TRANSFORMER_FILES,
     "config_sentence_transformers.json",
 )
+# These decide what becomes of tokens, and not which there are.
+NO_TOKENIZER_FILES = ("config.json", MODULES_FILE, "config_sentence_transformers.json")
 CODE_FILES = ("*.py",)
 CHUNK_BYTES = 8 << 20
 FETCH_BYTES = 64 << 20
@@ -227,6 +229,19 @@ def hash_model(folder: Path) -> str:
                 partial.write_text(digest)
                 partial.rename(kept)
             return digest
+    except OSError as error:
+        raise ModelError(f"{folder}: {error}") from error
+
+
+def hash_tokenizer(folder: Path) -> str:
+    """Return the hex sha256 over the files of a model folder that decide how it reads texts.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    names = [name for name in DECISIVE_FILES if name not in NO_TOKENIZER_FILES]
+    try:
+        return _hash_files(folder, sorted({p for name in names for p in folder.glob(name) if p.is_file()}))
     except OSError as error:
         raise ModelError(f"{folder}: {error}") from error
 

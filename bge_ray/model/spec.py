@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from bge_ray.errors import DatasetMismatchError, ModelError
-from bge_ray.model.families import FAMILIES, llm
+from bge_ray.model.families import FAMILIES, bm25, llm
 from bge_ray.model.family import Family, shown, task_prompts
 from bge_ray.model.feed.pairs import PairFeeder
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.folder import ModelFolder
-from bge_ray.model.source import Setting, fetch_model
+from bge_ray.model.source import Setting, fetch_model, hash_model, hash_tokenizer
 from bge_ray.model.weights import HEAD_FILES, weights_bytes
-from bge_ray.records.model import ModelSpec
+from bge_ray.records.model import BM25, ModelSpec
 from bge_ray.settings.sections import ModelSettings, RerankSettings
 
 # Weights of more bytes in float32 are tried in bfloat16.
@@ -35,9 +35,13 @@ def resolve_encoder(settings: ModelSettings, *, on_gpu: bool) -> ModelSpec:
     path, revision = fetch_model(settings.name, settings.revision)
     folder = ModelFolder(path, revision)
     encoders = (family for family in FAMILIES if family.ROLE == "encoder" and family.recognises(folder))
-    family = next(encoders)
+    of_states = tuple(name for name in settings.outputs if name != BM25)
+    family = next(encoders) if of_states else bm25
     _check_llm_settings(family.NAME, settings, settings.name)
-    spec = family.resolve(folder, settings, on_gpu=on_gpu)
+    spec = family.resolve(folder, settings.model_copy(update={"outputs": of_states}), on_gpu=on_gpu)
+    if of_states and BM25 in settings.outputs:
+        counts = bm25.counts_output(folder, trust_remote_code=settings.trust_remote_code)
+        spec = dataclasses.replace(spec, outputs=(*spec.outputs, counts))
     missing = set(settings.outputs) - {output.name for output in spec.outputs}
     if missing:
         needed = "; ".join(
@@ -133,8 +137,22 @@ def for_trial(spec: ModelSpec, folder: Path) -> ModelSpec:
 
     In float32, which every machine gives alike, but for a model that is too large to be held so.
     """
-    large = weights_bytes(folder, "float32") > FLOAT32_TRIAL_BYTES
+    large = bytes_of(dataclasses.replace(spec, dtype="float32"), folder) > FLOAT32_TRIAL_BYTES
     return dataclasses.replace(spec, dtype="bfloat16" if large else "float32").stored_as("float32")
+
+
+def bytes_of(spec: ModelSpec, folder: Path) -> int:
+    """Return the bytes that the weights of a model take where it is computed; none where it is not run."""
+    return 0 if spec.counts_only else weights_bytes(folder, spec.dtype)
+
+
+def hash_files(spec: ModelSpec, folder: Path) -> str:
+    """Return the hex sha256 over the files of a folder that decide the outputs of its family.
+
+    Raises:
+        ModelError: a file cannot be read, or there are no weights where some are needed.
+    """
+    return hash_tokenizer(folder) if spec.family == bm25.NAME else hash_model(folder)
 
 
 def model_folder(spec: ModelSpec) -> Path:

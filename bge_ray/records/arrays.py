@@ -27,6 +27,11 @@ class SparseRows:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def __getitem__(self, rows: IdArray) -> "SparseRows":
+        """Return the given (m,) rows, in their order."""
+        offsets, places = _places(self.offsets, rows)
+        return SparseRows(offsets, self.indices[places], self.values[places])
+
     @property
     def row_numbers(self) -> IdArray:
         """(total,) of which row each entry is."""
@@ -42,6 +47,23 @@ class MultiRows:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    def __getitem__(self, rows: IdArray) -> "MultiRows":
+        """Return the given (m,) rows, in their order."""
+        offsets, places = _places(self.offsets, rows)
+        return MultiRows(offsets, self.vectors[places])
+
+
+def ranges(starts: IdArray, lengths: IdArray) -> IdArray:
+    """Return the numbers of (n,) ranges, one after the other: each of its length, from its start on."""
+    ends = np.cumsum(lengths)
+    return np.arange(int(lengths.sum())) + np.repeat(starts - ends + lengths, lengths)
+
+
+def _places(offsets: IdArray, rows: IdArray) -> tuple[IdArray, IdArray]:
+    """Return (m + 1,) offsets of m rows that are taken out, and where their entries are."""
+    starts, lengths = offsets[rows], offsets[rows + 1] - offsets[rows]
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]), ranges(starts, lengths)
 
 
 def whole(column: pa.Array | pa.ChunkedArray) -> pa.Array:

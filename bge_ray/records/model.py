@@ -10,6 +10,7 @@ from bge_ray.records.outputs import Output
 EMBEDDING = "embedding"
 SPARSE = "sparse"
 COLBERT = "colbert"
+BM25 = "bm25"
 SCORE = "score"
 
 
@@ -106,13 +107,24 @@ class ModelSpec:
         """Return the same model with its layers computed as the other's are."""
         return dataclasses.replace(self, kernels=other.kernels)
 
-    def only(self, name: str) -> "ModelSpec":
-        """Return the same model with one of its outputs.
+    def only(self, *names: str) -> "ModelSpec":
+        """Return the same model with some of its outputs, in their order.
 
         Raises:
             KeyError: it has none of that name.
         """
-        return dataclasses.replace(self, outputs=(self.output(name),))
+        wanted = {self.output(name) for name in names}
+        return dataclasses.replace(self, outputs=tuple(o for o in self.outputs if o in wanted))
+
+    @property
+    def of_states(self) -> "ModelSpec":
+        """The same model with the outputs that are made of its states, and not of tokens alone."""
+        return dataclasses.replace(self, outputs=tuple(o for o in self.outputs if o.name != BM25))
+
+    @property
+    def counts_only(self) -> bool:
+        """Whether all that is made of a text is how often it has each token, for which no model is run."""
+        return not self.of_states.outputs
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from bge_ray.records.canonical import from_json
 from bge_ray.records.dataset import FileFact
 from bge_ray.records.index import IndexDescription, Recall
-from bge_ray.records.model import ModelSpec
+from bge_ray.records.model import EMBEDDING, ModelSpec
 
 R = TypeVar("R", bound="Report")
 
@@ -189,6 +189,8 @@ class Scoring:
 class SearchReport(Report):
     """Of a search; ``index`` is None where it was exact, ``scoring`` where nothing was reranked.
 
+    ``found_by`` are the outputs by which candidates were found, and ``way`` says for a person what was done.
+
     ``units`` and all counts of queries, results and tokens are of the published run, earlier units included.
     ``without_trec`` says why there is no run.trec, if so.
     """
@@ -210,6 +212,8 @@ class SearchReport(Report):
     query_tokens: int
     truncated_queries: int
     scoring: Scoring | None
+    found_by: tuple[str, ...] = (EMBEDDING,)
+    way: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

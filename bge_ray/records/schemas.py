@@ -24,6 +24,7 @@ RESERVED_COLUMNS = (
     "embedding",
     "sparse",
     "colbert",
+    "bm25",
 )
 
 REJECTED_SCHEMA = pa.schema(

@@ -1,5 +1,6 @@
 """What the figures of a run suggest to change, and from which value on; each line names the setting."""
 
+from bge_ray.records.model import EMBEDDING
 from bge_ray.records.reports import (
     EmbedReport,
     IndexReport,
@@ -102,7 +103,7 @@ def advise_search(report: SearchReport) -> list[str]:
             f"{report.unknown_ids:,} results were vectors that the data set no longer has, and others took "
             "their places: the index is older than the data set. Run index.py."
         )
-    if report.missing_results:
+    if report.missing_results and EMBEDDING in report.found_by:
         lines.append(
             f"{report.missing_results:,} results are missing, though all of the index was looked through, or "
             "2,000,000 vectors for a query: it holds fewer passages with different ids than search.k."

@@ -33,7 +33,7 @@ def search_page(report: SearchReport) -> bytes:
     ]
     accounts = (
         f"{report.queries_in:,} queries = {report.queries_out:,} answered + {lost:,} left out, with "
-        f"{count(report.results, 'result')}. Of what the index gave, {report.unknown_ids:,} were of vectors "
+        f"{count(report.results, 'result')}. Of what was found, {report.unknown_ids:,} were of vectors "
         f"that the data set no longer has, {report.doubled_passages:,} of ids that stand twice; "
         f"{count(report.refilled_queries, 'query', 'queries')} asked again for more, "
         f"{count(report.missing_results, 'place')} stayed empty."
@@ -120,12 +120,11 @@ def _time(report: Report, rows: str) -> list[Html]:
 
 def _searched(report: SearchReport) -> list[tuple[str, str]]:
     rows = [("Queries", report.queries), ("Data set", report.dataset), ("Model", report.model.name)]
-    if report.index is None:
-        rows.append(("Searched", "all embedding shards, exactly"))
-    else:
+    rows.append(("Searched", report.way or "all embedding shards, exactly"))
+    if report.index is not None:
         index = report.index
         way = f" at {index.parameter} {index.effort:,}" if index.parameter else ""
-        rows.append(("Searched", f"the {index.factory} index of {index.ntotal:,} vectors{way}"))
+        rows.append(("Index", f"{index.factory}, of {index.ntotal:,} vectors{way}"))
     if report.scoring is not None:
         rows += _reranker(report.scoring)
     return rows

@@ -31,7 +31,8 @@ from bge_ray.settings.variables import expand
 Pooling: TypeAlias = Literal["cls", "mean", "last_token", "max", "mean_sqrt_len", "weighted_mean"]
 ComputeDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 OutputDtype: TypeAlias = Literal["float32", "float16"]
-EncoderOutput: TypeAlias = Literal["embedding", "sparse", "colbert"]
+EncoderOutput: TypeAlias = Literal["embedding", "sparse", "colbert", "bm25"]
+FirstStage: TypeAlias = Literal["dense", "sparse", "bm25"]
 Kernels: TypeAlias = Literal["plain", "fused"]
 Auto: TypeAlias = Literal["auto"]
 Reuse: TypeAlias = Literal["object", "off"]
@@ -141,7 +142,8 @@ class ModelSettings(Section):
         ("embedding",),
         min_length=1,
         description="what to make of a passage: embedding (one vector), sparse (token weights), colbert (one "
-        "vector a token); the last two with bge-m3 and models tuned from it",
+        "vector a token), these two with bge-m3 and models tuned from it; bm25 (how often it has each token, "
+        "by the tokenizer of any model; alone it takes no model)",
     )
     pooling: Pooling | Auto = Field(
         "auto", description="tokens to one vector; auto takes what the model card or folder says"
@@ -441,6 +443,18 @@ class IndexSettings(Section):
         return self
 
 
+def _check_weights(
+    name: str, weights: tuple[float, ...] | None, of: str, names: tuple[str, ...] | None
+) -> None:
+    """Refuse weights that are not one for each of what they weigh, or that come to nothing."""
+    if weights is None:
+        return
+    if len(weights) != len(names or ()):
+        raise ValueError(f"{name}: must be one for each of {of}, which names {len(names or ())}")
+    if min(weights) < 0 or not 0 < sum(weights) < float("inf"):
+        raise ValueError(f"{name}: must be 0 or more, and above 0 together")
+
+
 class SearchSettings(Section):
     """Which queries are searched for, how, and where the run goes."""
 
@@ -458,6 +472,42 @@ class SearchSettings(Section):
     )
     output: str | None = Field(None, description="folder of run.parquet and run.trec on any fsspec URI")
     k: int = Field(100, ge=1, le=100_000, description="results a query")
+    first_stage: FirstStage | Literal["hybrid"] = Field(
+        "dense",
+        description="what finds candidates: dense (vectors, by the index or exactly), sparse (weights of "
+        "tokens) or bm25 (counts of tokens), outputs of the data set all; hybrid: several of them, fused",
+    )
+    hybrid: tuple[FirstStage, ...] | None = Field(
+        None, description="first stages that hybrid fuses; null takes all that the data set has outputs for"
+    )
+    hybrid_weights: tuple[float, ...] | None = Field(
+        None, description="of search.hybrid, in its order; null: all the same"
+    )
+    fusion: Literal["rrf", "minmax"] = Field(
+        "rrf",
+        description="how hybrid fuses: rrf, by reciprocal ranks; minmax, by scores, the best of a list as 1 "
+        "and its worst as 0",
+    )
+    rrf_k: int = Field(60, ge=1, description="what is added to each rank by rrf")
+    candidates: int | None = Field(
+        None,
+        ge=1,
+        le=100_000,
+        description="results a query that each first stage gives to be fused or scored again, at least k; "
+        "null takes k",
+    )
+    rescore_with: tuple[Literal["embedding", "sparse", "colbert"], ...] = Field(
+        (),
+        description="outputs of the data set by which all candidates are scored again, exactly; the weighted "
+        "mean of these scores, as FlagEmbedding's compute_score has it, gives the order",
+    )
+    rescore_weights: tuple[float, ...] | None = Field(
+        None, description="of search.rescore_with, in its order; null: all the same"
+    )
+    bm25_k1: float = Field(1.2, ge=0, description="how slowly a token's count saturates in BM25")
+    bm25_b: float = Field(
+        0.75, ge=0, le=1, description="how much a passage's length counts in BM25; 0: not at all"
+    )
     group: Literal["passage", "chunk"] = Field(
         "passage",
         description="what a result is where texts were cut: a passage, by its best chunk, or each chunk",
@@ -494,6 +544,24 @@ class SearchSettings(Section):
         le=1,
         description="share of queries without an answer above which the job counts as failed",
     )
+
+    @model_validator(mode="after")
+    def _fuses_something(self) -> "SearchSettings":
+        if self.first_stage != "hybrid":
+            for name in ("hybrid", "hybrid_weights", "fusion", "rrf_k"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name}: does nothing unless first_stage is hybrid")
+            if self.candidates is not None and not self.rescore_with:
+                raise ValueError("candidates: are k unless first_stage is hybrid, or rescore_with is set")
+        elif self.hybrid is not None and not 2 <= len(self.hybrid) == len(set(self.hybrid)):
+            raise ValueError("hybrid: must be different first stages, at least two")
+        if self.candidates is not None and self.candidates < self.k:
+            raise ValueError(f"candidates: must be at least k ({self.k})")
+        if len(set(self.rescore_with)) != len(self.rescore_with):
+            raise ValueError("rescore_with: an output is named twice")
+        _check_weights("hybrid_weights", self.hybrid_weights, "hybrid", self.hybrid)
+        _check_weights("rescore_weights", self.rescore_weights, "rescore_with", self.rescore_with)
+        return self
 
     @model_validator(mode="after")
     def _rescores_enough(self) -> "SearchSettings":

@@ -1,7 +1,7 @@
 """Data sets of synthetic embeddings, as the embed job would have left them."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -66,12 +66,14 @@ class VectorDataset:
     def put(
         self,
         object_no: int,
-        vectors: np.ndarray,
+        vectors: np.ndarray | Mapping[str, pa.Array],
         names: Sequence[str] | None = None,
         sizes: Sequence[int] | None = None,
         state: str = "",
     ) -> Marker:
-        """Write one shard of (n, dim) vectors; their ids are those of rows 0 to n - 1 of the object.
+        """Write one shard of (n, dim) vectors, or of n values of each output.
+
+        Their ids are those of rows 0 to n - 1 of the object.
 
         With ``sizes`` row i has so many of them, as chunks; names are of rows. In another state, as of other
         columns, it takes the place of the one that is there.
@@ -98,18 +100,22 @@ def write_shard(
     dataset: Dataset,
     spec: DatasetSpec,
     object_no: int,
-    vectors: np.ndarray,
+    vectors: np.ndarray | Mapping[str, pa.Array],
     names: Sequence[str] | None = None,
     sizes: Sequence[int] | None = None,
     state: str = "",
 ) -> Marker:
-    n, sizes = len(vectors), sizes or [1] * len(vectors)
+    n = len(vectors) if isinstance(vectors, np.ndarray) else len(next(iter(vectors.values())))
+    sizes = sizes or [1] * n
     rows = np.repeat(np.arange(len(sizes)), sizes)
     numbers = np.arange(n) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     names = names or [f"{object_no}-{row}" for row in range(len(sizes))]
     schema = embedding_schema(spec.model.outputs, pa.schema([]), spec.chunking)
     spans = [numbers, CHUNK_CHARS * numbers, CHUNK_CHARS * (numbers + 1)] if spec.chunking is not None else []
-    flat = pa.array(np.ascontiguousarray(vectors, dtype=spec.model.output("embedding").dtype).reshape(-1))
+    if isinstance(vectors, np.ndarray):
+        flat = pa.array(np.ascontiguousarray(vectors, dtype=spec.model.output("embedding").dtype).reshape(-1))
+        kind = schema.field("embedding").type
+        vectors = {"embedding": pa.FixedSizeListArray.from_arrays(flat, type=kind)}
     table = pa.table(
         [
             pa.array(vector_ids(object_no, rows, numbers)),
@@ -121,7 +127,7 @@ def write_shard(
             ),
             pa.array(np.full(n, 5, np.int32)),
             pa.array(np.zeros(n, bool)),
-            pa.FixedSizeListArray.from_arrays(flat, type=schema.field("embedding").type),
+            *(vectors[output.name] for output in spec.model.outputs),
         ],
         schema=schema,
     )

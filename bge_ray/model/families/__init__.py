@@ -1,6 +1,7 @@
 """The table of families. A new one is a module beside these, a line here, and its heads in `model.heads`."""
 
 from bge_ray.model.families import (
+    bm25,
     cross_encoder,
     dense,
     layerwise_reranker,
@@ -19,5 +20,6 @@ FAMILIES: tuple[Family, ...] = (
     llm_reranker,
     m3,
     llm,
+    bm25,
     dense,
 )

@@ -20,6 +20,7 @@ from bge_ray.model.run.inputs import packed_inputs, padded_inputs
 from bge_ray.model.run.memory import is_out_of_memory
 from bge_ray.model.run.packed import takes_ready_mask
 from bge_ray.model.run.result import Block, Result
+from bge_ray.model.run.terms import TermCounter
 from bge_ray.records.ids import IdArray
 from bge_ray.records.tokens import PackedTokens
 
@@ -81,7 +82,13 @@ class Executor:
     """One model on one device; ``run`` is the only verb."""
 
     def __init__(
-        self, loaded: Loaded, load_exact: Callable[[], Loaded], *, device: torch.device, packed: bool
+        self,
+        loaded: Loaded,
+        load_exact: Callable[[], Loaded],
+        *,
+        device: torch.device,
+        packed: bool,
+        counter: TermCounter | None = None,
     ) -> None:
         """Take a loaded model.
 
@@ -90,11 +97,13 @@ class Executor:
             load_exact: loads the same in float32 and for padded batches; called once, if ever.
             device: where the model runs.
             packed: whether the model's attention takes packed batches.
+            counter: of the tokens of a row, whose output is the last; None where they are not counted.
         """
         self.device = device
         self.packed = packed
         self._loaded = loaded.to(device)
         self._load_exact = load_exact
+        self._counter = counter
         self._exact: Loaded | None = None
         self._dtype = next(loaded.model.parameters()).dtype
         self._rows = self._overflowed = 0
@@ -173,8 +182,12 @@ class Executor:
         return _Launched(rows, outputs, done)
 
     def _collect(self, source: PackedTokens, launched: _Launched, result: Result) -> None:
-        for row in result.put(launched.rows, launched.blocks()).tolist():
+        for row in self._put(source, launched, result).tolist():
             self._retry_in_float32(source, row, result)
+
+    def _put(self, source: PackedTokens, launched: _Launched, result: Result) -> IdArray:
+        counts = [] if self._counter is None else [self._counter.block(source, launched.rows)]
+        return result.put(launched.rows, [*launched.blocks(), *counts])
 
     def _retry_in_float32(self, source: PackedTokens, row: int, result: Result) -> None:
         if self._dtype != torch.float32:
@@ -182,7 +195,7 @@ class Executor:
             if launched is None:
                 self._fault_memory(source, row, result)
                 return
-            if not len(result.put(launched.rows, launched.blocks())):
+            if not len(self._put(source, launched, result)):
                 self._count_overflow()
                 return
         result.faults[row] = ("non_finite", "the model's output holds NaN or infinity, also in float32")

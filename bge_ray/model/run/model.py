@@ -18,8 +18,8 @@ from bge_ray.model.run.memory import card_of, check_device, check_room
 from bge_ray.model.run.packed import ATTENTION, can_pack, register
 from bge_ray.model.run.prepack import prepack_linears
 from bge_ray.model.run.result import Result
-from bge_ray.model.source import hash_model
-from bge_ray.model.spec import family_of
+from bge_ray.model.run.terms import TermModel, term_counter
+from bge_ray.model.spec import family_of, hash_files
 from bge_ray.records.ids import IdArray
 from bge_ray.records.model import ModelSpec
 from bge_ray.records.tokens import PackedTokens
@@ -54,11 +54,7 @@ class Model:
             ModelError: the weights here are not those of the spec, are larger than the device, or some would
                 stay random; torch sees no device; or the spec has layers fused that cannot be.
         """
-        if hash_model(folder) != spec.weights_sha256:
-            raise ModelError(
-                f"{folder}: its files differ from those the run was planned with; "
-                "give every node the same model folder"
-            )
+        _check_files(spec, folder)
         torch.set_num_threads(place.threads)
         self.spec = spec
         self.device = torch.device(place.device)
@@ -73,7 +69,7 @@ class Model:
             register()
 
         def load(how: Loading) -> Loaded:
-            model, heads = family_of(spec).load(spec, folder, how)
+            model, heads = family_of(spec).load(spec.of_states, folder, how)
             return Loaded(model, tuple(heads))
 
         loaded = load(Loading(dtype, ATTENTION if packed else None, place.trust_remote_code))
@@ -87,7 +83,12 @@ class Model:
         self._hidden = int(getattr(loaded.model.config, "hidden_size", USUAL_HIDDEN))
         exact = Loading(torch.float32, trust_remote_code=place.trust_remote_code)
         self._model = loaded.model
-        self._executor = Executor(loaded, lambda: load(exact), device=self.device, packed=packed)
+        counter = None
+        if spec.of_states != spec:
+            counter = term_counter(spec, folder, trust_remote_code=place.trust_remote_code)
+        self._executor = Executor(
+            loaded, lambda: load(exact), device=self.device, packed=packed, counter=counter
+        )
 
     def settle_budget(self, asked: int | Auto) -> int:
         """Return the token budget of a batch: as asked for, or what suits this model on its device."""
@@ -126,3 +127,23 @@ class Model:
             RuntimeError: whatever the model raises that is not a lack of memory.
         """
         self._executor.run(tokens, batches, result)
+
+
+def open_model(spec: ModelSpec, folder: Path, place: Place) -> Model | TermModel:
+    """Load the model that a spec names, or what counts the tokens of texts where nothing else is made.
+
+    Raises:
+        ModelError: see `Model`.
+    """
+    if not spec.counts_only:
+        return Model(spec, folder, place)
+    _check_files(spec, folder)
+    return TermModel(spec, folder, trust_remote_code=place.trust_remote_code)
+
+
+def _check_files(spec: ModelSpec, folder: Path) -> None:
+    if hash_files(spec, folder) != spec.weights_sha256:
+        raise ModelError(
+            f"{folder}: its files differ from those the run was planned with; "
+            "give every node the same model folder"
+        )

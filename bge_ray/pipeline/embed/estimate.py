@@ -235,7 +235,7 @@ def measure_task(
     trust_remote_code: bool,
 ) -> Measured | None:
     """Measure one encoder on the texts of `sample_task`; None without any."""
-    from bge_ray.model.run.model import Model, Place  # torch, only where there is a model
+    from bge_ray.model.run.model import Place, open_model  # torch, only where there is a model
 
     if not sample:
         return None
@@ -245,7 +245,7 @@ def measure_task(
         tokens = feeder.passages(texts)
     else:
         tokens = Chunker(feeder, chunking).cut(titles, bodies).tokens
-    model = Model(spec, model_folder(spec), Place(pool.device, pool.threads, trust_remote_code))
+    model = open_model(spec, model_folder(spec), Place(pool.device, pool.threads, trust_remote_code))
     settled = model.settle_budget(budget)
     batches = model.cut(tokens.lengths, settled)
     model.warm_up(settled)

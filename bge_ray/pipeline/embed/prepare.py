@@ -12,9 +12,8 @@ from bge_ray.errors import CorpusError, DatasetMismatchError, SettingsError
 from bge_ray.formats.corpus import list_corpus, resolve_columns
 from bge_ray.model.feed.chunks import Chunker, splitting_rules
 from bge_ray.model.folder import ModelFolder
-from bge_ray.model.spec import for_trial, model_folder, resolve_encoder, text_feeder
+from bge_ray.model.spec import bytes_of, for_trial, model_folder, resolve_encoder, text_feeder
 from bge_ray.model.uncollected import uncollected
-from bge_ray.model.weights import weights_bytes
 from bge_ray.pipeline.embed.planning import (
     extend_plan,
     scan_objects,
@@ -271,12 +270,12 @@ def _try_model(settings: Settings, model: ModelSpec, chunking: Chunking | None) 
     encoders = encoder_request(settings, 1)
     await_pools(settings, [encoders], lambda: None)
     folder = model_folder(model)
-    size = weights_bytes(folder, model.dtype)
+    size = bytes_of(model, folder)
     if size > SURELY_FITS_BYTES and device_of(settings, encoders, lambda: None) == "cuda":
         gpus = 1.0 if encoders.gpus is None else encoders.gpus
         list(run_tasks(room_task, [(model,)], at_once=1, watch=lambda: None, num_cpus=0, num_gpus=gpus))
     trial = for_trial(model, folder)
-    needed = weights_bytes(folder, trial.dtype)
+    needed = bytes_of(trial, folder)
     # In a task, because it takes torch: seconds, and more memory than all else that a driver holds.
     [(_, canaries)] = run_tasks(
         try_task,
@@ -303,11 +302,11 @@ def room_task(spec: ModelSpec) -> None:
 def try_task(spec: ModelSpec, chunking: Chunking | None, trust_remote_code: bool) -> tuple[Canary, ...]:
     """Load a model on a CPU and what cuts its texts, and return what it makes of the canary texts."""
     from bge_ray.model.canary import make_canaries
-    from bge_ray.model.run.model import Model, Place
+    from bge_ray.model.run.model import Place, open_model
 
     if chunking is not None:
         Chunker(text_feeder(spec, trust_remote_code=trust_remote_code), chunking)
-    model = Model(spec, model_folder(spec), Place(trust_remote_code=trust_remote_code))
+    model = open_model(spec, model_folder(spec), Place(trust_remote_code=trust_remote_code))
     return make_canaries(model, text_feeder(spec, trust_remote_code=trust_remote_code))
 
 

@@ -27,6 +27,7 @@ from bge_ray.settings.sections import Auto
 if TYPE_CHECKING:
     from bge_ray.model.run.model import Model
     from bge_ray.model.run.result import Result
+    from bge_ray.model.run.terms import TermModel
 
 
 logger = logging.getLogger(__name__)
@@ -128,12 +129,14 @@ class ModelStage:
 
 
 @uncollected()
-def _load(job: ModelJob) -> tuple["Model", int]:
+def _load(job: ModelJob) -> tuple["Model | TermModel", int]:
     """Load the model of a job, check it, and warm it up; return it with its token budget."""
     from bge_ray.model.canary import check_canaries  # torch, only where there is a model
-    from bge_ray.model.run.model import Model, Place
+    from bge_ray.model.run.model import Place, open_model
 
-    model = Model(job.spec, model_folder(job.spec), Place(job.device, job.threads, job.trust_remote_code))
+    model = open_model(
+        job.spec, model_folder(job.spec), Place(job.device, job.threads, job.trust_remote_code)
+    )
     if job.dataset is not None and job.dataset.canaries:
         # Queries may be cut shorter than the passages that the canaries were read as.
         as_passages = replace(job.dataset.model, name=job.spec.name, revision=job.spec.revision)

@@ -14,6 +14,7 @@ from bge_ray.errors import SettingsError
 from bge_ray.pipeline.engine.cluster import connect
 from bge_ray.pipeline.engine.nodes import await_nodes
 from bge_ray.pipeline.engine.tasks import largest_node
+from bge_ray.records.model import BM25
 from bge_ray.report.facts import Workers
 from bge_ray.settings.sections import Settings
 
@@ -26,6 +27,8 @@ LEAST_LEFT = 0.2
 # Units inside a model's actor at once: while one is at the GPU, the other is taken out of Arrow and cut into
 # batches, or made into columns and handed on. On a CPU both would want the same core.
 UNITS_AT_A_GPU = 2
+# What the names of pools end with that hold what is searched, and no model.
+SEARCHERS = "searchers"
 # On a GPU that both share: a query is short and there is one of it for a hundred pairs.
 SHARED_GPUS = {"encoders": 0.25, "rerankers": 0.75}
 
@@ -119,7 +122,9 @@ class Sizes:
 def encoder_request(settings: Settings, most: int) -> PoolRequest:
     """Return the request for encoders of passages or queries."""
     asked = settings.resources
-    fixed = (asked.num_encoders, asked.gpus_per_encoder, asked.threads_per_encoder)
+    # Where tokens are counted and no model is run, a GPU would have nothing to do.
+    gpus = 0.0 if settings.model.outputs == (BM25,) else asked.gpus_per_encoder
+    fixed = (asked.num_encoders, gpus, asked.threads_per_encoder)
     return PoolRequest("encoders", "resources.num_encoders", most, *fixed)
 
 
@@ -130,9 +135,9 @@ def reranker_request(settings: Settings, most: int) -> PoolRequest:
     return PoolRequest("rerankers", "rerank.num_rerankers", most, *fixed, weight=2.0)
 
 
-def searcher_request(settings: Settings, most: int) -> PoolRequest:
-    """Return the request for actors that hold the index, or the shards of an exact search."""
-    return PoolRequest("searchers", "search.num_searchers", most, settings.search.num_searchers, gpus=0.0)
+def searcher_request(settings: Settings, most: int, name: str = SEARCHERS) -> PoolRequest:
+    """Return the request for actors that hold an index, or what of the shards is searched exactly."""
+    return PoolRequest(name, "search.num_searchers", most, settings.search.num_searchers, gpus=0.0)
 
 
 def await_pools(settings: Settings, pools: Sequence[PoolRequest], watch: Callable[[], None]) -> None:
@@ -269,12 +274,13 @@ def _tasks(
     tasks: Sequence[TaskRequest], left: float, pools: Sequence[PoolRequest], sized: Mapping[str, Pool]
 ) -> dict[str, Tasks]:
     reserve_nothing = any(not sized[pool.name].gpus or sized[pool.name].cpus < 1 for pool in pools)
-    models = [pool for name, pool in sized.items() if name != "searchers"]
+    models = [pool for name, pool in sized.items() if not name.endswith(SEARCHERS)]
     found = {}
     for task in tasks:
         own = left * task.share
         cpus = min(task.cpus, math.floor(own * 100) / 100) or own
-        useful = sum(pool.count * (task.per_gpu if pool.gpus else task.per_core) for pool in models)
+        fed = [pool.count * (task.per_gpu if pool.gpus else task.per_core) for pool in models]
+        useful = sum(fed) if fed else math.inf
         count = task.count or max(1, min(int(own / cpus + 1e-6), int(min(useful, task.most))))
         found[task.name] = Tasks(min(count, task.most), 0.0 if reserve_nothing else cpus)
         left -= min(own, count * cpus)

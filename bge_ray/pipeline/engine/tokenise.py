@@ -1,5 +1,6 @@
 """Texts to token ids in a CPU task that loads no model, with the row that kills the tokenizer left out."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -10,12 +11,13 @@ import numpy as np
 from bge_ray.model.feed.chunks import Chunker
 from bge_ray.model.feed.pairs import PairFeeder
 from bge_ray.model.feed.texts import TextFeeder
-from bge_ray.model.spec import pair_feeder, text_feeder
+from bge_ray.model.run.terms import TermCounter, TermModel, term_counter
+from bge_ray.model.spec import model_folder, pair_feeder, text_feeder
 from bge_ray.pipeline.engine.isolation import Attempt, run_isolated
 from bge_ray.pipeline.engine.rows import Fault
 from bge_ray.records.chunking import Chunking
 from bge_ray.records.ids import IdArray
-from bge_ray.records.model import ModelSpec
+from bge_ray.records.model import Canary, ModelSpec
 from bge_ray.records.tokens import PackedTokens
 
 PIECE_ROWS = 1024
@@ -71,6 +73,34 @@ def load_text_feeder(spec: ModelSpec, *, trust_remote_code: bool) -> TextFeeder:
     # Ray counts one CPU for this task; the tokenizer's own threads would take the others, too.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     return text_feeder(spec, trust_remote_code=trust_remote_code)
+
+
+@functools.lru_cache(maxsize=2)
+def load_query_counter(
+    spec: ModelSpec, canaries: tuple[Canary, ...], *, trust_remote_code: bool
+) -> tuple[TextFeeder, TermCounter]:
+    """Return what counts the tokens of queries as those of passages were counted.
+
+    Args:
+        spec: of the data set's model, with counts as its only output.
+        canaries: of the data set.
+        trust_remote_code: run Python code found in the model folder.
+
+    Raises:
+        DatasetMismatchError: the tokenizer makes other tokens of the canaries' texts.
+    """
+    from bge_ray.model.canary import check_canaries
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    folder = model_folder(spec)
+    model = TermModel(spec, folder, trust_remote_code=trust_remote_code)
+    check_canaries(canaries, model, text_feeder(spec, trust_remote_code=trust_remote_code))
+    # A query is counted as it is, whatever is put before it for the model.
+    bare = dataclasses.replace(
+        spec, query_instruction="", passage_instruction="", query_template="", examples=()
+    )
+    counter = term_counter(bare, folder, trust_remote_code=trust_remote_code)
+    return text_feeder(bare, trust_remote_code=trust_remote_code), counter
 
 
 @functools.lru_cache(maxsize=2)

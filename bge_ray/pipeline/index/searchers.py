@@ -11,6 +11,7 @@ import ray
 from ray.actor import ActorHandle
 
 from bge_ray.errors import IndexBuildError
+from bge_ray.index.bm25 import Saturation
 from bge_ray.index.header import ivf_header
 from bge_ray.index.merge import ListRange
 from bge_ray.index.package import Index, use_threads
@@ -18,6 +19,7 @@ from bge_ray.index.search import load_index, search
 from bge_ray.index.topk import Results, merge_topk
 from bge_ray.pipeline.engine.tasks import largest_node, wait_for
 from bge_ray.pipeline.index.tasks import TrainedFile, WrittenFile, read_sizes, sizes_inside
+from bge_ray.records.arrays import SparseRows
 from bge_ray.records.ids import FloatArray
 from bge_ray.storage.objects import Storage
 
@@ -102,14 +104,22 @@ def start_searchers(storage: Storage, sources: Sequence[IndexSource], at_once: i
 
 def search_all(
     searchers: Sequence[ActorHandle],
-    queries: FloatArray,
+    queries: FloatArray | SparseRows,
     k: int,
-    effort: int | None,
+    how: int | Saturation | None,
     watch: Callable[[], None],
 ) -> Results:
-    """Search all actors and merge what they find; ``watch`` is called while they work."""
+    """Search all actors and merge what they find.
+
+    Args:
+        searchers: which have different vectors.
+        queries: as their search takes them.
+        k: results a query.
+        how: the effort of an index, or what becomes of counts in lists.
+        watch: called while they work.
+    """
     shared = ray.put(queries)
-    return merge_topk(wait_for([s.search.remote(shared, k, effort) for s in searchers], watch), k)
+    return merge_topk(wait_for([s.search.remote(shared, k, how) for s in searchers], watch), k)
 
 
 def _download(storage: Storage, uri: str, size: int, target: BinaryIO) -> str:

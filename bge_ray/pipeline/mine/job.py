@@ -237,6 +237,10 @@ def _check_inputs(settings: Settings) -> None:
         settings.require("mine.queries", "mine.qrels")
     elif asked.queries is not None or asked.qrels is not None:
         raise SettingsError("mine.input: says what mine.queries and mine.qrels say; set it, or those two")
+    if settings.search.first_stage != "dense" or settings.search.rescore_with:
+        raise SettingsError(
+            "search.first_stage, search.rescore_with: negatives are mined by vectors alone; leave them out"
+        )
     if settings.search.rescore and settings.search.rescore < asked.depth:
         raise SettingsError(f"search.rescore: must be 0, or at least mine.depth ({asked.depth})")
     refuse_collisions(

@@ -115,23 +115,23 @@ class Output(Protocol):
 class RunOutput:
     """One run to publish: where, under which name, and which column of the parts orders it.
 
-    ``spans`` says that results are chunks, or passages found by one. ``layer_scores`` are the columns that
-    stand beside a reranker's score, one a layer.
+    ``spans`` says that results are chunks, or passages found by one. ``scores`` are the columns that stand
+    beside the score of a result: by each of several outputs, and by each layer of a reranker.
     """
 
     folder: OwnedFolder
     tag: str
     column: str  # first_score or score
-    layer_scores: tuple[str, ...] = ()
+    scores: tuple[str, ...] = ()
     spans: bool = False
 
     @property
     def schema(self) -> pa.Schema:
-        """Columns of run.parquet: those of any run, vector id, span, a reranker's probability and layers."""
+        """Columns of run.parquet: those of any run, vector id, span, a reranker's probability, scores."""
         schema = pa.schema(
             [*RUN_SCHEMA, pa.field("vector_id", pa.int64()), *(SPAN_SCHEMA if self.spans else ())]
         )
-        names = ("probability", *self.layer_scores) if self.column == "score" else ()
+        names = ("probability", *self.scores) if self.column == "score" else self.scores
         return pa.schema([*schema, *(pa.field(name, pa.float32()) for name in names)])
 
     def open(self, storage: Storage, work: str, stack: contextlib.ExitStack) -> Writer:
@@ -239,7 +239,7 @@ def _run_rows(table: pa.Table, output: RunOutput) -> pa.Table:
         "vector_id": table["vector_id"],
         "probability": sigmoid(values),
         **{name: table[name] for name in (SPAN_SCHEMA.names if output.spans else ())},
-        **{name: table[name] for name in output.layer_scores},
+        **{name: table[name] for name in output.scores},
     }
     return pa.table([columns[name] for name in output.schema.names], schema=output.schema)
 

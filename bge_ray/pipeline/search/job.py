@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -16,12 +16,13 @@ from ray.actor import ActorHandle
 from bge_ray.errors import DatasetMismatchError, IncompleteRunError, SettingsError
 from bge_ray.formats.queries import read_queries
 from bge_ray.index.refill import RESULTS_AT_ONCE
-from bge_ray.model.source import fetch_model, hash_model
-from bge_ray.model.spec import asked_of_queries, resolve_reranker
+from bge_ray.model.source import fetch_model
+from bge_ray.model.spec import asked_of_queries, hash_files, resolve_reranker
 from bge_ray.pipeline.engine.flow import by_actors, by_tasks, parcels, receipts
 from bge_ray.pipeline.engine.model_stage import ModelJob, ModelStage
 from bge_ray.pipeline.engine.parcel import Parcel
 from bge_ray.pipeline.engine.pools import (
+    SEARCHERS,
     Pool,
     Sizes,
     cluster_sizes,
@@ -35,12 +36,15 @@ from bge_ray.pipeline.index.published import index_files, read_index
 from bge_ray.pipeline.index.searchers import Searcher
 from bge_ray.pipeline.rerank.score import PairJob, by_reranker, make_score_job, summarise_scoring
 from bge_ray.pipeline.rerank.texts import TextSource, open_texts
-from bge_ray.pipeline.runs.groups import QUERY_SCHEMA, SPAN_SCHEMA, GroupTask, Workplace
+from bge_ray.pipeline.runs.groups import QUERY_SCHEMA, GroupTask, Workplace
 from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections
 from bge_ray.pipeline.runs.parts import LEFT_OUT, RUN_FILES, RunOutput, Totals, part_stage
 from bge_ray.pipeline.runs.source import Source, open_source, refuse_in_source
 from bge_ray.pipeline.runs.work import TASKS, Outcome, RunWork, check_rejected, published_files
+from bge_ray.pipeline.search.asked import settle_asked
 from bge_ray.pipeline.search.exact import ShardSearcher
+from bge_ray.pipeline.search.finders import Finder, weigh_terms
+from bge_ray.pipeline.search.lists import ListSearcher
 from bge_ray.pipeline.search.retrieve import Retrieval, plan_retrieval
 from bge_ray.pipeline.search.stages import (
     QueryJob,
@@ -51,7 +55,7 @@ from bge_ray.pipeline.search.stages import (
 from bge_ray.pipeline.work import carry_out, refuse_taken
 from bge_ray.records.canonical import digest
 from bge_ray.records.index import IndexDescription
-from bge_ray.records.model import EMBEDDING, ModelSpec
+from bge_ray.records.model import BM25, EMBEDDING, SPARSE, ModelSpec
 from bge_ray.records.reports import SearchedIndex, SearchReport
 from bge_ray.report.advice import advise_search
 from bge_ray.report.facts import RunFacts, summarise
@@ -73,6 +77,8 @@ RERANKED = "reranked"
 # A searcher that dies is started again this often, and then the run ends: an index that does not fit
 # in memory would otherwise be tried for ever.
 SEARCHER_RESTARTS = 20
+# What holds each output that is searched.
+POOL_OF = {EMBEDDING: SEARCHERS, SPARSE: f"sparse_{SEARCHERS}", BM25: f"bm25_{SEARCHERS}"}
 
 
 def search(settings: Settings, stop: StopRequest | None = None) -> SearchReport:
@@ -106,11 +112,10 @@ def plan_search(settings: Settings) -> str:
     rejections = Rejections()
     count = sum(len(block["query_id"]) for block in job.blocks(rejections, lambda: None))
     done = work.current() is not None
-    where = f"the {job.index.factory} index" if job.index else "the embedding shards, exactly"
     again = f", reranked by {job.reranker.name}" if job.reranker else ""
     return (
         f"{count:,} queries ({len(rejections):,} left out), {settings.search.k} results each from "
-        f"{job.source.manifest.vectors:,} vectors by {where}{again}, to {settings.search.output}: "
+        f"{job.source.manifest.vectors:,} vectors by {job.way()}{again}, to {settings.search.output}: "
         f"{'up to date' if done else 'to be done'}"
     )
 
@@ -147,16 +152,7 @@ class SearchJob:
         self._settings = settings
         self.source = open_source(settings)
         refuse_in_source(self.source, outputs)
-        made = [output.name for output in self.source.spec.model.outputs]
-        if EMBEDDING not in made:
-            raise SettingsError(
-                f"output.uri {self.source.root}: has no output {EMBEDDING}, only {', '.join(made)}, and a "
-                f"search compares that: embed with {EMBEDDING} among model.outputs, into another output.uri"
-            )
-        if not self.source.spec.model.normalize:
-            raise SettingsError(
-                f"output.uri {self.source.root}: its vectors are not normalised, which a search needs"
-            )
+        self.asked = settle_asked(asked, self.source)
         if (
             self.source.chunked
             and asked.rerank
@@ -167,7 +163,8 @@ class SearchJob:
                 "search.group chunk: a rerank of whole passages would read a passage once for each of its "
                 "chunks; set search.group to passage, or rerank.reads to chunk"
             )
-        self.index = None if asked.exact else read_index(self.storage, self.source.root)
+        by_vectors = EMBEDDING in self.asked.found_by
+        self.index = read_index(self.storage, self.source.root) if by_vectors and not asked.exact else None
         if self.index is not None:
             _check_index(self.index, self.source, allowed=asked.stale_index)
             results = "passages" if self.source.chunked and asked.group == "passage" else "vectors"
@@ -178,9 +175,9 @@ class SearchJob:
                     self.source.root,
                     *(self.index.results, results),
                 )
-        elif not asked.exact:
+        elif by_vectors and not asked.exact:
             logger.info("%s has no index: the embedding shards are searched exactly", self.source.root)
-        self.model = _query_model(settings, self.source)
+        self.model = _query_model(settings, self.source, self.asked.of_queries)
         self.reranker = resolve_reranker(settings.rerank, on_gpu=False) if asked.rerank else None
         self._searchers: list[ActorHandle] = []
 
@@ -213,11 +210,12 @@ class SearchJob:
     def outputs(self) -> list[RunOutput]:
         """Return the candidates, and the reranked run if there is one."""
         tag = self._settings.search.tag
-        spans = self.source.chunked
-        outputs = [RunOutput(self._folders[0], tag, "first_score", spans=spans)]
+        spans, combining = self.source.chunked, self.asked.combining
+        scores = () if combining is None else combining.columns
+        outputs = [RunOutput(self._folders[0], tag, "first_score", scores, spans)]
         if self.reranker is not None:
-            layers = self.reranker.layer_scores
-            outputs.append(RunOutput(self._folders[1], f"{tag}-reranked", "score", layers, spans))
+            more = (*scores, *self.reranker.layer_scores)
+            outputs.append(RunOutput(self._folders[1], f"{tag}-reranked", "score", more, spans))
         return outputs
 
     def withdraw(self) -> None:
@@ -236,9 +234,8 @@ class SearchJob:
         A group is as small as its results ask for, because all of them are in memory together.
         """
         settings = self._settings
-        most = max(
-            1, min(settings.search.unit_queries, RESULTS_AT_ONCE // self._retrieval().reach.first.fetched)
-        )
+        fetched = sum(self._retrieval(name).reach.first.fetched for name in self.asked.found_by)
+        most = max(1, min(settings.search.unit_queries, RESULTS_AT_ONCE // fetched))
         if not settings.search.rerank:
             return Limits(most, most)
         depth = min(settings.rerank.depth, settings.search.k)
@@ -250,14 +247,28 @@ class SearchJob:
         asked = self._settings.search
         if self.index is None:
             return 0
-        return self.index.rescored(asked.k) if asked.rescore is None else asked.rescore
+        return self.index.rescored(self.asked.candidates) if asked.rescore is None else asked.rescore
 
-    def _retrieval(self) -> Retrieval:
-        """Return how results are found."""
-        asked = self._settings.search
+    def _retrieval(self, output: str) -> Retrieval:
+        """Return how results are found by one output."""
+        asked, k = self._settings.search, self.asked.candidates
+        if output != EMBEDDING:
+            return plan_retrieval(self.source, None, k, 0, group=asked.group)
         return plan_retrieval(
-            self.source, self.index, asked.k, self._rescored(), group=asked.group, effort=asked.nprobe
+            self.source, self.index, k, self._rescored(), group=asked.group, effort=asked.nprobe
         )
+
+    def way(self) -> str:
+        """Say what is searched, and what becomes of what is found."""
+        asked, combining = self._settings.search, self.asked.combining
+        vectors = "the embedding shards, exactly"
+        if self.index is not None:
+            vectors = f"the {self.index.factory} index"
+        names = {EMBEDDING: vectors, SPARSE: "the weights of tokens", BM25: "BM25"}
+        way = "; ".join(names[name] for name in self.asked.found_by)
+        if combining is not None and combining.fusion is not None:
+            way += f"; fused by {combining.fusion.by}"
+        return f"{way}; scored again by {', '.join(asked.rescore_with)}" if asked.rescore_with else way
 
     def settle(self, watch: Callable[[], None]) -> str:
         """Settle the compute dtypes, which go by the devices of the cluster."""
@@ -303,7 +314,13 @@ class SearchJob:
             rerank,
         ]
         # What a run over chunks holds beyond others, which are as they were before there were any.
-        return [*decisive, "spans", asked.group] if source.chunked else decisive
+        spans = ["spans", asked.group] if source.chunked else []
+        if self.asked.is_dense:
+            return [*decisive, *spans]
+        combining = None if self.asked.combining is None else dataclasses.asdict(self.asked.combining)
+        how = [self.asked.found_by, self.asked.candidates, combining]
+        bm25 = [asked.bm25_k1, asked.bm25_b] if BM25 in self.asked.found_by else None
+        return [*decisive, *spans, "found by", how, bm25]
 
     def blocks(self, rejections: Rejections, watch: Callable[[], None]) -> Iterator[Block]:
         """Yield the queries one by one."""
@@ -332,23 +349,22 @@ class SearchJob:
         """Size all pools, and start the actors that hold the index; return what a search task must know."""
         settings, source = self._settings, self.source
         files = index_files(source.root, self.index) if self.index is not None else []
-        retrieval = self._retrieval()
-        requests = [
-            encoder_request(settings, len(groups)),
-            searcher_request(settings, len(files) if files else len(retrieval.shards.facts)),
-        ]
+        n_shards = sum(marker.embeddings is not None for marker in source.manifest.shards)
+        requests = []
         if self.reranker is not None:
             requests.append(reranker_request(settings, sum(len(group.todo) for group in groups)))
+        if not self.model.counts_only:
+            requests.append(encoder_request(settings, len(groups)))
+        # The dearest first, and whose time is told.
+        for name in self.asked.found_by:
+            most = len(files) if name == EMBEDDING and files else n_shards
+            requests.append(searcher_request(settings, most, POOL_OF[name]))
         sizes = cluster_sizes(settings, requests, [TASKS], watch)
-        dear = "rerankers" if self.reranker is not None else "encoders"
-        facts.start(sizes.workers(dear), time.time())
-        self._searchers = self._start_searchers(files, retrieval, sizes.pools["searchers"])
-        retrieve = RetrieveJob(
-            place=place,
-            searchers=tuple(self._searchers),
-            retrieval=retrieval,
-            spans=source.chunked,
+        facts.start(sizes.workers(requests[0].name), time.time())
+        finders = tuple(
+            self._start_finder(name, files, sizes.pools[POOL_OF[name]], watch) for name in self.asked.found_by
         )
+        retrieve = RetrieveJob(place, finders, source.chunked, self.asked.combining)
         logger.info("%s queries to answer; %s", f"{facts.rows_planned:,}", sizes)
         return sizes, retrieve
 
@@ -370,14 +386,27 @@ class SearchJob:
             score = make_score_job(settings, place, self.reranker, pool)
             rows = by_reranker(rows, tasks, pool, pair, score, texts)
         layers = self.reranker.layer_scores if self.reranker is not None else ()
-        spans = SPAN_SCHEMA.names if self.source.chunked else ()
-        rows = by_tasks(rows, part_stage, tasks, place=place, more=(*spans, *layers))
+        rows = by_tasks(rows, part_stage, tasks, place=place, more=(*retrieve.more.names, *layers))
         return receipts(rows)
 
     def encoded(self, place: Workplace, groups: tuple[GroupTask, ...], sizes: Sizes) -> "Dataset":
-        """Return groups of queries with their vectors."""
-        settings, tasks, encoders = self._settings, sizes.tasks["tasks"], sizes.pools["encoders"]
-        trust = settings.model.trust_remote_code
+        """Return groups of queries with their vectors, and what else is made of them."""
+        settings, tasks, there = self._settings, sizes.tasks["tasks"], self.source.spec
+        trust, counted = settings.model.trust_remote_code, None
+        if BM25 in self.asked.found_by:
+            counted = dataclasses.replace(
+                there.model.only(BM25),
+                name=self.model.name,
+                revision=self.model.revision,
+                max_length=self.model.max_length,
+            )
+        spec = None if self.model.counts_only else self.model
+        read = QueryJob(place, spec, counted, there.canaries, trust)
+        rows = parcels([group.parcel() for group in groups])
+        rows = by_tasks(rows, read_queries_stage, tasks, job=read)
+        if spec is None:
+            return rows
+        encoders = sizes.pools["encoders"]
         encode = ModelJob(
             stage="encode",
             spec=self.model,
@@ -390,12 +419,22 @@ class SearchJob:
             dataset=self.source.spec,
             units_at_once=encoders.units_at_once,
         )
-        rows = parcels([group.parcel() for group in groups])
-        rows = by_tasks(rows, read_queries_stage, tasks, job=QueryJob(place, self.model, trust))
         return by_actors(rows, ModelStage, encoders, encode)
 
-    def _start_searchers(self, files: list[Any], retrieval: Retrieval, pool: Pool) -> list[ActorHandle]:
-        """Start the actors that share the index, or the shards of an exact search."""
+    def _start_finder(self, name: str, files: list[Any], pool: Pool, watch: Callable[[], None]) -> Finder:
+        """Start the actors that share the index, or an output of the shards to be searched exactly."""
+        retrieval = self._retrieval(name)
+        started = self._start_searchers(name, files, retrieval, pool)
+        self._searchers += started
+        weighing = None
+        if name == BM25:
+            asked = self._settings.search
+            weighing = weigh_terms(started, asked.bm25_k1, asked.bm25_b, watch)
+        return Finder(name, tuple(started), retrieval, weighing)
+
+    def _start_searchers(
+        self, name: str, files: list[Any], retrieval: Retrieval, pool: Pool
+    ) -> list[ActorHandle]:
         options = {
             "num_cpus": pool.cpus,
             "max_restarts": SEARCHER_RESTARTS,
@@ -403,9 +442,15 @@ class SearchJob:
             # Each holds its share on its own machine.
             "scheduling_strategy": "SPREAD",
         }
+        shares = [retrieval.shards.facts[i :: pool.count] for i in range(pool.count)]
+        if name != EMBEDDING:
+            actor = ray.remote(**options)(ListSearcher)
+            return [
+                actor.remote(self.storage, self.source.root, share, name, per_row=retrieval.per_row)
+                for share in shares
+            ]
         if self.index is None:
             actor = ray.remote(**options)(ShardSearcher)
-            shares = [retrieval.shards.facts[i :: pool.count] for i in range(pool.count)]
             return [
                 actor.remote(self.storage, self.source.root, share, pool.threads, per_row=retrieval.per_row)
                 for share in shares
@@ -438,6 +483,8 @@ class SearchJob:
             dataset=self.source.root,
             model=self.model,
             index=self._searched(),
+            found_by=self.asked.found_by,
+            way=self.way(),
             k=asked.k,
             units=len(what.intake.units),
             queries_in=what.intake.rows + len(what.rejections),
@@ -469,7 +516,7 @@ class SearchJob:
             tuned_effort=index.effort,
             rescore=self._rescored(),
             tuned_k=index.k,
-            tuned_rescore=index.rescored(asked.k),
+            tuned_rescore=index.rescored(self.asked.candidates),
             lacking_shards=len(index.lacks(self.source.shard_hashes)),
             recall=index.recall,
         )
@@ -540,18 +587,27 @@ def _check_index(index: IndexDescription, source: Source, *, allowed: bool) -> N
         )
 
 
-def _query_model(settings: Settings, source: Source) -> ModelSpec:
+def _query_model(settings: Settings, source: Source, outputs: Sequence[str]) -> ModelSpec:
     """Return the model of the data set, from where this run finds it, with the instruction for queries.
+
+    It makes those of the ``outputs`` that it is run for; where there are none, counts of tokens.
 
     Raises:
         DatasetMismatchError: model.name names another model.
         ModelError: the model is not to be had.
+        SettingsError: an instruction for queries that nothing would read.
     """
-    spec, asked = source.spec.model.only(EMBEDDING).stored_as("float32"), settings.model
+    of_states = [name for name in outputs if name != BM25]
+    spec = source.spec.model.only(*(of_states or [BM25])).stored_as("float32")
+    asked = settings.model
+    if spec.counts_only and asked.query_instruction:
+        raise SettingsError(
+            "model.query_instruction: BM25 counts the words of a query, and no model reads it; leave it out"
+        )
     if "name" in asked.model_fields_set:
         spec = dataclasses.replace(spec, name=asked.name, revision=asked.revision)
     folder, commit = fetch_model(spec.name, spec.revision)
-    if hash_model(folder) != spec.weights_sha256:
+    if hash_files(spec, folder) != spec.weights_sha256:
         raise DatasetMismatchError(
             f"output.uri {source.root}: was embedded with {source.spec.model.name}, whose files differ from "
             f"those of {spec.name}; queries need the same model"

@@ -5,7 +5,7 @@ The one way from ids that an index or an exact search gives to passages, for the
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from bge_ray.dataset.lookup import ShardMap, read_places
 from bge_ray.index.refill import Ask, Reach, first_fetched, refill
 from bge_ray.index.topk import NO_RESULT, Results, best_rows, rescore
 from bge_ray.pipeline.runs.source import Source
-from bge_ray.records.arrays import dense_rows, whole
+from bge_ray.records.arrays import SparseRows, dense_rows, whole
 from bge_ray.records.ids import FloatArray, IdArray
 from bge_ray.records.index import IndexDescription
 from bge_ray.records.model import EMBEDDING
@@ -26,8 +26,10 @@ from bge_ray.storage.objects import Storage
 # Candidates whose vectors are in memory at once to be scored again.
 RESCORED_AT_ONCE = 50_000
 
-# (n, dim) queries, results to fetch, effort -> results.
-Search: TypeAlias = Callable[[FloatArray, int, int | None], Results]
+# (n, dim) queries, or n sparse ones.
+Queries: TypeAlias = FloatArray | SparseRows
+# Queries, results to fetch, effort -> results.
+Search: TypeAlias = Callable[[Any, int, int | None], Results]
 Group: TypeAlias = Literal["passage", "chunk"]
 
 
@@ -132,8 +134,8 @@ def plan_retrieval(
     )
 
 
-def retrieve(queries: FloatArray, search: Search, how: Retrieval) -> Found:
-    """Find the best k of each of (n, dim) queries.
+def retrieve(queries: Queries, search: Search, how: Retrieval) -> Found:
+    """Find the best k of each of n queries; sparse ones are searched exactly.
 
     Raises:
         IndexBuildError: what ``search`` raises.
@@ -172,18 +174,18 @@ def retrieve(queries: FloatArray, search: Search, how: Retrieval) -> Found:
     )
 
 
-def _ask(queries: FloatArray, numbers: IdArray, ask: Ask, search: Search, how: Retrieval) -> _Answer:
+def _ask(queries: Queries, numbers: IdArray, ask: Ask, search: Search, how: Retrieval) -> _Answer:
     """Search, score again, and resolve ids to passages."""
-    vectors = queries[numbers]
-    scores, ids = search(vectors, ask.fetched, ask.effort)
+    asked = queries[numbers]
+    scores, ids = search(asked, ask.fetched, ask.effort)
     holes = bool(((ids != NO_RESULT).sum(axis=1) < min(ask.fetched, how.reach.most)).any())
     if how.per_row and not how.rescores:
         scores, ids = best_rows((scores, ids), ids.shape[1])
     places = how.places(ids, ["passage_id", *how.columns])
     known = np.isin(ids, places["vector_id"].to_numpy())
     unknown = ((ids != NO_RESULT) & ~known).sum(axis=1)
-    if how.rescores:
-        scores, ids = _rescored(how, vectors, np.where(known, ids, NO_RESULT))
+    if how.rescores and isinstance(asked, np.ndarray):
+        scores, ids = _rescored(how, asked, np.where(known, ids, NO_RESULT))
         if how.per_row:
             scores, ids = best_rows((scores, ids), ids.shape[1])
         known = ids != NO_RESULT

@@ -1,53 +1,78 @@
-"""The stages of a search: stored queries, their vectors, and the candidates of each.
+"""The stages of a search: stored queries, what is made of them, and the candidates of each.
 
 A query that cannot be answered ends as one row with its reason; a group that cannot be done is given
 up with an error; only defects raise.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from ray.actor import ActorHandle
 
 from bge_ray.errors import BgeRayError, StorageError
-from bge_ray.index.topk import Results
 from bge_ray.pipeline.engine.isolation import Attempt
 from bge_ray.pipeline.engine.parcel import Parcel
-from bge_ray.pipeline.engine.rows import with_faults, with_tokens
-from bge_ray.pipeline.engine.tokenise import load_text_feeder, tokenise
-from bge_ray.pipeline.index.searchers import search_all
+from bge_ray.pipeline.engine.rows import Fault, spread, with_faults, with_tokens
+from bge_ray.pipeline.engine.tokenise import load_query_counter, load_text_feeder, tokenise
 from bge_ray.pipeline.runs.groups import CANDIDATE_SCHEMA, SPAN_SCHEMA, GroupTask, Workplace
 from bge_ray.pipeline.runs.intake import read_group
-from bge_ray.pipeline.search.retrieve import Retrieval, retrieve
-from bge_ray.records.arrays import dense_rows
-from bge_ray.records.ids import FloatArray
-from bge_ray.records.model import EMBEDDING, ModelSpec
+from bge_ray.pipeline.search.combine import Combining, Ranking, combine
+from bge_ray.pipeline.search.finders import Finder
+from bge_ray.pipeline.search.retrieve import Found, Retrieval
+from bge_ray.records.model import Canary, ModelSpec
+from bge_ray.records.tokens import PackedTokens
 
 
 @dataclass(frozen=True)
 class RetrieveJob:
-    """What a search task must know: whom to ask, and what for; ``spans`` says whether chunks are found."""
+    """What a search task must know: whom to ask, and what for; ``spans`` says whether chunks are found.
+
+    ``combining`` is None where what the one finder gives is the result.
+    """
 
     place: Workplace
-    searchers: tuple[ActorHandle, ...]
-    retrieval: Retrieval
+    finders: tuple[Finder, ...]
     spans: bool
+    combining: Combining | None = None
+
+    @property
+    def retrieval(self) -> Retrieval:
+        """Where what is stored of results lies."""
+        return self.finders[0].retrieval
+
+    @property
+    def k(self) -> int:
+        """Results a query, where the data set has them."""
+        most = max(finder.retrieval.k for finder in self.finders)
+        return most if self.combining is None else min(self.combining.k, most)
+
+    @property
+    def more(self) -> pa.Schema:
+        """The columns of candidates beyond those of CANDIDATE_SCHEMA."""
+        scores = () if self.combining is None else self.combining.columns
+        return pa.schema([*(SPAN_SCHEMA if self.spans else ()), *((name, pa.float32()) for name in scores)])
 
 
 @dataclass(frozen=True)
 class QueryJob:
-    """What the tasks that read and tokenise queries must know."""
+    """What the tasks that read and tokenise queries must know.
+
+    ``spec`` is of the model that is run on them, None where none is; ``counted`` of the tokens to be counted,
+    as the data set of the ``canaries`` has them, None where they are not.
+    """
 
     place: Workplace
-    spec: ModelSpec
+    spec: ModelSpec | None
+    counted: ModelSpec | None
+    canaries: tuple[Canary, ...]
     trust_remote_code: bool
 
 
 def read_queries_stage(batch: pa.Table, job: QueryJob) -> pa.Table:
-    """Read the queries of a group that are to do, and tokenise them."""
+    """Read the queries of a group that are to do, and tokenise them; or count their tokens, or both."""
     parcel = Parcel.from_batch(batch)
     with Attempt(job.place.ledger, f"read {parcel.name}") as attempt:
         if attempt.total_deaths >= job.place.max_attempts:
@@ -57,17 +82,50 @@ def read_queries_stage(batch: pa.Table, job: QueryJob) -> pa.Table:
         except StorageError as error:
             return parcel.failed(str(error)).to_batch()
         started = time.time()
-        feeder = load_text_feeder(job.spec, trust_remote_code=job.trust_remote_code)
         queries = table["query"].to_pylist()
-        rows, tokens, faults = tokenise(
-            attempt, "tokenising", len(table), lambda piece: feeder.queries([queries[i] for i in piece])
-        )
+        # In this order: of both, what the model reads is what is told.
+        made = [_counted(table, queries, attempt, job)] if job.counted is not None else []
+        if job.spec is not None:
+            table = made[0].table if made else table
+            made.append(_tokenised(table, queries, attempt, job.spec, trust=job.trust_remote_code))
+    table, tokens = made[-1].table, made[-1].tokens
     facts = {
         "tokenise_s": time.time() - started,
         "query_tokens": int(tokens.offsets[-1]),
         "truncated_queries": int(tokens.truncated.sum()),
     }
-    return parcel.filled(with_faults(with_tokens(table, rows, tokens), faults), **facts).to_batch()
+    faults = {row: fault for some in made for row, fault in some.faults.items()}
+    return parcel.filled(with_faults(table, faults), **facts).to_batch()
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A table of queries with what was made of them, their tokens, and faults of those that could not be."""
+
+    table: pa.Table
+    tokens: PackedTokens
+    faults: Mapping[int, Fault]
+
+
+def _tokenised(
+    table: pa.Table, queries: list[str], attempt: Attempt, spec: ModelSpec, *, trust: bool
+) -> _Made:
+    feeder = load_text_feeder(spec, trust_remote_code=trust)
+    rows, tokens, faults = tokenise(
+        attempt, "tokenising", len(table), lambda piece: feeder.queries([queries[i] for i in piece])
+    )
+    return _Made(with_tokens(table, rows, tokens), tokens, faults)
+
+
+def _counted(table: pa.Table, queries: list[str], attempt: Attempt, job: QueryJob) -> _Made:
+    if job.counted is None:
+        raise ValueError("no tokens are to be counted")
+    feeder, counter = load_query_counter(job.counted, job.canaries, trust_remote_code=job.trust_remote_code)
+    rows, tokens, faults = tokenise(
+        attempt, "counting", len(table), lambda piece: feeder.queries([queries[i] for i in piece])
+    )
+    counts = spread(counter.column(tokens), rows, len(table))
+    return _Made(table.append_column(counter.output.name, counts), tokens, faults)
 
 
 def retrieve_stage(batch: pa.Table, job: RetrieveJob) -> pa.Table:
@@ -85,41 +143,39 @@ def retrieve_stage(batch: pa.Table, job: RetrieveJob) -> pa.Table:
 def _retrieve(parcel: Parcel, table: pa.Table, job: RetrieveJob, started: float) -> Parcel:
     able = table.filter(pc.is_null(table["reason"]))
     unable = table.filter(pc.is_valid(table["reason"]))
-    search_s = 0.0
-
-    def search(queries: FloatArray, fetched: int, effort: int | None) -> Results:
-        nonlocal search_s
-        began = time.time()
-        found = search_all(job.searchers, queries, fetched, effort, watch=lambda: None)
-        search_s += time.time() - began
-        return found
-
-    found = retrieve(dense_rows(able[EMBEDDING]), search, job.retrieval)
-    rows = able.select(["row_no", "query_id", "query"]).take(pa.array(found.numbers))
-    for name in ("passage_id", "vector_id", *(SPAN_SCHEMA.names if job.spans else ())):
-        rows = rows.append_column(name, found.rows[name])
-    rows = rows.append_column("first_score", pa.array(found.scores.astype(np.float64)))
-    silent = able.filter(pa.array(~np.isin(np.arange(len(able)), found.numbers)))
+    asked = [finder.find(able) for finder in job.finders]
+    found, search_s = [one for one, _ in asked], sum(seconds for _, seconds in asked)
+    results: Found | Ranking = found[0]
+    resolve_s = time.time() - started - search_s
+    spent = {"search_s": search_s, "resolve_s": resolve_s}
+    if job.combining is not None:
+        results = combine(found, able, job.retrieval, job.combining)
+        spent["combine_s"] = time.time() - started - search_s - resolve_s
+    rows = able.select(["row_no", "query_id", "query"]).take(pa.array(results.numbers))
+    for name in ("passage_id", "vector_id", *job.more.names):
+        rows = rows.append_column(name, results.rows[name])
+    rows = rows.append_column("first_score", pa.array(results.scores.astype(np.float64)))
+    silent = able.filter(pa.array(~np.isin(np.arange(len(able)), results.numbers)))
     facts = {
-        "unknown_ids": found.unknown,
-        "doubled_passages": found.doubled,
-        "missing_results": len(able) * job.retrieval.k - len(rows),
-        "refilled_queries": found.refilled,
+        "unknown_ids": sum(one.unknown for one in found),
+        "doubled_passages": sum(one.doubled for one in found),
+        "missing_results": len(able) * job.k - len(rows),
+        "refilled_queries": sum(one.refilled for one in found),
     }
     every = [rows, unable, _without_result(silent)]
-    rows = pa.concat_tables(_as_candidates(some, spans=job.spans) for some in every)
-    return parcel.filled(rows, search_s=search_s, resolve_s=time.time() - started - search_s, **facts)
+    rows = pa.concat_tables(_as_candidates(some, job.more) for some in every)
+    return parcel.filled(rows, **spent, **facts)
 
 
 def _without_result(queries: pa.Table) -> pa.Table:
-    detail = pa.array(["the index has nothing for it"] * len(queries), pa.string())
+    detail = pa.array(["nothing was found for it"] * len(queries), pa.string())
     queries = queries.drop_columns(["reason", "detail"]).append_column("detail", detail)
     return queries.append_column("reason", pa.array(["no_result"] * len(queries), pa.string()))
 
 
-def _as_candidates(table: pa.Table, *, spans: bool) -> pa.Table:
-    """Return a table with the columns of CANDIDATE_SCHEMA, and of SPAN_SCHEMA, null where it has none."""
-    schema = pa.schema([*CANDIDATE_SCHEMA, *(SPAN_SCHEMA if spans else ())])
+def _as_candidates(table: pa.Table, more: pa.Schema) -> pa.Table:
+    """Return a table with the columns of CANDIDATE_SCHEMA and some more, null where it has none."""
+    schema = pa.schema([*CANDIDATE_SCHEMA, *more])
     columns = [
         table[field.name].cast(field.type)
         if field.name in table.column_names

@@ -16,13 +16,16 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 QUERIES = 1200
 
 
-def prepare(bucket: str, model: Path, log: Path, factory: str = "IVF16,SQ8") -> list[str]:
+def prepare(
+    bucket: str, model: Path, log: Path, factory: str = "IVF16,SQ8", outputs: str = "embedding"
+) -> list[str]:
     """Embed and index real passages, and store queries; returns the query ids."""
     passages = docstrings(2000)
     upload(f"{bucket}/corpus", mixed_objects(passages))
     keys: dict[str, object] = {"corpus.uri": f"{bucket}/corpus", "output.uri": f"{bucket}/data"}
-    assert JobProcess(log, keys | {"model.name": model}).wait() == 0, log.read_text()
-    index = {"output.uri": f"{bucket}/data", "index.factory": factory}
+    keys |= {"model.name": model, "model.outputs": outputs}
+    assert JobProcess(log, keys).wait() == 0, log.read_text()
+    index: dict[str, object] = {"output.uri": f"{bucket}/data", "index.factory": factory}
     assert JobProcess(log, index, job="index").wait() == 0, log.read_text()
     records = [{"_id": f"q{i}", "text": passages[i]["title"] + f" {i}"} for i in range(QUERIES)]
     upload(bucket, {"queries.jsonl": jsonl(records)})
@@ -78,6 +81,28 @@ def test_search_survives_the_kill_of_an_index_actor_and_of_the_driver(
     rows = check(folder, queries, 10)
     calm = search_keys(bucket, "calm")
     assert JobProcess(log, calm, job="search").wait() == 0, log.read_text()
+    assert read_run(f"{bucket}/calm") == rows
+
+
+def test_a_search_by_several_outputs_survives_the_kill_of_each_of_its_actors_and_of_the_driver(
+    bucket: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    queries = prepare(bucket, tiny_model, tmp_path / "log", "Flat", "[embedding, bm25]")
+    several = {"search.first_stage": "hybrid", "search.rescore_with": "embedding", "search.candidates": 20}
+    keys, folder, log = search_keys(bucket, "run") | several, f"{bucket}/run", tmp_path / "search"
+    run = JobProcess(log, keys, job="search")
+    for name in ("ListSearcher", "::Searcher", "ModelStage"):
+        after_more_parts(folder, 3)
+        kill_actor(run, name)
+    after_more_parts(folder, 3)
+    run.kill()
+    there = parts(folder)
+    assert STORAGE.info(join(folder, "run.parquet")) is None
+    run = JobProcess(log, keys, job="search")
+    assert run.wait() == 0, run.log()
+    assert f"{QUERIES - 20 * there} queries to answer" in run.log()
+    rows = check(folder, queries, 10)
+    assert JobProcess(log, search_keys(bucket, "calm") | several, job="search").wait() == 0, log.read_text()
     assert read_run(f"{bucket}/calm") == rows
 
 

@@ -19,6 +19,7 @@ from bge_ray.pipeline.index.published import index_files
 from bge_ray.pipeline.index.searchers import Searcher
 from bge_ray.pipeline.runs.groups import GroupTask, GroupUnit, Workplace
 from bge_ray.pipeline.search.exact import ShardSearcher
+from bge_ray.pipeline.search.finders import Finder
 from bge_ray.pipeline.search.job import SearchJob
 from bge_ray.pipeline.search.retrieve import Retrieval
 from bge_ray.pipeline.search.stages import RetrieveJob, retrieve_stage
@@ -69,7 +70,11 @@ def retrieved(
         rescores=changes.pop("rescores", False),
     )
     assert not changes
-    job = RetrieveJob(Workplace(STORAGE, f"{root}/work", 3, None), (searcher,), retrieval, spans=False)
+    job = RetrieveJob(
+        Workplace(STORAGE, f"{root}/work", 3, None),
+        (Finder("embedding", (searcher,), retrieval),),
+        spans=False,
+    )
     rows = len(QUERIES)
     table = pa.table(
         {

@@ -1,0 +1,245 @@
+"""What several finders found to one ranking: fused, or scored again by what is stored of each candidate.
+
+What is fused is passages (or chunks, where these are results). What is scored again is vectors: of the chunks
+of a passage that some finder found the best one counts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bge_ray.dataset.lookup import read_shard
+from bge_ray.errors import StorageError
+from bge_ray.index.fusion import Fusion, fuse
+from bge_ray.index.scores import colbert_scores, dense_scores, sparse_scores, weighted_scores
+from bge_ray.pipeline.search.finders import score_column
+from bge_ray.pipeline.search.retrieve import Found, Retrieval
+from bge_ray.records.arrays import MultiRows, SparseRows, dense_rows, multi_rows, sparse_rows, whole
+from bge_ray.records.ids import FloatArray, IdArray
+from bge_ray.records.outputs import Output
+
+FUSED = "fused_score"
+
+
+@dataclass(frozen=True)
+class Rescoring:
+    """By which outputs candidates are scored again, and how much each of them weighs."""
+
+    outputs: tuple[Output, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Combining:
+    """How the candidates of finders, named by their outputs, become ``k`` results a query.
+
+    ``fusion`` is None where there is one finder, ``rescoring`` where nothing is scored again; one of them is
+    there.
+    """
+
+    found_by: tuple[str, ...]
+    k: int
+    fusion: Fusion | None
+    rescoring: Rescoring | None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The scores beside that of the result: one an output, and the fused one where it is not that."""
+        again = () if self.rescoring is None else tuple(o.name for o in self.rescoring.outputs)
+        fused = (FUSED,) if self.fusion is not None and self.rescoring is not None else ()
+        return (*(score_column(name) for name in dict.fromkeys((*self.found_by, *again))), *fused)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Results (r,) of n queries, by query, best first: ``numbers`` of the queries, ``scores`` float64.
+
+    ``rows`` has ``vector_id``, ``passage_id``, the columns that were asked for, and the scores of
+    `Combining.columns`, null where there is none.
+    """
+
+    numbers: IdArray
+    scores: npt.NDArray[np.float64]
+    rows: pa.Table
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """What all finders found, one entry each: (e,) arrays, and what they are together.
+
+    ``item_of`` is which of m items (a passage of a query, or a chunk of it) an entry is; ``scores`` are (m,)
+    by name, NaN where a finder did not find it; ``first`` the entry that stands for each item.
+    """
+
+    numbers: IdArray
+    rows: pa.Table
+    item_of: IdArray
+    first: IdArray
+    scores: dict[str, npt.NDArray[np.float64]]
+
+
+def combine(found: Sequence[Found], queries: pa.Table, data: Retrieval, how: Combining) -> Ranking:
+    """Make one ranking of what the finders found.
+
+    Args:
+        found: by each finder, in the order of their names.
+        queries: n rows, with a column for each output that scores again.
+        data: where what is stored of the candidates lies, and what a result is.
+        how: to combine.
+
+    Raises:
+        StorageError: a shard is missing or damaged.
+    """
+    entries = _gather(found, how, by_passage=data.group == "passage")
+    if how.rescoring is None:
+        chosen = entries.first
+        scores = {name: entries.scores[name] for name in how.columns}
+        total = entries.scores[FUSED]
+    else:
+        ids = entries.rows["vector_id"].to_numpy()
+        _, codes = np.unique(ids, return_inverse=True)
+        _, first = np.unique(_pairs(entries.numbers, codes), return_index=True)
+        chosen = np.sort(first).astype(np.int64)
+        again = stored_scores(data, how.rescoring.outputs, queries, entries.numbers[chosen], ids[chosen])
+        total = weighted_scores(list(again.values()), how.rescoring.weights).astype(np.float64)
+        items = entries.item_of[chosen]
+        exact = {score_column(name): values.astype(np.float64) for name, values in again.items()}
+        scores = {name: exact[name] if name in exact else entries.scores[name][items] for name in how.columns}
+    best = _ranked(entries, chosen, total, how.k)
+    rows = entries.rows.take(pa.array(chosen[best]))
+    for name in how.columns:
+        values = scores[name][best].astype(np.float32)
+        rows = rows.append_column(name, pa.array(values, pa.float32(), mask=np.isnan(values)))
+    return Ranking(entries.numbers[chosen[best]], total[best], rows)
+
+
+def stored_scores(
+    data: Retrieval, outputs: Sequence[Output], queries: pa.Table, numbers: IdArray, ids: IdArray
+) -> dict[str, FloatArray]:
+    """Score (p,) pairs of query and vector by what is stored, as FlagEmbedding's ``compute_score`` does.
+
+    Memory: what one shard holds of the vectors that are asked for, whatever p is.
+
+    Args:
+        data: where it is stored.
+        outputs: of the data set.
+        queries: n rows with a column for each of them.
+        numbers: (p,) of the queries.
+        ids: (p,) of vectors that the data set has.
+
+    Returns:
+        (p,) scores by the name of the output.
+
+    Raises:
+        StorageError: a shard is missing or damaged.
+    """
+    asked = {output.name: _Asked(output, queries) for output in outputs}
+    scores = {output.name: np.empty(len(ids), np.float32) for output in outputs}
+    order = np.lexsort((numbers, ids))
+    for fact, wanted in data.shards.split(np.unique(ids)):
+        table = read_shard(data.storage, data.root, fact, wanted, list(asked))
+        if len(table) != len(wanted):
+            raise StorageError(
+                f"{data.root}/{fact.path}: lacks {len(wanted) - len(table)} of {len(wanted)} vectors"
+            )
+        pairs = order[slice(*np.searchsorted(ids[order], [wanted[0], wanted[-1] + 1]))]
+        places = np.searchsorted(wanted, ids[pairs])
+        by_query = np.argsort(numbers[pairs], kind="stable")
+        pairs, places = pairs[by_query], places[by_query]
+        edges = np.flatnonzero(np.diff(numbers[pairs], prepend=-1, append=-1))
+        for name, of_output in asked.items():
+            stored = of_output.stored(table)
+            for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+                some = pairs[start:stop]
+                scores[name][some] = of_output.score(int(numbers[some[0]]), stored, places[start:stop])
+    return scores
+
+
+class _Asked:
+    """One output of queries, to be compared with what is stored of it."""
+
+    def __init__(self, output: Output, queries: pa.Table) -> None:
+        self._output = output
+        # Queries are as they were computed, whatever is stored of passages.
+        self._queries = _rows(queries[output.name], output.kind, "float32")
+
+    def stored(self, table: pa.Table) -> npt.NDArray[np.floating] | SparseRows | MultiRows:
+        return _rows(table[self._output.name], self._output.kind, self._output.dtype)
+
+    def score(
+        self, number: int, stored: npt.NDArray[np.floating] | SparseRows | MultiRows, places: IdArray
+    ) -> FloatArray:
+        query, passages = self._queries[np.array([number])], stored[places]
+        if isinstance(query, SparseRows) and isinstance(passages, SparseRows):
+            return sparse_scores(query, passages)
+        if isinstance(query, MultiRows) and isinstance(passages, MultiRows):
+            return colbert_scores(query.vectors, passages)
+        return dense_scores(np.asarray(query)[0], np.asarray(passages))
+
+
+def _rows(
+    column: pa.ChunkedArray, kind: str, dtype: str
+) -> npt.NDArray[np.floating] | SparseRows | MultiRows:
+    if kind == "dense":
+        return dense_rows(column)
+    return sparse_rows(column) if kind == "sparse" else multi_rows(column, dtype)
+
+
+def _gather(found: Sequence[Found], how: Combining, *, by_passage: bool) -> _Entries:
+    """Lay what all finders found side by side, and say which entries are of one passage of one query."""
+    numbers = np.concatenate([part.numbers for part in found])
+    rows = pa.concat_tables([part.rows for part in found], promote_options="permissive")
+    named = whole(rows["passage_id" if by_passage else "vector_id"]).dictionary_encode().indices.to_numpy()
+    _, first, item_of = np.unique(_pairs(numbers, named), return_index=True, return_inverse=True)
+    n_items = len(first)
+    scores: dict[str, npt.NDArray[np.float64]] = {}
+    start = 0
+    for name, part in zip(how.found_by, found, strict=True):
+        values = np.full(n_items, np.nan)
+        values[item_of[start : start + len(part.numbers)]] = part.scores
+        scores[score_column(name)] = values
+        start += len(part.numbers)
+    first = first.astype(np.int64)
+    if how.fusion is not None:
+        gains = fuse([(part.numbers, part.scores) for part in found], how.fusion)
+        scores[FUSED] = np.bincount(item_of, np.concatenate(gains), minlength=n_items).astype(np.float64)
+        rank = np.concatenate([_rank(part.numbers) for part in found])
+        # Of one passage by several chunks, that of the best rank; of equal ones the first finder's.
+        order = np.lexsort((np.arange(len(rank)), rank, item_of))
+        first = order[np.searchsorted(item_of[order], np.arange(n_items))]
+    return _Entries(numbers, rows, item_of, first, scores)
+
+
+def _pairs(numbers: IdArray, codes: IdArray) -> IdArray:
+    """Return one number for each pair of a query's number and a code, which counts from 0 on."""
+    return numbers.astype(np.int64) * (int(codes.max(initial=0)) + 1) + codes
+
+
+def _rank(numbers: IdArray) -> IdArray:
+    return np.arange(len(numbers)) - np.searchsorted(numbers, numbers)
+
+
+def _ranked(entries: _Entries, chosen: IdArray, total: npt.NDArray[np.float64], k: int) -> IdArray:
+    """Return which of (c,) chosen entries are the k results of each query, by query, best first.
+
+    Ties go by passage id, then by vector id; of the entries of one item the best counts.
+    """
+    rows = entries.rows.take(pa.array(chosen))
+    table = pa.table(
+        {
+            "query": entries.numbers[chosen],
+            "score": total,
+            "passage_id": rows["passage_id"],
+            "vector_id": rows["vector_id"],
+        }
+    )
+    order = [("query", "ascending"), ("score", "descending"), ("passage_id", "ascending")]
+    best = pc.sort_indices(table, [*order, ("vector_id", "ascending")]).to_numpy().astype(np.int64)
+    _, first = np.unique(entries.item_of[chosen[best]], return_index=True)
+    best = best[np.sort(first)]
+    kept: IdArray = best[_rank(entries.numbers[chosen[best]]) < k]
+    return kept

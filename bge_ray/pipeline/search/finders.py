@@ -1,0 +1,85 @@
+"""What finds candidates by one output of a data set: its vectors, or the inverted lists of a sparse one."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from ray.actor import ActorHandle
+
+from bge_ray.index.bm25 import Saturation, TermStats
+from bge_ray.index.topk import Results
+from bge_ray.pipeline.engine.tasks import wait_for
+from bge_ray.pipeline.index.searchers import search_all
+from bge_ray.pipeline.search.retrieve import Found, Queries, Retrieval, retrieve
+from bge_ray.records.arrays import dense_rows, sparse_rows
+from bge_ray.records.model import BM25, EMBEDDING
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """How BM25 weighs counts in a data set: what its tokens are worth, and how a count loses weight."""
+
+    stats: TermStats
+    saturation: Saturation
+
+
+@dataclass(frozen=True)
+class Finder:
+    """Actors that hold an output of all vectors together, and what they are asked for.
+
+    ``weighing`` is that of counts, and None where what is stored is compared as it is.
+    """
+
+    output: str
+    searchers: tuple[ActorHandle, ...]
+    retrieval: Retrieval
+    weighing: Weighing | None = None
+
+    def find(self, queries: pa.Table) -> tuple[Found, float]:
+        """Find the best of each query of a table with a column of this output, and say what asking took.
+
+        Returns:
+            What was found, and seconds that searchers were waited for.
+
+        Raises:
+            IndexBuildError, StorageError: see `retrieve`.
+        """
+        spent = 0.0
+
+        def search(asked: Any, fetched: int, effort: int | None) -> Results:
+            nonlocal spent
+            began = time.time()
+            how = effort if self.weighing is None else self.weighing.saturation
+            found = search_all(self.searchers, asked, fetched, how, watch=lambda: None)
+            spent += time.time() - began
+            return found
+
+        return retrieve(self._queries(queries), search, self.retrieval), spent
+
+    def _queries(self, table: pa.Table) -> Queries:
+        if self.output == EMBEDDING:
+            return dense_rows(table[EMBEDDING])
+        rows = sparse_rows(table[self.output])
+        return rows if self.weighing is None else self.weighing.stats.weigh(rows)
+
+
+def weigh_terms(searchers: list[ActorHandle], k1: float, b: float, watch: Callable[[], None]) -> Weighing:
+    """Add up what BM25 must know of a data set, which its searchers hold together.
+
+    Raises:
+        StorageError, IndexBuildError: a shard is missing or damaged.
+    """
+    stats = TermStats.merged(wait_for([searcher.terms.remote() for searcher in searchers], watch))
+    return Weighing(stats, stats.saturation(k1, b))
+
+
+def score_column(output: str) -> str:
+    """Return the column of a run that holds the score by one output."""
+    return f"{output}_score"
+
+
+def is_counted(output: str) -> bool:
+    """Tell whether the column of an output holds counts of tokens, which the reading of queries makes."""
+    return output == BM25

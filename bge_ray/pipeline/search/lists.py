@@ -1,0 +1,64 @@
+"""Actors that hold a sparse column of embedding shards as inverted lists, side by side."""
+
+from collections.abc import Iterator, Sequence
+
+from bge_ray.dataset.read import read_columns
+from bge_ray.index.bm25 import Saturation, TermStats
+from bge_ray.index.lists import Lists, blocks_of, on_disk, search_lists
+from bge_ray.index.topk import Results
+from bge_ray.records.arrays import SparseRows, sparse_rows
+from bge_ray.records.dataset import FileFact
+from bge_ray.records.ids import IdArray
+from bge_ray.storage.objects import Storage
+
+
+class ListSearcher:
+    """Searches one sparse column of some shards exactly; the lists lie on its machine's disk.
+
+    They are made of the column when they are first needed, which is once in the life of the actor, and
+    nothing of them is kept beyond it: to read lists would cost what to read the column does, and they would
+    have to be kept fresh.
+    """
+
+    def __init__(
+        self, storage: Storage, root: str, facts: Sequence[FileFact], column: str, *, per_row: bool = False
+    ) -> None:
+        """Note which shards to search.
+
+        Args:
+            storage: where they are.
+            root: folder of the data set.
+            facts: of the shards, by ascending ids.
+            column: sparse.
+            per_row: of the chunks of a corpus row only the best counts.
+        """
+        self._storage, self._root, self._facts = storage, root, facts
+        self._column, self._per_row = column, per_row
+        self._blocks: list[Lists] | None = None
+
+    def terms(self) -> TermStats:
+        """Return what BM25 must know of these shards.
+
+        Raises:
+            StorageError: a shard is missing or damaged.
+            IndexBuildError: what it holds is no sparse column of ascending ids.
+        """
+        return TermStats.merged(block.terms() for block in self._held())
+
+    def search(self, queries: SparseRows, k: int, saturation: Saturation | None) -> Results:
+        """Return the best k over all shards of this actor; see `index.lists.search_lists`.
+
+        Raises:
+            StorageError, IndexBuildError: as `terms`.
+        """
+        return search_lists(queries, self._held(), k, saturation=saturation, per_row=self._per_row)
+
+    def _held(self) -> list[Lists]:
+        if self._blocks is None:
+            self._blocks = [on_disk(block) for block in blocks_of(self._parts())]
+        return self._blocks
+
+    def _parts(self) -> Iterator[tuple[SparseRows, IdArray]]:
+        for fact in self._facts:
+            for table in read_columns(self._storage, self._root, fact, ["vector_id", self._column]):
+                yield sparse_rows(table[self._column]), table["vector_id"].to_numpy()
