@@ -139,7 +139,8 @@ class Course:
         code = self._live(Life(asked.job if asked is not None else job, 0.0, ()), asked)
         after = self._site.fs.find(self.root, detail=True)
         etags = [{n: i["ETag"] for n, i in listing.items()} for listing in (before, after)]
-        return [] if code == 0 and etags[0] == etags[1] else [f"a further run did something (exit {code})"]
+        changed = sorted(n for n in etags[0] | etags[1] if etags[0].get(n) != etags[1].get(n))
+        return [f"a further run did something (exit {code}): {changed}"] if code or changed else []
 
     def _settings(self, job: str, asked: Asked | None) -> dict[str, object]:
         if asked is not None:

@@ -41,7 +41,7 @@ def await_nodes(
 
     Raises:
         SettingsError: the cluster is this job's own, on one machine, and lacks them.
-        IncompleteRunError: they did not come in time.
+        IncompleteRunError: they did not come in time; or of this job's own cluster nothing is left.
     """
     have = ray.cluster_resources()
     gpus = gpus_each or 0.0
@@ -50,6 +50,11 @@ def await_nodes(
     if have.get("GPU", 0.0) >= gpus * count and have.get("CPU", 0.0) >= 1:
         return
     if not is_shared(settings):
+        if have.get("GPU", 0.0) >= gpus * count:
+            raise IncompleteRunError(
+                f"{wanted}: the Ray of this run has no node any more: it died, or was not heard from in "
+                "time, as where a machine has too much to do; run again"
+            )
         raise SettingsError(
             f"{wanted}: wants {gpus * count:g} GPUs, this machine has {have.get('GPU', 0.0):g}; ask "
             "for fewer, or join a cluster (resources.address, RAY_ADDRESS)"
