@@ -52,9 +52,8 @@ def main() -> None:
     started = time.process_time()
     blocks = [on_disk(block) for block in blocks_of(rows)]
     entries = sum(len(block.vectors) for block in blocks)
-    print(
-        f"{passages:,} passages, {entries:,} entries, inverted in {time.process_time() - started:.1f} s of CPU"
-    )
+    spent = time.process_time() - started
+    print(f"{passages:,} passages, {entries:,} entries, inverted in {spent:.1f} s of CPU")
     stats = TermStats.merged(block.terms() for block in blocks)
     for name, asked, saturation in (
         ("BM25", stats.weigh(queries), stats.saturation(1.2, 0.75)),
