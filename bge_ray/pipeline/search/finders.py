@@ -14,7 +14,7 @@ from bge_ray.pipeline.engine.tasks import wait_for
 from bge_ray.pipeline.index.searchers import search_all
 from bge_ray.pipeline.search.retrieve import Found, Queries, Retrieval, retrieve
 from bge_ray.records.arrays import dense_rows, sparse_rows
-from bge_ray.records.model import BM25, EMBEDDING
+from bge_ray.records.model import EMBEDDING
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,3 @@ def weigh_terms(searchers: list[ActorHandle], k1: float, b: float, watch: Callab
 def score_column(output: str) -> str:
     """Return the column of a run that holds the score by one output."""
     return f"{output}_score"
-
-
-def is_counted(output: str) -> bool:
-    """Tell whether the column of an output holds counts of tokens, which the reading of queries makes."""
-    return output == BM25

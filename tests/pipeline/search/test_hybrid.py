@@ -64,15 +64,20 @@ def queries() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def root(
-    s3_server: S3Server, ray_cluster: None, m3: Path, passages: dict[str, str], queries: dict[str, str]
-) -> str:
+def corpus(s3_server: S3Server, queries: dict[str, str]) -> str:
+    """Corpus and queries."""
     root = f"s3://out/hybrid-{secrets.token_hex(4)}"
     upload(f"{root}/corpus", mixed_objects(docstrings(PASSAGES)))
-    keys = {"corpus__uri": f"{root}/corpus", "output__uri": f"{root}/data", "model__name": str(m3)}
-    embed(settings_for(**keys, model__outputs=OUTPUTS, batching__unit_rows=24))
     upload(root, {"queries.jsonl": jsonl([{"_id": name, "text": text} for name, text in queries.items()])})
     return root
+
+
+@pytest.fixture(scope="module")
+def root(corpus: str, ray_cluster: None, m3: Path) -> str:
+    """Beside them a data set with all outputs."""
+    keys = {"corpus__uri": f"{corpus}/corpus", "output__uri": f"{corpus}/data", "model__name": str(m3)}
+    embed(settings_for(**keys, model__outputs=OUTPUTS, batching__unit_rows=24))
+    return corpus
 
 
 @pytest.fixture(scope="module")
@@ -249,43 +254,35 @@ def test_an_index_and_a_reranker_go_with_it_and_a_second_run_does_nothing(
         mine(settings_for(**asked, mine__output=f"{bucket}/mined", mine__input=f"{root}/queries.jsonl"))
 
 
-def test_chunks_fall_together_to_distinct_passages(root: str, bucket: str, m3: Path) -> None:
+def test_chunks_fall_together_to_distinct_passages(corpus: str, bucket: str, m3: Path) -> None:
     data = f"{bucket}/data"
-    keys = {"corpus__uri": f"{root}/corpus", "output__uri": data, "model__name": str(m3)}
+    keys = {"corpus__uri": f"{corpus}/corpus", "output__uri": data, "model__name": str(m3)}
     embed(settings_for(**keys, model__outputs=OUTPUTS, chunking__max_tokens=40))
     table = read_shards(data).sort_by("vector_id")
+    names = table["passage_id"].to_pylist()
     assert len(table) > PASSAGES
-    chunks = set(zip(table["passage_id"].to_pylist(), table["chunk_no"].to_pylist(), strict=True))
-    asked = {"output__uri": data, "search__queries": f"{root}/queries.jsonl", "search__k": K}
-    for stage, more in (
-        ("bm25", {}),
-        ("hybrid", {"search__candidates": 20, "search__rescore_with": ["sparse", "colbert"]}),
-    ):
-        runs = {}
-        for group in ("passage", "chunk"):
-            output = {"search__output": f"{bucket}/{stage}-{group}", "search__group": group}
-            search(settings_for(**asked, **more, **output, search__first_stage=stage))
-            from_parquet = read_parquet_run(f"{bucket}/{stage}-{group}")
-            assert {(row["passage_id"], row["chunk_no"]) for row in from_parquet} <= chunks
-            runs[group] = itertools.groupby(from_parquet, key=lambda row: row["query_id"])
-        for rows in map(list, (rows for _, rows in runs["passage"])):
-            assert len({row["passage_id"] for row in rows}) == len(rows) <= K
-    counts = table["bm25"].to_pylist()
-    best: dict[str, float] = {}
-    for name, score in zip(
-        table["passage_id"].to_pylist(), bm25(m3, counts, "the name the name of the module"), strict=True
-    ):
-        best[name] = max(best.get(name, 0.0), score)
-    found = [
-        (row["passage_id"], row["score"])
-        for row in read_parquet_run(f"{bucket}/bm25-passage")
-        if row["query_id"] == "twice"
-    ]
-    assert_same_ranking(found, ranked(best, K))
+    chunks = set(zip(names, table["chunk_no"].to_pylist(), strict=True))
+    asked = {"output__uri": data, "search__queries": f"{corpus}/queries.jsonl", "search__k": K}
+    several = {"search__candidates": 20, "search__rescore_with": ["sparse", "colbert"]}
+    for stage, more in (("bm25", {}), ("hybrid", several)):
+        output = f"{bucket}/{stage}"
+        search(settings_for(**asked, **more, search__output=output, search__first_stage=stage))
+        rows = pq.read_table(pa.BufferReader(STORAGE.read(f"{output}/run.parquet"))).to_pylist()
+        assert {(row["passage_id"], row["chunk_no"]) for row in rows} <= chunks
+        for _, results in itertools.groupby(rows, key=lambda row: row["query_id"]):
+            found = [row["passage_id"] for row in results]
+            assert len(set(found)) == len(found) <= K
+        if stage == "bm25":
+            best: dict[str, float] = {}
+            scores = bm25(m3, table["bm25"].to_pylist(), "the name the name of the module")
+            for name, score in zip(names, scores, strict=True):
+                best[name] = max(best.get(name, 0.0), score)
+            twice = [(row["passage_id"], row["score"]) for row in rows if row["query_id"] == "twice"]
+            assert_same_ranking(twice, ranked(best, K))
 
 
 def test_bm25_alone_takes_no_model(
-    root: str, bucket: str, m3: Path, tmp_path: Path, queries: dict[str, str]
+    corpus: str, bucket: str, m3: Path, tmp_path: Path, queries: dict[str, str]
 ) -> None:
     """The tokenizer of a folder without weights, and a query of which nothing is known."""
     folder = tmp_path / "tokenizer"
@@ -293,12 +290,12 @@ def test_bm25_alone_takes_no_model(
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((m3 / name).read_bytes())
     data = f"{bucket}/data"
-    keys = {"corpus__uri": f"{root}/corpus", "output__uri": data, "model__name": str(folder)}
+    keys = {"corpus__uri": f"{corpus}/corpus", "output__uri": data, "model__name": str(folder)}
     report = embed(settings_for(**keys, model__outputs=["bm25"])).report
     assert (report.rows_out, report.truncated) == (PASSAGES, 0)
     asked = {
         "output__uri": data,
-        "search__queries": f"{root}/queries.jsonl",
+        "search__queries": f"{corpus}/queries.jsonl",
         "search__output": f"{bucket}/run",
     }
     searched = search(settings_for(**asked, search__k=K, search__first_stage="bm25", search__bm25_b=0.4))
@@ -317,7 +314,3 @@ def test_bm25_alone_takes_no_model(
     asked |= {"search__queries": f"{bucket}/odd.jsonl", "search__output": f"{bucket}/odd"}
     with pytest.raises(RejectedRowsError, match="no_result 1"):
         search(settings_for(**asked, search__first_stage="bm25"))
-
-
-def read_parquet_run(folder: str) -> list[dict[str, Any]]:
-    return pq.read_table(pa.BufferReader(STORAGE.read(f"{folder}/run.parquet"))).to_pylist()
