@@ -4,13 +4,11 @@ Order and draws are functions of the seed, the epoch and the example, without a 
 taken up in its middle goes on as if nothing had been. No torch here.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from bge_ray.formats.training import Example
 from bge_ray.records.ids import IdArray
 
 SCHEMA = pa.schema(
@@ -23,21 +21,6 @@ SCHEMA = pa.schema(
         ("negative_scores", pa.list_(pa.float32())),
     ]
 )
-
-
-def to_table(examples: Sequence[Example]) -> pa.Table:
-    """Return examples as a table of `SCHEMA`."""
-    return pa.Table.from_pydict(
-        {
-            "query": [example.query for example in examples],
-            "prompt": [example.labels.get("prompt") for example in examples],
-            "positives": [example.texts for example in examples],
-            "negatives": [example.negatives for example in examples],
-            "positive_scores": [example.positive_scores for example in examples],
-            "negative_scores": [example.negative_scores for example in examples],
-        },
-        SCHEMA,
-    )
 
 
 @dataclass(frozen=True)
@@ -77,6 +60,17 @@ class Group:
     prompt: str | None
     passages: list[str]
     scores: list[float] | None
+
+
+@dataclass(frozen=True)
+class HeldOutQuery:
+    """A query whose ``positives`` are to be found; ``prompt`` replaces the instruction if there is one."""
+
+    query_id: str
+    query: str
+    prompt: str | None
+    positives: list[str]
+    negatives: list[str]
 
 
 def draw(table: pa.Table, row: int, epoch: int, size: int, seed: int) -> Group:

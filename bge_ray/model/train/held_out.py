@@ -6,14 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from bge_ray.errors import ModelError
-from bge_ray.formats.training import Example
 from bge_ray.metrics import measure
 from bge_ray.model.feed.pairs import PairFeeder
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.run.model import Model, Place
 from bge_ray.model.spec import family_of
 from bge_ray.model.train.batches import TextTokens
-from bge_ray.model.train.examples import Group
+from bge_ray.model.train.examples import Group, HeldOutQuery
 from bge_ray.records.ids import FloatArray
 from bge_ray.records.model import EMBEDDING, SCORE, ModelSpec
 from bge_ray.records.tokens import PackedTokens
@@ -25,7 +24,7 @@ QUERIES_AT_ONCE = 256
 
 
 def measure_held_out(
-    spec: ModelSpec, folder: Path, place: Place, examples: Sequence[Example]
+    spec: ModelSpec, folder: Path, place: Place, examples: Sequence[HeldOutQuery]
 ) -> dict[str, float]:
     """Return MRR@10 by query id.
 
@@ -46,20 +45,20 @@ def measure_held_out(
         run = _rerank(model, feeder, examples)
     else:
         run = _search(model, feeder, _queries(model, folder, place, examples), examples)
-    qrels = {example.query_id: dict.fromkeys(example.texts, 1) for example in examples}
+    qrels = {example.query_id: dict.fromkeys(example.positives, 1) for example in examples}
     names = _names(examples)
     named = {query: {names[text]: score for text, score in found.items()} for query, found in run.items()}
     judged = {query: {names[text]: 1 for text in texts} for query, texts in qrels.items()}
     return measure(named, judged, (CUT,))[f"MRR@{CUT}"]
 
 
-def _names(examples: Sequence[Example]) -> dict[str, str]:
-    texts = dict.fromkeys(text for e in examples for text in (*e.texts, *e.negatives))
+def _names(examples: Sequence[HeldOutQuery]) -> dict[str, str]:
+    texts = dict.fromkeys(text for e in examples for text in (*e.positives, *e.negatives))
     return {text: f"{number:09d}" for number, text in enumerate(texts)}
 
 
 def _search(
-    model: Model, feeder: TextFeeder, queries: FloatArray, examples: Sequence[Example]
+    model: Model, feeder: TextFeeder, queries: FloatArray, examples: Sequence[HeldOutQuery]
 ) -> dict[str, dict[str, float]]:
     texts = list(_names(examples))
     passages = _unit(_run(model, feeder.passages(texts), EMBEDDING))
@@ -73,16 +72,18 @@ def _search(
     return found
 
 
-def _queries(model: Model, folder: Path, place: Place, examples: Sequence[Example]) -> FloatArray:
+def _queries(model: Model, folder: Path, place: Place, examples: Sequence[HeldOutQuery]) -> FloatArray:
     """Return (n, dim) unit vectors of the queries, each behind its own prompt if it has one."""
     length = model.spec.max_length
     tokens = TextTokens(model.spec, folder, (length, length), trusted=place.trust_remote_code)
-    groups = [Group(e.query, e.labels.get("prompt"), [], None) for e in examples]
+    groups = [Group(e.query, e.prompt, [], None) for e in examples]
     return _unit(_run(model, tokens.queries(groups), EMBEDDING))
 
 
-def _rerank(model: Model, feeder: PairFeeder, examples: Sequence[Example]) -> dict[str, dict[str, float]]:
-    lists = [list(dict.fromkeys([*example.texts, *example.negatives])) for example in examples]
+def _rerank(
+    model: Model, feeder: PairFeeder, examples: Sequence[HeldOutQuery]
+) -> dict[str, dict[str, float]]:
+    lists = [list(dict.fromkeys([*example.positives, *example.negatives])) for example in examples]
     queries = [e.query for e, texts in zip(examples, lists, strict=True) for _ in texts]
     scores = iter(
         _run(model, feeder.pairs(queries, [text for texts in lists for text in texts]), SCORE).tolist()

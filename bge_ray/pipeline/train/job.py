@@ -88,9 +88,9 @@ def plan_train(settings: Settings) -> str:
     state = "up to date" if done else f"to go on behind step {found:,}" if found else "to be done"
     held_out = f", measured by {len(data.held_out):,} held-out queries" if data.held_out else ""
     return (
-        f"{asked.kind} {work.base.spec.name}: {work.schedule.steps:,} steps of {asked.batch_queries} queries with "
-        f"{asked.group} passages each, out of {len(data.examples):,} examples ({data.n_left_out:,} left out){held_out}, "
-        f"to {asked.output}: {state}"
+        f"{asked.kind} {work.base.spec.name}: {work.schedule.steps:,} steps of {asked.batch_queries} queries "
+        f"with {asked.group} passages each, out of {len(data.examples):,} examples ({data.n_left_out:,} left "
+        f"out){held_out}, to {asked.output}: {state}"
     )
 
 

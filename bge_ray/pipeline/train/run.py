@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import ray
 
 from bge_ray.errors import IncompleteRunError, ModelError, SettingsError
 from bge_ray.formats.training import Example
 from bge_ray.model.spec import model_folder, resolve_encoder, resolve_reranker
 from bge_ray.model.train.base import Base
-from bge_ray.model.train.examples import Schedule, to_table
+from bge_ray.model.train.examples import SCHEMA, HeldOutQuery, Schedule
 from bge_ray.pipeline.engine.cluster import connect, is_shared, root_cause
 from bge_ray.pipeline.engine.nodes import await_nodes
 from bge_ray.pipeline.engine.progress import Progress
@@ -119,8 +120,17 @@ def _trainer(job: TrainingJob, team: Team, settings: Settings, local: Path) -> A
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    class Trainer(TorchTrainer):  # type: ignore[misc]
+        """Without the actor that looks every second, through a dashboard, whether the driver lives."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            found = super()._create_default_callbacks()
+            # Of a cluster that is this job's own nothing is left when it ends, and it has no dashboard.
+            kept = is_shared(settings.resources)
+            return [one for one in found if kept or type(one).__name__ != "PlacementGroupCleanerCallback"]
+
     resources = {"CPU": float(team.cpus)} | ({"GPU": team.gpus} if team.gpus else {})
-    return TorchTrainer(
+    return Trainer(
         train_loop,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
@@ -165,6 +175,21 @@ def make_job(
     return TrainingJob(storage, work, key, base, settings.train, schedule, cpus, table, board)
 
 
+def to_table(examples: list[Example]) -> pa.Table:
+    """Return examples as a table of `model.train.examples.SCHEMA`."""
+    return pa.Table.from_pydict(
+        {
+            "query": [example.query for example in examples],
+            "prompt": [example.labels.get("prompt") for example in examples],
+            "positives": [example.texts for example in examples],
+            "negatives": [example.negatives for example in examples],
+            "positive_scores": [example.positive_scores for example in examples],
+            "negative_scores": [example.negative_scores for example in examples],
+        },
+        SCHEMA,
+    )
+
+
 @dataclass(frozen=True)
 class Measured:
     """A model to be measured, as a task gets it: the base, or what was stored of the trained one."""
@@ -185,7 +210,9 @@ def measure(
     Raises:
         ModelError: a trained model is not read as it was trained.
     """
-    held_out = ray.put(examples)
+    held_out = ray.put(
+        [HeldOutQuery(e.query_id, e.query, e.labels.get("prompt"), e.texts, e.negatives) for e in examples]
+    )
     tasks = run_tasks(
         measure_task,
         [(model, held_out) for model in models],
@@ -198,7 +225,7 @@ def measure(
     return [found[number] for number in range(len(models))]
 
 
-def measure_task(model: Measured, examples: list[Example]) -> dict[str, float]:
+def measure_task(model: Measured, examples: list[HeldOutQuery]) -> dict[str, float]:
     """Measure one model on this node."""
     import torch
 
@@ -249,7 +276,7 @@ def read_back(settings: Settings, base: Base, folder: Path) -> ModelSpec:
     same = spec.pooling == base.spec.pooling and spec.passage_instruction == base.spec.passage_instruction
     if not same or spec.around_query()[0] != base.spec.around_query()[0]:
         raise ModelError(
-            f"train.output: the trained model is read with {spec.pooling} pooling and {spec.around_query()!r} "
-            f"around a query, and was trained with {base.spec.pooling} and {base.spec.around_query()!r}"
+            f"train.output: the trained model is read with {spec.pooling} pooling and "
+            f"{spec.around_query()!r} around a query, and was trained with {base.spec.pooling} and {base.spec.around_query()!r}"
         )
     return spec
