@@ -119,9 +119,7 @@ def _train(job: TrainingJob, local: Path) -> None:
         store(job.storage, job.work, path, kind=kind, key=job.key, step=step, attempt=attempt, curve=curve)
 
     def on_checkpoint(step: int, path: Path) -> None:
-        for other in path.iterdir():
-            if other.name not in _RESUMED:
-                other.unlink()
+        resumable(path)
         keep(step, path, kind="checkpoint")
         remove_older(job.storage, job.work, job.key)
 
@@ -134,6 +132,13 @@ def _train(job: TrainingJob, local: Path) -> None:
         made = local / "model"
         save_model(trainer.model, job.base, job.asked, made)
         keep(job.schedule.steps, made, kind="model")
+
+
+def resumable(checkpoint: Path) -> None:
+    """Remove what transformers put into the folder of a checkpoint and resuming does not read."""
+    for path in checkpoint.iterdir():
+        if path.name not in _RESUMED:
+            path.unlink()
 
 
 def _checkpoint(local: Path, found: StoredFolder) -> Path:

@@ -273,10 +273,13 @@ def read_back(settings: Settings, base: Base, folder: Path) -> ModelSpec:
         trust_remote_code=base.trusted,
     )
     spec = resolve_encoder(asked_again, on_gpu=False)
-    same = spec.pooling == base.spec.pooling and spec.passage_instruction == base.spec.passage_instruction
-    if not same or spec.around_query()[0] != base.spec.around_query()[0]:
+    read, trained = (
+        (one.pooling, one.normalize, one.around_query()[0], one.passage_instruction)
+        for one in (spec, base.spec)
+    )
+    if read != trained:
         raise ModelError(
-            f"train.output: the trained model is read with {spec.pooling} pooling and "
-            f"{spec.around_query()!r} around a query, and was trained with {base.spec.pooling} and {base.spec.around_query()!r}"
+            f"train.output: the trained model is read with {read} (pooling, normalize, what stands before a query "
+            f"and a passage), and was trained with {trained}"
         )
     return spec
