@@ -800,7 +800,7 @@ class TrainSettings(Section):
         1e-5, gt=0, description="the greatest; it rises during the warm-up and falls to 0 from there"
     )
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
-    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="length to which a longer gradient is cut")
     lora_rank: int | None = Field(
         None,

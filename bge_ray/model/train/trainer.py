@@ -40,45 +40,45 @@ class Hooks:
     on_checkpoint: Callable[[int, Path], None]
 
 
-def make_trainer(
-    model: Any,
-    base: Base,
-    folder: Path,
-    table: pa.Table,
-    asked: TrainSettings,
-    schedule: Schedule,
-    work: Path,
-    hooks: Hooks,
-) -> "Trainer":
+@dataclass(frozen=True)
+class Setup:
+    """What a trainer is made of beside the model and the examples.
+
+    ``folder`` has the files of the ``base``, ``work`` takes checkpoints; both are on this machine.
+    """
+
+    base: Base
+    folder: Path
+    asked: TrainSettings
+    schedule: Schedule
+    work: Path
+    on_gpu: bool = False
+
+
+def make_trainer(model: Any, table: pa.Table, setup: Setup, hooks: Hooks) -> "Trainer":
     """Return what trains a model; each worker has one.
 
     Args:
         model: as `build.build_model` made it.
-        base: what it was.
-        folder: its files, of which the tokenizer is taken.
         table: the examples.
-        asked: by the settings.
-        schedule: of the examples.
-        work: folder for checkpoints, on this machine.
+        setup: the rest.
         hooks: called as it goes.
     """
-    collator = _collator(base, folder, table, asked, schedule)
-    objective = _objective(model, asked)
+    objective = _objective(model, setup.asked)
     trainer = Trainer(
         model=model,
-        args=_arguments(asked, schedule.steps, work),
-        train_dataset=Dataset.from_dict({"position": np.arange(schedule.positions)}),
+        args=_arguments(setup),
+        train_dataset=Dataset.from_dict({"position": np.arange(setup.schedule.positions)}),
         loss=objective,
-        data_collator=collator,
-        callbacks=[_Callback(objective, asked.seed, hooks)],
+        data_collator=_collator(table, setup),
+        callbacks=[_Callback(objective, setup.asked.seed, hooks)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _collator(
-    base: Base, folder: Path, table: pa.Table, asked: TrainSettings, schedule: Schedule
-) -> Collator:
+def _collator(table: pa.Table, setup: Setup) -> Collator:
+    base, folder, asked = setup.base, setup.folder, setup.asked
     spec = base.spec
     tokenise: TextTokens | PairTokens
     if asked.kind == "reranker":
@@ -90,11 +90,9 @@ def _collator(
         query = asked.query_max_length or spec.max_length
         lengths = (query, asked.passage_max_length or query)
         tokenise = TextTokens(spec, folder, lengths, trusted=base.trusted)
-    tokenizer = load_tokenizer(folder, trust_remote_code=base.trusted)
-    pad = tokenizer.pad_token_id
-    return Collator(
-        table, schedule, asked.group, tokenise, 0 if pad is None else pad, asked.distill != "none"
-    )
+    pad = load_tokenizer(folder, trust_remote_code=base.trusted).pad_token_id
+    learns = asked.distill != "none"
+    return Collator(table, setup.schedule, asked.group, tokenise, 0 if pad is None else pad, learns)
 
 
 def _objective(model: Any, asked: TrainSettings) -> Objective:
@@ -106,10 +104,10 @@ def _objective(model: Any, asked: TrainSettings) -> Objective:
     return Embedding(model, how, asked.cached_rows)
 
 
-def _arguments(asked: TrainSettings, steps: int, work: Path) -> BaseTrainingArguments:
-    on_gpu = torch.cuda.is_available()
+def _arguments(setup: Setup) -> BaseTrainingArguments:
+    asked, steps = setup.asked, setup.schedule.steps
     return BaseTrainingArguments(
-        output_dir=str(work),
+        output_dir=str(setup.work),
         max_steps=steps,
         per_device_train_batch_size=asked.batch_queries // world()[1],
         learning_rate=asked.learning_rate,
@@ -118,7 +116,7 @@ def _arguments(asked: TrainSettings, steps: int, work: Path) -> BaseTrainingArgu
         weight_decay=asked.weight_decay,
         max_grad_norm=asked.max_grad_norm,
         bf16=asked.dtype == "bfloat16",
-        use_cpu=not on_gpu,
+        use_cpu=not setup.on_gpu,
         seed=asked.seed,
         save_strategy="steps",
         save_steps=asked.checkpoint_steps,
@@ -129,7 +127,7 @@ def _arguments(asked: TrainSettings, steps: int, work: Path) -> BaseTrainingArgu
         report_to=[],
         disable_tqdm=True,
         dataloader_drop_last=True,
-        dataloader_pin_memory=on_gpu,
+        dataloader_pin_memory=setup.on_gpu,
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
     )

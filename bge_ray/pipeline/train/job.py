@@ -187,15 +187,17 @@ class TrainWork:
                 self.base,
                 self._settings,
                 self.schedule,
-                team.cpus,
+                team,
                 self.data.examples,
             )
             self._resumed_from, self._restarts = run_training(job, team, self._settings, facts, watch)
+            facts.rows_in = (self.schedule.steps - self._resumed_from) * self.schedule.batch_queries
             made = stored(self._storage, self._work, "model", self._identity.key)
         if not made:
             raise IncompleteRunError("the workers ended without a model; run again")
         self._model = made[0]
-        facts.rows_in = facts.rows_out = self.schedule.positions
+        # Rows are those of this run; what earlier ones did is in the model.
+        facts.rows_planned = facts.rows_out = facts.rows_in
         began = time.time()
         if self.data.held_out:
             self._measure(team, watch)
@@ -219,9 +221,9 @@ class TrainWork:
     def publish(self, facts: RunFacts) -> None:
         """Put the files of the model under their names, config.json last."""
         model = self._model
-        if model is None or facts.rows_out != facts.rows_planned:
+        if model is None or model.step != self.schedule.steps:
             raise IncompleteRunError(
-                f"{facts.rows_planned} queries were planned, {facts.rows_out} are trained on"
+                f"{self.schedule.steps} steps were planned, and there is no model of them"
             )
         folder = self._folder
         folder.remove([CONFIG])

@@ -41,6 +41,7 @@ class TrainingJob:
     asked: TrainSettings
     schedule: Schedule
     threads: int
+    on_gpu: bool
     table: Any
     board: Any
 
@@ -95,7 +96,7 @@ def _train(job: TrainingJob, local: Path) -> None:
 
     from bge_ray.model.train.build import build_model, save_model
     from bge_ray.model.train.gather import world
-    from bge_ray.model.train.trainer import Hooks, make_trainer
+    from bge_ray.model.train.trainer import Hooks, Setup, make_trainer
 
     torch.set_num_threads(job.threads)
     rank = world()[0]
@@ -126,7 +127,8 @@ def _train(job: TrainingJob, local: Path) -> None:
     model = build_model(job.base, folder, job.asked)
     hooks = Hooks(on_step, on_checkpoint)
     table = ray.get(job.table)
-    trainer = make_trainer(model, job.base, folder, table, job.asked, job.schedule, local, hooks)
+    setup = Setup(job.base, folder, job.asked, job.schedule, local, job.on_gpu)
+    trainer = make_trainer(model, table, setup, hooks)
     trainer.train(resume_from_checkpoint=str(_checkpoint(local, found)) if found is not None else None)
     if rank == 0:
         made = local / "model"

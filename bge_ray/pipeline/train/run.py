@@ -166,13 +166,17 @@ def make_job(
     base: Base,
     settings: Settings,
     schedule: Schedule,
-    cpus: int,
+    team: Team,
     examples: list[Example],
 ) -> TrainingJob:
     """Return what the workers get; the examples lie in Ray's store, once a node."""
-    board = ray.remote(num_cpus=0)(Board).remote()
+    # It costs no CPU, and comes back if its process or its node is lost.
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+    board = ray.remote(**options)(Board).remote()
     table = ray.put(to_table(examples))
-    return TrainingJob(storage, work, key, base, settings.train, schedule, cpus, table, board)
+    return TrainingJob(
+        storage, work, key, base, settings.train, schedule, team.cpus, team.gpus > 0, table, board
+    )
 
 
 def to_table(examples: list[Example]) -> pa.Table:
@@ -279,7 +283,7 @@ def read_back(settings: Settings, base: Base, folder: Path) -> ModelSpec:
     )
     if read != trained:
         raise ModelError(
-            f"train.output: the trained model is read with {read} (pooling, normalize, what stands before a query "
-            f"and a passage), and was trained with {trained}"
+            f"train.output: the trained model is read with {read} (pooling, normalize, what stands before a "
+            f"query and a passage), and was trained with {trained}"
         )
     return spec

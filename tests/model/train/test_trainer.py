@@ -14,7 +14,7 @@ from bge_ray.model.run.model import Model, Place
 from bge_ray.model.spec import family_of
 from bge_ray.model.train.base import resolve_base
 from bge_ray.model.train.build import TRAINED, build_model, save_model
-from bge_ray.model.train.trainer import Hooks, make_trainer
+from bge_ray.model.train.trainer import Hooks, Setup, make_trainer
 from bge_ray.pipeline.train.loop import resumable
 from bge_ray.pipeline.train.plan import make_schedule
 from bge_ray.pipeline.train.run import read_back, to_table
@@ -55,7 +55,7 @@ def run(
     model = build_model(base, folder, settings.train)
     schedule = make_schedule(settings.train, len(examples))
     table = to_table(examples)
-    trainer = make_trainer(model, base, folder, table, settings.train, schedule, work, hooks)
+    trainer = make_trainer(model, table, Setup(base, folder, settings.train, schedule, work), hooks)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer, losses, kept
 
@@ -97,9 +97,11 @@ def test_a_resumed_training_is_the_same_to_the_bit_and_is_read_back(tmp_path: Pa
     )  # type: ignore[union-attr]
     result = model.empty_result(len(tokens))
     model.run(tokens, model.cut(tokens.lengths, 512), result)
-    np.testing.assert_allclose(result.array(spec.outputs[0].name), wanted, atol=2e-5)
+    # What it makes in bfloat16 has two digits.
+    tolerance = 2e-2 if settings.train.dtype == "bfloat16" else 2e-5
+    np.testing.assert_allclose(result.array(spec.outputs[0].name), wanted, atol=tolerance)
     theirs = in_sentence_transformers(trained, settings, texts, passages)
-    np.testing.assert_allclose(theirs, wanted, atol=2e-5)
+    np.testing.assert_allclose(theirs, wanted, atol=tolerance)
 
 
 def outputs(trainer: Any, settings: Settings) -> np.ndarray:
