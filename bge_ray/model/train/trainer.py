@@ -1,6 +1,5 @@
 """sentence-transformers' Trainer with our batches: a step follows from its number, so it can be resumed."""
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,6 @@ from bge_ray.model.train.gather import world
 from bge_ray.model.train.losses import Contrast
 from bge_ray.model.train.objective import Embedding, Objective, Reranking, Unified
 from bge_ray.settings.sections import TrainSettings
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

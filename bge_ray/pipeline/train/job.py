@@ -173,6 +173,8 @@ class TrainWork:
         """Train, unless that is done, and measure."""
         self._refuse_other()
         self._folder.put(TRAINING, to_json(self._identity))
+        if typed := sum("type" in example.labels for example in self.data.examples):
+            logger.warning("train.data: %d lines have a type, which is not looked at", typed)
         facts.plan(units=0, rows=self.schedule.positions)
         facts.book_rejected(
             {"held_out": self.data.n_left_out} if self.data.n_left_out else {}, self.data.left_out

@@ -93,11 +93,15 @@ def train_loop(config: dict[str, Any]) -> None:
 
 def _train(job: TrainingJob, local: Path) -> None:
     import torch
+    from transformers.utils import logging as transformers_logging
 
     from bge_ray.model.train.build import build_model, save_model
     from bge_ray.model.train.gather import world
     from bge_ray.model.train.trainer import Hooks, Setup, make_trainer
 
+    transformers_logging.disable_progress_bar()
+    for library in ("sentence_transformers", "transformers"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     torch.set_num_threads(job.threads)
     rank = world()[0]
     folder = model_folder(job.base.spec)

@@ -1,6 +1,5 @@
 """Ray's part of a training: the workers, replaced where they die, and the measurement of what they made."""
 
-import logging
 import shutil
 import tempfile
 import threading
@@ -31,8 +30,6 @@ from bge_ray.report.facts import RunFacts, Workers
 from bge_ray.report.words import clock
 from bge_ray.settings.sections import ModelSettings, RerankSettings, Settings
 from bge_ray.storage.objects import Storage
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
