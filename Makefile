@@ -58,7 +58,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) -e '.[cpu,demo,dev,parity]'
+	$(PIP) -e '.[cpu,demo,dev,parity,train]'
 	@touch $@ $(VENV)/.demo
 
 .venv-airflow/.ready: infra/airflow/requirements.txt infra/airflow/constraints.txt

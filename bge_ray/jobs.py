@@ -96,6 +96,22 @@ def _merge(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
     return f"{report.outcome}: {report.parameters:,} parameters of {weights} in {settings.merge.output}"
 
 
+def _train(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
+    from bge_ray.pipeline.train.job import plan_train, train
+
+    if dry_run:
+        return plan_train(settings)
+    report = train(settings, stop)
+    figures = report.figures
+    if figures is None:
+        told = "nothing held out"
+    elif figures.before is None:
+        told = f"MRR@10 {figures.after.mean:.3f}"
+    else:
+        told = f"MRR@10 {figures.before.mean:.3f} before, {figures.after.mean:.3f} after"
+    return f"{report.outcome}: {report.steps:,} steps, {told}, in {settings.train.output}"
+
+
 def _evaluate(settings: Settings, dry_run: bool, _: StopRequest) -> str:
     from bge_ray.evaluate import evaluate, plan_evaluate
     from bge_ray.report.metrics_page import to_markdown
@@ -167,6 +183,13 @@ JOBS = (
         ("merge", "model", "report", "output.storage_timeout_s"),
         _merge,
         "merge.output/report.html",
+    ),
+    Job(
+        "train",
+        "Train an embedder or a reranker on queries with their positives and hard negatives.",
+        ("train", "model", "rerank", "resources.address", "report", "output.storage_timeout_s"),
+        _train,
+        "train.output/report.html",
     ),
     EVALUATE,
     Job(

@@ -1,6 +1,7 @@
 """Training examples as FlagEmbedding has them, a query and its positives a line; the unfit are left out."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,9 @@ _LABELS = ("prompt", "type")
 class Example:
     """A query and its positives: ``texts``, and their ``passage_ids`` where the line has ``pos_id``.
 
-    ``labels`` holds the line's ``prompt`` and ``type``, those that it has.
+    ``labels`` holds the line's ``prompt`` and ``type``, those that it has. ``positive_scores`` and
+    ``negative_scores`` are a teacher's, one a text; None where the line has none. ``place`` is where the line
+    stands.
     """
 
     query_id: str
@@ -29,6 +32,9 @@ class Example:
     texts: list[str]
     negatives: list[str]
     labels: dict[str, Any]
+    positive_scores: list[float] | None = None
+    negative_scores: list[float] | None = None
+    place: str = ""
 
 
 def read_examples(storage: Storage, uri: str, reject: Reject) -> Iterator[Example]:
@@ -81,7 +87,15 @@ def _read_object(storage: Storage, info: ObjectInfo, stem: str, reject: Reject) 
             texts=record["pos"],
             negatives=record.get("neg") or [],
             labels={name: record[name] for name in _LABELS if record.get(name) is not None},
+            positive_scores=_scores(record, "pos"),
+            negative_scores=_scores(record, "neg"),
+            place=place,
         )
+
+
+def _scores(record: dict[str, Any], side: str) -> list[float] | None:
+    scores = record.get(f"{side}_scores")
+    return None if scores is None else [float(score) for score in scores]
 
 
 def _fault(record: Any) -> tuple[str, str] | None:
@@ -98,4 +112,17 @@ def _fault(record: Any) -> tuple[str, str] | None:
         return "no_positive", "pos is an empty list"
     if ids is not None and (not isinstance(ids, list) or len(ids) != len(pos)):
         return "malformed", "expected pos_id to have one id for each text of pos"
+    for name in ("pos", "neg"):
+        scores = record.get(f"{name}_scores")
+        if scores is not None and not _are_scores(scores, len(record.get(name) or [])):
+            return "malformed", f"expected {name}_scores to have one finite number for each text of {name}"
     return None
+
+
+def _are_scores(scores: Any, count: int) -> bool:
+    """Tell whether these are as many finite numbers; JSON as Python reads it knows NaN."""
+    return (
+        isinstance(scores, list)
+        and len(scores) == count
+        and all(type(score) in (int, float) and math.isfinite(score) for score in scores)
+    )

@@ -264,3 +264,10 @@ def _hash_files(folder: Path, files: list[Path]) -> str:
             while chunk := file.read(CHUNK_BYTES):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def base_name(name: str) -> str:
+    """Return a hub id as it is, and of a folder or a URI its last name: a path means nothing elsewhere."""
+    if "://" not in name and not name.startswith(("/", ".", "~")) and name.count("/") == 1:
+        return name
+    return name.rstrip("/").rpartition("/")[2]

@@ -1,7 +1,7 @@
 """What report.json of a job holds. Reruns and other jobs read `Report`, which all jobs' reports are.
 
-``rows`` are what the job is about: passages (embed), queries (search, mine), pairs (rerank), vectors (index),
-tensors (merge).
+``rows`` are what the job is about: passages (embed), queries (search, mine, train), pairs (rerank), vectors
+(index), tensors (merge).
 All times are seconds; moments are Unix seconds.
 """
 
@@ -306,6 +306,63 @@ class MergeReport(Report):
     models: tuple[MergedModel, ...]
     examples: int
     parameters: int
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """The mean loss and the learning rate of some steps, of which this is the last."""
+
+    step: int
+    loss: float
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A figure of a model by held-out queries: its mean, and the interval of it at 95 %."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class HeldOutFigures:
+    """MRR@10 by ``queries`` before (None: a head that was random then) and after a training.
+
+    ``difference`` is of the two, with its interval, and ``p_value`` how likely one as large is by chance.
+    """
+
+    queries: int
+    before: HeldOut | None
+    after: HeldOut
+    difference: HeldOut | None
+    p_value: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReport(Report):
+    """Of a training, whose rows are queries that were trained on, each as often as it was.
+
+    ``examples`` are in the data, ``left_out`` more have the text of a held-out query. ``restarts`` counts how
+    often this run's workers were begun anew; ``resumed_from`` is the step that it began with.
+    """
+
+    output: str
+    kind: str
+    model: ModelSpec
+    fresh_head: bool
+    data: str
+    data_sha256: str
+    examples: int
+    left_out: int
+    held_out: str | None
+    steps: int
+    batch_queries: int
+    restarts: int
+    resumed_from: int
+    curve: tuple[TrainStep, ...]
+    figures: HeldOutFigures | None
 
 
 def read_report(kind: type[R], data: bytes | None) -> R | None:

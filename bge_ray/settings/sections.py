@@ -807,6 +807,116 @@ class MergeSettings(Section):
         return self
 
 
+class TrainSettings(Section):
+    """What a model is trained on, by which loss, and where it goes."""
+
+    _locations = field_validator("data", "held_out", "output")(_check_location)
+
+    kind: Literal["embedder", "reranker"] = Field(
+        "embedder", description="what is trained: the model of model.name, or that of rerank.model"
+    )
+    data: str | None = Field(
+        None,
+        description="file, folder or glob of JSONL with query, pos and neg (of a teacher also pos_scores and "
+        "neg_scores), such as negatives.jsonl of mine",
+    )
+    held_out: str | None = Field(
+        None,
+        description="JSONL of the same form by whose queries the model is measured before and after; those "
+        "that the data has, too, are not trained on; null measures nothing",
+    )
+    output: str | None = Field(None, description="folder of the trained model on any fsspec URI")
+    group: int = Field(
+        8, ge=1, description="passages of a query: one of its positives, the others of its negatives"
+    )
+    batch_queries: int = Field(64, ge=1, description="queries of a step, those of all workers together")
+    negatives: Literal["own", "worker", "all"] = Field(
+        "all",
+        description="what a query is compared with (embedder): its own group, or the groups of all queries "
+        "of the step at its worker, or at all workers",
+    )
+    temperature: float = Field(0.02, gt=0, description="by which cosines are divided (embedder)")
+    distill: Literal["none", "kl", "m3_kd"] = Field(
+        "none",
+        description="learn the teacher's scores, too: kl as FlagEmbedding's kl_div (beside the labels), "
+        "m3_kd as its m3_kd_loss (in place of them, embedder)",
+    )
+    unified: bool = Field(
+        False, description="train the sparse and the ColBERT head of bge-m3 with the dense one"
+    )
+    self_distill_after: int | None = Field(
+        None, ge=0, description="with unified: step after which the three learn from their sum; null: never"
+    )
+    dims: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="Matryoshka: lengths to which embeddings may be cut; the loss is the mean of theirs"
+    )
+    cached_rows: int | None = Field(
+        None,
+        ge=1,
+        description="rows of a forward pass; a batch of more is computed twice, piece by piece, in the "
+        "memory of a piece, with the same gradient; null: all at once",
+    )
+    query_max_length: int | None = Field(
+        None, ge=2, description="tokens kept of a query (embedder); null: as many as the model embeds with"
+    )
+    passage_max_length: int | None = Field(
+        None, ge=2, description="tokens kept of a passage (embedder); null: as query_max_length"
+    )
+    epochs: int = Field(1, ge=1, description="times that the data is gone through")
+    steps: int | None = Field(None, ge=1, description="number of steps, in place of epochs")
+    learning_rate: float = Field(
+        1e-5, gt=0, description="the greatest; it rises during the warm-up and falls to 0 from there"
+    )
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="length to which a longer gradient is cut")
+    lora_rank: int | None = Field(
+        None,
+        ge=1,
+        description="train matrices of this rank beside the weights (LoRA), which are added to them at the "
+        "end; null trains all weights",
+    )
+    lora_alpha: float = Field(64.0, gt=0, description="LoRA: weight of the matrices, times 1 / lora_rank")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="what a forward pass computes in; weights and optimizer stay float32"
+    )
+    seed: int = Field(
+        0, ge=0, description="of the order, the draws and dropout; the same seed, the same model"
+    )
+    workers: int = Field(1, ge=1, description="processes that share each step")
+    gpus_per_worker: float | None = Field(
+        None, ge=0, description="GPUs of a worker, 0 or whole; null: 1 where the cluster has GPUs"
+    )
+    checkpoint_steps: int = Field(
+        200, ge=1, description="steps between two checkpoints, which is the most that a crash costs"
+    )
+    max_failures: int = Field(
+        3, ge=0, description="times that lost workers are replaced before the run gives up"
+    )
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "TrainSettings":
+        if self.batch_queries % self.workers:
+            raise ValueError(
+                f"batch_queries {self.batch_queries}: must be a multiple of workers {self.workers}"
+            )
+        reranker = self.kind == "reranker"
+        for name in ("unified", "dims", "query_max_length", "passage_max_length"):
+            if reranker and getattr(self, name):
+                raise ValueError(f"{name}: is of embedders; leave it out")
+        if self.group < 2 and (reranker or self.negatives == "own" or self.distill != "none"):
+            raise ValueError("group: must be at least 2 where a query is compared within its own group")
+        if reranker and self.distill == "m3_kd":
+            raise ValueError("distill m3_kd: is of embedders; kl is that of a reranker")
+        if self.distill == "m3_kd" and self.negatives == "own":
+            raise ValueError("distill m3_kd: compares a query with those of others; negatives: worker or all")
+        if self.unified and (self.negatives == "own" or self.dims):
+            raise ValueError("unified: goes with negatives worker or all, and without dims")
+        if self.self_distill_after is not None and not self.unified:
+            raise ValueError("self_distill_after: needs unified")
+        return self
+
+
 class EvaluateSettings(Section):
     """Which runs are measured against which judgements."""
 
@@ -915,6 +1025,7 @@ class Settings(Section):
     rerank: RerankSettings = RerankSettings()
     mine: MineSettings = MineSettings()
     merge: MergeSettings = MergeSettings()
+    train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     migrate: MigrateSettings = MigrateSettings()
     report: ReportSettings = ReportSettings()

@@ -43,7 +43,10 @@ OWN_FILES = frozenset(
     }
 )
 # And what one job alone writes there, by the setting of its output; elsewhere these are names of inputs.
-FURTHER_FILES = {"mine.output": frozenset({"negatives.jsonl"})}
+FURTHER_FILES = {
+    "mine.output": frozenset({"negatives.jsonl"}),
+    "train.output": frozenset({"config.json", "model.safetensors", "modules.json", "training.json"}),
+}
 # What the names in OWN_FOLDERS look like to a glob.
 _SHARDS = ("000000-000000000.parquet", "index.json", "index.faiss")
 _SAME_PROTOCOL = {"s3a": "s3", "s3n": "s3", "gs": "gcs", "local": "file", "abfss": "abfs", "az": "abfs"}

@@ -10,6 +10,8 @@ from bge_ray.records.outputs import Output
 from bge_ray.records.reports import (
     EmbedReport,
     Gaps,
+    HeldOut,
+    HeldOutFigures,
     IndexReport,
     MergedModel,
     MergeReport,
@@ -19,6 +21,8 @@ from bge_ray.records.reports import (
     Scoring,
     SearchedIndex,
     SearchReport,
+    TrainReport,
+    TrainStep,
 )
 from bge_ray.report.facts import Receipt, RunFacts, Workers, read_receipt, summarise, text_lengths
 from bge_ray.settings.sections import Settings
@@ -227,5 +231,29 @@ def merge_report(**changes: Any) -> MergeReport:
         models=(MergedModel(HOSTILE, None, "abc", 0.25, 1.5), MergedModel("b", "rev", "def", 0.75, None)),
         examples=4,
         parameters=22_713_216,
+    )
+    return dataclasses.replace(report, **changes)
+
+
+def train_report(**changes: Any) -> TrainReport:
+    report = TrainReport(
+        **common(facts_of_two("train")),
+        output=HOSTILE,
+        kind="embedder",
+        model=MODEL,
+        fresh_head=False,
+        data=HOSTILE,
+        data_sha256="fed",
+        examples=640,
+        left_out=3,
+        held_out="held_out.jsonl",
+        steps=20,
+        batch_queries=32,
+        restarts=1,
+        resumed_from=10,
+        curve=tuple(TrainStep(step, 5 / step, 1e-5) for step in range(1, 21)),
+        figures=HeldOutFigures(
+            200, HeldOut(0.25, 0.2, 0.3), HeldOut(0.5, 0.45, 0.55), HeldOut(0.25, 0.21, 0.29), 0.0001
+        ),
     )
     return dataclasses.replace(report, **changes)

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from bge_ray.records.reports import Gaps, RejectedRow
+from bge_ray.records.reports import Gaps, HeldOut, HeldOutFigures, RejectedRow
 from bge_ray.report.embed_page import embed_page
 from bge_ray.report.facts import RunFacts
 from bge_ray.report.index_page import index_page
@@ -13,6 +13,7 @@ from bge_ray.report.merge_page import merge_page
 from bge_ray.report.mine_page import mine_page
 from bge_ray.report.run_page import rerank_page, search_page
 from bge_ray.report.sections import MAX_FAILURES, PHASES
+from bge_ray.report.train_page import train_page
 from tests.report.samples import (
     HOSTILE,
     embed_report,
@@ -22,6 +23,7 @@ from tests.report.samples import (
     mine_report,
     rerank_report,
     search_report,
+    train_report,
 )
 
 PAGES = {
@@ -194,3 +196,24 @@ def test_a_merge_names_its_models() -> None:
     assert "by the losses on 4 examples" in page
     for words in ("0.250000", "1.5000", "0.750000", "rev", "abc", "def"):
         assert words in page
+
+
+def test_a_training_shows_its_loss_and_what_it_gained() -> None:
+    page = train_page(train_report()).decode()
+    assert "<script" not in page.lower()
+    for words in (
+        "aria-label='Loss'",
+        "0.2500",
+        "0.5000",
+        "0.4500 to 0.5500",
+        "p = 0.0001",
+        "200 held-out queries",
+    ):
+        assert words in page
+    assert "640 examples, in 640 queries of all steps; 3 more have the text of a held-out query" in page
+    assert "Nothing was measured" in train_page(train_report(figures=None)).decode()
+    fresh = HeldOutFigures(7, None, HeldOut(0.5, 0.4, 0.6), None, None)
+    assert "Before, the head was random" in train_page(train_report(figures=fresh, fresh_head=True)).decode()
+    lost = train_page(train_report(complete=False, outcome="incomplete: x", figures=None, curve=())).decode()
+    assert "Before and after" not in lost
+    assert "aria-label='Loss'" not in lost

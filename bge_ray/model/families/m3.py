@@ -83,7 +83,7 @@ def load(spec: ModelSpec, folder: Path, how: "Loading") -> "tuple[torch.nn.Modul
             )
         linear = load_linear(path, how.dtype)
         if output.name == SPARSE:
-            heads.append(TokenWeights(output, linear, _without_weight(folder, how.trust_remote_code)))
+            heads.append(TokenWeights(output, linear, without_weight(folder, how.trust_remote_code)))
         else:
             heads.append(TokenVectors(output, linear, normalize=spec.normalize))
     return load_encoder(folder, how), heads
@@ -125,7 +125,7 @@ def _sha256(path: Path) -> str:
         raise ModelError(f"{path}: {error}") from error
 
 
-def _without_weight(folder: Path, trust_remote_code: bool) -> set[int]:
+def without_weight(folder: Path, trust_remote_code: bool) -> set[int]:
     """Return the ids of the tokens that stand for no part of a text."""
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     special = (

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import yaml
 
+from bge_ray.model.source import base_name
 from bge_ray.records.reports import MergedModel
 
 _TEXT = """
@@ -27,7 +28,7 @@ def make_card(models: Sequence[MergedModel], examples: int, *, has_modules: bool
         has_modules: whether the folder says how sentence-transformers makes vectors with it.
     """
     head = {
-        "base_model": [_base(model) for model in models],
+        "base_model": [base_name(model.name) for model in models],
         "base_model_relation": "merge",
         "tags": ["merge"],
     }
@@ -41,10 +42,3 @@ def make_card(models: Sequence[MergedModel], examples: int, *, has_modules: bool
     how = f"by their losses on {examples:,} examples" if examples else "by weights that were given"
     text = _TEXT.format(count=len(models), how=how, models="\n".join(rows))
     return f"---\n{yaml.safe_dump(head, sort_keys=True, allow_unicode=True)}---\n{text}".encode()
-
-
-def _base(model: MergedModel) -> str:
-    """Return a hub id as it is, and of a folder or a URI its last name: a path means nothing elsewhere."""
-    if "://" not in model.name and not model.name.startswith(("/", ".", "~")) and model.name.count("/") == 1:
-        return model.name
-    return model.name.rstrip("/").rpartition("/")[2]

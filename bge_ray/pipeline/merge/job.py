@@ -147,7 +147,7 @@ class MergeWork:
         """Return a name for all that decides the merged model and its card."""
         models = [(model.name, model.revision, model.weights_sha256, model.weight) for model in self.models]
         asked = self._settings.merge
-        examples = [dataclasses.asdict(example) for example in self.examples]
+        examples = [(e.query_id, e.query, e.texts, e.negatives) for e in self.examples]
         weighed = [
             examples,
             asked.temperature,
