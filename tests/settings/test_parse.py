@@ -155,6 +155,7 @@ EXAMPLES = {
     "rerank.output",
 }
 EXAMPLES |= {"mine.queries", "mine.qrels", "mine.output", "merge.models", "merge.output"}
+EXAMPLES |= {"mteb.benchmark", "mteb.output"}
 EXAMPLES |= {"evaluate.run", "evaluate.qrels", "evaluate.output", "index.queries"}
 
 
