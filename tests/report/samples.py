@@ -8,17 +8,21 @@ from bge_ray.records.index import CurvePoint, IndexDescription, Recall, TrainedO
 from bge_ray.records.model import ModelSpec
 from bge_ray.records.outputs import Output
 from bge_ray.records.reports import (
+    Contestant,
     EmbedReport,
     Gaps,
     IndexReport,
+    Mean,
     MergedModel,
     MergeReport,
     MinedExample,
     MineReport,
+    MtebReport,
     RerankReport,
     Scoring,
     SearchedIndex,
     SearchReport,
+    TaskScore,
 )
 from bge_ray.report.facts import Receipt, RunFacts, Workers, read_receipt, summarise, text_lengths
 from bge_ray.settings.sections import Settings
@@ -227,5 +231,32 @@ def merge_report(**changes: Any) -> MergeReport:
         models=(MergedModel(HOSTILE, None, "abc", 0.25, 1.5), MergedModel("b", "rev", "def", 0.75, None)),
         examples=4,
         parameters=22_713_216,
+    )
+    return dataclasses.replace(report, **changes)
+
+
+def mteb_report(**changes: Any) -> MtebReport:
+    """Two contestants of whom one did one of two tasks."""
+    one, two = f"{HOSTILE} aa", "b+cross bb"
+    report = MtebReport(
+        **common(facts_of_two("mteb")),
+        output=HOSTILE,
+        rules="baai",
+        mteb_version="2.26.24",
+        contestants=(
+            Contestant(HOSTILE, "aa", HOSTILE, None, "exact", "float32", 512, HOSTILE),
+            Contestant("b+cross", "bb", "b", "cross", "exact", "float16", 1024),
+        ),
+        results=(
+            TaskScore(one, "SciFact", "Retrieval", 0.71234, 12.0, "2.26.24"),
+            TaskScore(one, "STS12", "STS", 0.5, 3.0, "2.26.24"),
+            TaskScore(two, "SciFact", "Retrieval", 0.75, None, None),
+        ),
+        means=(
+            Mean("MTEB(eng, v1), 56 tasks", one, None, 56, 2, None, 62.17),
+            Mean("MTEB(eng, v1), 56 tasks", one, "STS", 10, 10, 81.5, 81.59),
+            Mean("MTEB(eng, v1), 56 tasks", two, "STS", 10, 10, 81.5, None),
+        ),
+        left_out={"SciFact": 1234},
     )
     return dataclasses.replace(report, **changes)

@@ -11,6 +11,7 @@ from bge_ray.report.facts import RunFacts
 from bge_ray.report.index_page import index_page
 from bge_ray.report.merge_page import merge_page
 from bge_ray.report.mine_page import mine_page
+from bge_ray.report.mteb_page import mteb_page
 from bge_ray.report.run_page import rerank_page, search_page
 from bge_ray.report.sections import MAX_FAILURES, PHASES
 from tests.report.samples import (
@@ -20,6 +21,7 @@ from tests.report.samples import (
     index_report,
     merge_report,
     mine_report,
+    mteb_report,
     rerank_report,
     search_report,
 )
@@ -30,6 +32,7 @@ PAGES = {
     "search": search_page(search_report()),
     "rerank": rerank_page(rerank_report(without_trec=(HOSTILE,))),
     "mine": mine_page(mine_report()),
+    "mteb": mteb_page(mteb_report()),
 }
 
 
@@ -194,3 +197,19 @@ def test_a_merge_names_its_models() -> None:
     assert "by the losses on 4 examples" in page
     for words in ("0.250000", "1.5000", "0.750000", "rev", "abc", "def"):
         assert words in page
+
+
+def test_an_mteb_run_shows_published_means_beside_its_own() -> None:
+    page = PAGES["mteb"].decode()
+    rows = re.findall(r"<tr><th scope='row'>(.*?)</th>(.*?)</tr>", page)
+    cells = [(name, re.findall(r"<td>(.*?)</td>", rest)) for name, rest in rows]
+    stated = [found[1:] for name, found in cells if name in ("STS", "MTEB(eng, v1), 56 tasks")]
+    assert stated == [
+        ["2 of 56", "", "62.17", ""],
+        ["10 of 10", "81.50", "81.59", "-0.09"],
+        ["10 of 10", "81.50", "", ""],
+    ]
+    assert ("SciFact", ["Retrieval", "71.23", "75.00"]) in cells
+    assert ("STS12", ["STS", "50.00", ""]) in cells
+    assert ("SciFact", ["1,234"]) in cells
+    assert "3 results on 2 tasks" in page

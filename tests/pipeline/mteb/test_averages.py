@@ -7,7 +7,7 @@ from bge_ray.pipeline.mteb.tasks import find_benchmark
 
 # What is published is rounded to a hundredth, and so are the means of kinds that it is made of.
 ROUNDED = 0.011
-# Rows of the Chinese table whose mean is not that of their kinds: models older than the version 1.5, and those
+# Rows of the Chinese table whose mean is not that of their kinds: models older than version 1.5, and those
 # of others.
 ASTRAY = {
     "BAAI/bge-large-zh",
