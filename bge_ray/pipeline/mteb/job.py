@@ -226,7 +226,8 @@ class MtebWork:
         """Return what the run came to."""
         settings = self._settings
         return MtebReport(
-            **summarise(facts, ended=time.time(), price_per_hour=settings.report.price_per_hour),
+            # Devices are counted by the jobs of the tasks, whose reports go with what they worked with.
+            **summarise(facts, ended=time.time(), price_per_hour=None),
             key=self._key,
             complete=complete,
             outcome=outcome,

@@ -4,10 +4,13 @@ It takes seconds to import, so nothing of this folder is imported before a job o
 """
 
 import importlib
+import os
 from typing import Any
 
 from bge_ray.errors import InstallationError
 
+# Bars of mteb's tasks would stand among the lines of the log; this is read when tqdm is imported.
+os.environ.setdefault("TQDM_DISABLE", "1")
 try:
     mteb: Any = importlib.import_module("mteb")
 except ImportError as error:

@@ -31,17 +31,19 @@ from bge_ray.pipeline.search.job import search
 from bge_ray.records.canonical import digest
 from bge_ray.settings.sections import CorpusSettings, Settings
 from bge_ray.storage.objects import Storage, join
-from bge_ray.storage.sweep import sweep_work
+from bge_ray.storage.sweep import remove_empty_folders
 
 logger = logging.getLogger(__name__)
 
 LETTERS = 16
 # Below the work folder, a folder a task, split and subset, and in it what is put there and what jobs make.
-OWN_WORK = re.compile(
-    r"[0-9a-f]{16}/(queries\.parquet|(corpus|data|run|reranked|candidates)-?[0-9a-f]*[/.].+)"
+_OWN = re.compile(
+    r"/work/[0-9a-f]{16}/(queries\.parquet|corpus/\d{6}\.parquet|candidates-[0-9a-f]{16}\.parquet|"
+    r"(data|run|reranked)-[0-9a-f]{16}/.+)$"
 )
-# What jobs keep for themselves, which no listing shows.
-_HIDDEN = ("_bge_ray.json", "_retired.json")
+# What jobs keep in their folders for themselves, which no listing shows.
+_OUTPUT = re.compile(r".*/work/[0-9a-f]{16}/(?:data|run|reranked)-[0-9a-f]{16}(?=/)")
+_HIDDEN = ("_bge_ray.json", "_retired.json", "index/_bge_ray.json", "index/_retired.json")
 
 Results = dict[str, dict[str, float]]
 
@@ -62,20 +64,14 @@ class Desk:
     left_out: Counter[str] = field(default_factory=Counter)
 
     def clean(self) -> None:
-        """Remove all that tasks have put there."""
-        listed = self.storage.list_files(self.work)
-        folders = {info.uri.rpartition("/")[0] for info in listed if OWN_WORK.search(info.uri)}
-        # An index lies two folders below its data set, whose journal it is.
-        above = {folder[: match.end()] for folder in folders if (match := _OUTPUT.search(folder))}
-        sweep_work(self.storage, self.work, OWN_WORK)
-        hidden = [join(folder, name) for folder in sorted(above) for name in _HIDDEN]
-        there = [uri for uri in hidden if self.storage.info(uri) is not None]
-        if there:
-            self.storage.delete(there)
-        sweep_work(self.storage, self.work, OWN_WORK)
-
-
-_OUTPUT = re.compile(r"/(data|run|reranked)-[0-9a-f]{16}(/index)?")
+        """Remove all that tasks, and the jobs that they ran, have put there."""
+        found = [info.uri for info in self.storage.list_files(self.work) if _OWN.search(info.uri)]
+        outputs = {match[0] for uri in found if (match := _OUTPUT.match(uri))}
+        # The journals last: they say of the other files that they are ours.
+        self.storage.delete(found)
+        hidden = [join(output, name) for output in sorted(outputs) for name in _HIDDEN]
+        self.storage.delete(uri for uri in hidden if self.storage.info(uri) is not None)
+        remove_empty_folders(self.storage, self.work)
 
 
 class JobSearch:
@@ -172,6 +168,7 @@ class JobSearch:
         uri = join(home, "queries.parquet")
         write_queries(desk.storage, uri, queries)
         key = digest(data.output.uri, instruction, top_k, entrant.search)[:LETTERS]
+        rescored = desk.settings.search.rescore
         asked = desk.settings.search.model_copy(
             update={
                 "queries": uri,
@@ -180,6 +177,7 @@ class JobSearch:
                 "output": join(home, f"run-{key}"),
                 "k": top_k,
                 "exact": not by_index,
+                "rescore": rescored and max(rescored, top_k),
                 "rerank": False,
                 "group": "passage",
                 "max_rejected_fraction": 1.0,
@@ -194,34 +192,33 @@ class JobSearch:
         self._rerank(settings, str(asked.output), output)
         return output
 
-    def _rerank(self, settings: Settings, candidates: str, output: str) -> None:
-        reranking = self._entrant.reranking
-        if reranking is None:
+    def _rerank(self, settings: Settings, candidates: str, output: str, depth: int | None = None) -> None:
+        asked = self._entrant.reranking
+        if asked is None:
             raise AssertionError(f"{self._entrant.name}: has no reranker")
-        asked = {"candidates": candidates, "output": output, "max_rejected_fraction": 1.0}
-        rerank(settings.model_copy(update={"rerank": reranking.model_copy(update=asked)}), self._desk.stop)
+        changes = {
+            "candidates": candidates,
+            "output": output,
+            "depth": depth or asked.depth,
+            "max_rejected_fraction": 1.0,
+        }
+        rerank(settings.model_copy(update={"rerank": asked.model_copy(update=changes)}), self._desk.stop)
 
     def _scored(self, home: str, queries: Mapping[str, str], ranked: Mapping[str, Sequence[str]]) -> Any:
         """Score the candidates that are given, by a reranker; return its pairs."""
-        desk, key = self._desk, digest(self._entrant.revision)[:LETTERS]
+        desk, key = self._desk, digest("given", self._entrant.revision)[:LETTERS]
         uri = join(home, f"candidates-{digest('candidates')[:LETTERS]}.parquet")
         write_candidates(desk.storage, uri, queries, ranked, self._corpus)
         output = join(home, f"reranked-{key}")
-        # The depth is that of a first stage; here all candidates count.
-        most = max((len(found) for found in ranked.values()), default=1)
         settings = desk.settings.model_copy(
             update={
-                "rerank": desk.settings.rerank.model_copy(update={"depth": max(1, most)}),
+                "corpus": CorpusSettings(),
                 "search": desk.settings.search.model_copy(update={"queries": None, "output": None}),
                 "output": desk.settings.output.model_copy(update={"uri": None}),
-                "corpus": CorpusSettings(),
             }
         )
-        reranking = self._entrant.reranking
-        if reranking is None:
-            raise AssertionError(f"{self._entrant.name}: has no reranker")
-        asked = {"candidates": uri, "output": output, "max_rejected_fraction": 1.0, "depth": max(1, most)}
-        rerank(settings.model_copy(update={"rerank": reranking.model_copy(update=asked)}), desk.stop)
+        # rerank.depth is for what a search found; here all candidates count.
+        self._rerank(settings, uri, output, max(1, *map(len, ranked.values())))
         return read_results(desk.storage, output)
 
 

@@ -91,32 +91,29 @@ def minilm(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def test_three_sets_through_the_jobs_equal_mteb_in_process(
-    folders: list[str], minilm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_set_through_the_jobs_equals_mteb_in_process(
+    number: int, folders: list[str], minilm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    keys = {"mteb__beir": folders, "mteb__models": [minilm], "mteb__searches": ["exact", "index"]}
-    keys |= {"index__factory": "Flat"}
-    assert "6 results of 2 models" in plan_mteb(settings_for(mteb__output=str(tmp_path), **keys))
+    keys = {"mteb__beir": folders[number], "mteb__models": [minilm]}
+    assert "1 results of 1 models" in plan_mteb(settings_for(mteb__output=str(tmp_path), **keys))
     assert not list(tmp_path.iterdir())
     report = run(tmp_path, **keys)
-    exact, index = report.contestants
-    assert (exact.name, index.name) == ("local/all-minilm", "local/all-minilm+index")
-    model = SentenceTransformer(minilm)
-    for task in choose_tasks(MtebSettings(beir=tuple(folders)), Storage()).tasks:
-        truth, name = in_process(model, task), task.metadata.name
-        assert len(truth) > 100
-        assert_same(written(tmp_path, exact.name, exact.revision, name), truth)
-        # A flat index finds what an exact search finds.
-        assert_same(written(tmp_path, index.name, index.revision, name), truth)
-        split = task.eval_splits[0]
-        scores = {s.model: s.score for s in report.results if s.task == name}
-        assert set(scores.values()) == {truth[f"/{split}/0/main_score"]}
-        assert 0.1 < truth[f"/{split}/0/main_score"] < 1
+    who = report.contestants[0]
+    task = choose_tasks(MtebSettings(beir=(folders[number],)), Storage()).tasks[0]
+    name, split = task.metadata.name, task.eval_splits[0]
+    truth = in_process(SentenceTransformer(minilm), task)
+    assert len(truth) > 100
+    assert_same(written(tmp_path, who.name, who.revision, name), truth)
+    main = truth[f"/{split}/0/main_score"]
+    assert [score.score for score in report.results] == [main]
+    assert 0.1 < main < 1
     assert report.complete
     assert not (tmp_path / "work").exists()
     # The files are those of mteb: it reads them, and says who made them.
-    found = package.ResultCache(tmp_path).load_results(models=[exact.name], tasks=["known_items"])
-    assert [result.model_name for result in found.model_results] == [exact.name]
+    found = package.ResultCache(tmp_path).load_results(models=[who.name], tasks=[name])
+    assert [result.model_name for result in found.model_results] == [who.name]
 
     with caplog.at_level(logging.INFO):
         again = run(tmp_path, **keys)
@@ -124,6 +121,19 @@ def test_three_sets_through_the_jobs_equal_mteb_in_process(
     assert "rows to embed" not in caplog.text
 
 
+@pytest.mark.slow
+def test_an_index_stands_beside_the_exact_search(folders: list[str], minilm: str, tmp_path: Path) -> None:
+    keys = {"mteb__beir": folders[0], "mteb__models": [minilm], "index__factory": "Flat"}
+    report = run(tmp_path, mteb__searches=["exact", "index"], **keys)
+    exact, index = report.contestants
+    assert (exact.name, index.name) == ("local/all-minilm", "local/all-minilm+index")
+    assert (exact.search, index.search) == ("exact", "index")
+    # A flat index finds what an exact search finds.
+    one, two = (written(tmp_path, who.name, who.revision, "known_items") for who in (exact, index))
+    assert_same(two, one)
+
+
+@pytest.mark.slow
 def test_tasks_that_are_not_searched_equal_mteb_in_process(tiny_model: Path, tmp_path: Path) -> None:
     report = run(tmp_path, mteb__tasks=list(QUIET), mteb__models=[str(tiny_model)])
     revision = report.contestants[0].revision
