@@ -2,8 +2,8 @@
 
     apt-get update -o Dir::State::lists=$PWD/lists -o Acquire::Languages=en,zh_CN
     /usr/lib/apt/apt-helper cat-file lists/*main_i18n_Translation-en*.lz4 > Translation-en
-    python tools/beir_sets.py debian --descriptions Translation-en --out debian-en --queries 300
-    python tools/beir_sets.py docstrings --out docstrings-en --queries 300
+    python -m tools.beir_sets debian --descriptions Translation-en --out debian-en --queries 300
+    python -m tools.beir_sets docstrings --out docstrings-en --queries 300
 
 A passage is the long description of a package, its query the short one; or a docstring of the standard
 library without its first sentence, its query that sentence. Texts that stand twice count once, and every
@@ -12,6 +12,7 @@ passage that a query stands over is what it asks for. What is drawn goes by a se
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator
 from itertools import takewhile
@@ -20,10 +21,18 @@ from pathlib import Path
 import numpy as np
 
 from bge_ray.formats.docstrings import find_docstrings
-from tools.real_vectors import descriptions
 
 MIN_CHARS = 60
 SEED = 17
+
+
+def descriptions(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (short, long) descriptions of a Translation file of apt."""
+    for entry in path.read_text(encoding="utf-8").split("\n\n"):
+        found = re.search(r"^Description-\w+: (.*)\n((?: .*\n?)+)", entry, re.MULTILINE)
+        if found is not None:
+            lines = (line.strip() for line in found[2].splitlines())
+            yield found[1].strip(), " ".join(line for line in lines if line != ".")
 
 
 def docstrings() -> Iterator[tuple[str, str]]:

@@ -59,19 +59,27 @@ def settle_rules(kind: Literal["baai", "mteb"], spec: ModelSpec) -> tuple[Rules,
                 f"{query[:60]!r}"
             )
         return Rules(kind, evaluation, query, document), note
-    prompts = _registered(spec.name if card is None else card.id)
+    prompts, note = _registered(spec.name if card is None else card.id)
     if prompts is None:
-        note = "mteb's registry does not know it: its own instructions are taken"
-        named = {"query": query, "document": document}
-        return Rules(kind, evaluation, query, document, _pairs(named)), note
-    return Rules(kind, evaluation, query, document, _pairs(prompts)), None
+        prompts = {"query": query, "document": document}
+    return Rules(kind, evaluation, query, document, _pairs(prompts)), note
 
 
 def _pairs(prompts: dict[str, str]) -> tuple[tuple[str, str], ...]:
     return tuple(sorted((name, text) for name, text in prompts.items() if text))
 
 
-def _registered(name: str) -> dict[str, str] | None:
-    """Return the prompts that mteb's registry has for a model, none of them if it has none; None: unknown."""
+def _registered(name: str) -> tuple[dict[str, str] | None, str | None]:
+    """Return the prompts of a model in mteb's registry, and what a person should know; None: not known.
+
+    Models whose loader puts a sentence for each task into a template have no prompts that could be looked up.
+    """
     meta = mteb.models.model_implementations.MODEL_REGISTRY.get(name)
-    return None if meta is None else dict(meta.loader_kwargs.get("model_prompts") or {})
+    if meta is None:
+        return None, "mteb's registry does not know it: its own instructions are taken"
+    if meta.loader_kwargs.keys() & {"instruction_template", "prompts_dict"}:
+        return (
+            None,
+            "mteb gives it a sentence for each task by code of its own: its own instructions are taken",
+        )
+    return dict(meta.loader_kwargs.get("model_prompts") or {}), None
