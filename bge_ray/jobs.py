@@ -112,6 +112,24 @@ def _train(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
     return f"{report.outcome}: {report.steps:,} steps, {told}, in {settings.train.output}"
 
 
+def _mteb(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
+    from bge_ray.pipeline.mteb.job import mteb, plan_mteb
+    from bge_ray.report.words import count
+
+    if dry_run:
+        return plan_mteb(settings)
+    report = mteb(settings, stop)
+    means = [
+        f"{mean.name} {mean.score:.2f} ({mean.model})" for mean in report.means if mean.score is not None
+    ]
+    return "; ".join(
+        [
+            f"{report.outcome}: {count(len(report.results), 'result')} in {settings.mteb.output}/results",
+            *means,
+        ]
+    )
+
+
 def _evaluate(settings: Settings, dry_run: bool, _: StopRequest) -> str:
     from bge_ray.evaluate import evaluate, plan_evaluate
     from bge_ray.report.metrics_page import to_markdown
@@ -190,6 +208,24 @@ JOBS = (
         ("train", "model", "rerank", "resources.address", "report", "output.storage_timeout_s"),
         _train,
         "train.output/report.html",
+    ),
+    Job(
+        "mteb",
+        "Measure models and rerankers on tasks of mteb, through embed, search and rerank.",
+        (
+            "mteb",
+            "model",
+            "rerank",
+            "index",
+            "search",
+            "chunking",
+            "batching",
+            "output",
+            "resources",
+            "report",
+        ),
+        _mteb,
+        "mteb.output/report.html",
     ),
     EVALUATE,
     Job(

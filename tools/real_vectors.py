@@ -1,7 +1,7 @@
 """Real passages and real queries as vectors, for `tools/codes.py`: what every Debian and every Python has.
 
     /usr/lib/apt/apt-helper cat-file /var/lib/apt/lists/*_i18n_Translation-en.lz4 > Translation-en
-    python tools/real_vectors.py --descriptions Translation-en --out vectors --minutes 4
+    python -m tools.real_vectors --descriptions Translation-en --out vectors --minutes 4
 
 A passage is the long description of a package, its query the short one; or a docstring without its first
 sentence, its query that sentence. Passages with the same text are taken once. They are embedded with the
@@ -10,7 +10,6 @@ share the blocks. A run that was stopped, or whose minutes are over (exit code 7
 """
 
 import argparse
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from bge_ray.model.spec import model_folder, resolve_encoder, text_feeder
 from bge_ray.records.ids import FloatArray
 from bge_ray.records.model import EMBEDDING
 from bge_ray.settings.sections import ModelSettings
+from tools.beir_sets import descriptions
 
 BLOCK = 1000
 QUERIES = 4000
@@ -35,15 +35,6 @@ MIN_CHARS = 60
 MAX_LENGTH = 64
 SEED = 17
 MORE_TO_DO = 75
-
-
-def descriptions(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (short, long) descriptions of a Translation file of apt."""
-    for entry in path.read_text(encoding="utf-8").split("\n\n"):
-        found = re.search(r"^Description-\w+: (.*)\n((?: .*\n?)+)", entry, re.MULTILINE)
-        if found is not None:
-            lines = (line.strip() for line in found[2].splitlines())
-            yield found[1].strip(), " ".join(line for line in lines if line != ".")
 
 
 def docstrings() -> Iterator[tuple[str, str]]:

@@ -365,6 +365,70 @@ class TrainReport(Report):
     figures: HeldOutFigures | None
 
 
+@dataclass(frozen=True)
+class Contestant:
+    """What was measured: an encoder, a reranker, or both; ``revision`` is the folder of its results.
+
+    ``search`` says how its retrieval tasks were searched, None of a reranker alone. ``dtype`` and
+    ``max_length`` are those of the encoder, or of a reranker alone. ``note`` says what a person should know.
+    """
+
+    name: str
+    revision: str
+    model: str | None
+    reranker: str | None
+    search: str | None
+    dtype: str
+    max_length: int
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Main score of a contestant on a task, and how long it took, as mteb reckons both."""
+
+    model: str
+    task: str
+    type: str
+    score: float
+    seconds: float | None
+    mteb_version: str | None
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over tasks in per cent, beside the published one; None where a task is missing, or it is not.
+
+    ``type`` is the kind of the tasks, None of a mean over all; ``tasks`` how many they are, ``done`` how many
+    have a score.
+    """
+
+    name: str
+    model: str
+    type: str | None
+    tasks: int
+    done: int
+    score: float | None
+    published: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MtebReport(Report):
+    """Of an mteb run, whose rows are tasks, each once for each contestant that can do it.
+
+    ``results`` are those of the published files, earlier runs' included. ``left_out`` counts by task the
+    passages that have no vector and the queries that have no result.
+    """
+
+    output: str
+    rules: str
+    mteb_version: str
+    contestants: tuple[Contestant, ...]
+    results: tuple[TaskScore, ...]
+    means: tuple[Mean, ...]
+    left_out: dict[str, int]
+
+
 def read_report(kind: type[R], data: bytes | None) -> R | None:
     """Return a report of this version; None if there is none, or it is of another job or version."""
     try:

@@ -917,6 +917,57 @@ class TrainSettings(Section):
         return self
 
 
+class MtebSettings(Section):
+    """Which tasks of mteb measure which models, by whose rules, and where the results go.
+
+    How a model runs, the sections model, chunking, output, index, search and rerank say, as for their jobs.
+    """
+
+    _locations = field_validator("beir", "models", "rerankers", "output")(_check_location)
+
+    tasks: tuple[str, ...] | None = Field(None, min_length=1, description="names of mteb's tasks")
+    benchmark: str | None = Field(
+        None, description="name of a benchmark of mteb, such as MTEB(eng, v2), with all of its tasks"
+    )
+    beir: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="folders in the BEIR layout on any fsspec URI, each of which is a retrieval task",
+    )
+    models: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="encoders to be measured, named as model.name is; null takes model.name, unless there "
+        "are mteb.rerankers, and then none",
+    )
+    rerankers: tuple[str, ...] = Field(
+        (),
+        description="rerankers to be measured, named as rerank.model is: on reranking tasks alone, on "
+        "retrieval tasks behind each of the models",
+    )
+    rules: Literal["baai", "mteb"] = Field(
+        "baai",
+        description="which tasks get an instruction: as the model's authors evaluate it (its card), or as "
+        "mteb's registry has it",
+    )
+    searches: tuple[Literal["exact", "index"], ...] = Field(
+        ("exact",),
+        min_length=1,
+        description="how retrieval tasks are searched: exact, through an index (the section index says "
+        "which), or both side by side",
+    )
+    output: str | None = Field(None, description="folder of the results on any fsspec URI")
+
+    @model_validator(mode="after")
+    def _names_are_different(self) -> "MtebSettings":
+        for key in ("tasks", "beir", "models", "rerankers", "searches"):
+            names = getattr(self, key) or ()
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise ValueError(f"{key}: {twice} is named twice")
+        return self
+
+
 class EvaluateSettings(Section):
     """Which runs are measured against which judgements."""
 
@@ -1026,6 +1077,7 @@ class Settings(Section):
     mine: MineSettings = MineSettings()
     merge: MergeSettings = MergeSettings()
     train: TrainSettings = TrainSettings()
+    mteb: MtebSettings = MtebSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     migrate: MigrateSettings = MigrateSettings()
     report: ReportSettings = ReportSettings()

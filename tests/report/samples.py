@@ -8,19 +8,23 @@ from bge_ray.records.index import CurvePoint, IndexDescription, Recall, TrainedO
 from bge_ray.records.model import ModelSpec
 from bge_ray.records.outputs import Output
 from bge_ray.records.reports import (
+    Contestant,
     EmbedReport,
     Gaps,
     HeldOut,
     HeldOutFigures,
     IndexReport,
+    Mean,
     MergedModel,
     MergeReport,
     MinedExample,
     MineReport,
+    MtebReport,
     RerankReport,
     Scoring,
     SearchedIndex,
     SearchReport,
+    TaskScore,
     TrainReport,
     TrainStep,
 )
@@ -255,5 +259,32 @@ def train_report(**changes: Any) -> TrainReport:
         figures=HeldOutFigures(
             200, HeldOut(0.25, 0.2, 0.3), HeldOut(0.5, 0.45, 0.55), HeldOut(0.25, 0.21, 0.29), 0.0001
         ),
+    )
+    return dataclasses.replace(report, **changes)
+
+
+def mteb_report(**changes: Any) -> MtebReport:
+    """Two contestants of whom one did one of two tasks."""
+    one, two = f"{HOSTILE} aa", "b+cross bb"
+    report = MtebReport(
+        **common(facts_of_two("mteb")),
+        output=HOSTILE,
+        rules="baai",
+        mteb_version="2.26.24",
+        contestants=(
+            Contestant(HOSTILE, "aa", HOSTILE, None, "exact", "float32", 512, HOSTILE),
+            Contestant("b+cross", "bb", "b", "cross", "exact", "float16", 1024),
+        ),
+        results=(
+            TaskScore(one, "SciFact", "Retrieval", 0.71234, 12.0, "2.26.24"),
+            TaskScore(one, "STS12", "STS", 0.5, 3.0, "2.26.24"),
+            TaskScore(two, "SciFact", "Retrieval", 0.75, None, None),
+        ),
+        means=(
+            Mean("MTEB(eng, v1), 56 tasks", one, None, 56, 2, None, 62.17),
+            Mean("MTEB(eng, v1), 56 tasks", one, "STS", 10, 10, 81.5, 81.59),
+            Mean("MTEB(eng, v1), 56 tasks", two, "STS", 10, 10, 81.5, None),
+        ),
+        left_out={"SciFact": 1234},
     )
     return dataclasses.replace(report, **changes)

@@ -11,6 +11,7 @@ from bge_ray.report.facts import RunFacts
 from bge_ray.report.index_page import index_page
 from bge_ray.report.merge_page import merge_page
 from bge_ray.report.mine_page import mine_page
+from bge_ray.report.mteb_page import mteb_page
 from bge_ray.report.run_page import rerank_page, search_page
 from bge_ray.report.sections import MAX_FAILURES, PHASES
 from bge_ray.report.train_page import train_page
@@ -21,6 +22,7 @@ from tests.report.samples import (
     index_report,
     merge_report,
     mine_report,
+    mteb_report,
     rerank_report,
     search_report,
     train_report,
@@ -217,3 +219,20 @@ def test_a_training_shows_its_loss_and_what_it_gained() -> None:
     lost = train_page(train_report(complete=False, outcome="incomplete: x", figures=None, curve=())).decode()
     assert "Before and after" not in lost
     assert "aria-label='Loss'" not in lost
+
+
+def test_an_mteb_run_shows_published_means_beside_its_own() -> None:
+    page = mteb_page(mteb_report()).decode()
+    assert "<script" not in page.lower()
+    rows = re.findall(r"<tr><th scope='row'>(.*?)</th>(.*?)</tr>", page)
+    cells = [(name, re.findall(r"<td>(.*?)</td>", rest)) for name, rest in rows]
+    stated = [found[1:] for name, found in cells if name in ("STS", "MTEB(eng, v1), 56 tasks")]
+    assert stated == [
+        ["2 of 56", "", "62.17", ""],
+        ["10 of 10", "81.50", "81.59", "-0.09"],
+        ["10 of 10", "81.50", "", ""],
+    ]
+    assert ("SciFact", ["Retrieval", "71.23", "75.00"]) in cells
+    assert ("STS12", ["STS", "50.00", ""]) in cells
+    assert ("SciFact", ["1,234"]) in cells
+    assert "3 results on 2 tasks" in page

@@ -156,6 +156,7 @@ EXAMPLES = {
 }
 EXAMPLES |= {"mine.queries", "mine.qrels", "mine.output", "merge.models", "merge.output"}
 EXAMPLES |= {"train.data", "train.output"}
+EXAMPLES |= {"mteb.benchmark", "mteb.output"}
 EXAMPLES |= {"evaluate.run", "evaluate.qrels", "evaluate.output", "index.queries"}
 EXAMPLES |= {"migrate.pointer", "migrate.output"}
 

@@ -30,7 +30,8 @@ from bge_ray.records.tokens import PackedTokens
 from bge_ray.settings.sections import ModelSettings, ResourcesSettings
 from tests.support.e5 import make_e5
 from tests.support.searches import jsonl, settings_for
-from tools.real_vectors import MORE_TO_DO, descriptions
+from tools.beir_sets import descriptions
+from tools.real_vectors import MORE_TO_DO
 
 CUTS = [1, 10, 100]
 BLOCK = 12

@@ -51,12 +51,12 @@ class StopRequest:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Let signals wait for `check`."""
-        self._deferred = True
+        """Let signals wait for `check`; a job within a job leaves it as it was."""
+        before, self._deferred = self._deferred, True
         try:
             yield
         finally:
-            self._deferred = False
+            self._deferred = before
 
     def check(self) -> None:
         """Raise Stopped if a signal came."""
