@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from bge_ray.errors import CorpusError
+from bge_ray.formats.candidate_table import QUERY_ID_COLUMNS
 from bge_ray.formats.candidates import Reject
 from bge_ray.formats.endings import ending_of
 from bge_ray.formats.lines import read_text_lines
 from bge_ray.storage.objects import ObjectInfo, Storage
 
-_QUERY_ID_NAMES = ("query_id", "qid", "_id", "id")
 # What else a line may say of how it is to be trained on.
 _LABELS = ("prompt", "type")
 
@@ -79,7 +79,7 @@ def _read_object(storage: Storage, info: ObjectInfo, stem: str, reject: Reject) 
         if fault is not None:
             reject(None, None, fault[0], f"{place}: {fault[1]}")
             continue
-        given = [record[name] for name in _QUERY_ID_NAMES if record.get(name) is not None]
+        given = [record[name] for name in QUERY_ID_COLUMNS if record.get(name) is not None]
         yield Example(
             query_id=str(given[0]) if given else f"{stem}{line.number}",
             query=record["query"],

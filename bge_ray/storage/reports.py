@@ -1,7 +1,12 @@
 """The report of a run: written in one place, which remembers where, for the last line of the log."""
 
+from typing import TypeVar
+
+from bge_ray.records.reports import Report, read_report
 from bge_ray.storage.objects import join
-from bge_ray.storage.ownership import OwnedFolder
+from bge_ray.storage.ownership import OwnedFolder, holds
+
+R = TypeVar("R", bound=Report)
 
 REPORT_FILES = ("report.json", "report.html")
 
@@ -18,6 +23,18 @@ def write_report(folder: OwnedFolder, page: bytes, facts: bytes) -> None:
     folder.put("report.html", page)
     folder.put("report.json", facts)
     _written.append(join(folder.uri, "report.html"))
+
+
+def standing_report(folder: OwnedFolder, kind: type[R], key: str) -> R | None:
+    """Return the report of a folder if it is of a complete run by this key whose files are as they were.
+
+    Reads all bytes of the files.
+    """
+    report = read_report(kind, folder.storage.read_optional(join(folder.uri, "report.json")))
+    if report is None or not report.complete or report.key != key:
+        return None
+    whole = all(holds(folder.storage, join(folder.uri, fact.path), fact) for fact in report.files)
+    return report if whole else None
 
 
 def report_is_whole(folder: OwnedFolder) -> bool:

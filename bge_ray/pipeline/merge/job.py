@@ -22,15 +22,15 @@ from bge_ray.pipeline.runs.parts import PieceFile
 from bge_ray.pipeline.work import carry_out, refuse_taken
 from bge_ray.records.canonical import digest
 from bge_ray.records.dataset import FileFact
-from bge_ray.records.reports import MergedModel, MergeReport, read_report
+from bge_ray.records.reports import MergedModel, MergeReport
 from bge_ray.report.facts import RunFacts, summarise
 from bge_ray.report.merge_page import merge_page
 from bge_ray.run_id import run_id
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.folders import refuse_collisions
 from bge_ray.storage.objects import Storage, join
-from bge_ray.storage.ownership import OwnedFolder, holds, open_folder
-from bge_ray.storage.reports import REPORT_FILES
+from bge_ray.storage.ownership import OwnedFolder, open_folder
+from bge_ray.storage.reports import REPORT_FILES, standing_report
 from bge_ray.storage.sweep import sweep_work
 
 logger = logging.getLogger(__name__)
@@ -157,12 +157,7 @@ class MergeWork:
 
     def current(self) -> MergeReport | None:
         """Return the report of the merged model that is there, if it is this one and its files are whole."""
-        data = self._storage.read_optional(join(self._folder.uri, "report.json"))
-        report = read_report(MergeReport, data)
-        if report is None or not report.complete or report.key != self._key:
-            return None
-        whole = all(holds(self._storage, join(self._folder.uri, fact.path), fact) for fact in report.files)
-        return report if whole else None
+        return standing_report(self._folder, MergeReport, self._key)
 
     def sweep_is_due(self) -> bool:
         """A model is replaced in one step: nothing of an earlier one is kept."""

@@ -26,14 +26,15 @@ from bge_ray.pipeline.mteb.tasks import choose_tasks, searches
 from bge_ray.pipeline.work import carry_out, refuse_taken
 from bge_ray.records.canonical import digest
 from bge_ray.records.dataset import FileFact
-from bge_ray.records.reports import Mean, MtebReport, TaskScore, read_report
+from bge_ray.records.reports import Mean, MtebReport, TaskScore
 from bge_ray.report.facts import Receipt, RunFacts, Workers, read_receipt, summarise
 from bge_ray.report.mteb_page import mteb_page
 from bge_ray.run_id import run_id
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.folders import refuse_collisions
 from bge_ray.storage.objects import Storage, join
-from bge_ray.storage.ownership import OwnedFolder, holds, open_folder
+from bge_ray.storage.ownership import OwnedFolder, open_folder
+from bge_ray.storage.reports import standing_report
 
 logger = logging.getLogger(__name__)
 
@@ -134,12 +135,7 @@ class MtebWork:
 
     def current(self) -> MtebReport | None:
         """Return the report that is there, if it is of these results and they are as they were."""
-        data = self._storage.read_optional(join(self._folder.uri, "report.json"))
-        report = read_report(MtebReport, data)
-        if report is None or not report.complete or report.key != self._key:
-            return None
-        whole = all(holds(self._storage, join(self._folder.uri, fact.path), fact) for fact in report.files)
-        return report if whole else None
+        return standing_report(self._folder, MtebReport, self._key)
 
     def sweep_is_due(self) -> bool:
         """Results of other models and settings stay where they are."""

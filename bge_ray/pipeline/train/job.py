@@ -28,14 +28,15 @@ from bge_ray.pipeline.train.stored import OWN_WORK, StoredFolder, read_pieces, s
 from bge_ray.pipeline.work import carry_out, refuse_taken
 from bge_ray.records.canonical import from_json, to_json
 from bge_ray.records.dataset import FileFact
-from bge_ray.records.reports import HeldOut, HeldOutFigures, TrainReport, read_report
+from bge_ray.records.reports import HeldOut, HeldOutFigures, TrainReport
 from bge_ray.report.facts import RunFacts, summarise
 from bge_ray.report.train_page import train_page
 from bge_ray.run_id import run_id
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.folders import refuse_collisions
 from bge_ray.storage.objects import Storage, join
-from bge_ray.storage.ownership import OwnedFolder, holds, open_folder
+from bge_ray.storage.ownership import OwnedFolder, open_folder
+from bge_ray.storage.reports import standing_report
 from bge_ray.storage.sweep import sweep_work
 
 logger = logging.getLogger(__name__)
@@ -158,12 +159,7 @@ class TrainWork:
 
     def current(self) -> TrainReport | None:
         """Return the report of the trained model that is there, if it is this one and its files are whole."""
-        data = self._storage.read_optional(join(self._folder.uri, "report.json"))
-        report = read_report(TrainReport, data)
-        if report is None or not report.complete or report.key != self._identity.key:
-            return None
-        whole = all(holds(self._storage, join(self._folder.uri, fact.path), fact) for fact in report.files)
-        return report if whole else None
+        return standing_report(self._folder, TrainReport, self._identity.key)
 
     def sweep_is_due(self) -> bool:
         """A model is published in one step: nothing of an earlier one is kept."""
