@@ -23,7 +23,7 @@ from bge_ray.records.arrays import dense_rows, multi_rows, sparse_rows
 from tests.model.conftest import load, resolve, run
 from tests.support.corpora import docstrings, mixed_objects
 from tests.support.datasets import read_shards
-from tests.support.models import make_cross_encoder, make_m3
+from tests.support.models import make_cross_encoder, make_encoder, make_m3
 from tests.support.s3 import S3Server
 from tests.support.searches import (
     STORAGE,
@@ -281,14 +281,10 @@ def test_chunks_fall_together_to_distinct_passages(corpus: str, bucket: str, m3:
             assert_same_ranking(twice, ranked(best, K))
 
 
-def test_bm25_alone_takes_no_model(
-    corpus: str, bucket: str, m3: Path, tmp_path: Path, queries: dict[str, str]
-) -> None:
+def test_bm25_alone_takes_no_model(corpus: str, bucket: str, tmp_path: Path, queries: dict[str, str]) -> None:
     """The tokenizer of a folder without weights, and a query of which nothing is known."""
-    folder = tmp_path / "tokenizer"
-    folder.mkdir()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((m3 / name).read_bytes())
+    folder = make_encoder(tmp_path / "tokenizer")
+    (folder / "model.safetensors").unlink()
     data = f"{bucket}/data"
     keys = {"corpus__uri": f"{corpus}/corpus", "output__uri": data, "model__name": str(folder)}
     report = embed(settings_for(**keys, model__outputs=["bm25"])).report
@@ -303,7 +299,7 @@ def test_bm25_alone_takes_no_model(
     table = read_shards(data).sort_by("vector_id")
     found = by_query(read_run(f"{bucket}/run"))
     for name, text in queries.items():
-        scores = bm25(m3, table["bm25"].to_pylist(), text, b=0.4)
+        scores = bm25(folder, table["bm25"].to_pylist(), text, b=0.4)
         truth = ranked(dict(zip(table["passage_id"].to_pylist(), scores, strict=True)), K)
         assert name in found or not truth
         if truth:
