@@ -24,7 +24,8 @@ from bge_ray.storage.objects import Storage
 class Batch:
     """Rows in order of place.
 
-    ``vectors`` is (n, dim) float16 or float32 as stored, read-only, ``vector_ids`` (n,) int64, ascending,
+    ``vectors`` is (n, dim) float16 or float32 as stored, read-only, and (n, 0) float32 where the data set has
+    no output `embedding`. ``vector_ids`` (n,) int64, ascending,
     ``passage_ids`` an Arrow array of n strings, ``metadata`` a table of n rows with the columns asked for.
     """
 
@@ -54,8 +55,13 @@ class DatasetReader:
 
     @property
     def dim(self) -> int:
-        """Length of a vector."""
-        return self.spec.model.dim
+        """Length of a vector; 0 where the data set has none."""
+        return self.spec.model.dim if self._dense else 0
+
+    @property
+    def _dense(self) -> tuple[str, ...]:
+        """The column of the vectors, if there is one."""
+        return tuple(output.name for output in self.spec.model.outputs if output.name == EMBEDDING)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -76,7 +82,7 @@ class DatasetReader:
         """
         names = self._checked(columns)
         for fact in self._shards.facts:
-            wanted = dict.fromkeys(["vector_id", "passage_id", EMBEDDING, *names])
+            wanted = dict.fromkeys(["vector_id", "passage_id", *self._dense, *names])
             for table in read_groups(self._storage, self.uri, fact, tuple(wanted)):
                 yield self._batch(table, names)
 
@@ -114,7 +120,7 @@ class DatasetReader:
         """
         names = self._checked(columns)
         ids = np.unique(np.asarray(vector_ids, dtype=np.int64))
-        wanted = dict.fromkeys(["passage_id", EMBEDDING, *names])
+        wanted = dict.fromkeys(["passage_id", *self._dense, *names])
         table = read_places(self._storage, self.uri, self._shards, ids, tuple(wanted))
         return self._batch(table, names)
 
@@ -131,11 +137,16 @@ class DatasetReader:
     def _batch(self, table: pa.Table, names: Sequence[str]) -> Batch:
         table = table.combine_chunks()
         if not len(table):
-            vectors = np.empty((0, self.dim), self.spec.model.output(EMBEDDING).dtype)
+            vectors = np.empty(
+                (0, self.dim), self.spec.model.output(EMBEDDING).dtype if self._dense else "f4"
+            )
             return Batch(vectors, np.empty(0, np.int64), pa.array([], pa.string()), table.select(list(names)))
-        flat = pa.concat_arrays(table[EMBEDDING].chunks).flatten().to_numpy(zero_copy_only=True)
+        vectors = np.empty((len(table), 0), np.float32)
+        if self._dense:
+            flat = pa.concat_arrays(table[EMBEDDING].chunks).flatten().to_numpy(zero_copy_only=True)
+            vectors = flat.reshape(len(table), self.dim)
         return Batch(
-            flat.reshape(len(table), self.dim),
+            vectors,
             table["vector_id"].to_numpy(),
             pa.concat_arrays(table["passage_id"].chunks),
             table.select(list(names)).replace_schema_metadata(None),

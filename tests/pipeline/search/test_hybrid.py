@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import bge_ray
 from bge_ray.errors import RejectedRowsError, SettingsError
 from bge_ray.index.scores import colbert_scores, dense_scores, sparse_scores, weighted_scores
 from bge_ray.model.feed.texts import load_tokenizer
@@ -297,6 +298,12 @@ def test_bm25_alone_takes_no_model(corpus: str, bucket: str, tmp_path: Path, que
     searched = search(settings_for(**asked, search__k=K, search__first_stage="bm25", search__bm25_b=0.4))
     assert "encoders" not in searched.workers
     table = read_shards(data).sort_by("vector_id")
+    # Who reads it from Python has the counts, and no vectors.
+    reader = bge_ray.open_dataset(data)
+    (batch,) = reader.batches(["bm25"])
+    assert (reader.dim, batch.vectors.shape) == (0, (PASSAGES, 0))
+    assert batch.metadata["bm25"].to_pylist() == table["bm25"].to_pylist()
+    assert reader.rows(batch.vector_ids[:2]).passage_ids.to_pylist() == batch.passage_ids.to_pylist()[:2]
     found = by_query(read_run(f"{bucket}/run"))
     for name, text in queries.items():
         scores = bm25(folder, table["bm25"].to_pylist(), text, b=0.4)
