@@ -165,8 +165,9 @@ class MtebWork:
                     self._scores.append(score_of(entrant, task, result))
                     self._tell(number, len(pairs), began)
                     facts.book(_receipt(began, searched=searches(task)))
-                    later = [name.metadata.name for _, name in pairs[number + 1 :] if searches(name)]
-                    if searches(task) and task.metadata.name not in later:
+                    later = [other.metadata.name for _, other in pairs[number + 1 :]]
+                    # Of a task that was done before nothing is there; what is there is a later one's.
+                    if searches(task) and task.data_loaded and task.metadata.name not in later:
                         task.unload_data()
                         desk.clean()
         self._left_out = dict(desk.left_out)
