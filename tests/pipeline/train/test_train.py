@@ -1,13 +1,12 @@
 """Whole trainings on Ray Train with tiny models: published, found finished, and refused."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
-from bge_ray.errors import DatasetMismatchError, ModelError
+from bge_ray.errors import DatasetMismatchError
 from bge_ray.pipeline.train.job import plan_train, train
 from bge_ray.records.reports import TrainReport, read_report
 from bge_ray.storage.objects import Storage
@@ -95,15 +94,3 @@ def test_a_reranker_out_of_an_encoder_in_object_storage(tmp_path: Path, bucket: 
     assert spec.family == "cross_encoder"
     assert storage.list_files(f"{bucket}/out/work") == []
     assert train(as_settings(keys)).outcome == "nothing to do"
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_loss_that_is_no_number_ends_the_run_and_says_so(tmp_path: Path, tiny_model: Path) -> None:
-    keys = training_keys(tmp_path, tiny_model, tmp_path / "out", max_failures=0, held_out=None)
-    keys |= {"train.learning_rate": 1e30, "train.warmup": 0.0}
-    with pytest.raises(ModelError, match=r"lower train.learning_rate"):
-        train(as_settings(keys))
-    assert not (tmp_path / "out" / "config.json").exists()
-    found = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert not found["complete"]
-    assert "lower train.learning_rate" in found["outcome"]
