@@ -305,7 +305,7 @@ def test_what_goes_to_other_processes_carries_no_secret(
         "embed": EmbedJob(storage, bucket, spec, "zstd", False, 3, ledger, "object"),
         "model": ModelJob("encode", model, "cpu", 1, 1024, False, ledger, 3),
         "model stage": ModelStage,
-        "search": QueryJob(place, model, False),
+        "search": QueryJob(place, model, None, (), False),
         "writer": ShardWriter(storage, bucket, spec, "zstd"),
         "index": Build(
             folder,
