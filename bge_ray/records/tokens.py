@@ -38,8 +38,8 @@ class PackedTokens:
         return len(self.truncated)
 
     def take(self, rows: npt.NDArray[np.int64]) -> "PackedTokens":
-        """Return the given (m,) rows, laid end to end; as it is if those are all."""
-        if len(rows) == len(self):
+        """Return the given (m,) rows in their order, laid end to end; as it is if those are all in place."""
+        if len(rows) == len(self) and (rows == np.arange(len(self))).all():
             return self
         lengths = self.lengths_of(rows)
         offsets = np.zeros(len(rows) + 1, np.int32)

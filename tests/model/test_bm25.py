@@ -26,11 +26,13 @@ def resolve(folder: Path, **asked: object) -> ModelSpec:
     return resolve_encoder(ModelSettings(name=str(folder), **asked), on_gpu=False)
 
 
-def made(spec: ModelSpec, folder: Path, texts: list[str]) -> tuple[SparseRows, dict[int, tuple[str, str]]]:
+def made(
+    spec: ModelSpec, folder: Path, texts: list[str], budget: int = 64
+) -> tuple[SparseRows, dict[int, tuple[str, str]]]:
     model, feeder = open_model(spec, folder, Place()), text_feeder(spec)
     tokens = feeder.passages(texts)
     result = model.empty_result(len(texts))
-    model.run(tokens, model.cut(tokens.lengths, 64), result)
+    model.run(tokens, model.cut(tokens.lengths, budget), result)
     return sparse_rows(result.columns()["bm25"]), result.faults
 
 
@@ -60,8 +62,9 @@ def test_alone_it_takes_the_tokenizer_and_no_weights(tmp_path: Path, kind: str) 
     assert resolve(folder, outputs=("bm25",)) == spec
     assert (spec.family, [o.name for o in spec.outputs], spec.counts_only) == ("bm25", ["bm25"], True)
     assert isinstance(open_model(spec, folder, Place()), TermModel)
-    rows, faults = made(spec, folder, TEXTS)
-    assert as_dicts(rows) == counted(folder, TEXTS) and not faults
+    for budget in (64, 1_000_000):  # many batches; all rows in one, by their lengths
+        rows, faults = made(spec, folder, TEXTS, budget)
+        assert as_dicts(rows) == counted(folder, TEXTS) and not faults
     assert max(max(row, default=0) for row in as_dicts(rows)) < spec.output("bm25").dim
     assert rows.values.dtype == np.float16
 
@@ -87,7 +90,7 @@ def test_beside_a_vector_it_counts_what_the_model_reads(tmp_path: Path) -> None:
     assert spec.only("embedding") == ModelSpec(
         **{**vars(plain), "passage_instruction": "the corpus: "}
     )  # what is counted beside it changes nothing of the model
-    rows, _ = made(spec, folder, TEXTS)
+    rows, _ = made(spec, folder, TEXTS, budget=100_000)
     n_instruction = len(text_feeder(plain).passages(["the corpus:"]).input_ids) - 2
     assert n_instruction > 2
     assert as_dicts(rows) == counted(folder, TEXTS, most=64 - n_instruction)

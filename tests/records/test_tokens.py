@@ -38,6 +38,10 @@ def test_parts_end_to_end_are_the_rows_of_all(parts: list[list[list[int]]], type
     if types and parts:
         assert some.type_starts.tolist() == picked.type_starts.tolist()
         assert some.prompt_tokens.tolist() == picked.prompt_tokens.tolist()
+    assert joined.take(np.arange(len(rows))) is joined
+    turned, expected = joined.take(chosen), pack(rows[::-1], types=types)
+    assert turned.input_ids.tolist() == expected.input_ids.tolist()
+    assert turned.offsets.tolist() == expected.offsets.tolist()
     assert joined.lengths_of(chosen).tolist() == [len(row) for row in rows][::-1]
 
 

@@ -206,4 +206,5 @@ def _pieces(array: pa.Array) -> Iterator[bytes]:
         ends = np.frombuffer(offsets, np.int32)[array.offset : array.offset + len(array) + 1]
         yield memoryview(data)[ends[0] : ends[-1]].tobytes() if data is not None else b""
     else:
-        yield array.fill_null(0).to_numpy(zero_copy_only=False).tobytes()
+        nothing = pa.scalar(0).cast(array.type)
+        yield array.fill_null(nothing).to_numpy(zero_copy_only=False).tobytes()

@@ -3,6 +3,7 @@
 import itertools
 import math
 import secrets
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -282,7 +283,9 @@ def test_chunks_fall_together_to_distinct_passages(corpus: str, bucket: str, m3:
             assert_same_ranking(twice, ranked(best, K))
 
 
-def test_bm25_alone_takes_no_model(corpus: str, bucket: str, tmp_path: Path, queries: dict[str, str]) -> None:
+def test_bm25_alone_takes_no_model(
+    corpus: str, bucket: str, tmp_path: Path, queries: dict[str, str], passages: dict[str, str]
+) -> None:
     """The tokenizer of a folder without weights, and a query of which nothing is known."""
     folder = make_encoder(tmp_path / "tokenizer")
     (folder / "model.safetensors").unlink()
@@ -300,10 +303,17 @@ def test_bm25_alone_takes_no_model(corpus: str, bucket: str, tmp_path: Path, que
     table = read_shards(data).sort_by("vector_id")
     # Who reads it from Python has the counts, and no vectors.
     reader = bge_ray.open_dataset(data)
-    (batch,) = reader.batches(["bm25"])
-    assert (reader.dim, batch.vectors.shape) == (0, (PASSAGES, 0))
-    assert batch.metadata["bm25"].to_pylist() == table["bm25"].to_pylist()
-    assert reader.rows(batch.vector_ids[:2]).passage_ids.to_pylist() == batch.passage_ids.to_pylist()[:2]
+    batches = list(reader.batches(["bm25"]))
+    assert (reader.dim, batches[0].vectors.shape) == (0, (len(batches[0]), 0))
+    read = [counts for batch in batches for counts in batch.metadata["bm25"].to_pylist()]
+    assert read == table["bm25"].to_pylist()
+    tokenizer = load_tokenizer(folder, trust_remote_code=False)
+    for row in table.select(["passage_id", "bm25"]).to_pylist():
+        ids = tokenizer(passages[row["passage_id"]], add_special_tokens=False)["input_ids"]
+        counts = dict(zip(row["bm25"]["indices"], row["bm25"]["values"], strict=True))
+        assert counts == Counter(i for i in ids if i not in tokenizer.all_special_ids)
+    first = batches[0]
+    assert reader.rows(first.vector_ids[:2]).passage_ids.to_pylist() == first.passage_ids.to_pylist()[:2]
     found = by_query(read_run(f"{bucket}/run"))
     for name, text in queries.items():
         scores = bm25(folder, table["bm25"].to_pylist(), text, b=0.4)
