@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from bge_ray.errors import SettingsError
+
 if TYPE_CHECKING:
     from bge_ray.retrieval import Hit, IndexReader
 
@@ -35,10 +37,16 @@ def ask(uri: str, questions: Sequence[str], asked: Asked, *, model: str | None, 
         device: on which questions are encoded.
 
     Raises:
-        What `bge_ray.open_index` and its ``search`` raise.
+        SettingsError: a question is not UTF-8.
+        BgeRayError: what `bge_ray.open_index` and its ``search`` raise.
     """
     from bge_ray import open_index
 
+    for question in questions:
+        try:
+            question.encode()
+        except UnicodeEncodeError as error:
+            raise SettingsError(f"question {question!r}: is not UTF-8 ({error.reason})") from error
     index = open_index(uri, model=model, device=device)
     for question in questions or _lines():
         started = time.monotonic()
@@ -57,11 +65,16 @@ def _lines() -> Iterator[str]:
     while True:
         if terminal:
             print(PROMPT, end="", file=sys.stderr, flush=True)  # noqa: T201
-        line = sys.stdin.readline()
-        if not line:
+        data = sys.stdin.buffer.readline()
+        if not data:
             return
-        if line.strip():
-            yield line.strip()
+        try:
+            line = data.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            print(f"this line is not UTF-8 and is not asked: {error}", file=sys.stderr)  # noqa: T201
+            continue
+        if line:
+            yield line
 
 
 def _searched(index: "IndexReader") -> str:

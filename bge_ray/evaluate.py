@@ -199,7 +199,7 @@ def _evaluate_run(
 
 def _report_beside(storage: Storage, uri: str) -> Report | None:
     """Return the report of the search or rerank that made a run, where it lies in the folder of one."""
-    folder = uri.rsplit("/", 1)[0] if uri.endswith((".parquet", ".trec")) else uri
+    folder = (uri.rpartition("/")[0] or ".") if uri.endswith((".parquet", ".trec")) else uri
     data = storage.read_optional(join(folder, "report.json"))
     report = read_report(SearchReport, data) or read_report(RerankReport, data)
     return report if report is not None and report.complete else None

@@ -12,6 +12,7 @@ from typing import Any
 from bge_ray.dataset.folder import read_complete
 from bge_ray.dataset.pointer import Pointer, Seen, follow, move, read_pointer, refuse_pointer
 from bge_ray.errors import DatasetMismatchError, SettingsError, WorseModelError
+from bge_ray.formats.qrels import read_qrels
 from bge_ray.pipeline.engine.stopping import StopRequest
 from bge_ray.records.canonical import to_json
 from bge_ray.records.migration import Migration, Side
@@ -122,6 +123,13 @@ def _inputs(storage: Storage, settings: Settings) -> tuple[Seen, str | None]:
     if old is not None:
         settings.require("search.queries")
         read_complete(storage, old)
+        queries, qrels = str(settings.search.queries), settings.evaluate.qrels
+        if not storage.list_files(queries):
+            raise SettingsError(f"search.queries {queries}: is not there, or is an empty folder")
+        if qrels is not None:
+            if not storage.list_files(qrels):
+                raise SettingsError(f"evaluate.qrels {qrels}: is not there, or is an empty folder")
+            read_qrels(storage, qrels)
     if asked.max_loss is not None and (old is None or settings.evaluate.qrels is None):
         raise SettingsError(
             "migrate.max_loss: a loss is measured by evaluate.qrels, against a data set that is in use or "

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bge_ray.dataset.read import shard_columns
 from bge_ray.errors import DatasetMismatchError, ModelError, SettingsError
 from bge_ray.index.package import faiss
 from bge_ray.model.spec import model_folder, text_feeder
@@ -88,13 +89,20 @@ class IndexReader:
             A list a query, best first, ties by passage id.
 
         Raises:
-            SettingsError: k is below 1.
+            SettingsError: k is below 1, or the data set has no such column.
             ModelError: the model is not to be had or not that of the data set, or a query has no vector.
             IndexBuildError: a vector is of another length or norm, or a file of the index is damaged.
-            StorageError: a shard is missing or damaged, or lacks a column.
+            StorageError: a shard is missing or damaged.
         """
         if k < 1:
             raise SettingsError(f"k is {k}; at least 1 is needed")
+        known = shard_columns(self._source.spec)
+        for name in columns:
+            if name not in known:
+                there = ", ".join(sorted(known))
+                raise SettingsError(
+                    f"column {name!r}: {self._source.root} has none of that name, only {there}"
+                )
         if isinstance(queries, np.ndarray):
             vectors = queries
         else:

@@ -359,6 +359,14 @@ def test_questions_at_a_terminal_are_answered_as_the_api_answers_them(stored: tu
             assert lines[4].startswith("  exact, ")
         process.stdin.close()
         assert process.wait(30) == 0
+    # A line that is no text costs that line alone, and a column that is not there is a mistake in the words.
+    lines = b"\xff\xfe\n" + asked[0].encode()
+    mixed = subprocess.run([*words, "--json"], input=lines, capture_output=True, check=False)
+    assert mixed.returncode == 0
+    assert b"this line is not UTF-8 and is not asked" in mixed.stderr
+    assert {json.loads(line)["question"] for line in mixed.stdout.splitlines()} == {asked[0]}
+    with pytest.raises(SettingsError, match=r"column 'title': .* has none of that name, only .*url"):
+        bge_ray.open_index(root).search(asked, 3, columns=["title"])
 
 
 def test_a_question_to_no_data_set_ends_with_2(tmp_path: Path) -> None:

@@ -310,6 +310,14 @@ def test_without_judgements_runs_are_compared_with_each_other(tmp_path: Path) ->
     assert {p.name for p in out.iterdir()} == {"metrics.json", "metrics.md", "_bge_ray_metrics.json"}
 
 
+def test_a_run_may_be_a_bare_name_in_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "a.trec", trec({"q1": {"p1": 2.0, "p2": 1.0}}))
+    write(tmp_path, "b.trec", trec({"q1": {"p1": 2.0, "p9": 1.0}}))
+    monkeypatch.chdir(tmp_path)
+    metrics = evaluate(settings_for(run=["a.trec", "b.trec"], k=[2]))
+    assert metrics["runs"][1]["overlap"] == {"overlap@2": 0.5}
+
+
 def test_compare_is_evaluate_in_words(tmp_path: Path) -> None:
     first = write(tmp_path, "a/run.trec", trec({"q1": {"p1": 2.0, "p2": 1.0}}))
     second = write(tmp_path, "b/run.trec", trec({"q1": {"p2": 2.0, "p1": 1.0}}))

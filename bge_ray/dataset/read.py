@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bge_ray.errors import StorageError
-from bge_ray.records.dataset import FileFact
+from bge_ray.records.dataset import DatasetSpec, FileFact
 from bge_ray.records.ids import IdArray
+from bge_ray.records.schemas import embedding_schema
 from bge_ray.storage.objects import Storage, join
 
 COLUMNS = ["vector_id", "embedding"]
@@ -68,6 +69,11 @@ def open_shard(storage: Storage, uri: str, fact: FileFact) -> Iterator[pq.Parque
     source = pa.PythonFile(storage.open(uri, fact.bytes), mode="r")
     with pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True) as file:
         yield file
+
+
+def shard_columns(spec: DatasetSpec) -> set[str]:
+    """Return the names of all columns that a data set's embedding shards have."""
+    return {*embedding_schema(spec.model.outputs, pa.schema([]), spec.chunking).names, *spec.columns.kept}
 
 
 def read_columns(storage: Storage, root: str, fact: FileFact, columns: Sequence[str]) -> Iterator[pa.Table]:

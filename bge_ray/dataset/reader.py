@@ -12,11 +12,10 @@ import pyarrow as pa
 from bge_ray.dataset.folder import read_complete
 from bge_ray.dataset.lookup import PARALLEL_SHARDS, ShardMap, find_passages, read_places
 from bge_ray.dataset.pointer import follow
-from bge_ray.dataset.read import read_groups
+from bge_ray.dataset.read import read_groups, shard_columns
 from bge_ray.records.dataset import DatasetSpec, FileFact, Manifest
 from bge_ray.records.ids import IdArray
 from bge_ray.records.model import EMBEDDING
-from bge_ray.records.schemas import embedding_schema
 from bge_ray.storage.objects import Storage
 
 
@@ -127,8 +126,7 @@ class DatasetReader:
     def _checked(self, columns: Sequence[str] | None) -> tuple[str, ...]:
         if columns is None:
             return self.columns
-        known = {*self.columns, *(output.name for output in self.spec.model.outputs)}
-        known |= set(embedding_schema((), pa.schema([]), self.spec.chunking).names)
+        known = shard_columns(self.spec)
         for name in columns:
             if name not in known:
                 raise KeyError(f"{self.uri}: has no column {name!r}; it has {', '.join(sorted(known))}")

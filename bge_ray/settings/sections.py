@@ -1183,10 +1183,14 @@ def parse_tree(tree: dict[str, dict[str, Any]]) -> Settings:
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, e['loc'][:2]))}: {e['msg']} (got {e['input']!r})" for e in error.errors()
-        ]
+        lines = [_fault(one) for one in error.errors()]
         raise SettingsError("impossible setting: " + "; ".join(dict.fromkeys(lines))) from error
+
+
+def _fault(found: Any) -> str:
+    """Return what is wrong with a key; a rule of ours that spans several names them itself."""
+    place, said = ".".join(map(str, found["loc"][:2])), found["msg"].removeprefix("Value error, ")
+    return f"{place}.{said}" if len(found["loc"]) == 1 else f"{place}: {said} (got {found['input']!r})"
 
 
 def _parse_override(override: str) -> tuple[str, Any]:

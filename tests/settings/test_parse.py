@@ -48,11 +48,11 @@ def test_overrides_win_over_the_document() -> None:
         ("name=x", "expected section.key=value"),
         ("model.name", "expected section.key=value"),
         ("model.max_length={", "not valid YAML"),
-        ("corpus.uri=s3:/bucket/corpus", r"corpus.uri: .* one slash is missing: s3://"),
-        ("evaluate.run=[a, 's3:/b']", r"evaluate.run: .* one slash is missing"),
-        ("corpus.uri=", r"corpus.uri: .* is empty"),
-        ("resources.num_encoders=true", r"resources.num_encoders: .* true is no value of it"),
-        ("output.dtype=yes", r"output.dtype: .* true is no value of it"),
+        ("corpus.uri=s3:/bucket/corpus", r"corpus.uri: one slash is missing: s3://"),
+        ("evaluate.run=[a, 's3:/b']", r"evaluate.run: one slash is missing"),
+        ("corpus.uri=", r"corpus.uri: is empty"),
+        ("resources.num_encoders=true", r"resources.num_encoders: true is no value of it"),
+        ("output.dtype=yes", r"output.dtype: true is no value of it"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_the_way_out(override: str, message: str) -> None:
@@ -211,3 +211,10 @@ def test_a_variable_that_cannot_be_filled_in_is_refused(
             parse_settings(way.get("document"), way.get("overrides", ()))
         assert secret not in str(caught.value)
         assert "corpus.uri" in str(caught.value)
+
+
+def test_a_rule_over_several_keys_names_them() -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_settings(None, ["search.candidates=3"])
+    assert str(caught.value).startswith("impossible setting: search.candidates: ")
+    assert "Value error" not in str(caught.value) and "{" not in str(caught.value)

@@ -120,6 +120,14 @@ def test_what_cannot_be_is_refused_before_anything_is_written(place: Path) -> No
     refused = (
         (moving(place, search__queries=None, migrate__compare_with=f"{place}/old"), "search.queries"),
         (moving(place, migrate__compare_with=f"{place}/nothing"), "no complete data set"),
+        (
+            moving(place, search__queries=f"{place}/no", migrate__compare_with=f"{place}/old"),
+            "search.queries .*not there",
+        ),
+        (
+            moving(place, evaluate__qrels=f"{place}/no", migrate__compare_with=f"{place}/old"),
+            "evaluate.qrels .*not there",
+        ),
         (moving(place, migrate__compare_with=f"{place}/new"), "is output.uri itself"),
         (moving(place, migrate__pointer=f"{place}/old"), "is a data set"),
         (moving(place, migrate__max_loss=0.1, migrate__compare_with=f"{place}/old"), "migrate.max_loss"),
