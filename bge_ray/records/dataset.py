@@ -86,12 +86,16 @@ class DatasetSpec:
         Raises:
             DatasetMismatchError: names each field that differs, with both values.
         """
+        asked, there = ([output.name for output in spec.model.outputs] for spec in (self, other))
         mine, theirs = OPTIONAL | self.decisive(), OPTIONAL | other.decisive()
         differ = [
             f"{key}: there {theirs.get(key)!r}, now {mine.get(key)!r}"
             for key in sorted(mine | theirs)
             if mine.get(key) != theirs.get(key) and not key.startswith(MAY_CHANGE)
         ]
+        if asked != there:
+            # The family and all that follows from it differs, too, and would hide it.
+            differ = [f"model.outputs: there {there}, now {asked}"]
         if differ:
             raise DatasetMismatchError(
                 f"{uri} holds a data set made with other settings ({'; '.join(differ)}); "

@@ -210,3 +210,13 @@ def test_templates_and_examples_decide_no_vector_and_the_last_token_does() -> No
     with pytest.raises(DatasetMismatchError, match=r"model\.last_token: there None, now '</s>'"):
         ended.check_same(spec, "out")
     assert from_json(DatasetSpec, to_json(asked)) == asked
+
+
+def test_other_outputs_are_told_by_their_names_alone() -> None:
+    outputs = (dataclasses.replace(SPEC.model.outputs[0], name="bm25", kind="sparse"),)
+    other = dataclasses.replace(
+        SPEC, model=dataclasses.replace(SPEC.model, outputs=outputs, family="bm25", pooling="cls")
+    )
+    with pytest.raises(DatasetMismatchError) as caught:
+        other.check_same(SPEC, "s3://b/out")
+    assert "(model.outputs: there ['embedding'], now ['bm25']);" in str(caught.value)
