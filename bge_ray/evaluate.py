@@ -117,6 +117,18 @@ def plan_evaluate(settings: Settings) -> str:
     return f"{', '.join(uris)} {against}, to {asked.output or 'the terminal'}"
 
 
+def check_qrels(storage: Storage, uri: str) -> None:
+    """Refuse judgements that are not there; reads only listings.
+
+    Raises:
+        SettingsError: nothing is there.
+        CorpusError: a folder holds several files.
+    """
+    if not storage.list_files(uri):
+        raise SettingsError(f"evaluate.qrels {uri}: is not there, or is an empty folder")
+    find_qrels(storage, uri)
+
+
 def _folder(storage: Storage, uri: str) -> OwnedFolder:
     return OwnedFolder(storage, uri, "metrics", "evaluate.output", FILES, JOURNAL)
 
@@ -129,9 +141,7 @@ def _inputs(settings: Settings) -> tuple[Storage, tuple[str, ...]]:
     if not uris or len(set(uris)) != len(uris):
         raise SettingsError("evaluate.run: expected one run or more, each named once")
     if asked.qrels is not None:
-        if not storage.list_files(asked.qrels):
-            raise SettingsError(f"evaluate.qrels {asked.qrels}: is not there, or is an empty folder")
-        find_qrels(storage, asked.qrels)
+        check_qrels(storage, asked.qrels)
     elif len(uris) < 2:
         raise SettingsError(
             "evaluate.qrels: is not set; one run is measured against judgements, or name more runs in "

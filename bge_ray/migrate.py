@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bge_ray.dataset.folder import read_complete
-from bge_ray.dataset.pointer import Pointer, Seen, follow, move, read_pointer, refuse_pointer
+from bge_ray.dataset.pointer import Pointer, Seen, move, read_pointer, refuse_pointer
 from bge_ray.errors import DatasetMismatchError, SettingsError, WorseModelError
 from bge_ray.formats.qrels import read_qrels
 from bge_ray.pipeline.engine.stopping import StopRequest
@@ -65,7 +65,7 @@ def migrate(settings: Settings, stop: StopRequest | None = None) -> str:
             _move(storage, str(asked.pointer), seen, root)
     found = Migration(
         pointer=str(asked.pointer),
-        leads_to=follow(storage, str(asked.pointer)) if asked.move or seen.pointer else None,
+        leads_to=root if asked.move else None if seen.pointer is None else seen.pointer.dataset,
         old=None if old is None else _side(storage, old),
         new=_side(storage, root),
         compared=None if metrics is None else join(str(asked.output), "compared"),
@@ -121,14 +121,15 @@ def _inputs(storage: Storage, settings: Settings) -> tuple[Seen, str | None]:
     if old is not None and same_place(old, root):
         raise SettingsError(f"migrate.compare_with {old}: is output.uri itself")
     if old is not None:
+        from bge_ray.evaluate import check_qrels
+
         settings.require("search.queries")
         read_complete(storage, old)
         queries, qrels = str(settings.search.queries), settings.evaluate.qrels
         if not storage.list_files(queries):
             raise SettingsError(f"search.queries {queries}: is not there, or is an empty folder")
         if qrels is not None:
-            if not storage.list_files(qrels):
-                raise SettingsError(f"evaluate.qrels {qrels}: is not there, or is an empty folder")
+            check_qrels(storage, qrels)
             read_qrels(storage, qrels)
     if asked.max_loss is not None and (old is None or settings.evaluate.qrels is None):
         raise SettingsError(

@@ -71,6 +71,18 @@ def open_shard(storage: Storage, uri: str, fact: FileFact) -> Iterator[pq.Parque
         yield file
 
 
+@contextlib.contextmanager
+def _vouched_for(uri: str) -> Iterator[None]:
+    """Say of what cannot be read that it is not what it should be, and the way out."""
+    try:
+        yield
+    except (OSError, LookupError, pa.ArrowException) as error:
+        raise StorageError(
+            f"{uri}: is not the embedding shard that the manifest vouches for ({error}); "
+            "remove it and run embed.py again to make it anew"
+        ) from error
+
+
 def shard_columns(spec: DatasetSpec) -> set[str]:
     """Return the names of all columns that a data set's embedding shards have."""
     return {*embedding_schema(spec.model.outputs, pa.schema([]), spec.chunking).names, *spec.columns.kept}
@@ -83,15 +95,9 @@ def read_columns(storage: Storage, root: str, fact: FileFact, columns: Sequence[
         StorageError: it is missing or damaged.
     """
     uri = join(root, fact.path)
-    try:
-        with open_shard(storage, uri, fact) as file:
-            for group in range(file.num_row_groups):
-                yield file.read_row_group(group, columns=list(columns), use_threads=False)
-    except (OSError, KeyError, pa.ArrowException) as error:
-        raise StorageError(
-            f"{uri}: is not the embedding shard that the manifest vouches for ({error}); "
-            "remove it and run embed.py again to make it anew"
-        ) from error
+    with _vouched_for(uri), open_shard(storage, uri, fact) as file:
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group, columns=list(columns), use_threads=False)
 
 
 def sample_vectors(storage: Storage, root: str, fact: FileFact, groups: dict[int, list[int]]) -> Vectors:
@@ -111,16 +117,10 @@ def sample_vectors(storage: Storage, root: str, fact: FileFact, groups: dict[int
     """
     uri = join(root, fact.path)
     parts = []
-    try:
-        with open_shard(storage, uri, fact) as file:
-            for group, rows in sorted(groups.items()):
-                vectors, ids = _arrays(file.read_row_group(group, columns=COLUMNS, use_threads=False))
-                parts.append((vectors[rows], ids[rows]))
-    except (OSError, IndexError, pa.ArrowException) as error:
-        raise StorageError(
-            f"{uri}: is not the embedding shard that the manifest vouches for ({error}); "
-            "remove it and run embed.py again to make it anew"
-        ) from error
+    with _vouched_for(uri), open_shard(storage, uri, fact) as file:
+        for group, rows in sorted(groups.items()):
+            vectors, ids = _arrays(file.read_row_group(group, columns=COLUMNS, use_threads=False))
+            parts.append((vectors[rows], ids[rows]))
     return np.concatenate([v for v, _ in parts]), np.concatenate([i for _, i in parts])
 
 

@@ -21,6 +21,12 @@ class Fusion:
     rrf_k: int
 
 
+def ranks(numbers: IdArray) -> IdArray:
+    """Return the rank from 0 on of each of (r,) results within its query, by their ascending numbers."""
+    found: IdArray = np.arange(len(numbers)) - np.searchsorted(numbers, numbers)
+    return found
+
+
 def fuse(lists: Sequence[tuple[IdArray, FloatArray]], fusion: Fusion) -> list[Doubles]:
     """Return what each result of each list adds to the score of what it is.
 
@@ -39,8 +45,7 @@ def fuse(lists: Sequence[tuple[IdArray, FloatArray]], fusion: Fusion) -> list[Do
     gains = []
     for (numbers, scores), weight in zip(lists, fusion.weights, strict=True):
         if fusion.by == "rrf":
-            rank = np.arange(1, len(numbers) + 1) - np.searchsorted(numbers, numbers)
-            gains.append(weight / (fusion.rrf_k + rank))
+            gains.append(weight / (fusion.rrf_k + 1 + ranks(numbers)))
             continue
         exact = scores.astype(np.float64)
         best = exact[np.searchsorted(numbers, numbers)]

@@ -266,8 +266,11 @@ def _hash_files(folder: Path, files: list[Path]) -> str:
     return digest.hexdigest()
 
 
+def is_hub_id(name: str) -> bool:
+    """Tell whether a name has the form of a hub id, and neither that of a path nor of a URI."""
+    return "://" not in name and not name.startswith(("/", ".", "~")) and name.count("/") == 1
+
+
 def base_name(name: str) -> str:
     """Return a hub id as it is, and of a folder or a URI its last name: a path means nothing elsewhere."""
-    if "://" not in name and not name.startswith(("/", ".", "~")) and name.count("/") == 1:
-        return name
-    return name.rstrip("/").rpartition("/")[2]
+    return name if is_hub_id(name) else name.rstrip("/").rpartition("/")[2]

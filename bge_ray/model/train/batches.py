@@ -85,13 +85,13 @@ class TextTokens:
 
     def queries(self, groups: Sequence[Group]) -> PackedTokens:
         """Return the tokens of n queries."""
-        rows: list[PackedTokens | None] = [None] * len(groups)
-        for prompt in {group.prompt for group in groups}:
-            places = [place for place, group in enumerate(groups) if group.prompt == prompt]
-            tokens = self._feeder_of(prompt).queries([groups[place].query for place in places])
-            for number, place in enumerate(places):
-                rows[place] = tokens.take(np.array([number], np.int64))
-        return PackedTokens.concatenate([row for row in rows if row is not None])
+        places: list[int] = []
+        parts = []
+        for prompt in dict.fromkeys(group.prompt for group in groups):
+            mine = [place for place, group in enumerate(groups) if group.prompt == prompt]
+            parts.append(self._feeder_of(prompt).queries([groups[place].query for place in mine]))
+            places += mine
+        return PackedTokens.concatenate(parts).take(np.argsort(places))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from bge_ray.errors import ModelError, SettingsError
 from bge_ray.model.cards import find_card
+from bge_ray.model.source import base_name, is_hub_id
 from bge_ray.model.spec import resolve_encoder, resolve_reranker
 from bge_ray.pipeline.engine.pools import device_of, encoder_request, reranker_request
 from bge_ray.pipeline.mteb.rules import Rules, settle_rules
@@ -172,8 +173,7 @@ def _key(spec: ModelSpec) -> dict[str, Any]:
 
 def _published_as(name: str) -> str:
     """Return a hub id as it is, and a folder or URI by its last name: its place says nothing of it."""
-    is_id = "://" not in name and not name.startswith(("/", ".", "~")) and name.count("/") == 1
-    return name if is_id else f"local/{name.rstrip('/').rpartition('/')[2]}"
+    return name if is_hub_id(name) else f"local/{base_name(name)}"
 
 
 def _refuse_idle(entrants: Sequence[Entrant], tasks: Sequence[Any], names: Sequence[str]) -> None:

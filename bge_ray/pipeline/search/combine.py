@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from bge_ray.dataset.lookup import read_shard
 from bge_ray.errors import StorageError
-from bge_ray.index.fusion import Fusion, fuse
+from bge_ray.index.fusion import Fusion, fuse, ranks
 from bge_ray.index.scores import colbert_scores, dense_scores, sparse_scores, weighted_scores
 from bge_ray.pipeline.search.finders import score_column
 from bge_ray.pipeline.search.retrieve import Found, Retrieval
@@ -207,7 +207,7 @@ def _gather(found: Sequence[Found], how: Combining, *, by_passage: bool) -> _Ent
     if how.fusion is not None:
         gains = fuse([(part.numbers, part.scores) for part in found], how.fusion)
         scores[FUSED] = np.bincount(item_of, np.concatenate(gains), minlength=n_items).astype(np.float64)
-        rank = np.concatenate([_rank(part.numbers) for part in found])
+        rank = np.concatenate([ranks(part.numbers) for part in found])
         # Of one passage by several chunks, that of the best rank; of equal ones the first finder's.
         order = np.lexsort((np.arange(len(rank)), rank, item_of))
         first = order[np.searchsorted(item_of[order], np.arange(n_items))]
@@ -217,10 +217,6 @@ def _gather(found: Sequence[Found], how: Combining, *, by_passage: bool) -> _Ent
 def _pairs(numbers: IdArray, codes: IdArray) -> IdArray:
     """Return one number for each pair of a query's number and a code, which counts from 0 on."""
     return numbers.astype(np.int64) * (int(codes.max(initial=0)) + 1) + codes
-
-
-def _rank(numbers: IdArray) -> IdArray:
-    return np.arange(len(numbers)) - np.searchsorted(numbers, numbers)
 
 
 def _ranked(entries: _Entries, chosen: IdArray, total: npt.NDArray[np.float64], k: int) -> IdArray:
@@ -241,5 +237,5 @@ def _ranked(entries: _Entries, chosen: IdArray, total: npt.NDArray[np.float64], 
     best = pc.sort_indices(table, [*order, ("vector_id", "ascending")]).to_numpy().astype(np.int64)
     _, first = np.unique(entries.item_of[chosen[best]], return_index=True)
     best = best[np.sort(first)]
-    kept: IdArray = best[_rank(entries.numbers[chosen[best]]) < k]
+    kept: IdArray = best[ranks(entries.numbers[chosen[best]]) < k]
     return kept
