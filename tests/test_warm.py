@@ -1,7 +1,10 @@
 """Warm workers are the processes that Ray asked for."""
 
+import array
 import os
+import socket
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -41,3 +44,25 @@ def test_a_worker_has_its_imports_behind_it_and_is_a_process_of_its_own() -> Non
         psutil.Process(pid).kill()
         with pytest.raises(ray.exceptions.RayActorError):
             ray.get(worker.facts.remote())
+
+
+@pytest.mark.parametrize("said", [[], [(9).to_bytes(4, "big")], [(9).to_bytes(4, "big"), b"{"]])
+def test_a_launcher_that_is_killed_while_it_speaks_takes_nothing_with_it(said: list[bytes]) -> None:
+    """Ray kills those that still start when a job ends. Without its server, every later one started cold."""
+    import ray
+
+    with socket.socket(socket.AF_UNIX) as line:
+        line.connect(str(Path(launcher()).with_name("server")))
+        if said:
+            outputs = array.array("i", [os.open(os.devnull, os.O_RDWR)] * 3)
+            line.sendmsg(said[:1], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, outputs)])
+            os.close(outputs[0])
+        for part in said[1:]:
+            line.sendall(part)
+
+    @ray.remote
+    class Worker:
+        def is_warm(self) -> bool:
+            return "transformers.models.bert.modeling_bert" in sys.modules
+
+    assert ray.get(Worker.remote().is_warm.remote(), timeout=30)

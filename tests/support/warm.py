@@ -60,15 +60,15 @@ import os, sys
 if len(sys.argv) < 2 or not sys.argv[1].endswith("ray/_private/workers/default_worker.py"):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 import array, json, socket, time
-line, deadline = socket.socket(socket.AF_UNIX), time.monotonic() + 60
+line = socket.socket(socket.AF_UNIX)
 while True:
     try:
         line.connect({address!r})
         break
-    except (FileNotFoundError, ConnectionRefusedError):
-        if time.monotonic() > deadline:  # The server failed at its imports; the worker will say why.
-            os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+    except FileNotFoundError:  # The server is at its imports.
         time.sleep(0.05)
+    except ConnectionRefusedError:  # It failed there, or ended; the worker will say why.
+        os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 wish = {{"arguments": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}}
 wish = json.dumps(wish | {{"pid": os.getpid()}}).encode()
 outputs = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))
@@ -136,25 +136,26 @@ def serve(address: str) -> None:
     """Import what workers import, then fork one at each word; returns in the worker alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     mine = _read_at_import(dict(os.environ))  # Some of the imports set more.
-    for name in LIBRARIES:
-        importlib.import_module(name)
-    for package in PACKAGES:
-        path = importlib.import_module(f"bge_ray.{package}").__path__
-        for found in pkgutil.walk_packages(path, f"bge_ray.{package}."):
-            importlib.import_module(found.name)
-    assert "ray" not in sys.modules
-    gc.collect()
-    gc.freeze()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{address}.new")
+    try:
+        _import_all()
+        gc.collect()
+        gc.freeze()
+        listener.listen(64)
+    finally:
+        # Launchers wait for the name. Where nobody listens behind it, they are refused and start cold.
+        Path(f"{address}.new").rename(address)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     threading.Thread(target=_end_with_stdin, daemon=True).start()
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address)
-    listener.listen(64)
     while True:
         line, _ = listener.accept()
         wish, places = _receive(line)
-        if _read_at_import(wish["environment"]) != mine:
-            line.sendall(b"c")
+        if wish is None:
+            pass
+        elif _read_at_import(wish["environment"]) != mine:
+            with contextlib.suppress(BrokenPipeError):  # Killed while it waited.
+                line.sendall(b"c")
         elif os.fork() == 0:
             listener.close()
             _become(wish, places)
@@ -167,13 +168,24 @@ def serve(address: str) -> None:
             os.close(place)
 
 
+def _import_all() -> None:
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    for package in PACKAGES:
+        path = importlib.import_module(f"bge_ray.{package}").__path__
+        for found in pkgutil.walk_packages(path, f"bge_ray.{package}."):
+            importlib.import_module(found.name)
+    assert "ray" not in sys.modules
+
+
 def _end_with_stdin() -> None:
     os.read(0, 1)  # Not sys.stdin, whose lock a worker would inherit.
     os._exit(0)
 
 
 def _end_with(line: socket.socket) -> None:
-    line.recv(1)
+    with contextlib.suppress(ConnectionResetError):  # It was killed before it heard that there is a worker.
+        line.recv(1)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -182,15 +194,16 @@ def _read_at_import(environment: dict[str, str]) -> dict[str, str]:
     return {**read, "PYTHONPATH": read.get("PYTHONPATH", "").removeprefix(f"{SITE}:") or str(REPOSITORY)}
 
 
-def _receive(line: socket.socket) -> tuple[dict, list[int]]:
+def _receive(line: socket.socket) -> tuple[dict | None, list[int]]:
+    """Return what a launcher wishes and its outputs; no wish if it was killed while it spoke."""
     places = array.array("i")
     data, ancillary, _, _ = line.recvmsg(4, socket.CMSG_SPACE(3 * places.itemsize))
     for _, _, received in ancillary:
         places.frombytes(received)
     length, read = int.from_bytes(data, "big"), b""
-    while len(read) < length:
-        read += line.recv(length - len(read))
-    return json.loads(read), list(places)
+    while data and len(read) < length and (part := line.recv(length - len(read))):
+        read += part
+    return json.loads(read) if data and len(read) == length else None, list(places)
 
 
 def _become(wish: dict, places: list[int]) -> None:
