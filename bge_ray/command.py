@@ -208,7 +208,7 @@ def _add_job(app: "Typer", job: "Job", ending: Ending) -> None:
 def _add_demo(app: "Typer", ending: Ending) -> None:
     from typer import Option
 
-    from bge_ray.demo import SAYS, demo_job, demo_settings
+    from bge_ray.demo.job import SAYS, demo_job, demo_settings
 
     @app.command("demo", help=SAYS)
     def demo(

