@@ -38,6 +38,7 @@ from bge_ray.bench.models import packaged_minilm
 from bge_ray.formats.docstrings import find_docstrings
 from bge_ray.model.feed.prompts import YES_OR_NO
 from bge_ray.model.feed.texts import TextFeeder
+from bge_ray.model.modules import write_modules
 from bge_ray.model.run.load import load_config
 from bge_ray.model.run.model import Model, Place
 from bge_ray.model.run.packed import can_pack
@@ -167,25 +168,8 @@ def make_model(shape: Shape, folder: Path) -> Path:
     config = AutoConfig.for_model(shape.kind, **sizes)
     _MAKERS[shape.role].from_config(config).save_pretrained(folder)
     if shape.role == "encoder":
-        _write_pooling(folder, shape.sizes["hidden_size"])
+        write_modules(folder, "mean", shape.sizes["hidden_size"])
     return folder
-
-
-def _write_pooling(folder: Path, dim: int) -> None:
-    """Write sentence-transformers' files: mean, then unit norm."""
-    kinds = ("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")
-    modules = [
-        {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for place, (kind, path) in enumerate(kinds)
-    ]
-    (folder / "modules.json").write_text(json.dumps(modules))
-    (folder / "1_Pooling").mkdir()
-    pooling = {
-        "word_embedding_dimension": dim,
-        "pooling_mode_mean_tokens": True,
-        "pooling_mode_cls_token": False,
-    }
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
 
 
 def measure(shape: Shape, folder: Path) -> Measured:

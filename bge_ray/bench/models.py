@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
 from bge_ray.errors import SettingsError
+from bge_ray.model.modules import write_modules
 
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {
@@ -61,16 +62,9 @@ def make_encoder(shape: str, folder: Path, tokenizer: Path | None = None) -> Pat
         return minilm
     folder.mkdir(parents=True, exist_ok=True)
     BertModel(_config(shape)).to(torch.float32).save_pretrained(folder)
-    for name in (*TOKENIZER_FILES, "modules.json"):
+    for name in TOKENIZER_FILES:
         shutil.copy(minilm / name, folder / name)
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    text = (minilm / "1_Pooling" / "config.json").read_text()
-    swapped = text.replace('"pooling_mode_cls_token": false', '"pooling_mode_cls_token": true')
-    (folder / "1_Pooling" / "config.json").write_text(
-        swapped.replace('"pooling_mode_mean_tokens": true', '"pooling_mode_mean_tokens": false').replace(
-            '"word_embedding_dimension": 384', f'"word_embedding_dimension": {SHAPES[shape]["hidden_size"]}'
-        )
-    )
+    write_modules(folder, "cls", SHAPES[shape]["hidden_size"])
     return folder
 
 

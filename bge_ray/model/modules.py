@@ -321,3 +321,22 @@ def _activation(said: Any, place: Path) -> str:
 def _weights_of(place: Path) -> Path | None:
     paths: Sequence[Path] = [place / name for name in WEIGHTS]
     return next((path for path in paths if path.is_file()), None)
+
+
+def write_modules(folder: Path, pooling: str, dim: int) -> None:
+    """Write sentence-transformers' files into a folder of a transformer: a pooling, then unit norm.
+
+    Args:
+        folder: is there.
+        pooling: "cls", "mean", or another of our names for what the library knows.
+        dim: of a token's state.
+    """
+    kinds = ("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")
+    modules = [
+        {"idx": place, "name": str(place), "path": path, "type": f"{_LIBRARY}models.{kind}"}
+        for place, (kind, path) in enumerate(kinds)
+    ]
+    (folder / MODULES_FILE).write_text(json.dumps(modules))
+    flags = {flag: name == pooling for flag, name in _FLAGS.items()}
+    (folder / POOLING_FILE).parent.mkdir(exist_ok=True)
+    (folder / POOLING_FILE).write_text(json.dumps({"word_embedding_dimension": dim, **flags}))

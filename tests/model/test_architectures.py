@@ -12,13 +12,14 @@ import torch
 import transformers
 
 from bge_ray.errors import ModelError
+from bge_ray.model.modules import write_modules
 from bge_ray.model.run.load import load_config
 from bge_ray.model.run.packed import is_packable
 from bge_ray.model.spec import pair_feeder, resolve_encoder, resolve_reranker
 from bge_ray.records.model import SCORE
 from bge_ray.settings.sections import ModelSettings, RerankSettings
 from tests.model.conftest import encode, load, resolve, run, vectors
-from tests.support.models import make_unigram, make_wordpiece, write_pooling
+from tests.support.models import make_unigram, make_wordpiece
 
 pytestmark = pytest.mark.parity
 
@@ -77,7 +78,7 @@ BUDGETS = (1, 200, 100_000)  # each row alone, some rows, all of them
 
 def make(kind: str, folder: Path, pooling: str) -> Path:
     save(kind, folder, "Model")
-    write_pooling(folder, pooling, 32)
+    write_modules(folder, pooling, 32)
     return folder
 
 
@@ -153,7 +154,7 @@ def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path, kind: str, part: s
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
     config = getattr(transformers, f"{kind}Config")(vocab_size=vocabulary, **sizes)
     getattr(transformers, f"{kind}{part}")(config).save_pretrained(tmp_path)
-    write_pooling(tmp_path, "mean", 32)
+    write_modules(tmp_path, "mean", 32)
     with pytest.raises(ModelError, match=rf"encoder with a decoder \({kind.lower()}\)"):
         resolve(tmp_path)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bge_ray.demo import e5
 from bge_ray.model.spec import text_feeder
 from tests.model.conftest import cosines, load, resolve, run, vectors
-from bge_ray.demo import e5
 
 pytestmark = [
     pytest.mark.parity,

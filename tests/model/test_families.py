@@ -16,9 +16,10 @@ from transformers import (
 )
 
 from bge_ray.model.families.cross_encoder import _ON_TOP
+from bge_ray.model.modules import write_modules
 from bge_ray.model.spec import text_feeder
 from tests.model.conftest import load, resolve, run, vectors
-from tests.support.models import make_wordpiece, write_pooling
+from tests.support.models import make_wordpiece
 
 SIZES = {
     "vocab_size": 50,
@@ -54,7 +55,7 @@ def test_an_electra_encoder_has_no_switch_for_a_pooler(tmp_path: Path) -> None:
         max_position_embeddings=128,
     )
     ElectraModel(config).save_pretrained(tmp_path)
-    write_pooling(tmp_path, "cls", 32)
+    write_modules(tmp_path, "cls", 32)
     spec = resolve(tmp_path)
     tokens = text_feeder(spec).passages(["the quick brown fox"])
     with torch.no_grad():

@@ -11,11 +11,11 @@ import pytest
 from bge_ray.errors import ModelError
 from bge_ray.model.cards import cards
 from bge_ray.model.feed.texts import TextFeeder
+from bge_ray.model.modules import write_modules
 from bge_ray.model.run.model import Model, Place
 from bge_ray.model.source import fetch_model, hash_model
 from bge_ray.model.spec import model_folder
 from tests.model.conftest import MakeModel, load, resolve
-from tests.support.models import write_pooling
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_hash(copy: Path) -> None:
     assert hash_model(copy) == first, "a file that decides no vector changed the hash"
     moved = copy.rename(copy.with_name("moved"))
     assert hash_model(moved) == first
-    write_pooling(moved, "mean", 32)
+    write_modules(moved, "mean", 32)
     second = hash_model(moved)
     assert second != first
     edit(moved / "tokenizer_config.json", do_lower_case=False)

@@ -23,12 +23,12 @@ import psutil
 import torch
 
 from bge_ray import metrics
+from bge_ray.demo.e5 import make_e5
 from bge_ray.model.run.model import Model, Place
 from bge_ray.model.spec import model_folder, resolve_encoder, text_feeder
 from bge_ray.records.model import EMBEDDING
 from bge_ray.records.tokens import PackedTokens
 from bge_ray.settings.sections import ModelSettings, ResourcesSettings
-from bge_ray.demo.e5 import make_e5
 from tests.support.searches import jsonl, settings_for
 from tools.beir_sets import descriptions
 from tools.real_vectors import MORE_TO_DO

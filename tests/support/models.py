@@ -19,6 +19,8 @@ from transformers import (
     XLMRobertaModel,
 )
 
+from bge_ray.model.modules import write_modules
+
 SENTENCES = [
     "the quick brown fox jumps over the lazy dog",
     "a corpus in object storage becomes embeddings and an index",
@@ -117,7 +119,7 @@ def make_encoder(
     config.intermediate_size = intermediate or config.intermediate_size
     model = BertModel(config) if kind == "bert" else XLMRobertaModel(config)
     model.eval().save_pretrained(folder)
-    write_pooling(folder, pooling, dim)
+    write_modules(folder, pooling, dim)
     return folder
 
 
@@ -186,24 +188,6 @@ def _make_config(
         type_vocab_size=1,
         **sizes,
     )
-
-
-def write_pooling(folder: Path, pooling: str, dim: int) -> None:
-    """Write the files in which sentence-transformers keeps pooling and normalisation."""
-    modules = [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-        {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
-    ]
-    (folder / "modules.json").write_text(json.dumps(modules))
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    flags = {
-        "word_embedding_dimension": dim,
-        "pooling_mode_cls_token": pooling == "cls",
-        "pooling_mode_mean_tokens": pooling == "mean",
-        "pooling_mode_lasttoken": pooling == "last_token",
-    }
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(flags))
 
 
 def make_byte_level(folder: Path, max_length: int = 512, *, ends: bool = True) -> PreTrainedTokenizerFast:
@@ -322,5 +306,5 @@ def make_decoder(folder: Path, kind: str, *, ends: bool = True, seed: int = 0, *
             if "norm" in name:
                 weight.normal_(0.0 if kind == "gemma2" else 1.0, 0.2)
     model.eval().save_pretrained(folder)
-    write_pooling(folder, "last_token", 32)
+    write_modules(folder, "last_token", 32)
     return folder

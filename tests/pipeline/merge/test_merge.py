@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 from bge_ray.errors import CorpusError, ModelError, OutputCollisionError, SettingsError
+from bge_ray.model.modules import write_modules
 from bge_ray.model.run.merging import NEGATIVES, group_loss, loss_weights, merged_bytes
 from bge_ray.model.source import fetch_model, hash_model
 from bge_ray.pipeline.merge.job import MergeWork, merge, plan_merged
@@ -21,7 +22,7 @@ from bge_ray.pipeline.work import carry_out
 from bge_ray.report.facts import RunFacts
 from bge_ray.settings.sections import Settings, parse_settings
 from bge_ray.storage.ownership import OwnedFolder
-from tests.support.models import make_cross_encoder, make_encoder, make_m3, write_pooling
+from tests.support.models import make_cross_encoder, make_encoder, make_m3
 from tests.support.searches import STORAGE, query_vectors
 
 
@@ -206,7 +207,7 @@ def test_what_is_not_the_same_is_refused_by_name(encoders: list[Path], tmp_path:
     words["model"]["vocab"]["other"] = words["model"]["vocab"].pop("the")
     (tokenizer / "tokenizer.json").write_text(json.dumps(words))
     pooled = shutil.copytree(base, tmp_path / "pooled")
-    write_pooling(pooled, "mean", 16)
+    write_modules(pooled, "mean", 16)
     pickled = shutil.copytree(base, tmp_path / "pickled")
     torch.save(weights_of(pickled), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from bge_ray.bench.models import packaged_minilm
+from bge_ray.model.modules import write_modules
 from bge_ray.records.reports import TrainReport, read_report
 from bge_ray.storage.objects import Storage
 from tests.support.corpora import docstrings
-from tests.support.models import write_pooling
 from tests.support.runs import JobProcess, wait_until
 from tests.support.training import write_lines
 
@@ -26,7 +26,7 @@ def two_layers_of_minilm(folder: Path) -> Path:
     source = packaged_minilm()
     AutoModel.from_pretrained(source, num_hidden_layers=2, dtype=torch.float32).save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    write_pooling(folder, "mean", 384)
+    write_modules(folder, "mean", 384)
     return folder
 
 
