@@ -4,15 +4,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # One more than there are cores: some tests wait for a server most of the time.
 WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )))
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Modules are compiled when they are imported: most of what comes along never is.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: help demo test test-slow test-airflow check types unit format clean audit
+.PHONY: help demo demo-train test test-slow test-airflow check types unit format clean audit
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
 demo: $(VENV)/.demo ## embed, index and search the docstrings of this Python, offline
 	$(BIN)/python jobs/demo.py
+
+demo-train: $(VENV)/.demo-train ## train a small reranker for the demo, in under an hour, and show what it adds
+	$(BIN)/python jobs/demo.py --train
 
 test: check ## the tests: `make check`, then those with a real Ray, a real S3 server and real weights
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "ray and not slow"
@@ -57,9 +61,13 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e '.[cpu,demo]'
 	@touch $@
 
+$(VENV)/.demo-train: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e '.[cpu,demo,train]'
+	@touch $@ $(VENV)/.demo
+
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e '.[cpu,demo,dev,parity,train]'
-	@touch $@ $(VENV)/.demo
+	@touch $@ $(VENV)/.demo $(VENV)/.demo-train
 
 .venv-airflow/.ready: infra/airflow/requirements.txt infra/airflow/constraints.txt
 	$(PYTHON) -m venv .venv-airflow

@@ -217,6 +217,9 @@ def _add_demo(app: "Typer", ending: Ending) -> None:
         ask: Annotated[
             list[str] | None, Option(metavar="QUESTION", help="Ask this instead; may be repeated.")
         ] = None,
+        train: Annotated[
+            bool, Option("--train", help="Train a small reranker, in under an hour, and show what it adds.")
+        ] = False,
         overrides: Annotated[list[str] | None, _set_option()] = None,
         dry_run: Annotated[
             bool, Option("--dry-run", help="Say what would be embedded; the corpus is written.")
@@ -226,7 +229,8 @@ def _add_demo(app: "Typer", ending: Ending) -> None:
         def made() -> tuple[str, ...]:
             return (*demo_settings(work, limit, ask or ()), *(overrides or ()))
 
-        _run_here(demo_job(ask or ()), Asked(None, (), dry_run, False, log_format), ending, made)
+        job = demo_job(work, ask or (), train=train)
+        _run_here(job, Asked(None, (), dry_run, False, log_format), ending, made)
 
 
 def _add_compare(app: "Typer", ending: Ending) -> None:

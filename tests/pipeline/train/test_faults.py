@@ -1,5 +1,6 @@
 """A training on real weights that loses a worker and its driver, and learns all the same."""
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -9,10 +10,10 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from bge_ray.bench.models import packaged_minilm
+from bge_ray.formats import docstrings
 from bge_ray.model.modules import write_modules
 from bge_ray.records.reports import TrainReport, read_report
 from bge_ray.storage.objects import Storage
-from tests.support.corpora import docstrings
 from tests.support.runs import JobProcess, wait_until
 from tests.support.training import write_lines
 
@@ -33,8 +34,7 @@ def two_layers_of_minilm(folder: Path) -> Path:
 def known_items() -> list[dict[str, object]]:
     """Return docstrings of the standard library: their first sentence finds the rest."""
     found: dict[str, str] = {}
-    for record in docstrings(4000):
-        first, _, rest = " ".join(record["text"].split()).partition(". ")
+    for first, rest in itertools.islice(docstrings.known_items(), 4000):
         if (
             20 <= len(first) <= 120
             and len(rest) >= 60

@@ -1,0 +1,93 @@
+"""A small cross-encoder out of all-MiniLM-L6-v2: embed, mine and train by the jobs, offline, within an hour.
+
+What it learns from are the docstrings of the installed packages: the first sentence asks for the rest, beside
+hard negatives. Those of the standard library, by which the demo measures it, are none of them: a text that
+both have is left out. A run that was stopped is gone on with; a finished one is found so.
+"""
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from bge_ray.demo.known import changed, draw, keys_of, write_beir
+from bge_ray.formats.docstrings import PACKAGES, STANDARD_LIBRARY, known_items
+from bge_ray.pipeline.engine.stopping import StopRequest
+from bge_ray.settings.sections import Settings
+
+EXAMPLES = 8000
+SCANNED = 40_000
+QUERY_CHARS = range(20, 200)
+TOKENS = 96
+NEGATIVES = 4
+STEPS = 1000
+RECIPE: dict[str, Any] = {
+    "train.kind": "reranker",
+    "train.group": 1 + NEGATIVES,
+    "train.batch_queries": 8,
+    "train.steps": STEPS,
+    "train.learning_rate": 5e-5,
+    "train.workers": 2,
+    "train.checkpoint_steps": 100,
+    "rerank.max_length": TOKENS,
+}
+
+
+def reranker_folder(work: Path) -> Path:
+    """Return the folder of the trained reranker below that of the demo."""
+    return work / "reranker"
+
+
+def is_trained(work: Path) -> bool:
+    """Tell whether a whole reranker is there: its config.json is what the train job writes last."""
+    return (reranker_folder(work) / "config.json").exists()
+
+
+def train_reranker(settings: Settings, work: Path, stop: StopRequest) -> str:
+    """Make training data below the demo's folder and train; return what came of it, in a line.
+
+    Args:
+        settings: of the demo; model.name is what candidates are found with, and what is trained on.
+        work: the demo's folder.
+        stop: asked while the jobs work.
+    """
+    from bge_ray.pipeline.embed.job import embed
+    from bge_ray.pipeline.mine.job import mine
+    from bge_ray.pipeline.train.job import train
+
+    folder = work / "training"
+    write_beir(folder, *draw(_pairs(), EXAMPLES, EXAMPLES))
+    asked = changed(
+        settings,
+        {
+            **keys_of(folder),
+            "model.max_length": TOKENS,
+            "batching.unit_rows": 1000,
+            "search.exact": True,
+            "search.queries": None,
+            "search.output": None,
+            "mine.queries": str(folder / "queries.jsonl"),
+            "mine.qrels": str(folder / "qrels" / "test.tsv"),
+            "mine.output": str(folder / "mined"),
+            "mine.depth": 100,
+            "mine.negatives": NEGATIVES,
+            "train.data": str(folder / "mined" / "negatives.jsonl"),
+            "train.output": str(reranker_folder(work)),
+            "rerank.model": settings.model.name,
+            **RECIPE,
+        },
+    )
+    embed(asked, stop)
+    mine(asked, stop)
+    report = train(asked, stop)
+    return f"reranker: {report.outcome}; {reranker_folder(work)}/report.html"
+
+
+def _pairs() -> list[tuple[str, str]]:
+    """Return what packages say of themselves, without any text that the standard library has, too."""
+    known = {text for pair in known_items(STANDARD_LIBRARY) for text in pair}
+    found = islice(known_items(PACKAGES), SCANNED)
+    return [
+        (query, passage)
+        for query, passage in found
+        if len(query) in QUERY_CHARS and query not in known and passage not in known
+    ]
