@@ -125,6 +125,7 @@ def notebook(way: str, folder: Path, model: Path, **environment: str) -> dict[st
 
 @pytest.mark.ray
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_a_ray_that_the_user_started_is_as_it_was_afterwards(tmp_path: Path, tiny_model: Path) -> None:
     loopback = {
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -333,6 +334,7 @@ def write_index(root: str, vectors: np.ndarray) -> None:
     (folder / "index.json").write_bytes(to_json(description))
 
 
+@pytest.mark.slow
 def test_questions_at_a_terminal_are_answered_as_the_api_answers_them(stored: tuple[str, np.ndarray]) -> None:
     root, _ = stored
     asked = ["a first question", "another  one"]

@@ -100,6 +100,7 @@ def test_a_signal_that_is_lost_in_foreign_code_stops_the_job_all_the_same(tmp_pa
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_signal_that_comes_when_all_is_done_changes_nothing(tmp_path: Path) -> None:
     script = tmp_path / "at_the_end.py"
     script.write_text(SIGNALLED)

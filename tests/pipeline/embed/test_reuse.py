@@ -146,6 +146,7 @@ def test_texts_that_repeat_in_a_unit_are_encoded_once(
     check_as_if_clean(bucket, tiny_model, *overrides)
 
 
+@pytest.mark.slow
 def test_chunks_are_reused_wherever_they_stand_in_their_text(bucket: str, tiny_model: Path) -> None:
     sentence = "the quick brown fox number {} jumps over the lazy dog."
     lines = [sentence.format(n) for n in range(60)]
@@ -195,6 +196,7 @@ def test_a_damaged_shard_gives_nothing(bucket: str, tiny_model: Path, passages: 
     check_as_if_clean(bucket, tiny_model)
 
 
+@pytest.mark.slow
 def test_off_reuses_nothing_and_a_run_goes_on_with_another_setting(
     bucket: str, tiny_model: Path, passages: list[dict[str, str]]
 ) -> None:
@@ -243,6 +245,7 @@ def test_a_column_that_comes_or_goes_embeds_nothing_and_keeps_every_id(
     check_nothing_left_over(f"{bucket}/out")
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_what_has_vectors(
     bucket: str, tiny_model: Path, passages: list[dict[str, str]]
 ) -> None:
@@ -276,6 +279,7 @@ def test_all_outputs_of_a_row_are_reused_together(
     check_as_if_clean(bucket, model, *keys)
 
 
+@pytest.mark.slow
 def test_who_reads_while_a_run_publishes_reads_to_the_end(
     bucket: str, tiny_model: Path, passages: list[dict[str, str]]
 ) -> None:

@@ -44,7 +44,9 @@ def work(ledger: object, poison: set[int], log: str) -> tuple[list[int], dict[in
     return done, rejected
 
 
-@pytest.mark.parametrize("poison", [set(), {7}, {0, 39}, pytest.param({11, 12}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "poison", [set(), {7}, *(pytest.param(rows, marks=pytest.mark.slow) for rows in ({0, 39}, {11, 12}))]
+)
 def test_the_rows_that_kill_are_found_and_no_other(
     ray_cluster: None, poison: set[int], tmp_path: Path
 ) -> None:

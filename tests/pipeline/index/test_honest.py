@@ -109,6 +109,7 @@ def test_a_training_that_vectors_left_behind_is_done_anew_though_the_lists_stay_
     assert after.reached
 
 
+@pytest.mark.slow
 def test_a_missed_target_fails_the_run_that_built_it_and_no_other(tmp_path: Path) -> None:
     made = made_of(tmp_path, uniform(4000, 1))
     settings = settings_for(tmp_path, "index.factory=IVF16,RaBitQ", "index.recall_target=0.99")

@@ -224,6 +224,7 @@ def test_plain_faiss_returns_the_documented_ids(bucket: str, tmp_path: Path) -> 
     np.testing.assert_array_equal(row_no, [*range(2990, 3000), *range(10)])
 
 
+@pytest.mark.slow
 def test_a_rerun_does_nothing_and_a_lost_file_is_made_again(bucket: str) -> None:
     make_dataset(bucket, UNEVEN, DIM)
     settings = settings_for(bucket, "index.factory=IVF32,SQ8")
@@ -482,6 +483,7 @@ def test_the_users_queries_are_encoded_with_the_instruction(bucket: str, tiny_mo
         build_index(parse_settings(None, [*keys[:4], f"index.queries={bad}"]))
 
 
+@pytest.mark.slow
 def test_the_report_is_one_page_with_both_pictures(bucket: str) -> None:
     make_dataset(bucket, UNEVEN, DIM)
     build_index(settings_for(bucket, "index.factory=IVF32,SQ8"))

@@ -146,6 +146,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(place: Path) -> No
     assert sorted(path for path in place.rglob("*") if path.is_file()) == there
 
 
+@pytest.mark.slow
 def test_a_worse_model_is_not_moved_to_and_a_pointer_is_no_data_set(place: Path, tmp_path: Path) -> None:
     pointer, new = f"{tmp_path}/current", f"{tmp_path}/new"
     keys = {"migrate__pointer": pointer, "migrate__output": f"{tmp_path}/out", "migrate__move": True}

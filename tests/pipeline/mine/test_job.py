@@ -257,6 +257,7 @@ def test_a_rerun_has_nothing_to_do_and_a_new_run_writes_the_same_bytes(root: str
     assert drawn == before  # as many of each: only which are drawn differs
 
 
+@pytest.mark.slow
 def test_examples_by_text_and_by_id_give_what_queries_and_judgements_give(
     root: str, bucket: str, passages: dict[str, dict[str, str]]
 ) -> None:
@@ -289,6 +290,7 @@ def test_examples_by_text_and_by_id_give_what_queries_and_judgements_give(
     assert (str(len(by_text)), None, "unknown_positive") in read_rejected(f"{bucket}/text")
 
 
+@pytest.mark.slow
 def test_a_teacher_scores_what_is_left_and_drops_by_logits(
     root: str, bucket: str, tmp_path: Path, passages: dict[str, dict[str, str]]
 ) -> None:
@@ -332,6 +334,7 @@ def test_a_teacher_scores_what_is_left_and_drops_by_logits(
             assert record[f"{side}_scores"] == asked
 
 
+@pytest.mark.slow
 def test_held_out_queries_are_kept_out(root: str, bucket: str) -> None:
     queries = [json.loads(line) for line in STORAGE.read(f"{root}/queries.jsonl").splitlines()]
     upload(

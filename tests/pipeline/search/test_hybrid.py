@@ -223,6 +223,7 @@ def test_scored_again_as_flagembedding_scores_the_texts(
     assert all(row["fused_score"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_an_index_and_a_reranker_go_with_it_and_a_second_run_does_nothing(
     root: str, bucket: str, tmp_path: Path, scored: Scored
 ) -> None:
@@ -256,6 +257,7 @@ def test_an_index_and_a_reranker_go_with_it_and_a_second_run_does_nothing(
         mine(settings_for(**asked, mine__output=f"{bucket}/mined", mine__input=f"{root}/queries.jsonl"))
 
 
+@pytest.mark.slow
 def test_chunks_fall_together_to_distinct_passages(corpus: str, bucket: str, m3: Path) -> None:
     data = f"{bucket}/data"
     keys = {"corpus__uri": f"{corpus}/corpus", "output__uri": data, "model__name": str(m3)}

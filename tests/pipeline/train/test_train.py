@@ -74,6 +74,7 @@ def test_an_embedder_is_trained_published_and_found_finished(tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.slow
 def test_a_reranker_out_of_an_encoder_in_object_storage(tmp_path: Path, bucket: str) -> None:
     from bge_ray.model.spec import resolve_reranker
     from bge_ray.settings.sections import RerankSettings
