@@ -105,6 +105,13 @@ def _demo(
     return f"{result.report.outcome}; open {root}/report.html and {root}/index/report.html"
 
 
+def write_known(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Write passages of the standard library and questions whose answers are known; return both by id."""
+    passages, questions, judged = draw(known_items(STANDARD_LIBRARY), KNOWN_PASSAGES, KNOWN_QUESTIONS)
+    write_beir(folder, passages, questions, judged)
+    return passages, questions
+
+
 def _show_known_answers(console: "Console", settings: Settings, work: Path, stop: StopRequest) -> None:
     """Search for answers that are known without and with reranking, if a reranker was trained."""
     if not is_trained(work):
@@ -116,8 +123,7 @@ def _show_known_answers(console: "Console", settings: Settings, work: Path, stop
         )
         return
     folder = work / "known"
-    passages, questions, judged = draw(known_items(STANDARD_LIBRARY), KNOWN_PASSAGES, KNOWN_QUESTIONS)
-    write_beir(folder, passages, questions, judged)
+    passages, questions = write_known(folder)
     keys = {
         "search.k": RERANKED,
         "search.rerank": True,

@@ -1,0 +1,78 @@
+"""What mined negatives are worth: rerankers trained on them and on random ones, on the demo's data.
+
+    python -m tools.negatives --work demo-out --steps 300
+
+Needs what `bge-ray demo --train` leaves below its folder. Both are trained by the recipe of the demo but for the
+steps, on the same queries, positives and numbers of negatives, and rerank what the same search found
+for questions that none of them was trained on. Prints MRR@10 of each, and how they differ.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from bge_ray.demo.job import RERANKED, demo_settings, write_known
+from bge_ray.demo.known import METRIC, changed, measured
+from bge_ray.demo.reranker import RECIPE, TOKENS
+from bge_ray.metrics import compare, interval, mean
+from bge_ray.pipeline.engine.cluster import disconnect, prepare_environment
+from bge_ray.pipeline.engine.stopping import StopRequest
+from bge_ray.settings.sections import ResourcesSettings, parse_settings
+
+SEED = 29
+
+
+def write_random(mined: Path, corpus: Path, target: Path) -> None:
+    """Write the examples of a file of mine with negatives drawn from the corpus, as many as each had."""
+    texts = [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()]
+    rng = np.random.default_rng(SEED)
+    with target.open("w", encoding="utf-8") as out:
+        for line in mined.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            drawn = (texts[number] for number in rng.permutation(len(texts))[: len(record["neg"]) + 8])
+            wrong = [text for text in drawn if text not in record["pos"]][: len(record["neg"])]
+            example = {"query_id": record["query_id"], "query": record["query"], "pos": record["pos"]}
+            out.write(json.dumps({**example, "neg": wrong}, ensure_ascii=False) + "\n")
+
+
+def main() -> int:
+    """Train both, rerank by both, and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, default=Path("demo-out"), help="folder of the demo")
+    parser.add_argument("--steps", type=int, default=300, help="of each training")
+    arguments = parser.parse_args()
+    work, training = arguments.work, arguments.work / "training"
+    mined = training / "mined" / "negatives.jsonl"
+    prepare_environment(ResourcesSettings())
+    from bge_ray.pipeline.train.job import train
+
+    folder = work / "negatives"
+    folder.mkdir(exist_ok=True)
+    write_random(mined, training / "corpus.jsonl", folder / "random.jsonl")
+    settings = parse_settings(None, demo_settings(work, 3000, ()))
+    write_known(work / "known")
+    values = {}
+    for name, data in (("random", folder / "random.jsonl"), ("mined", mined)):
+        made = str(folder / f"{name}-{arguments.steps}")
+        keys = {**RECIPE, "train.steps": arguments.steps, "rerank.model": settings.model.name}
+        train(changed(settings, {**keys, "train.data": str(data), "train.output": made}))
+        asked = {"search.k": RERANKED, "search.rerank": True, "rerank.max_length": TOKENS}
+        place = {"rerank.model": made, "search.output": str(folder / f"run-{name}-{arguments.steps}")}
+        first, values[name] = measured(settings, work / "known", {**asked, **place}, StopRequest())
+    disconnect()
+    for name, found in (("search", first), *values.items()):
+        low, high = interval(found)
+        print(f"{name:8}{METRIC} {mean(found):.3f}  ({low:.3f} to {high:.3f})")
+    found = compare(values["mined"], values["random"])
+    print(f"mined against random: {found.difference:+.3f}, p {found.p_value:.4f}, ", end="")
+    print(f"better for {found.wins}, worse for {found.losses} of {len(first)} questions")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
