@@ -2,8 +2,8 @@
 
     python -m tools.negatives --work demo-out --steps 300
 
-Needs what `bge-ray demo --train` leaves below its folder. Both are trained by the recipe of the demo but for the
-steps, on the same queries, positives and numbers of negatives, and rerank what the same search found
+Needs what `bge-ray demo --train` leaves below its folder. Both are trained by the recipe of the demo with
+fewer steps, on the same queries, positives and numbers of negatives, and rerank what the same search found
 for questions that none of them was trained on. Prints MRR@10 of each, and how they differ.
 """
 
