@@ -148,9 +148,23 @@ def _merge_lora(transformer: Any) -> None:
 
 
 def save_trained(model: torch.nn.Module, path: Path) -> None:
-    """Write the weights that are trained."""
+    """Write the weights that are trained.
+
+    Raises:
+        ModelError: some are no finite numbers; the step before left a loss that was one.
+    """
+    _refuse_broken(model)
     found = {name: part.detach().cpu() for name, part in model.named_parameters() if part.requires_grad}
     save_file({name: part.contiguous() for name, part in found.items()}, path)
+
+
+def _refuse_broken(model: torch.nn.Module) -> None:
+    for name, part in model.named_parameters():
+        if part.requires_grad and not torch.isfinite(part).all():
+            raise ModelError(
+                f"the weights {name} are no finite numbers any more; lower train.learning_rate, or train in "
+                "float32"
+            )
 
 
 def load_trained(model: torch.nn.Module, path: Path) -> None:
@@ -174,7 +188,11 @@ def save_model(model: Any, base: Base, asked: TrainSettings, folder: Path) -> No
         base: what it was.
         asked: whether it has heads or matrices beside its weights.
         folder: does not exist yet.
+
+    Raises:
+        ModelError: some of its weights are no finite numbers.
     """
+    _refuse_broken(model)
     if asked.lora_rank is not None:
         _merge_lora(model[0].auto_model)
     heads = getattr(model, _HEADS, None)

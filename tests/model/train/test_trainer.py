@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bge_ray.errors import ModelError
 from bge_ray.formats.training import read_examples
 from bge_ray.model.run.model import Model, Place
 from bge_ray.model.spec import family_of
 from bge_ray.model.train.base import resolve_base
-from bge_ray.model.train.build import TRAINED, build_model, save_model
+from bge_ray.model.train.build import TRAINED, build_model, save_model, save_trained
 from bge_ray.model.train.trainer import Hooks, Setup, make_trainer
 from bge_ray.pipeline.train.loop import resumable
 from bge_ray.pipeline.train.plan import make_schedule
@@ -102,6 +103,27 @@ def test_a_resumed_training_is_the_same_to_the_bit_and_is_read_back(tmp_path: Pa
     np.testing.assert_allclose(result.array(spec.outputs[0].name), wanted, atol=tolerance)
     theirs = in_sentence_transformers(trained, settings, texts, passages)
     np.testing.assert_allclose(theirs, wanted, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["dense", "reranker"])
+def test_a_training_that_left_the_numbers_ends_and_keeps_nothing_of_it(tmp_path: Path, kind: str) -> None:
+    make, keys = KINDS[kind]
+    keys = keys | {"learning_rate": 1e30, "warmup": 0.0}
+    source = make(tmp_path / "model")
+    settings = as_settings(training_keys(tmp_path, source, tmp_path / "out", **keys))
+    with pytest.raises(ModelError, match=r"step [23]: the loss is (nan|inf).*train.learning_rate"):
+        run(settings, tmp_path / "one")
+    # A checkpoint behind a step, whose loss was a number, that made weights which are none.
+    model = build_model(resolve_base(settings), source, settings.train)
+    part = next(part for part in model.parameters() if part.requires_grad)
+    with torch.no_grad():
+        part.view(-1)[3] = float("nan")
+    with pytest.raises(ModelError, match=r"no finite numbers any more; lower train.learning_rate"):
+        save_trained(model, tmp_path / "checkpoint")
+    with pytest.raises(ModelError, match="no finite numbers"):
+        save_model(model, resolve_base(settings), settings.train, tmp_path / "made")
+    assert not (tmp_path / "checkpoint").exists()
+    assert not (tmp_path / "made").exists()
 
 
 def outputs(trainer: Any, settings: Settings) -> np.ndarray:
