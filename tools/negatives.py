@@ -1,10 +1,10 @@
-"""What mined negatives are worth: rerankers trained on them and on random ones, on the demo's data.
+"""What mined negatives are worth: the demo's reranker beside one that was trained on random negatives.
 
-    python -m tools.negatives --work demo-out --steps 300
+    python -m tools.negatives --work demo-out
 
-Needs what `bge-ray demo --train` leaves below its folder. Both are trained by the recipe of the demo with
-fewer steps, on the same queries, positives and numbers of negatives, and rerank what the same search found
-for questions that none of them was trained on. Prints MRR@10 of each, and how they differ.
+Needs what `bge-ray demo --train` leaves below its folder. The other one is trained by the same recipe on the
+same queries, positives and numbers of negatives; both rerank what one search found for questions that neither
+was trained on. Prints MRR@10 of each, and how they differ.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import numpy as np
 
 from bge_ray.demo.job import RERANKED, demo_settings, write_known
 from bge_ray.demo.known import METRIC, changed, measured
-from bge_ray.demo.reranker import RECIPE, TOKENS
+from bge_ray.demo.reranker import RECIPE, TOKENS, reranker_folder
 from bge_ray.metrics import compare, interval, mean
 from bge_ray.pipeline.engine.cluster import disconnect, prepare_environment
 from bge_ray.pipeline.engine.stopping import StopRequest
@@ -39,31 +39,28 @@ def write_random(mined: Path, corpus: Path, target: Path) -> None:
 
 
 def main() -> int:
-    """Train both, rerank by both, and print."""
+    """Train, rerank by both, and print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, default=Path("demo-out"), help="folder of the demo")
-    parser.add_argument("--steps", type=int, default=300, help="of each training")
-    arguments = parser.parse_args()
-    work, training = arguments.work, arguments.work / "training"
-    mined = training / "mined" / "negatives.jsonl"
+    work = parser.parse_args().work
     prepare_environment(ResourcesSettings())
     from bge_ray.pipeline.train.job import train
 
-    folder = work / "negatives"
+    training, folder = work / "training", work / "negatives"
     folder.mkdir(exist_ok=True)
-    write_random(mined, training / "corpus.jsonl", folder / "random.jsonl")
+    write_random(training / "mined" / "negatives.jsonl", training / "corpus.jsonl", folder / "random.jsonl")
     settings = parse_settings(None, demo_settings(work, 3000, ()))
+    asked = {**RECIPE, "rerank.model": settings.model.name}
+    made = folder / "reranker"
+    train(changed(settings, {**asked, "train.data": str(folder / "random.jsonl"), "train.output": str(made)}))
     write_known(work / "known")
     values = {}
-    for name, data in (("random", folder / "random.jsonl"), ("mined", mined)):
-        made = str(folder / f"{name}-{arguments.steps}")
-        keys = {**RECIPE, "train.steps": arguments.steps, "rerank.model": settings.model.name}
-        train(changed(settings, {**keys, "train.data": str(data), "train.output": made}))
-        asked = {"search.k": RERANKED, "search.rerank": True, "rerank.max_length": TOKENS}
-        place = {"rerank.model": made, "search.output": str(folder / f"run-{name}-{arguments.steps}")}
-        first, values[name] = measured(settings, work / "known", {**asked, **place}, StopRequest())
+    for name, reranker in (("random", made), ("mined", reranker_folder(work))):
+        keys = {"search.k": RERANKED, "search.rerank": True, "rerank.max_length": TOKENS}
+        keys |= {"rerank.model": str(reranker), "search.output": str(folder / f"run-{name}")}
+        first, values[name] = measured(settings, work / "known", keys, StopRequest())
     disconnect()
     for name, found in (("search", first), *values.items()):
         low, high = interval(found)
