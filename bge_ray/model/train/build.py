@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from bge_ray.errors import ModelError
 from bge_ray.model.families.m3 import without_weight
 from bge_ray.model.folder import ModelFolder
-from bge_ray.model.run.load import LOAD_ERRORS, load_linear
+from bge_ray.model.run.load import LOAD_ERRORS, Loading, load_encoder, load_linear
+from bge_ray.model.run.model import Model, Place
 from bge_ray.model.train.base import Base
 from bge_ray.model.train.objective import TokenHeads
 from bge_ray.model.weights import HEAD_FILES, head_file
@@ -25,6 +26,18 @@ _POOLINGS = {
 # The weights of a checkpoint: those that are trained.
 TRAINED = "trained.safetensors"
 _HEADS = "token_heads"
+
+
+def refuse_incomplete(base: Base, folder: Path) -> None:
+    """Load a model as `embed` and `rerank` do, once: sentence-transformers draws at random what is missing.
+
+    Raises:
+        ModelError: the files cannot be loaded, or lack a weight that is no part of a new head.
+    """
+    if base.fresh_head:
+        load_encoder(folder, Loading(torch.float32, trust_remote_code=base.trusted))
+    else:
+        Model(base.spec, folder, Place(trust_remote_code=base.trusted))
 
 
 def build_model(base: Base, folder: Path, asked: TrainSettings) -> Any:

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 import uuid
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,18 +96,22 @@ def _train(job: TrainingJob, local: Path) -> None:
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from bge_ray.model.train.build import build_model, save_model
+    from bge_ray.model.train.build import build_model, refuse_incomplete, save_model
     from bge_ray.model.train.gather import world
     from bge_ray.model.train.trainer import Hooks, Setup, make_trainer
 
     transformers_logging.disable_progress_bar()
-    for library in ("sentence_transformers", "transformers"):
-        logging.getLogger(library).setLevel(logging.WARNING)
+    # What it tells of a missing head is what was asked for; other weights that are missing are refused below.
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     torch.set_num_threads(job.threads)
     rank = world()[0]
     folder = model_folder(job.base.spec)
     if hash_model(folder) != job.base.spec.weights_sha256:
         raise ModelError(f"{folder}: differs from the model that the run was planned with")
+    if rank == 0:
+        refuse_incomplete(job.base, folder)
     attempt = uuid.uuid4().hex[:8]
     found = _agree(_take_up(job, local) if rank == 0 else None)
     if found is not None and rank > 0:

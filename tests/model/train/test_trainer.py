@@ -1,5 +1,6 @@
 """Trainings of tiny models in this process: resumed, saved, and read back by everybody."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bge_ray.errors import ModelError
 from bge_ray.formats.training import read_examples
 from bge_ray.model.run.model import Model, Place
 from bge_ray.model.spec import family_of
 from bge_ray.model.train.base import resolve_base
-from bge_ray.model.train.build import TRAINED, build_model, save_model, save_trained
+from bge_ray.model.train.build import TRAINED, build_model, refuse_incomplete, save_model, save_trained
 from bge_ray.model.train.trainer import Hooks, Setup, make_trainer
 from bge_ray.pipeline.train.loop import resumable
 from bge_ray.pipeline.train.plan import make_schedule
@@ -103,6 +104,19 @@ def test_a_resumed_training_is_the_same_to_the_bit_and_is_read_back(tmp_path: Pa
     np.testing.assert_allclose(result.array(spec.outputs[0].name), wanted, atol=tolerance)
     theirs = in_sentence_transformers(trained, settings, texts, passages)
     np.testing.assert_allclose(theirs, wanted, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_files_lack_is_refused_and_not_drawn_at_random(tmp_path: Path, kind: str) -> None:
+    make, keys = KINDS[kind]
+    source = make(tmp_path / "model")
+    settings = as_settings(training_keys(tmp_path, source, tmp_path / "out", **keys))
+    refuse_incomplete(resolve_base(settings), source)
+    tensors = load_file(source / "model.safetensors")
+    lost = next(name for name in tensors if re.search(r"layers?\.1\..*weight", name))
+    save_file({name: part for name, part in tensors.items() if name != lost}, source / "model.safetensors")
+    with pytest.raises(ModelError, match=r"1 weights are not in .* random, such as .*\.1\."):
+        refuse_incomplete(resolve_base(settings), source)
 
 
 @pytest.mark.parametrize("kind", ["dense", "reranker"])
