@@ -37,7 +37,7 @@ def ask(uri: str, questions: Sequence[str], asked: Asked, *, model: str | None, 
         device: on which questions are encoded.
 
     Raises:
-        SettingsError: a question is not UTF-8.
+        SettingsError: a question is empty, or is not UTF-8.
         BgeRayError: what `bge_ray.open_index` and its ``search`` raise.
     """
     from bge_ray import open_index
@@ -47,6 +47,8 @@ def ask(uri: str, questions: Sequence[str], asked: Asked, *, model: str | None, 
             question.encode()
         except UnicodeEncodeError as error:
             raise SettingsError(f"question {question!r}: is not UTF-8 ({error.reason})") from error
+        if not question.strip():
+            raise SettingsError(f"question {question!r}: is empty, and would find what says nothing")
     index = open_index(uri, model=model, device=device)
     for question in questions or _lines():
         started = time.monotonic()

@@ -187,7 +187,7 @@ def _add_job(app: "Typer", job: "Job", ending: Ending) -> None:
 
     @app.command(job.name, help=job.says, epilog=epilog)
     def command(
-        config: Annotated[str | None, _config_option()] = None,
+        config: Annotated[list[str] | None, _config_option()] = None,
         overrides: Annotated[list[str] | None, _set_option()] = None,
         dry_run: Annotated[
             bool, Option("--dry-run", help="Say what would be done, and write nothing.")
@@ -201,8 +201,20 @@ def _add_job(app: "Typer", job: "Job", ending: Ending) -> None:
             Option("--version", callback=_tell_version, is_eager=True, help="Say which version this is."),
         ] = False,
     ) -> None:
-        asked = Asked(config, tuple(overrides or ()), dry_run, print_config, log_format)
+        asked = Asked(_one(config), tuple(overrides or ()), dry_run, print_config, log_format)
         _run_here(job, asked, ending)
+
+
+def _one(config: Sequence[str] | None) -> str | None:
+    """Return the file with settings; of two the last would win, and nobody be told."""
+    from bge_ray.errors import SettingsError
+
+    if config is not None and len(config) > 1:
+        raise SettingsError(
+            f"--config: is given {len(config)} times ({', '.join(config)}); name one file, and put what "
+            "differs into --set"
+        )
+    return config[0] if config else None
 
 
 def _add_demo(app: "Typer", ending: Ending) -> None:
@@ -303,12 +315,12 @@ def _add_changes(app: "Typer", ending: Ending) -> None:
                 metavar="FILE_OR_URI", help="Write this file (.parquet, else JSON lines); default: to stdout."
             ),
         ] = None,
-        config: Annotated[str | None, _config_option()] = None,
+        config: Annotated[list[str] | None, _config_option()] = None,
         overrides: Annotated[list[str] | None, _set_option()] = None,
         dry_run: Annotated[bool, Option("--dry-run", help="Write no file, and tell all on stdout.")] = False,
         log_format: Annotated[LogFormat, _log_option()] = "text",
     ) -> None:
-        asked = Asked(config, tuple(overrides or ()), dry_run, False, log_format)
+        asked = Asked(_one(config), tuple(overrides or ()), dry_run, False, log_format)
         _run_here(changes_job(since, output), asked, ending)
 
 

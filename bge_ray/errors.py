@@ -20,6 +20,8 @@ Exit code 2 means that no rerun mends it, 1 that running again may, 75 that runn
 module knows nothing of the others.
 """
 
+import re
+
 
 class BgeRayError(Exception):
     """Base of all errors raised on purpose; anything else that escapes is a defect."""
@@ -105,3 +107,10 @@ class WorseModelError(BgeRayError):
     """A new data set answers worse than ``migrate.max_loss`` allows; the pointer was not moved."""
 
     exit_code = 2
+
+
+def in_a_line(error: Exception) -> str:
+    """Return what a library says, without a terminal's colours and the advice below its first line."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -52,25 +52,27 @@ def _index(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
 
 def _search(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
     from bge_ray.pipeline.search.job import plan_search, search
+    from bge_ray.storage.objects import join
 
     if dry_run:
         return plan_search(settings)
     report = search(settings, stop)
     return (
         f"{report.outcome}: {report.queries_out:,} of {report.queries_in:,} queries answered, "
-        f"{report.results:,} results in {settings.search.output}/run.parquet"
+        f"{report.results:,} results in {join(str(settings.search.output), 'run.parquet')}"
     )
 
 
 def _rerank(settings: Settings, dry_run: bool, stop: StopRequest) -> str:
     from bge_ray.pipeline.rerank.job import plan_rerank, rerank
+    from bge_ray.storage.objects import join
 
     if dry_run:
         return plan_rerank(settings)
     report = rerank(settings, stop)
     return (
         f"{report.outcome}: {report.pairs_out:,} of {report.pairs_in:,} pairs scored, "
-        f"{report.queries:,} queries in {settings.rerank.output}/run.parquet"
+        f"{report.queries:,} queries in {join(str(settings.rerank.output), 'run.parquet')}"
     )
 
 

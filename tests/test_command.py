@@ -110,6 +110,8 @@ def test_the_file_of_a_job_is_the_same_command() -> None:
         ["embed", "--nope"],
         ["embed", "--set", "corpus.ury=x"],
         ["embed", "--config", "/not/there.yaml"],
+        ["embed", "--config", "configs/embed.yaml", "--config", "configs/index.yaml"],
+        ["ask", "/not/there", " "],
     ],
 )
 def test_wrong_words_end_with_2_and_a_last_line(words: list[str]) -> None:

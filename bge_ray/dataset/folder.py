@@ -310,11 +310,11 @@ def read_complete(storage: Storage, root: str) -> tuple[DatasetSpec, Manifest]:
     dataset = Dataset(storage, root)
     spec, manifest = dataset.read_spec(), dataset.read_manifest()
     if spec is None or manifest is None:
-        raise SettingsError(f"output.uri {root}: no complete data set there; run embed.py first")
+        raise SettingsError(f"output.uri {root}: no complete data set there; run bge-ray embed first")
     if manifest.vector_fingerprint != spec.vector_fingerprint:
         raise DatasetMismatchError(
             f"output.uri {root}: its manifest is of another data set than its dataset.json; "
-            "run embed.py again"
+            "run bge-ray embed again"
         )
     return spec, manifest
 

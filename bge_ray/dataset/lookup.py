@@ -93,7 +93,8 @@ def read_shard(storage: Storage, root: str, fact: FileFact, ids: IdArray, column
                     tables.append(table.take(pa.array(_positions(table["vector_id"].to_numpy(), wanted))))
     except (OSError, KeyError, AttributeError, pa.ArrowException) as error:
         raise StorageError(
-            f"{uri}: is not the embedding shard that the manifest vouches for ({error!r}); run embed.py again"
+            f"{uri}: is not the embedding shard that the manifest vouches for ({error!r}); run bge-ray embed "
+            "again"
         ) from error
     return pa.concat_tables(tables).replace_schema_metadata(None)
 
@@ -128,7 +129,8 @@ def find_passages(
                 found.append(table["vector_id"].to_numpy()[hit])
     except (OSError, KeyError, pa.ArrowException) as error:
         raise StorageError(
-            f"{uri}: is not the embedding shard that the manifest vouches for ({error!r}); run embed.py again"
+            f"{uri}: is not the embedding shard that the manifest vouches for ({error!r}); run bge-ray embed "
+            "again"
         ) from error
     none = np.empty(0, np.int64)
     return np.concatenate([none, *positions]), np.concatenate([none, *found])

@@ -58,7 +58,7 @@ def read_verified(storage: Storage, root: str, fact: FileFact) -> bytes:
     if len(data) != fact.bytes or hashlib.sha256(data).hexdigest() != fact.sha256:
         raise StorageError(
             f"{uri}: {len(data)} bytes that are not the {fact.bytes} the manifest vouches for; "
-            "remove it and run embed.py again to make it anew"
+            "remove it and run bge-ray embed again to make it anew"
         )
     return data
 
@@ -79,7 +79,7 @@ def _vouched_for(uri: str) -> Iterator[None]:
     except (OSError, LookupError, pa.ArrowException) as error:
         raise StorageError(
             f"{uri}: is not the embedding shard that the manifest vouches for ({error}); "
-            "remove it and run embed.py again to make it anew"
+            "remove it and run bge-ray embed again to make it anew"
         ) from error
 
 

@@ -5,7 +5,7 @@ or a `CorpusError` names the object.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -26,6 +26,7 @@ from bge_ray.storage.objects import ObjectInfo, Storage
 
 logger = logging.getLogger(__name__)
 
+MAX_NAMED_OBJECTS = 10  # of those that a message or a report is about
 _AUTO_ID_COLUMNS = ("_id", "id", "passage_id")
 # A data set keeps the columns that it began with.
 _WAY_OUT = "write one of them anew, or leave it out of corpus.keep_columns and choose another output.uri"
@@ -223,8 +224,7 @@ def resolve_columns(scanned: Sequence[ScannedObject], settings: CorpusSettings) 
         titled = any("title" in s.columns for s in filled) and settings.text_column != "title"
         title = "title" if titled else None
     columns = Columns(id_column, settings.text_column, title)
-    for s in filled:
-        check_columns(s, columns)
+    check_all_columns(filled, columns)
     kept = {name: _settle_type(name, filled) for name in settings.keep_columns}
     return Columns(id_column, settings.text_column, title, kept)
 
@@ -234,8 +234,7 @@ def _settle_type(name: str, filled: Sequence[ScannedObject]) -> ColumnType:
 
     Text formats give way: where types disagree and only they have other than text, the column is text.
     """
-    for s in filled:
-        _check_has(s, f"corpus.keep_columns ({name})", name)
+    _check_each(filled, lambda s: _check_has(s, f"corpus.keep_columns ({name})", name))
     found = [s.columns[name].arrow() for s in filled]
     plain = [plain_type(kind) for kind in found]
     unified = unify_all(plain)
@@ -260,6 +259,33 @@ def _disagreement(name: str, filled: Sequence[ScannedObject], plain: Sequence[pa
         f"kept column {name!r} is {plain[first]} in {filled[first].info.uri} and {plain[last]} in "
         f"{filled[last].info.uri}; {_WAY_OUT}"
     )
+
+
+def check_all_columns(scanned: Sequence[ScannedObject], columns: Columns) -> None:
+    """Refuse objects of which `check_columns` refuses one, all of them in one message.
+
+    Raises:
+        CorpusError: names the first ones and says how many.
+    """
+    _check_each(scanned, lambda found: check_columns(found, columns))
+
+
+def _check_each(scanned: Sequence[ScannedObject], check: Callable[[ScannedObject], None]) -> None:
+    errors = []
+    for found in scanned:
+        try:
+            check(found)
+        except CorpusError as error:
+            errors.append(str(error))
+    if errors:
+        whole = f"{len(errors)} corpus objects lack what others have:{one_a_line(errors)}"
+        raise CorpusError(whole if len(errors) > 1 else errors[0])
+
+
+def one_a_line(errors: Sequence[str]) -> str:
+    """Return what is wrong with the first objects, a line each, and how many more there are."""
+    more = [f"and {len(errors) - MAX_NAMED_OBJECTS} more"] if len(errors) > MAX_NAMED_OBJECTS else []
+    return "".join(f"\n  {line}" for line in [*errors[:MAX_NAMED_OBJECTS], *more])
 
 
 def check_columns(scanned: ScannedObject, columns: Columns) -> None:

@@ -27,6 +27,7 @@ from bge_ray.records.ids import MAX_ROWS_PER_OBJECT
 from bge_ray.records.schemas import RESERVED_COLUMNS
 from bge_ray.settings.credentials import refuse_credentials
 from bge_ray.settings.variables import expand
+from bge_ray.settings.yaml_keys import read_yaml
 
 Pooling: TypeAlias = Literal["cls", "mean", "last_token", "max", "mean_sqrt_len", "weighted_mean"]
 ComputeDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
@@ -1150,7 +1151,7 @@ def parse_settings(
     for override in overrides:
         refuse_credentials(override, f"--set {override.partition('=')[0]}")
     try:
-        tree = yaml.safe_load(document) if document else {}
+        tree = read_yaml(document) if document else {}
     except yaml.YAMLError as error:
         raise SettingsError(f"{origin} is not valid YAML: {error}") from error
     tree = {} if tree is None else tree
@@ -1203,7 +1204,7 @@ def _parse_override(override: str) -> tuple[str, Any]:
     try:
         if _takes_text(key, text) and not (text[:1] in ("'", '"') and text[-1:] == text[:1]):
             return key, None if text in ("null", "~") else text
-        return key, yaml.safe_load(text)
+        return key, read_yaml(text)
     except yaml.YAMLError as error:
         raise SettingsError(f"--set {override}: the value is not valid YAML: {error}") from error
 

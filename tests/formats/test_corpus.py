@@ -21,7 +21,7 @@ from fsspec.spec import AbstractFileSystem
 
 from bge_ray.errors import CorpusError, StorageError
 from bge_ray.formats import lines
-from bge_ray.formats.corpus import ScannedObject, check_columns, list_corpus
+from bge_ray.formats.corpus import ScannedObject, check_all_columns, check_columns, list_corpus
 from bge_ray.formats.queries import read_queries
 from bge_ray.formats.rows import check_rows
 from bge_ray.pipeline.embed.planning import unchanged_objects
@@ -682,6 +682,21 @@ def test_titles_are_never_dropped_in_silence(storage: Storage, tmp_path: Path) -
     assert resolve([bare, titled], title_column=None).title is None
     assert resolve([loose, titled]).title == "title", "a key may be missing from lines"
     assert resolve([bare, loose]).title is None
+
+
+def test_every_object_that_lacks_a_column_is_named(storage: Storage, tmp_path: Path) -> None:
+    whole = pa.table({"id": ["1"], "text": ["x"], "title": ["t"]})
+    found = [scanned_of(storage, tmp_path, "a.parquet", whole)]
+    found += [scanned_of(storage, tmp_path, f"b{n}.parquet", whole.drop(["title"])) for n in range(12)]
+    with pytest.raises(CorpusError) as caught:
+        resolve(found)
+    head, *lines = str(caught.value).splitlines()
+    assert head == "12 corpus objects lack what others have:"
+    assert [f"/b{n}.parquet: " in line for n, line in enumerate(lines[:10])] == [True] * 10
+    assert lines[10:] == ["  and 2 more"]
+    with pytest.raises(CorpusError, match=r"(?s)b3\.parquet.*'title'.*b11\.parquet") as caught:
+        check_all_columns([found[0], found[4], found[12]], resolve(found[:1]))
+    assert len(str(caught.value).splitlines()) == 3
 
 
 def test_column_types_are_checked_before_any_row(storage: Storage, tmp_path: Path) -> None:

@@ -187,7 +187,11 @@ def a_list(path: Path) -> None:
     torch.save([torch.zeros(2)], path)
 
 
-@pytest.mark.parametrize("spoil", [cut, empty, garbage, a_list])
+def a_module(path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), path)
+
+
+@pytest.mark.parametrize("spoil", [cut, empty, garbage, a_list, a_module])
 @pytest.mark.parametrize("old", [False, True])
 def test_a_spoiled_pickle_is_refused_by_name(copy: Path, spoil: Callable[[Path], None], old: bool) -> None:
     (pickle_of_old if old else one_pickle)(copy)
@@ -196,6 +200,16 @@ def test_a_spoiled_pickle_is_refused_by_name(copy: Path, spoil: Callable[[Path],
         with pytest.raises(ModelError, match=r"pytorch_model\.bin: ") as caught:
             read()
         assert "\n" not in str(caught.value)
+        assert "\x1b" not in str(caught.value)
+        assert "can still be loaded" not in str(caught.value)
+
+
+def test_weights_of_other_shapes_than_the_configuration_says(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+    with pytest.raises(ModelError, match=r"its weights have other shapes than config\.json says") as caught:
+        load(resolve(copy))
+    assert "ignore_mismatched_sizes" not in str(caught.value)
 
 
 def test_a_shard_that_is_missing_is_named(copy: Path) -> None:

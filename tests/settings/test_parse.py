@@ -51,6 +51,7 @@ def test_overrides_win_over_the_document() -> None:
         ("corpus.uri=s3:/bucket/corpus", r"corpus.uri: one slash is missing: s3://"),
         ("evaluate.run=[a, 's3:/b']", r"evaluate.run: one slash is missing"),
         ("corpus.uri=", r"corpus.uri: is empty"),
+        ("chunking.max_tokens={a: 1, a: 2}", r"a stands twice, first in line 1"),
         ("resources.num_encoders=true", r"resources.num_encoders: true is no value of it"),
         ("output.dtype=yes", r"output.dtype: true is no value of it"),
     ],
@@ -58,6 +59,30 @@ def test_overrides_win_over_the_document() -> None:
 def test_a_wrong_setting_is_refused_with_the_way_out(override: str, message: str) -> None:
     with pytest.raises(SettingsError, match="(?s)" + message):
         parse_settings(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (
+            "corpus:\n  uri: a\nmodel:\n  name: b\ncorpus:\n  format: csv\n",
+            "corpus stands twice.*line 1.*line 5",
+        ),
+        ("corpus:\n  uri: a\n  format: csv\n  uri: b\n", "uri stands twice.*line 2.*line 4"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_with_both_lines(document: str, message: str) -> None:
+    """Of two sections YAML's readers take the last, and what the first one said would be gone."""
+    with pytest.raises(SettingsError, match="(?s)" + message):
+        parse_settings(document)
+
+
+def test_what_a_section_merges_in_it_may_say_anew() -> None:
+    base = "&base {uri: /a, text_column: body}"
+    twice = f"corpus: {base}\nmine: {{output: /m}}\n"
+    assert parse_settings(twice).corpus.uri == "/a"
+    merged = f"corpus:\n  <<: {base}\n  uri: /b\n"
+    assert (parse_settings(merged).corpus.uri, parse_settings(merged).corpus.text_column) == ("/b", "body")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bge_ray.errors import ModelError
+from bge_ray.errors import ModelError, in_a_line
 from bge_ray.model.feed.pipeline import NOTHING_EXPECTED, Expected, check_tokenizer, take_file
 from bge_ray.model.feed.words import words_of
 from bge_ray.records.tokens import PackedTokens
@@ -232,7 +232,7 @@ def open_tokenizer(folder: Path, *, trust_remote_code: bool) -> tuple[Any, str |
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {in_a_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{folder}: has no fast tokenizer (tokenizer.json)")
     return tokenizer, take_file(tokenizer, folder)

@@ -16,7 +16,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from bge_ray.errors import ModelError
+from bge_ray.errors import ModelError, in_a_line
 from bge_ray.model.run.pickled import read_pickled
 from bge_ray.model.weights import weight_files
 
@@ -48,7 +48,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except LOAD_ERRORS as error:
-        raise ModelError(f"{folder}: its configuration cannot be loaded: {error}") from error
+        raise ModelError(f"{folder}: its configuration cannot be loaded: {in_a_line(error)}") from error
 
 
 def load_encoder(folder: Path, how: Loading) -> torch.nn.Module:
@@ -139,7 +139,11 @@ def _load(
             **options,
         )
     except (*LOAD_ERRORS, SafetensorError) as error:
-        raise ModelError(f"{folder}: cannot be loaded: {error}") from error
+        if "ignore_mismatched_sizes" in str(error):  # What it names is no setting of ours.
+            raise ModelError(
+                f"{folder}: its weights have other shapes than config.json says; fetch both again"
+            ) from error
+        raise ModelError(f"{folder}: cannot be loaded: {in_a_line(error)}") from error
     missing = sorted(key for key in info["missing_keys"] if unused is None or not key.startswith(unused))
     if missing:
         raise ModelError(

@@ -1,6 +1,7 @@
 """Pickled weights, by torch's restricted reader; their shapes as JSON, run as a module by `model.weights`."""
 
 import json
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from bge_ray.errors import ModelError
+from bge_ray.errors import ModelError, in_a_line
 
 
 def read_pickled(path: Path, place: Literal["cpu", "meta"]) -> dict[str, torch.Tensor]:
@@ -26,11 +27,12 @@ def read_pickled(path: Path, place: Literal["cpu", "meta"]) -> dict[str, torch.T
     try:
         state = torch.load(path, map_location=place, weights_only=True, mmap=zipfile.is_zipfile(path))
     except UnpicklingError as error:
-        # Its advice to turn the restriction off stands around the reason, a paragraph of its own.
-        paragraphs = str(error).split("\n\n")
-        reason = " ".join(paragraphs[-2 if len(paragraphs) > 1 else 0].split())
+        # Its advice to turn the restriction off stands around the reason.
+        found = re.search(r"unsupported (?:global: )?\w+ [\w.]+", str(error), re.IGNORECASE)
+        reason = found[0] if found is not None else in_a_line(error)
         raise ModelError(
-            f"{path}: refused, torch's restricted reader finds more than tensors in it or damage ({reason}); "
+            f"{path}: refused, torch's restricted reader finds more than tensors in it or damage "
+            f"({reason}); "
             "only tensors are read from pickled weights: save it again, best as safetensors"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from bge_ray.errors import ModelError
+from bge_ray.errors import ModelError, in_a_line
 from bge_ray.model.families.m3 import without_weight
 from bge_ray.model.folder import ModelFolder
 from bge_ray.model.run.load import LOAD_ERRORS, Loading, load_encoder, load_linear
@@ -56,7 +56,7 @@ def build_model(base: Base, folder: Path, asked: TrainSettings) -> Any:
     try:
         model = _cross_encoder(base, folder) if asked.kind == "reranker" else _embedder(base, folder)
     except LOAD_ERRORS as error:
-        raise ModelError(f"{folder}: cannot be loaded to be trained: {error}") from error
+        raise ModelError(f"{folder}: cannot be loaded to be trained: {in_a_line(error)}") from error
     if asked.unified:
         model.add_module(_HEADS, _token_heads(base, folder))
     if asked.lora_rank is not None:

@@ -18,8 +18,8 @@ from ray.actor import ActorHandle
 from bge_ray.dataset.changes import manifest_digest
 from bge_ray.dataset.folder import Dataset, manifest_fact, marker_files
 from bge_ray.errors import IncompleteRunError, OutputBusyError, RejectedRowsError
+from bge_ray.formats.corpus import MAX_NAMED_OBJECTS
 from bge_ray.pipeline.embed.estimate import Estimate, estimate
-from bge_ray.pipeline.embed.planning import MAX_NAMED_OBJECTS
 from bge_ray.pipeline.embed.prepare import Planned, prepare
 from bge_ray.pipeline.embed.read import LENGTH_EDGES, read_stage
 from bge_ray.pipeline.embed.reuse import ORIGINS

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import ray
 
 from bge_ray.errors import CorpusError, StorageError
-from bge_ray.formats.corpus import ScannedObject, check_columns, coding_of, scan_object
+from bge_ray.formats.corpus import ScannedObject, check_all_columns, coding_of, one_a_line, scan_object
 from bge_ray.pipeline.embed.sources import EarlierObjects
 from bge_ray.pipeline.engine.progress import Step
 from bge_ray.pipeline.engine.tasks import run_tasks
@@ -23,7 +23,6 @@ from bge_ray.storage.objects import ObjectInfo, Storage
 
 logger = logging.getLogger(__name__)
 
-MAX_NAMED_OBJECTS = 10
 # Of a unit by `batching.unit_rows: auto`; fewer rows than the least are not worth their file.
 MOST_AUTO_ROWS, LEAST_AUTO_ROWS = 50_000, 64
 # With so many units each, an encoder that is done before the others idles for a sixteenth of the run at most.
@@ -61,8 +60,7 @@ def seen_again(
     Raises:
         CorpusError: an object lacks a column, or has it in a type that does not fit.
     """
-    for scan in scanned:
-        check_columns(scan, columns)
+    check_all_columns(scanned, columns)
     found = {scan.info.uri: scan.partitions for scan in scanned}
     return {uri: dataclasses.replace(unchanged[uri], partitions=found[uri]) for uri in found}
 
@@ -132,12 +130,7 @@ def scan_objects(
     results = [result for batch in found for result in batch]
     errors = [result for result in results if isinstance(result, str)]
     if errors:
-        more = f"\n  and {len(errors) - MAX_NAMED_OBJECTS} more" if len(errors) > MAX_NAMED_OBJECTS else ""
-        raise CorpusError(
-            f"{len(errors)} of {len(infos)} corpus objects cannot be read:\n  "
-            + "\n  ".join(errors[:MAX_NAMED_OBJECTS])
-            + more
-        )
+        raise CorpusError(f"{len(errors)} of {len(infos)} corpus objects cannot be read:{one_a_line(errors)}")
     return [result for result in results if isinstance(result, ScannedObject)]
 
 
@@ -190,11 +183,11 @@ def extend_plan(
     Raises:
         CorpusError: an object lacks a column, or has more rows than a vector id can count.
     """
+    check_all_columns(scanned, columns)
     objects = dict(unchanged)
     earlier = EarlierObjects(previous, [*unchanged, *(scan.info.uri for scan in scanned)])
     number = previous.next_object_no if previous else 0
     for scan, group in zip(scanned, _groups(scanned, number, limits), strict=True):
-        check_columns(scan, columns)
         found = dataclasses.replace(scan.under(number, group), earlier=earlier.of(scan))
         if found.n_rows > MAX_ROWS_PER_OBJECT or number >= MAX_OBJECTS:
             raise CorpusError(

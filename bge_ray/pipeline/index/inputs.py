@@ -50,11 +50,11 @@ def read_inputs(dataset: Dataset, settings: Settings) -> Inputs:
     there, manifest = dataset.read_spec(), dataset.read_manifest()
     name = f"output.uri {dataset.root}"
     if there is None or manifest is None:
-        raise SettingsError(f"{name}: no complete data set there; run embed.py first")
+        raise SettingsError(f"{name}: no complete data set there; run bge-ray embed first")
     if manifest.vector_fingerprint != there.vector_fingerprint:
         raise DatasetMismatchError(
             f"{name}: its manifest is of another data set ({manifest.vector_fingerprint[:12]}) than its "
-            f"dataset.json ({there.vector_fingerprint[:12]}); run embed.py again"
+            f"dataset.json ({there.vector_fingerprint[:12]}); run bge-ray embed again"
         )
     if not manifest.vectors:
         raise SettingsError(f"{name}: the data set has no vectors")

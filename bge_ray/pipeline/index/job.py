@@ -54,7 +54,7 @@ def build_index(settings: Settings, stop: StopRequest | None = None) -> IndexDes
     """Build the index of a data set, doing only what is not done yet.
 
     Args:
-        settings: needs output.uri, a data set that embed.py completed.
+        settings: needs output.uri, a data set that the embed job completed.
         stop: asked between tasks whether to stop.
 
     Returns:

@@ -47,7 +47,7 @@ def mine(settings: Settings, stop: StopRequest | None = None) -> MineReport:
     """Mine hard negatives, doing only what is not done yet.
 
     Args:
-        settings: needs output.uri (a data set that embed.py completed), mine.output, and mine.queries with
+        settings: needs output.uri (a data set that embed completed), mine.output, and mine.queries with
             mine.qrels, or mine.input.
         stop: asked between receipts whether to stop.
 

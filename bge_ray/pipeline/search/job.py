@@ -85,7 +85,7 @@ def search(settings: Settings, stop: StopRequest | None = None) -> SearchReport:
     """Answer queries from a data set, doing only what is not done yet.
 
     Args:
-        settings: needs output.uri (a data set that embed.py completed), search.queries, search.output.
+        settings: needs output.uri (a data set that the embed job completed), search.queries, search.output.
         stop: asked between receipts whether to stop.
 
     Returns:

@@ -94,7 +94,7 @@ def test_exit_codes_and_messages_of_the_command(bucket: str, tmp_path: Path) -> 
     root = f"{bucket}/out"
     make_dataset(root, [4000], 32)
     for keys, code, message in [
-        ({"output.uri": f"{bucket}/none"}, 2, "run embed.py first"),
+        ({"output.uri": f"{bucket}/none"}, 2, "run bge-ray embed first"),
         ({"output.uri": root, "index.factory": "IVF64,PQ8x4fs"}, 2, "without 'fs'"),
         (
             {"output.uri": root, "index.factory": "IVF16,RaBitQ", "index.recall_target": 1.0},

@@ -306,7 +306,10 @@ def test_a_second_run_at_once_is_refused(bucket: str) -> None:
 
 
 def test_what_is_no_complete_data_set_is_refused(bucket: str) -> None:
-    for root, match in [(f"{bucket}/none", "run embed.py first"), (f"{bucket}/half", "run embed.py first")]:
+    for root, match in [
+        (f"{bucket}/none", "run bge-ray embed first"),
+        (f"{bucket}/half", "run bge-ray embed first"),
+    ]:
         if root.endswith("half"):
             VectorDataset(root).put(0, clustered(100, DIM, 0))
         with pytest.raises(SettingsError, match=match):
