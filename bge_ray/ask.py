@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bge_ray.errors import SettingsError
+from bge_ray.formats.rows import is_blank
 
 if TYPE_CHECKING:
     from bge_ray.retrieval import Hit, IndexReader
@@ -47,7 +48,7 @@ def ask(uri: str, questions: Sequence[str], asked: Asked, *, model: str | None, 
             question.encode()
         except UnicodeEncodeError as error:
             raise SettingsError(f"question {question!r}: is not UTF-8 ({error.reason})") from error
-        if not question.strip():
+        if is_blank(question):
             raise SettingsError(f"question {question!r}: is empty, and would find what says nothing")
     index = open_index(uri, model=model, device=device)
     for question in questions or _lines():

@@ -4,6 +4,7 @@ One check serves every file format: a reader delivers `RawRows`, `check_rows` sp
 `Passages` and `Rejected`, and no row is in both or in neither.
 """
 
+import unicodedata
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ import pyarrow as pa
 from bge_ray.records.ids import IdArray
 
 MAX_DETAIL_CHARS = 300
+_UNSEEN = {"Cc", "Cf", "Zl", "Zp", "Zs"}  # Unicode's categories of controls, formats and separators
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,20 @@ def _passage_text(text: object, title: object) -> tuple[str | None, tuple[str, s
     if title is not None and not isinstance(title, str):
         return None, ("non_string_text", f"the title is a {type(title).__name__}")
     joined = text if title is None else f"{title} {text}".strip()
-    if not joined.strip():
-        return None, ("empty_text", "nothing but white space")
+    if is_blank(joined):
+        return None, ("empty_text", "nothing but white space and characters that nobody sees")
     if (fault := _unicode_fault(joined)) is not None:
         return None, fault
     return joined, None
+
+
+def is_blank(text: str) -> bool:
+    """Tell whether nothing of a text is seen: no tokenizer makes more of it than of no text at all.
+
+    White space, control characters, and what formats others, such as a space of no width. The first character
+    that is seen decides, so a long text costs no more than a short one.
+    """
+    return all(unicodedata.category(letter) in _UNSEEN for letter in text.strip())
 
 
 def _unicode_fault(text: str) -> tuple[str, str] | None:

@@ -25,7 +25,7 @@ REASONS = {
     "duplicate_id": "the id stands earlier in the same work unit",
     "null_text": "the text is missing",
     "non_string_text": "text or title is not text",
-    "empty_text": "nothing but white space",
+    "empty_text": "nothing but white space and what nobody sees",
     "invalid_unicode": "not valid Unicode",
     "no_tokens": "the tokenizer makes no token of it",
     "non_finite": "the vector holds NaN or infinity",

@@ -1,6 +1,7 @@
 """The row check: every row is accepted or rejected, with a reason, and never both."""
 
 import pyarrow as pa
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,6 +10,7 @@ from bge_ray.formats.rows import (
     RawRows,
     Rejected,
     check_rows,
+    is_blank,
     take_passages,
 )
 
@@ -73,3 +75,26 @@ def test_an_id_that_cannot_be_stored_is_not() -> None:
     _, rejected = check_rows(RawRows(["\ud800"], ["x"], None, {}, {}))
     assert rejected == [Rejected(0, None, "invalid_unicode", rejected[0].detail)]
     assert "character 0" in rejected[0].detail
+
+
+@pytest.mark.parametrize(
+    ("text", "blank"),
+    [
+        ("", True),
+        (" \n\u3000\u00a0", True),
+        ("\u200b\u200b", True),
+        ("\x00\x01\ufeff", True),
+        ("\u202e \u2066", True),
+        ("\u200bx", False),
+        ("\u0301", False),  # a mark without its letter is seen
+        ("\U0001f468\u200d\U0001f469", False),
+        ("\ue000", False),  # of private use
+        ("。", False),
+    ],
+)
+def test_what_nobody_sees_is_no_text(text: str, blank: bool) -> None:
+    assert is_blank(text) == blank
+    rows = RawRows(["1"], [text], None, {}, {})
+    passages, rejected = check_rows(rows)
+    assert len(passages.texts) == (0 if blank else 1)
+    assert [row.reason for row in rejected] == (["empty_text"] if blank else [])
