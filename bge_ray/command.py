@@ -269,6 +269,10 @@ def _add_ask(app: "Typer", ending: Ending) -> None:
             list[str] | None, Option(help="Show this kept column, too; may be repeated.")
         ] = None,
         rescore: Annotated[int, Option(min=0, help="Candidates to score again from stored vectors.")] = 0,
+        condition: Annotated[
+            str | None,
+            Option("--filter", metavar="SQL", help="Condition over kept columns that passages pass."),
+        ] = None,
         model: Annotated[str | None, Option(help="Where the model lies, if not where it lay.")] = None,
         device: Annotated[str, Option(help="Device on which questions are encoded.")] = "cpu",
         as_json: Annotated[bool, Option("--json", help="A line of JSON a passage.")] = False,
@@ -277,7 +281,7 @@ def _add_ask(app: "Typer", ending: Ending) -> None:
         def work() -> str:
             from bge_ray import ask as asking
 
-            asked = asking.Asked(k, tuple(column or ()), rescore, as_json)
+            asked = asking.Asked(k, tuple(column or ()), rescore, condition, as_json)
             asking.ask(dataset, questions or (), asked, model=model, device=device)
             return ""
 
