@@ -2,11 +2,12 @@
 
     python -m tools.selectivity --vectors docstrings.npz > selectivity.md
 
-Passages are the docstrings of this Python and its packages without their first sentence, queries are first sentences,
-embedded with the packaged all-MiniLM-L6-v2 (cut at 64 tokens, float32); ``--vectors`` keeps them for the next time. Each index
-is tuned for its target among all passages. Then a share of them passes a filter: drawn at random, or whole packages, whose docstrings
-are of one matter. For each share: recall@10 and milliseconds a query on one core, with the effort that was tuned, with one that grows
-as fewer pass, and with all that passes compared.
+Passages are the docstrings of this Python and its packages without their first sentence, queries are first
+sentences, embedded with the packaged all-MiniLM-L6-v2 (cut at 64 tokens, float32); ``--vectors`` keeps them
+for the next time. Each index is tuned for its target among all passages. Then a share of them passes a
+filter: drawn at random, or whole packages, whose docstrings are of one matter. For each share: recall@10 and
+milliseconds a query on one core, with the effort that was tuned, with one that grows as fewer pass, and with
+all that passes compared.
 """
 
 import argparse
@@ -146,7 +147,8 @@ def to_markdown(rows: list[Row], passages: Passages) -> str:
         f"{n:,} passages of {dim} dimensions in {int(passages.packages.max()) + 1:,} packages, "
         f"{len(passages.queries):,} queries; effort tuned for recall@{K} {TARGET} among all.",
         "",
-        "| index | passes | share | effort tuned: recall, ms | effort / share: recall, ms | all compared: recall, ms |",
+        "| index | passes | share | effort tuned: recall, ms | effort / share: recall, ms | "
+        "all compared: recall, ms |",
         "|---|---|---:|---:|---:|---:|",
     ]
     for row in rows:
@@ -161,7 +163,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--vectors", type=Path, required=True, help="file of embeddings, made if it is not there")
+    parser.add_argument(
+        "--vectors", type=Path, required=True, help="file of embeddings, made if it is not there"
+    )
     parser.add_argument("--limit", type=int, default=20_000, help="most passages")
     arguments = parser.parse_args()
     passages = embedded(arguments.vectors, arguments.limit)
