@@ -140,6 +140,8 @@ class FilterReader:
         return found
 
     def _checked(self, text: str) -> Filter:
+        if not text.strip():
+            raise SettingsError("is empty")
         query = self._parsed(text)
         (tree,) = query["statements"][0]["node"]["select_list"]
         used = {self._column(name, place): None for name, place in _columns_of(tree, text)}
@@ -177,24 +179,29 @@ class FilterReader:
         )
 
     def _plan(self, found: Filter) -> None:
-        """Have the expression planned against the columns' types, and computed over no rows."""
-        fields = [pa.field("vector_id", pa.int64()), *(self._kept.field(name) for name in found.columns)]
-        with _over(self._database, pa.schema(fields).empty_table()):
-            for name in found.columns:
-                try:
-                    self._database.table(_ROWS).select(duckdb.ColumnExpression(name))
-                except duckdb.Error as error:
-                    kind = self._kept.field(name).type
-                    raise SettingsError(f"column {name!r} is {kind}, which no filter can read") from error
+        """Have the expression planned against the columns' types, and computed of a row of nulls."""
+        for name in found.columns:
+            field = self._kept.field(name)
             try:
+                with _over(self._database, _nulls([field])):
+                    self._database.table(_ROWS).fetchall()
+            except duckdb.Error as error:
+                raise SettingsError(f"column {name!r} is {field.type}, which no filter can read") from error
+        fields = [pa.field("vector_id", pa.int64()), *(self._kept.field(name) for name in found.columns)]
+        try:
+            with _over(self._database, _nulls(fields)):
                 planned = self._database.sql(_selected([found]))
                 kind = str(planned.types[0])
                 if kind == "BOOLEAN":
-                    planned.to_arrow_table()
-            except duckdb.Error as error:
-                raise SettingsError(_reason(error)) from error
+                    planned.fetchall()
+        except duckdb.Error as error:
+            raise SettingsError(_reason(error)) from error
         if kind != "BOOLEAN":
             raise SettingsError(f"is of type {kind.strip(chr(34))}, not a condition that is true or false")
+
+
+def _nulls(fields: Sequence[pa.Field]) -> pa.Table:
+    return pa.table([pa.nulls(1, field.type) for field in fields], names=[field.name for field in fields])
 
 
 def connect() -> duckdb.DuckDBPyConnection:
@@ -220,30 +227,36 @@ def compute(database: duckdb.DuckDBPyConnection, table: pa.Table, filters: Seque
 
     Args:
         database: from `connect`.
-        table: n rows with the columns of all filters, and any other.
+        table: n rows with ``vector_id`` and the columns of all filters, and any other.
         filters: from `FilterReader.read`, AT_ONCE of them at most: they share one pass over the rows.
 
     Returns:
         For each filter (n,) whether it is true, not false and not null; or why it cannot be told of some row.
     """
-    with _over(database, table):
+    used = {name for one in filters for name in one.columns}
+    # What differs in case alone is one column to DuckDB, which takes either.
+    if len({name.lower() for name in used}) == len(used):
         try:
-            return [*_computed(database, filters)]
+            return [*_computed(database, table, filters)]
         except duckdb.Error:
-            # One of them cannot be computed of some row; which one, and why, only each alone tells.
-            return [_alone(database, one) for one in filters]
+            pass  # one of them cannot be computed of some row; which one, and why, only each alone tells
+    return [_alone(database, table, one) for one in filters]
 
 
-def _alone(database: duckdb.DuckDBPyConnection, one: Filter) -> Marks:
+def _alone(database: duckdb.DuckDBPyConnection, table: pa.Table, one: Filter) -> Marks:
     try:
-        return _computed(database, [one])[0]
+        return _computed(database, table, [one])[0]
     except duckdb.Error as error:
         return _reason(error)
 
 
-def _computed(database: duckdb.DuckDBPyConnection, filters: Sequence[Filter]) -> list[npt.NDArray[np.bool_]]:
-    table = database.sql(_selected(filters)).to_arrow_table()
-    return [pc.fill_null(column, False).to_numpy() for column in table.columns]
+def _computed(
+    database: duckdb.DuckDBPyConnection, table: pa.Table, filters: Sequence[Filter]
+) -> list[npt.NDArray[np.bool_]]:
+    names = dict.fromkeys(["vector_id", *(name for one in filters for name in one.columns)])
+    with _over(database, table.select(list(names))):
+        found = database.sql(_selected(filters)).to_arrow_table()
+    return [pc.fill_null(column, False).to_numpy() for column in found.columns]
 
 
 def _selected(filters: Sequence[Filter]) -> str:

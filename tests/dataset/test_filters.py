@@ -39,6 +39,7 @@ TABLE = pa.table(
         "case": [5, 4, 3, 2, 1],
     }
 )
+READABLE = TABLE.drop_columns("half").append_column("vector_id", pa.array(range(5), pa.int64()))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,9 @@ def reader(kept: VectorDataset) -> FilterReader:
         ("vector_id > 3", "column 'vector_id' at character 1"),
         ("year = = 3", r'syntax error at or near "=" at character 8'),
         ("lang = 'ä' and = 3", r'syntax error at or near "=" at character 16'),
-        ("", "syntax error"),
+        ("", "is empty"),
+        (" \n", "is empty"),
+        ("-- nothing", "syntax error|not a condition"),
         ("year >", "syntax error"),
         ("year", "is of type INTEGER, not a condition"),
         ("lang", "is of type VARCHAR, not a condition"),
@@ -83,7 +86,8 @@ def reader(kept: VectorDataset) -> FilterReader:
         ("COLUMNS('y.*') > 1", "a star, or COLUMNS"),
         ("unnest(tags) = 'x'", "unnest at character 1"),
         ("random() > 0.5", "random at character 1: gives another answer at another time"),
-        ("day < current_date", "current_date at character 7: gives another answer"),
+        ("day < current_date", "column 'current_date' at character 7"),
+        ("day < today()", "today at character 7: gives another answer"),
         ("seen < now()", "now at character 8"),
         ("age(seen) > INTERVAL 1 DAY", "age at character 1"),
         ("current_setting('threads') = '1'", "current_setting at character 1"),
@@ -97,7 +101,7 @@ def reader(kept: VectorDataset) -> FilterReader:
         ("true); SELECT (true", "more than one expression|Only SELECT|syntax error"),
         ("half > 0", "column 'half' is halffloat, which no filter can read"),
         ("CASE_ = 1", "column 'CASE_'"),
-        ("cASE > 1", "column 'cASE' at character 1"),
+        ('"cASE" > 1', "column 'cASE' at character 1"),
         ('"case" > 1 AND "Case" > 1', "Case, case: differ in case alone"),
         ("(" * 400 + "true" + ")" * 400 + " AND year > 1" * 2, ""),
         ("NOT " * 1000 + "true", ""),
@@ -148,7 +152,7 @@ GOOD = {
 @pytest.mark.parametrize("text", list(GOOD))
 def test_what_passes_is_what_is_true(reader: FilterReader, text: str) -> None:
     found = reader.read(text)
-    (marks,) = compute(connect(), TABLE.select(list(found.columns) or ["year"]), [found])
+    (marks,) = compute(connect(), READABLE, [found])
     assert not isinstance(marks, str)
     assert marks.tolist() == GOOD[text]
 
@@ -157,7 +161,7 @@ def test_many_at_once_are_as_each_alone_and_one_that_fails_fails_alone(reader: F
     filters = [reader.read(text) for text in GOOD]
     filters.insert(3, reader.read("lang::INTEGER > 3"))
     assert len(filters) <= AT_ONCE
-    marks = compute(connect(), TABLE, filters)
+    marks = compute(connect(), READABLE, filters)
     told = marks.pop(3)
     assert isinstance(told, str) and "Could not convert string 'de'" in told and "SELECT" not in told
     assert [some.tolist() for some in marks if not isinstance(some, str)] == list(GOOD.values())
@@ -166,7 +170,7 @@ def test_many_at_once_are_as_each_alone_and_one_that_fails_fails_alone(reader: F
 def test_the_same_filter_in_other_words_is_one(reader: FilterReader) -> None:
     assert reader.read("year>2000").sql == reader.read(" ( year  > 2000 ) -- since then\n").sql
     both = reader.read("year > 2000").both(reader.read("lang = 'de' OR ok"))
-    (marks,) = compute(connect(), TABLE, [both])
+    (marks,) = compute(connect(), READABLE, [both])
     assert both.columns == ("year", "lang", "ok")
     assert np.asarray(marks).tolist() == [False, False, False, True, False]
 
@@ -224,7 +228,7 @@ def test_the_rows_of_shards_that_pass_are_those_that_duckdb_and_pandas_find(data
         direct = duckdb.sql(f"SELECT coalesce({text}, false) FROM frame").fetchnumpy()
         assert (next(iter(direct.values())) == truth).all()
         assert (passing.has(ids) == truth).all()
-        assert (passing.has(ids.reshape(2, -1)).ravel() == truth).all()
+        assert (passing.has(ids[:500].reshape(2, -1)).ravel() == truth[:500]).all()
         assert passing.passes.vectors == truth.sum()
         assert passing.passes.rows == len(frame[truth].drop_duplicates(["object", "row"]))
         for number, fact in enumerate(data.shards.facts):
