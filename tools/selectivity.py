@@ -1,10 +1,10 @@
 """What an index finds among what passes a filter, and what that costs: what `index/selectors.py` goes by.
 
-    python -m tools.selectivity --vectors docstrings.npz > selectivity.md
+    python -m tools.selectivity --vectors docstrings > selectivity.md
 
 Passages are the docstrings of this Python and its packages without their first sentence, queries are first
-sentences, embedded with the packaged all-MiniLM-L6-v2 (cut at 64 tokens, float32); ``--vectors`` keeps them
-for the next time. Each index is tuned for its target among all passages. Then a share of them passes a
+sentences, embedded with the packaged all-MiniLM-L6-v2 (cut at 64 tokens, float32); ``--vectors`` keeps them,
+so that a run that was cut off goes on. Each index is tuned for its target among all passages. Then a share of them passes a
 filter: drawn at random, or whole packages, whose docstrings are of one matter. For each share: recall@10 and
 milliseconds a query on one core, with the effort that was tuned, with one that grows as fewer pass, and with
 all that passes compared.
@@ -32,7 +32,7 @@ from tools.real_vectors import MIN_CHARS, Embedder
 
 TARGET, K = 0.95, 10
 SHARES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002)
-QUERIES = 400
+QUERIES, BLOCK = 400, 500
 SEED = 11
 
 
@@ -58,28 +58,36 @@ class Row:
 
 
 def docstrings(limit: int) -> tuple[list[str], list[str], list[str]]:
-    """Return passages, their first sentences and their packages, each passage once, mixed."""
+    """Return the first passages, with their first sentences and packages, each passage once, mixed."""
     found: dict[str, tuple[str, str]] = {}
     for module, _, text in find_docstrings():
         first, _, rest = " ".join(text.split()).partition(". ")
         if first and len(rest) >= MIN_CHARS:
             found.setdefault(rest, (first, module.partition(".")[0]))
+        if len(found) == limit:
+            break
     texts = list(found)
-    order = np.random.default_rng(SEED).permutation(len(texts))[:limit].tolist()
-    chosen = [texts[i] for i in order]
+    chosen = [texts[i] for i in np.random.default_rng(SEED).permutation(len(texts)).tolist()]
     return chosen, [found[text][0] for text in chosen], [found[text][1] for text in chosen]
 
 
-def embedded(path: Path, limit: int) -> Passages:
-    """Return what is kept at a path, or embed it and keep it there."""
-    if not path.exists():
-        texts, firsts, names = docstrings(limit)
-        embed = Embedder()
-        _, packages = np.unique(names, return_inverse=True)
-        blocks = [embed(texts[at : at + 1000]) for at in range(0, len(texts), 1000)]
-        np.savez(path, vectors=np.concatenate(blocks), queries=embed(firsts[:QUERIES]), packages=packages)
-    kept = np.load(path)
-    return Passages(kept["vectors"], kept["queries"], kept["packages"])
+def embedded(folder: Path, limit: int) -> Passages:
+    """Embed what a folder does not have yet, block by block, and return all of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts, firsts, names = docstrings(limit)
+    starts = range(0, len(texts), BLOCK)
+    todo = {f"passages-{start:07d}": texts[start : start + BLOCK] for start in starts}
+    todo |= {"queries": firsts[:QUERIES]}
+    embed = None
+    for name, some in todo.items():
+        if (folder / f"{name}.npy").exists():
+            continue
+        embed = embed or Embedder()
+        np.save(folder / f"{name}.partial.npy", embed(some))
+        (folder / f"{name}.partial.npy").rename(folder / f"{name}.npy")
+    found = [np.load(folder / f"{name}.npy") for name in todo]
+    _, packages = np.unique(names, return_inverse=True)
+    return Passages(np.concatenate(found[:-1]), found[-1], packages)
 
 
 def measure(passages: Passages) -> Iterator[Row]:
@@ -163,9 +171,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--vectors", type=Path, required=True, help="file of embeddings, made if it is not there"
-    )
+    parser.add_argument("--vectors", type=Path, required=True, help="folder of what is embedded")
     parser.add_argument("--limit", type=int, default=20_000, help="most passages")
     arguments = parser.parse_args()
     passages = embedded(arguments.vectors, arguments.limit)

@@ -172,7 +172,7 @@ class FilterReader:
             return name
         alike = [there for there in self._kept.names if there.lower() == name.lower()]
         if len(alike) == 1:
-            return alike[0]
+            return str(alike[0])
         raise SettingsError(
             f"column {name!r}{place}: {self._root} keeps none of that name, only "
             f"{', '.join(self._kept.names)}"
