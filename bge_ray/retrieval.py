@@ -16,7 +16,8 @@ from bge_ray.dataset.read import shard_columns
 from bge_ray.errors import DatasetMismatchError, ModelError, SettingsError
 from bge_ray.index.package import faiss
 from bge_ray.index.topk import Results
-from bge_ray.model.spec import model_folder, text_feeder
+from bge_ray.model.source import fetch_model
+from bge_ray.model.spec import hash_files, text_feeder
 from bge_ray.model.uncollected import uncollected
 from bge_ray.pipeline.index.published import index_files, read_index
 from bge_ray.pipeline.index.searchers import Searcher
@@ -104,7 +105,7 @@ class IndexReader:
             A list a query, best first, ties by passage id.
 
         Raises:
-            SettingsError: k is below 1, the data set has no such column, or the filter is none.
+            SettingsError: k is below 1, the data set has no such column, or filter or device are none.
             ModelError: the model is not to be had or not that of the data set, or a query has no vector.
             IndexBuildError: a vector is of another length or norm, or a file of the index is damaged.
             StorageError: a shard is missing or damaged.
@@ -208,11 +209,35 @@ class IndexReader:
             if self._device == "cpu":
                 # Half precision is for GPUs; the same weights give the same directions in float32.
                 spec = dataclasses.replace(spec, dtype="float32")
-            model = Model(spec, model_folder(spec), Place(self._device, torch.get_num_threads()))
+            _check_device(self._device)
+            folder, _ = fetch_model(spec.name, spec.revision, "model")
+            if hash_files(spec, folder) != spec.weights_sha256:
+                raise ModelError(
+                    f"model {spec.name}: its files differ from those of {self._source.spec.model.name} that "
+                    f"{self._source.root} was embedded with; questions need the same model"
+                )
+            model = Model(spec, folder, Place(self._device, torch.get_num_threads()))
             feeder = text_feeder(spec)
             check_canaries(self._source.spec.canaries, model, feeder)
             self._encoder = model, feeder
         return self._encoder
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that is none, or that this process cannot use.
+
+    Raises:
+        SettingsError: torch knows no such device.
+        ModelError: torch sees no GPU.
+    """
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise SettingsError(f"device {device!r}: torch knows none of that name; take cpu or cuda") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device {device!r}: torch sees no GPU here; take cpu, which is the default")
 
 
 def open_index_reader(uri: str, *, model: str | None, device: str) -> IndexReader:

@@ -4,10 +4,10 @@
 
 Passages are the docstrings of this Python and its packages without their first sentence, queries are first
 sentences, embedded with the packaged all-MiniLM-L6-v2 (cut at 64 tokens, float32); ``--vectors`` keeps them,
-so that a run that was cut off goes on. Each index is tuned for its target among all passages. Then a share of them passes a
-filter: drawn at random, or whole packages, whose docstrings are of one matter. For each share: recall@10 and
-milliseconds a query on one core, with the effort that was tuned, with one that grows as fewer pass, and with
-all that passes compared.
+so that a run that was cut off goes on. Each index is tuned for its target among all passages. Then a share of
+them passes a filter: drawn at random, or whole packages, whose docstrings are of one matter. For each share:
+recall@10 and milliseconds a query on one core, with the effort that was tuned, with one that grows as fewer
+pass, and with all that passes compared.
 """
 
 import argparse
