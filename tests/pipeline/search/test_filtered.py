@@ -4,7 +4,6 @@ The corpus is Parquet in folders of days, so that one of the kept columns stands
 """
 
 import io
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,11 @@ from bge_ray.records.canonical import from_json
 from bge_ray.records.reports import SearchReport
 from tests.support.corpora import docstrings
 from tests.support.models import make_cross_encoder, make_m3
-from tests.support.s3 import S3Server
 from tests.support.searches import STORAGE, by_query, jsonl, read_rejected, read_run, settings_for, upload
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
 
-PASSAGES, K = 300, 8
+PASSAGES, K = 170, 8
 DAYS = ("2026-01-01", "2026-01-02", "2026-01-03")
 Kept = dict[str, dict[str, Any]]
 
@@ -45,10 +43,10 @@ def passages() -> Kept:
 
 
 @pytest.fixture(scope="module")
-def root(s3_server: S3Server, ray_cluster: None, passages: Kept, tmp_path_factory: Any) -> str:
+def root(ray_cluster: None, passages: Kept, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Corpus, data set with an index, and queries, of which some have filters of their own."""
     model = make_m3(tmp_path_factory.mktemp("models") / "tiny-m3", dim=64, pickled=True)
-    root = f"s3://out/filtered-{secrets.token_hex(4)}"
+    root = str(tmp_path_factory.mktemp("filtered"))
     made = docstrings(PASSAGES)
     for day in DAYS:
         some = [p for p in made if passages[p["id"]]["day"] == day]
@@ -63,7 +61,7 @@ def root(s3_server: S3Server, ray_cluster: None, passages: Kept, tmp_path_factor
         sink = io.BytesIO()
         pq.write_table(table, sink)
         STORAGE.write(f"{root}/corpus/day={day}/part.parquet", sink.getvalue())
-    asked = [{"_id": f"q{i}", "text": f"how to {p['title']} with {i}"} for i, p in enumerate(made[::25])]
+    asked = [{"_id": f"q{i}", "text": f"how to {p['title']} with {i}"} for i, p in enumerate(made[::15])]
     for number, query in enumerate(asked):
         query["only"] = [None, "year >= 2010", f"day = '{DAYS[1]}'"][number % 3]
     upload(root, {"queries.jsonl": jsonl(asked)})
@@ -99,17 +97,17 @@ def second_day(row: dict[str, Any]) -> bool:
 
 
 def check_against_all(
-    root: str, bucket: str, passages: Kept, *, exactly: bool = True, **keys: object
+    root: str, tmp_path: Path, passages: Kept, *, exactly: bool = True, **keys: object
 ) -> SearchReport:
     """A filtered run has what passes of the run of everything: by one filter, and by those of queries."""
-    _, everything = run(root, f"{bucket}/all", **keys, search__k=PASSAGES)
-    common, found = run(root, f"{bucket}/since", **keys, search__filter="year >= 2010")
+    _, everything = run(root, f"{tmp_path}/all", **keys, search__k=PASSAGES)
+    common, found = run(root, f"{tmp_path}/since", **keys, search__filter="year >= 2010")
     for query_id, pairs in found.items():
         ours, truth = dict(pairs), dict(passing(everything[query_id], passages, since_2010))
         assert list(ours) == list(truth) or not exactly
         assert all(since_2010(passages[name]) for name in ours)
         assert len(set(ours) & set(truth)) >= (len(truth) if exactly else 0.8 * len(truth))
-    report, own = run(root, f"{bucket}/own", **keys, search__filter_column="only")
+    report, own = run(root, f"{tmp_path}/own", **keys, search__filter_column="only")
     for number, (query_id, pairs) in enumerate(own.items()):
         passes = [lambda _: True, since_2010, second_day][number % 3]
         truth = passing(everything[query_id], passages, passes)
@@ -123,33 +121,33 @@ def check_against_all(
     return common
 
 
-def test_an_exact_search_among_what_passes(root: str, bucket: str, passages: Kept) -> None:
-    report = check_against_all(root, bucket, passages, search__exact=True)
+def test_an_exact_search_among_what_passes(root: str, tmp_path: Path, passages: Kept) -> None:
+    report = check_against_all(root, tmp_path, passages, search__exact=True)
     assert report.compared_all == 12
     assert "year >= 2010" in report.way
-    page = STORAGE.read(f"{bucket}/since/report.html").decode()
+    page = STORAGE.read(f"{tmp_path}/since/report.html").decode()
     assert "For 12 of them all vectors that pass were compared" in page
     # A filter and its queries again: nothing to do; another filter is another run.
-    again, _ = run(root, f"{bucket}/since", search__exact=True, search__filter="year >= 2010")
+    again, _ = run(root, f"{tmp_path}/since", search__exact=True, search__filter="year >= 2010")
     assert again.outcome == "nothing to do"
     nobody = "year IS NULL AND module = 'x'"
-    other, found = run(root, f"{bucket}/since", search__exact=True, search__filter=nobody)
+    other, found = run(root, f"{tmp_path}/since", search__exact=True, search__filter=nobody)
     assert other.outcome == "complete" and not found
-    details = STORAGE.read(f"{bucket}/since/rejected.parquet")
+    details = STORAGE.read(f"{tmp_path}/since/rejected.parquet")
     rows = pq.read_table(pa.BufferReader(details)).to_pylist()
     assert {row["reason"] for row in rows} == {"no_result"}
     assert all("nothing passes its filter" in row["detail"] for row in rows)
 
 
-def test_an_index_among_what_passes(root: str, bucket: str, passages: Kept) -> None:
+def test_an_index_among_what_passes(root: str, tmp_path: Path, passages: Kept) -> None:
     """Of four lists some are probed; where half of the passages pass twice as many, where few pass all."""
-    report = check_against_all(root, bucket, passages, exactly=False)
+    report = check_against_all(root, tmp_path, passages, exactly=False)
     assert report.index is not None
     text = f"day = '{DAYS[2]}' AND year < 2003"
     few = [row for row in passages.values() if row["day"] == DAYS[2] and (row["year"] or 3000) < 2003]
     assert 0 < len(few) < 40
-    report, found = run(root, f"{bucket}/few", search__filter=text, search__k=40)
-    _, truth = run(root, f"{bucket}/exact", search__filter=text, search__k=40, search__exact=True)
+    report, found = run(root, f"{tmp_path}/few", search__filter=text, search__k=40)
+    _, truth = run(root, f"{tmp_path}/exact", search__filter=text, search__k=40, search__exact=True)
     # All that pass are compared, and scored by the vectors: as an exact search finds them.
     assert found == truth
     assert {len(pairs) for pairs in found.values()} == {len(few)}
@@ -157,54 +155,49 @@ def test_an_index_among_what_passes(root: str, bucket: str, passages: Kept) -> N
     assert any("fewer passages pass than search.k" in line for line in report.advice)
 
 
-def test_words_and_weights_among_what_passes(root: str, bucket: str, passages: Kept) -> None:
+def test_words_and_weights_among_what_passes(root: str, tmp_path: Path, passages: Kept) -> None:
     """What a word is worth goes by all passages, so that scores are those of the search of everything."""
-    check_against_all(root, f"{bucket}/bm25", passages, search__first_stage="bm25")
-    check_against_all(root, f"{bucket}/sparse", passages, search__first_stage="sparse")
+    check_against_all(root, f"{tmp_path}/bm25", passages, search__first_stage="bm25")
+    check_against_all(root, f"{tmp_path}/sparse", passages, search__first_stage="sparse")
 
 
 def test_several_outputs_scored_again_and_reranked_among_what_passes(
-    root: str, bucket: str, passages: Kept, tmp_path: Path
+    root: str, tmp_path: Path, passages: Kept
 ) -> None:
     reranker = str(make_cross_encoder(tmp_path / "reranker"))
     keys = {"search__first_stage": "hybrid", "search__hybrid": ["dense", "bm25"], "search__exact": True}
     keys |= {"search__rescore_with": ["embedding", "colbert"], "search__candidates": PASSAGES}
-    check_against_all(root, bucket, passages, **keys)
+    check_against_all(root, tmp_path, passages, **keys)
     keys |= {"search__rerank": True, "rerank__model": reranker, "corpus__uri": f"{root}/corpus"}
-    _, found = run(root, f"{bucket}/reranked", **keys, search__filter="year >= 2010", rerank__depth=5)
-    again = by_query(read_run(f"{bucket}/reranked/reranked"))
+    _, found = run(root, f"{tmp_path}/reranked", **keys, search__filter="year >= 2010", rerank__depth=5)
+    again = by_query(read_run(f"{tmp_path}/reranked/reranked"))
     assert list(again) == list(found)
     for query_id, pairs in again.items():
         assert {name for name, _ in pairs} == {name for name, _ in found[query_id][:5]}
         assert all(since_2010(passages[name]) for name, _ in pairs)
 
 
-def test_a_bad_filter_is_one_rejected_query(root: str, bucket: str, passages: Kept) -> None:
+def test_a_bad_filter_is_one_rejected_query(root: str, tmp_path: Path, passages: Kept) -> None:
     lines = [
         {"_id": "good", "text": "a query", "only": "year >= 2010"},
         {"_id": "column", "text": "a query", "only": "yeer = 3"},
         {"_id": "late", "text": "a query", "only": "module::INTEGER = 3"},
         {"_id": "none", "text": "a query"},
     ]
-    upload(bucket, {"q.jsonl": jsonl(lines)})
-    keys = {"output__uri": f"{root}/data", "search__queries": f"{bucket}/q.jsonl", "search__output": bucket}
-    keys |= {"search__filter_column": "only", "search__k": K, "search__exact": True}
-    assert "2 queries (1 left out)" not in (told := plan_search(settings_for(**keys)))
-    assert "3 queries (1 left out)" in told
+    upload(str(tmp_path), {"q.jsonl": jsonl(lines)})
+    output = str(tmp_path / "run")
+    keys = {"output__uri": f"{root}/data", "search__queries": f"{tmp_path}/q.jsonl", "search__output": output}
+    keys |= {"search__k": K, "search__exact": True}
+    assert "3 queries (1 left out)" in plan_search(settings_for(**keys, search__filter_column="only"))
     with pytest.raises(RejectedRowsError, match="bad_filter 2"):
-        search(settings_for(**keys))
-    assert list(by_query(read_run(bucket))) == ["good", "none"]
-    assert sorted(read_rejected(bucket)) == [("column", None, "bad_filter"), ("late", None, "bad_filter")]
-    report = from_json(SearchReport, STORAGE.read(f"{bucket}/report.json"))
+        search(settings_for(**keys, search__filter_column="only"))
+    assert list(by_query(read_run(output))) == ["good", "none"]
+    assert sorted(read_rejected(output)) == [("column", None, "bad_filter"), ("late", None, "bad_filter")]
+    report = from_json(SearchReport, STORAGE.read(f"{output}/report.json"))
     assert (report.queries_in, report.queries_out) == (4, 2)
-    del keys["search__filter_column"]
+    keys["search__output"] = str(tmp_path / "other")
     with pytest.raises(SettingsError, match=r"search\.filter .*Could not convert string .*embeddings/"):
-        search(settings_for(**keys | {"search__output": f"{bucket}/x"}, search__filter="module::INTEGER = 3"))
-    with pytest.raises(
-        SettingsError, match=r"search\.filter, search\.filter_column: negatives are mined out of all"
-    ):
-        mine(
-            settings_for(
-                **keys, search__filter="true", mine__output=f"{bucket}/m", mine__queries="q", mine__qrels="r"
-            )
-        )
+        search(settings_for(**keys, search__filter="module::INTEGER = 3"))
+    judged = {"mine__queries": keys["search__queries"], "mine__qrels": f"{tmp_path}/qrels.tsv"}
+    with pytest.raises(SettingsError, match=r"search\.filter, search\.filter_column: negatives are mined"):
+        mine(settings_for(**keys, search__filter="true", mine__output=f"{tmp_path}/m", **judged))
