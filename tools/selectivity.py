@@ -1,13 +1,11 @@
 """What an index finds among what passes a filter, and what that costs: what `index/selectors.py` goes by.
 
-    python -m tools.selectivity --vectors docstrings > selectivity.md
+    python -m tools.selectivity --vectors vectors > selectivity.md
 
-Passages are the docstrings of this Python and its packages without their first sentence, queries are first
-sentences, embedded with the packaged all-MiniLM-L6-v2 (cut at 64 tokens, float32); ``--vectors`` keeps them,
-so that a run that was cut off goes on. Each index is tuned for its target among all passages. Then a share of
-them passes a filter: drawn at random, or whole packages, whose docstrings are of one matter. For each share:
-recall@10 and milliseconds a query on one core, with the effort that was tuned, with one that grows as fewer
-pass, and with all that passes compared.
+Takes the passages and queries of `tools/real_vectors.py`. Each index is tuned for its target among all
+passages. Then a share of them passes a filter: drawn at random, or of like matter (the cells of 300 centroids,
+in any order). For each share: recall@10 and milliseconds of CPU a query, with the effort that was tuned, with
+one that grows as fewer pass, and with all that passes compared.
 """
 
 import argparse
@@ -21,28 +19,18 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from bge_ray.formats.docstrings import find_docstrings
 from bge_ray.index.factory import Metric, check_factory, choose_nlist
 from bge_ray.index.search import search
 from bge_ray.index.selectors import select
 from bge_ray.index.topk import exact_topk
 from bge_ray.index.tune import measure_recall, tune_effort
+from bge_ray.index.vectors import normalise
 from bge_ray.records.ids import FloatArray, IdArray
-from tools.real_vectors import MIN_CHARS, Embedder
 
 TARGET, K = 0.95, 10
 SHARES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002)
-QUERIES, BLOCK = 400, 500
+MATTERS = 300
 SEED = 11
-
-
-@dataclass(frozen=True)
-class Passages:
-    """Passages (n, dim) and queries (q, dim) of unit norm, and the (n,) number of the package of each."""
-
-    vectors: FloatArray
-    queries: FloatArray
-    packages: IdArray
 
 
 @dataclass(frozen=True)
@@ -57,103 +45,71 @@ class Row:
     milliseconds: tuple[float, ...]
 
 
-def docstrings(limit: int) -> tuple[list[str], list[str], list[str]]:
-    """Return the first passages, with their first sentences and packages, each passage once, mixed."""
-    found: dict[str, tuple[str, str]] = {}
-    for module, _, text in find_docstrings():
-        first, _, rest = " ".join(text.split()).partition(". ")
-        if first and len(rest) >= MIN_CHARS:
-            found.setdefault(rest, (first, module.partition(".")[0]))
-        if len(found) == limit:
-            break
-    texts = list(found)
-    chosen = [texts[i] for i in np.random.default_rng(SEED).permutation(len(texts)).tolist()]
-    return chosen, [found[text][0] for text in chosen], [found[text][1] for text in chosen]
-
-
-def embedded(folder: Path, limit: int) -> Passages:
-    """Embed what a folder does not have yet, block by block, and return all of it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    texts, firsts, names = docstrings(limit)
-    starts = range(0, len(texts), BLOCK)
-    todo = {f"passages-{start:07d}": texts[start : start + BLOCK] for start in starts}
-    todo |= {"queries": firsts[:QUERIES]}
-    embed = None
-    for name, some in todo.items():
-        if (folder / f"{name}.npy").exists():
-            continue
-        embed = embed or Embedder()
-        np.save(folder / f"{name}.partial.npy", embed(some))
-        (folder / f"{name}.partial.npy").rename(folder / f"{name}.npy")
-    found = [np.load(folder / f"{name}.npy") for name in todo]
-    _, packages = np.unique(names, return_inverse=True)
-    return Passages(np.concatenate(found[:-1]), found[-1], packages)
-
-
-def measure(passages: Passages) -> Iterator[Row]:
-    """Yield the rows of the table."""
-    vectors, queries = passages.vectors, passages.queries
+def measure(vectors: FloatArray, queries: FloatArray) -> Iterator[Row]:
+    """Yield the rows of the table for (n, dim) passages and (q, dim) queries of unit norm."""
     n, dim = vectors.shape
     ids = np.arange(n)
     _, truth = exact_topk(queries, [(vectors, ids)], K)
+    orders = {"at random": np.random.default_rng(SEED).permutation(n), "of like matter": _by_matter(vectors)}
     for factory in (f"IVF{choose_nlist(n)},SQ8", "HNSW32"):
-        index = faiss.index_factory(dim, check_factory(factory, dim, Metric.L2).factory, Metric.L2.faiss)
-        index.train(vectors)
+        spec = check_factory(factory, dim, Metric.L2)
+        index = faiss.index_factory(dim, spec.factory, Metric.L2.faiss)
+        index.train(vectors[: spec.training_rows])
         index.add_with_ids(vectors, ids)
-        largest = choose_nlist(n) if factory.startswith("IVF") else n
-        smallest = 1 if factory.startswith("IVF") else K
+        lists = factory.startswith("IVF")
+        largest = spec.nlist if lists else n
         tuning = tune_effort(
             lambda effort, index=index: search(index, queries, K, effort=effort)[1],
             truth,
             TARGET,
             largest,
             k=K,
-            smallest=smallest,
+            smallest=1 if lists else K,
             measure_ceiling=False,
         )
         effort = tuning.chosen.effort
-        for passes, marks_of in (("at random", _at_random), ("whole packages", _packages)):
+        for passes, order in orders.items():
             for share in SHARES:
-                marks = marks_of(passages, share)
-                wider = min(largest, round(effort / share))
-                efforts = (effort, wider, largest)
-                found = [_ask(index, queries, marks, some, passages) for some in efforts]
-                yield Row(factory, passes, share, efforts, *zip(*found, strict=True))
+                marks = np.zeros(n, np.bool_)
+                marks[order[: round(share * n)]] = True
+                efforts = (effort, min(largest, round(effort / share)), largest)
+                found = [_ask(index, vectors, queries, marks, some) for some in efforts]
+                recalls, milliseconds = zip(*found, strict=True)
+                yield Row(factory, passes, share, efforts, recalls, milliseconds)
 
 
-def _at_random(passages: Passages, share: float) -> npt.NDArray[np.bool_]:
-    marks = np.zeros(len(passages.vectors), np.bool_)
-    marks[np.random.default_rng(SEED).permutation(len(marks))[: round(share * len(marks))]] = True
-    return marks
-
-
-def _packages(passages: Passages, share: float) -> npt.NDArray[np.bool_]:
-    """Mark whole packages, in any order, until the share is there; of the last one a part."""
-    marks = np.zeros(len(passages.vectors), np.bool_)
-    places = np.random.default_rng(SEED).permutation(int(passages.packages.max()) + 1)
-    marks[np.argsort(places[passages.packages], kind="stable")[: round(share * len(marks))]] = True
-    return marks
+def _by_matter(vectors: FloatArray) -> IdArray:
+    """Return the numbers of all passages, those of one cell together, the cells in any order."""
+    kmeans = faiss.Kmeans(vectors.shape[1], MATTERS, niter=8, seed=SEED)
+    kmeans.train(vectors)
+    _, cells = kmeans.index.search(vectors, 1)
+    places = np.random.default_rng(SEED).permutation(MATTERS)
+    order: IdArray = np.argsort(places[cells[:, 0]], kind="stable")
+    return order
 
 
 def _ask(
-    index: faiss.Index, queries: FloatArray, marks: npt.NDArray[np.bool_], effort: int, passages: Passages
+    index: faiss.Index,
+    vectors: FloatArray,
+    queries: FloatArray,
+    marks: npt.NDArray[np.bool_],
+    effort: int,
 ) -> tuple[float, float]:
     """Return recall@K and milliseconds a query."""
     among = select(index, lambda ids: marks[ids])
-    _, truth = exact_topk(queries, [(passages.vectors[marks], np.flatnonzero(marks))], K)
+    _, truth = exact_topk(queries, [(vectors[marks], np.flatnonzero(marks))], K)
     search(index, queries[:20], K, effort=effort, among=among)
-    started = time.perf_counter()
+    started = time.process_time()
     _, found = search(index, queries, K, effort=effort, among=among)
-    spent = time.perf_counter() - started
+    spent = time.process_time() - started
     return measure_recall(found, truth, K).value, 1000 * spent / len(queries)
 
 
-def to_markdown(rows: list[Row], passages: Passages) -> str:
+def to_markdown(rows: list[Row], n: int, dim: int, queries: int) -> str:
     """Return the table."""
-    n, dim = passages.vectors.shape
     lines = [
-        f"{n:,} passages of {dim} dimensions in {int(passages.packages.max()) + 1:,} packages, "
-        f"{len(passages.queries):,} queries; effort tuned for recall@{K} {TARGET} among all.",
+        f"{n:,} passages of {dim} dimensions, {queries:,} queries; effort tuned for recall@{K} {TARGET} among "
+        "all.",
         "",
         "| index | passes | share | effort tuned: recall, ms | effort / share: recall, ms | "
         "all compared: recall, ms |",
@@ -171,16 +127,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--vectors", type=Path, required=True, help="folder of what is embedded")
-    parser.add_argument("--limit", type=int, default=20_000, help="most passages")
+    parser.add_argument("--vectors", type=Path, required=True, help="what tools/real_vectors.py wrote")
+    parser.add_argument("--queries", type=int, default=400)
     arguments = parser.parse_args()
-    passages = embedded(arguments.vectors, arguments.limit)
     faiss.omp_set_num_threads(1)
+    files = sorted(arguments.vectors.glob("passages-*.npy"))
+    vectors = normalise(np.concatenate([np.load(path) for path in files]))
+    queries = normalise(np.load(arguments.vectors / "queries.npy")[: arguments.queries])
     rows = []
-    for row in measure(passages):
+    for row in measure(vectors, queries):
         rows.append(row)
         print(asdict(row), file=sys.stderr, flush=True)
-    print(to_markdown(rows, passages))
+    print(to_markdown(rows, *vectors.shape, len(queries)))
     return 0
 
 
