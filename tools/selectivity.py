@@ -3,9 +3,9 @@
     python -m tools.selectivity --vectors vectors > selectivity.md
 
 Takes the passages and queries of `tools/real_vectors.py`. Each index is tuned for its target among all
-passages. Then a share of them passes a filter: drawn at random, or of like matter (the cells of 300 centroids,
-in any order). For each share: recall@10 and milliseconds of CPU a query, with the effort that was tuned, with
-one that grows as fewer pass, and with all that passes compared.
+passages. Then a share of them passes a filter: drawn at random, or of like matter (the cells of 300
+centroids, in any order). For each share: recall@10 and milliseconds of CPU a query, with the effort that was
+tuned, with one that grows as fewer pass, and with all that passes compared.
 """
 
 import argparse
@@ -108,8 +108,8 @@ def _ask(
 def to_markdown(rows: list[Row], n: int, dim: int, queries: int) -> str:
     """Return the table."""
     lines = [
-        f"{n:,} passages of {dim} dimensions, {queries:,} queries; effort tuned for recall@{K} {TARGET} among "
-        "all.",
+        f"{n:,} passages of {dim} dimensions, {queries:,} queries; effort tuned for recall@{K} {TARGET} "
+        "among all.",
         "",
         "| index | passes | share | effort tuned: recall, ms | effort / share: recall, ms | "
         "all compared: recall, ms |",

@@ -20,7 +20,7 @@ from bge_ray.records.index import IndexDescription
 # What a graph's walk costs for each candidate that it keeps (efSearch), in vectors compared one after the
 # other: where fewer pass a filter, all that pass are compared. Measured by `tools/selectivity.py`, see
 # docs/measured.md.
-WALKED = 16
+WALKED = 14
 # Candidates for each result that are scored again where all that passes was compared by a lossy code: of
 # those measured in docs/index.md only RaBitQ, of one bit a dimension, then loses more than two results in a
 # thousand.

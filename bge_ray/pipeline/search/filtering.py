@@ -109,7 +109,7 @@ def is_filtered(asked: SearchSettings) -> bool:
 
 def by_filter(queries: pa.Table) -> Iterator[tuple[str | None, IdArray]]:
     """Yield each filter of n queries, None for none, and the ascending numbers of those that have it."""
-    if FILTER not in queries.column_names:
+    if FILTER not in queries.column_names or not len(queries):
         yield None, np.arange(len(queries))
         return
     numbers: dict[str | None, list[int]] = {}
