@@ -308,6 +308,14 @@ def test_a_question_at_a_terminal_has_a_filter(filed: Filed) -> None:
     assert "filter 'yeer = 1': column 'yeer' at character 1" in ended.stderr
 
 
+def test_queries_of_one_filter_are_asked_together_and_no_queries_as_none() -> None:
+    table = pa.table({"filter": pa.array(["b", None, "a", "b"], pa.string())})
+    found = [(sql, numbers.tolist()) for sql, numbers in filtering.by_filter(table)]
+    assert found == [("b", [0, 3]), (None, [1]), ("a", [2])]
+    for empty in (table.slice(0, 0), pa.table({"query": pa.array([], pa.string())})):
+        assert [(sql, len(numbers)) for sql, numbers in filtering.by_filter(empty)] == [(None, 0)]
+
+
 def test_settled_once_for_all_who_ask(filed: Filed) -> None:
     reader = FilterReader(filed.source.spec, filed.root)
     filters = [reader.read(text) for text in FILTERS]
