@@ -19,11 +19,15 @@ SHOWN_CHARS = 90
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked: ``k`` passages a question, with columns, of ``rescored`` candidates scored again."""
+    """What is asked: ``k`` passages a question, with columns, of ``rescored`` candidates scored again.
+
+    ``filter`` is what passages must pass; None: nothing.
+    """
 
     k: int
     columns: tuple[str, ...]
     rescored: int
+    filter: str | None
     as_json: bool
 
 
@@ -53,7 +57,9 @@ def ask(uri: str, questions: Sequence[str], asked: Asked, *, model: str | None, 
     index = open_index(uri, model=model, device=device)
     for question in questions or _lines():
         started = time.monotonic()
-        (hits,) = index.search(question, asked.k, columns=asked.columns, rescored=asked.rescored)
+        (hits,) = index.search(
+            question, asked.k, columns=asked.columns, rescored=asked.rescored, filter=asked.filter
+        )
         shown = _as_json(question, hits) if asked.as_json else _as_text(question, hits)
         for line in shown:
             print(line)  # noqa: T201 - the answer of the command

@@ -3,9 +3,11 @@
 Nothing large is imported before signals are listened for, and no Ray or torch before the settings are read.
 """
 
+import contextlib
 import json
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -141,15 +143,28 @@ def _group(ending: Ending) -> "TyperGroup":
         """Print the catalogue."""
         from bge_ray.model.catalogue import print_models
 
-        print_models()
+        with _while_read():
+            print_models()
 
     @app.command("schema", help="Print the JSON schema of the settings, for editors.")
     def schema() -> None:
         from bge_ray.settings.schema import settings_schema
 
-        print(json.dumps(settings_schema(), indent=1))  # noqa: T201 - the answer of the command
+        with _while_read():
+            print(json.dumps(settings_schema(), indent=1))  # noqa: T201 - the answer of the command
 
     return get_group(app)
+
+
+@contextlib.contextmanager
+def _while_read() -> Iterator[None]:
+    """Print what is asked for until the reader has enough, as `head` has, which is no failure."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still held for it would be written when the process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _tell_version(wanted: bool) -> None:
@@ -285,6 +300,10 @@ def _add_ask(app: "Typer", ending: Ending) -> None:
             list[str] | None, Option(help="Show this kept column, too; may be repeated.")
         ] = None,
         rescore: Annotated[int, Option(min=0, help="Candidates to score again from stored vectors.")] = 0,
+        condition: Annotated[
+            str | None,
+            Option("--filter", metavar="SQL", help="Condition over kept columns that passages pass."),
+        ] = None,
         model: Annotated[str | None, Option(help="Where the model lies, if not where it lay.")] = None,
         device: Annotated[str, Option(help="Device on which questions are encoded.")] = "cpu",
         as_json: Annotated[bool, Option("--json", help="A line of JSON a passage.")] = False,
@@ -293,8 +312,9 @@ def _add_ask(app: "Typer", ending: Ending) -> None:
         def work() -> str:
             from bge_ray import ask as asking
 
-            asked = asking.Asked(k, tuple(column or ()), rescore, as_json)
-            asking.ask(dataset, questions or (), asked, model=model, device=device)
+            asked = asking.Asked(k, tuple(column or ()), rescore, condition, as_json)
+            with _while_read():
+                asking.ask(dataset, questions or (), asked, model=model, device=device)
             return ""
 
         ending.configure(log_format)

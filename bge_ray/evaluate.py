@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bge_ray.errors import CorpusError, SettingsError
+from bge_ray.dataset.folder import Dataset
+from bge_ray.errors import CorpusError, DatasetMismatchError, SettingsError, StorageError
 from bge_ray.formats.candidates import read_candidate_lists
 from bge_ray.formats.qrels import find_qrels, read_qrels
 from bge_ray.metrics import (
@@ -29,6 +30,7 @@ from bge_ray.metrics import (
 from bge_ray.records.reports import Report, RerankReport, SearchReport, read_report
 from bge_ray.report.metrics_page import means_svg, to_markdown, wins_svg
 from bge_ray.settings.sections import EvaluateSettings, Settings
+from bge_ray.storage.folders import refuse_collisions
 from bge_ray.storage.objects import Storage, join
 from bge_ray.storage.ownership import OwnedFolder
 
@@ -73,7 +75,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     Raises:
         SettingsError: a run is named twice or is not there, or one run is named and no judgements.
         CorpusError: a run or the judgements are not there, cannot be read, or have no query in common.
-        OutputCollisionError: a foreign file has one of the names; none was written.
+        OutputCollisionError: a foreign file has one of the names, or the output is a corpus; none was
+            written.
     """
     storage, uris = _inputs(settings)
     asked = settings.evaluate
@@ -107,7 +110,8 @@ def plan_evaluate(settings: Settings) -> str:
     Raises:
         SettingsError: a run is named twice, what is named is not there, or one run has no judgements.
         CorpusError: the folder of the judgements holds several files.
-        OutputCollisionError: a foreign file has the name of a file that would be written.
+        OutputCollisionError: a foreign file has the name of a file that would be written, or the output is a
+            corpus.
     """
     storage, uris = _inputs(settings)
     asked = settings.evaluate
@@ -150,7 +154,22 @@ def _inputs(settings: Settings) -> tuple[Storage, tuple[str, ...]]:
     for uri in uris:
         if not storage.list_files(uri):
             raise SettingsError(f"evaluate.run {uri}: is not there")
+    if asked.output is not None:
+        corpora = {f"the corpus of evaluate.run {uri}": _corpus_of(storage, uri) for uri in uris}
+        inputs = {"corpus.uri": settings.corpus.uri, **corpora}
+        refuse_collisions({"evaluate.output": asked.output}, inputs, {})
     return storage, uris
+
+
+def _corpus_of(storage: Storage, uri: str) -> str | None:
+    """Return the corpus that a run is of, where the report beside it and its data set say so."""
+    made = _report_beside(storage, uri)
+    if not isinstance(made, SearchReport):
+        return None
+    try:
+        return Dataset(storage, made.dataset).corpus()
+    except (StorageError, DatasetMismatchError):
+        return None  # the run alone is evaluated, wherever its data set is by now
 
 
 def _evaluate_run(

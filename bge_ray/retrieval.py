@@ -1,6 +1,7 @@
 """Questions to a data set, answered in this process, without a cluster; see `bge_ray.open_index`."""
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,10 +9,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bge_ray.dataset.filters import FilterReader
+from bge_ray.dataset.lookup import ShardMap
+from bge_ray.dataset.passing import Passing, mark_all
 from bge_ray.dataset.read import shard_columns
 from bge_ray.errors import DatasetMismatchError, ModelError, SettingsError
 from bge_ray.index.package import faiss
-from bge_ray.model.spec import model_folder, text_feeder
+from bge_ray.index.topk import Results
+from bge_ray.model.source import fetch_model
+from bge_ray.model.spec import hash_files, text_feeder
 from bge_ray.model.uncollected import uncollected
 from bge_ray.pipeline.index.published import index_files, read_index
 from bge_ray.pipeline.index.searchers import Searcher
@@ -23,6 +29,9 @@ from bge_ray.records.index import IndexDescription
 from bge_ray.records.model import EMBEDDING
 from bge_ray.records.schemas import SPAN_COLUMNS
 from bge_ray.settings.sections import OutputSettings, Settings
+
+# Of the filters asked for last it is kept which rows pass, a bit a row, in so many bytes.
+KEPT_MARKS_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,9 @@ class IndexReader:
         # Threads are the process's own matter; these calls set what is set.
         self._threads = faiss.omp_get_max_threads()
         self._searchers: dict[bool, Searcher | ShardSearcher] = {}
+        self._filters: FilterReader | None = None
+        # By their SQL, for the searchers; the last asked for is the last.
+        self._passing: OrderedDict[str, Passing] = OrderedDict()
         self._encoder: Any = None
 
     @property
@@ -74,6 +86,7 @@ class IndexReader:
         columns: Sequence[str] = (),
         rescored: int = 0,
         group: Group = "passage",
+        filter: str | None = None,  # noqa: A002 - what everybody calls it
     ) -> list[list[Hit]]:
         """Find the k best passages for each query.
 
@@ -84,12 +97,15 @@ class IndexReader:
             columns: of the embedding shards, such as metadata that was kept, to come with each passage.
             rescored: candidates from the index to score again from the stored vectors; 0 for none.
             group: what a result is: a distinct "passage", by its best chunk if it was cut, or a "chunk".
+            filter: condition in SQL over kept columns, such as "lang = 'de' AND year >= 2020", that results
+                must pass: they are the k best of what passes. The first search with it reads these columns;
+                where little passes, all of that is compared, and the best are scored exactly.
 
         Returns:
             A list a query, best first, ties by passage id.
 
         Raises:
-            SettingsError: k is below 1, or the data set has no such column.
+            SettingsError: k is below 1, the data set has no such column, or filter or device are none.
             ModelError: the model is not to be had or not that of the data set, or a query has no vector.
             IndexBuildError: a vector is of another length or norm, or a file of the index is damaged.
             StorageError: a shard is missing or damaged.
@@ -103,6 +119,7 @@ class IndexReader:
                 raise SettingsError(
                     f"column {name!r}: {self._source.root} has none of that name, only {there}"
                 )
+        sql = None if filter is None else self._settled(filter)
         if isinstance(queries, np.ndarray):
             vectors = queries
         else:
@@ -110,8 +127,17 @@ class IndexReader:
         if not len(vectors):
             return []
         how = plan_retrieval(self._source, self._index, k, rescored, group=group, columns=columns)
-        found = retrieve(vectors, self._searcher(how).search, how)
         hits: list[list[Hit]] = [[] for _ in vectors]
+        if sql is not None:
+            how = how.among(self._passing[sql].passes)
+            if not how.k:
+                return hits
+        searcher = self._searcher(how)
+
+        def search(asked: FloatArray, fetched: int, effort: int | None) -> Results:
+            return searcher.search(asked, fetched, effort, sql)
+
+        found = retrieve(vectors, search, how)
         rows = zip(found.numbers.tolist(), found.scores.tolist(), found.rows.to_pylist(), strict=True)
         for number, score, row in rows:
             span = {name: row.get(name) for name in SPAN_COLUMNS}
@@ -134,15 +160,38 @@ class IndexReader:
         found: FloatArray = result.array(EMBEDDING)
         return found
 
+    def _settled(self, text: str) -> str:
+        """Settle which rows pass a filter, unless that is known, and return its SQL."""
+        source = self._source
+        try:
+            if self._filters is None:
+                self._filters = FilterReader(source.spec, source.root)
+            found = self._filters.read(text)
+        except SettingsError as error:
+            raise SettingsError(f"filter {text!r}: {error}") from error
+        if found.sql not in self._passing:
+            passing = mark_all(source.storage, source.root, ShardMap.of(source.manifest), [found])[found.sql]
+            if isinstance(passing, str):
+                raise SettingsError(f"filter {text!r}: {passing}")
+            self._passing[found.sql] = passing
+        self._passing.move_to_end(found.sql)
+        while (
+            len(self._passing) > 1 and sum(len(one.bits) for one in self._passing.values()) > KEPT_MARKS_BYTES
+        ):
+            self._passing.popitem(last=False)
+        return found.sql
+
     def _searcher(self, how: Retrieval) -> Searcher | ShardSearcher:
         """Return what holds the index, or the vectors for an exact search of rows or of chunks."""
         per_row = how.per_row and self._index is None
         if per_row not in self._searchers:
             storage, root = self._source.storage, self._source.root
             self._searchers[per_row] = (
-                ShardSearcher(storage, root, how.shards.facts, self._threads, per_row=per_row)
+                ShardSearcher(
+                    storage, root, how.shards.facts, self._threads, per_row=per_row, filters=self._passing
+                )
                 if self._index is None
-                else Searcher(storage, index_files(root, self._index), self._threads)
+                else Searcher(storage, index_files(root, self._index), self._threads, self._passing)
             )
         return self._searchers[per_row]
 
@@ -160,11 +209,35 @@ class IndexReader:
             if self._device == "cpu":
                 # Half precision is for GPUs; the same weights give the same directions in float32.
                 spec = dataclasses.replace(spec, dtype="float32")
-            model = Model(spec, model_folder(spec), Place(self._device, torch.get_num_threads()))
+            _check_device(self._device)
+            folder, _ = fetch_model(spec.name, spec.revision, "model")
+            if hash_files(spec, folder) != spec.weights_sha256:
+                raise ModelError(
+                    f"model {spec.name}: its files differ from those of {self._source.spec.model.name} that "
+                    f"{self._source.root} was embedded with; questions need the same model"
+                )
+            model = Model(spec, folder, Place(self._device, torch.get_num_threads()))
             feeder = text_feeder(spec)
             check_canaries(self._source.spec.canaries, model, feeder)
             self._encoder = model, feeder
         return self._encoder
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that is none, or that this process cannot use.
+
+    Raises:
+        SettingsError: torch knows no such device.
+        ModelError: torch sees no GPU.
+    """
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise SettingsError(f"device {device!r}: torch knows none of that name; take cpu or cuda") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device {device!r}: torch sees no GPU here; take cpu, which is the default")
 
 
 def open_index_reader(uri: str, *, model: str | None, device: str) -> IndexReader:

@@ -313,8 +313,28 @@ def test_questions_are_answered_in_this_process(
 
 def test_another_model_answers_no_question(stored: tuple[str, np.ndarray], tmp_path: Path) -> None:
     other = make_encoder(tmp_path / "other", seed=5)
-    with pytest.raises(ModelError, match="differ"):
+    with pytest.raises(ModelError, match=rf"^model {other}: its files differ .* questions need the same"):
         bge_ray.open_index(stored[0], model=str(other)).search("a")
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--model", "/nowhere"), "model /nowhere: no such folder"),
+        (("--device", "nothing"), "device 'nothing': torch knows none of that name; take cpu or cuda"),
+        (("--device", "cuda"), "device 'cuda': torch sees no GPU here; take cpu, which is the default"),
+    ],
+)
+def test_options_of_questions_are_told_by_their_names(
+    stored: tuple[str, np.ndarray], words: tuple[str, str], why: str
+) -> None:
+    if "cuda" in words and torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    command = [sys.executable, "-m", "bge_ray", "ask", stored[0], *words, "a question"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert why in ended.stderr
+    assert "model.name" not in ended.stderr and "gpus_per" not in ended.stderr
 
 
 def write_index(root: str, vectors: np.ndarray) -> None:

@@ -253,3 +253,14 @@ def test_a_gpu_that_a_local_cluster_will_never_have_is_refused(tmp_path: Path, t
     done = run(*words, "--set", "resources.gpus_per_encoder=1", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2, done.stderr
     assert "resources.num_encoders unset: wants 1 GPUs, this machine has 0" in done.stderr.splitlines()[-2]
+
+
+@pytest.mark.parametrize("answer", ["models", "schema"])
+def test_a_reader_who_has_enough_is_no_failure(answer: str) -> None:
+    """As head is, which closes its end of the pipe."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    told = subprocess.Popen(
+        [*COMMAND, answer], cwd="/", env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    told.stdout.close()
+    assert (told.wait(120), told.stderr.read()) == (0, b"")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,12 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from bge_ray.dataset.folder import Dataset
 from bge_ray.errors import CorpusError, OutputCollisionError, SettingsError
 from bge_ray.evaluate import evaluate, plan_evaluate, short_names
 from bge_ray.metrics import best, compare, corrected, mean, measure, metric_names, overlap
 from bge_ray.records.canonical import to_json
+from bge_ray.records.plan import Plan
 from bge_ray.report.metrics_page import to_markdown
 from bge_ray.settings.sections import Settings, parse_settings
 from bge_ray.storage.objects import Storage
@@ -331,3 +334,25 @@ def test_compare_is_evaluate_in_words(tmp_path: Path) -> None:
         to_markdown(evaluate(settings_for(run=[first, second], qrels=judged, k=[1, 2]))).strip()
         in done.stdout
     )
+
+
+def test_metrics_are_not_written_into_a_corpus(tmp_path: Path) -> None:
+    """That of the settings, and that which a run is of; a data set that is gone says nothing."""
+    runs = [write(tmp_path, f"{name}/run.trec", "q1 Q0 p1 1 1.0 t\n") for name in "ab"]
+    data = Dataset(Storage(5), str(tmp_path / "data"))
+    corpus = tmp_path / "corpus"
+    data.create_plan(1, Plan((), 0, str(corpus)))
+    (tmp_path / "b" / "report.json").write_bytes(to_json(search_report(dataset=data.root, complete=True)))
+    asked = settings_for(run=runs, output=str(corpus), k=[1])
+    for check in (plan_evaluate, evaluate):
+        with pytest.raises(OutputCollisionError, match=r"evaluate\.output and the corpus of .*b/run"):
+            check(asked)
+    assert not corpus.exists()
+    inside = settings_for(run=runs, output=str(corpus / "deep"), k=[1])
+    with pytest.raises(OutputCollisionError, match=r"lies inside the corpus of .*b/run"):
+        evaluate(inside)
+    set_by_key = asked.model_copy(update={"corpus": asked.corpus.model_copy(update={"uri": str(corpus)})})
+    with pytest.raises(OutputCollisionError, match=r"evaluate\.output and corpus\.uri"):
+        evaluate(set_by_key)
+    shutil.rmtree(data.root)
+    evaluate(settings_for(run=runs, output=str(tmp_path / "c"), k=[1]))

@@ -42,6 +42,14 @@ class ShardMap:
         ranges = ranges.reshape(-1, 2)
         return ShardMap(ranges[:, 0].copy(), ranges[:, 1].copy(), tuple(fact for _, fact in live))
 
+    def dealt(self, parts: int) -> list["ShardMap"]:
+        """Return the shards in at most so many parts, neighbours together, none of them empty."""
+        step = max(1, -(-len(self.facts) // parts))
+        return [
+            ShardMap(self.starts[at : at + step], self.stops[at : at + step], self.facts[at : at + step])
+            for at in range(0, len(self.facts), step)
+        ]
+
     def split(self, ids: IdArray) -> Iterator[tuple[FileFact, IdArray]]:
         """Yield each shard that may hold some of the (n,) ascending ids, with those; others are left out."""
         places = np.searchsorted(self.starts, ids, side="right") - 1

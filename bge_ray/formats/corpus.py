@@ -240,8 +240,7 @@ def _settle_type(name: str, filled: Sequence[ScannedObject]) -> ColumnType:
     unified = unify_all(plain)
     if unified is None:
         if any(
-            s.format == "parquet" and not _is_text_or_null(kind)
-            for s, kind in zip(filled, plain, strict=True)
+            s.format == "parquet" and not is_text_or_null(kind) for s, kind in zip(filled, plain, strict=True)
         ):
             raise CorpusError(_disagreement(name, filled, plain))
         unified = pa.string()
@@ -324,20 +323,21 @@ def check_types(scanned: ScannedObject, columns: Columns) -> None:
         CorpusError: names the object, the column and its type.
     """
     for name in (columns.text, columns.title):
-        if name is not None and not _is_text_or_null(scanned.columns[name].arrow()):
+        if name is not None and not is_text_or_null(scanned.columns[name].arrow()):
             raise CorpusError(
                 f"{scanned.info.uri}: column {name!r} is {scanned.columns[name].name}, expected text"
             )
     kind = scanned.columns[columns.id].arrow()
     is_number = pa.types.is_integer(plain_type(kind)) or pa.types.is_decimal(plain_type(kind))
-    if not (_is_text_or_null(kind) or is_number or isinstance(kind, pa.UuidType)):
+    if not (is_text_or_null(kind) or is_number or isinstance(kind, pa.UuidType)):
         raise CorpusError(
             f"{scanned.info.uri}: id column {columns.id!r} is {scanned.columns[columns.id].name}, "
             "expected text, integers, decimals or UUIDs"
         )
 
 
-def _is_text_or_null(kind: pa.DataType) -> bool:
+def is_text_or_null(kind: pa.DataType) -> bool:
+    """Tell whether a column of this type holds text, or nothing at all."""
     return is_text(kind) or pa.types.is_null(kind)
 
 

@@ -4,13 +4,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import pyarrow as pa
 
 from bge_ray.errors import CorpusError
-from bge_ray.formats.corpus import ScannedObject, check_types, read_units, refuse_names, scan_sought
+from bge_ray.formats.corpus import (
+    ScannedObject,
+    check_types,
+    is_text_or_null,
+    read_units,
+    refuse_names,
+    scan_sought,
+)
 from bge_ray.formats.endings import beir_folder, ending_of
 from bge_ray.formats.rows import Passages, Rejected, check_rows, take_passages
 from bge_ray.formats.sought import Sought
-from bge_ray.records.columns import Columns
+from bge_ray.records.columns import Columns, ColumnType
 from bge_ray.records.plan import Coding, UnitLimits, span_units
 from bge_ray.storage.objects import ObjectInfo, Storage
 
@@ -21,16 +29,24 @@ _TEXT_COLUMNS = ("text", "query", "question")
 
 @dataclass(frozen=True)
 class QueryBatch:
-    """Queries of one piece of a file; ``rejected`` counts rows from the first row of the object."""
+    """Queries of one piece of a file; ``rejected`` counts rows from the first row of the object.
+
+    ``filters`` are what stands in the column of filters, None where there is none.
+    """
 
     uri: str
     query_ids: list[str]
     texts: list[str]
+    filters: list[str | None]
     rejected: list[Rejected] = field(default_factory=list)
 
 
 def read_queries(
-    storage: Storage, uri: str, id_column: str = "auto", text_column: str = "auto"
+    storage: Storage,
+    uri: str,
+    id_column: str = "auto",
+    text_column: str = "auto",
+    filter_column: str | None = None,
 ) -> Iterator[QueryBatch]:
     """Yield the queries of a file, folder or glob of JSONL, Parquet or CSV, batch by batch.
 
@@ -46,27 +62,35 @@ def read_queries(
     if not infos:
         raise CorpusError(f"{uri}: no such file or folder, or an empty one")
     refuse_names(infos)
-    seen: set[str] = set()
-    for info in infos:
-        yield from _read_query_object(storage, info, id_column, text_column, seen)
-
-
-def _read_query_object(
-    storage: Storage, info: ObjectInfo, id_column: str, text_column: str, seen: set[str]
-) -> Iterator[QueryBatch]:
     sought = Sought(
         ids=_ID_COLUMNS if id_column == "auto" else (id_column,),
         texts=_TEXT_COLUMNS if text_column == "auto" else (text_column,),
+        kept=() if filter_column is None else (filter_column,),
     )
+    seen: set[str] = set()
+    for info in infos:
+        yield from _read_query_object(storage, info, sought, seen)
+
+
+def _read_query_object(
+    storage: Storage, info: ObjectInfo, sought: Sought, seen: set[str]
+) -> Iterator[QueryBatch]:
     ending = ending_of(info.uri)
     if not ending.format:
         raise CorpusError(f"{info.uri}: unknown ending; queries are .jsonl, .parquet, .csv or .tsv files")
     scanned = scan_sought(storage, info, Coding(ending.format, ending.compression), sought, _LIMITS)
     if not scanned.spans:
         return
-    columns = Columns(_choose(scanned, sought.ids), _choose(scanned, sought.texts), None)
+    # Whatever a column of filters holds is read as text: what is none is told of its query.
+    filters = {_choose(scanned, (name,)): ColumnType.of(pa.string()) for name in sought.kept}
+    columns = Columns(_choose(scanned, sought.ids), _choose(scanned, sought.texts), None, filters)
     if scanned.format == "parquet":
         check_types(scanned, columns)
+        for name in filters:
+            if not is_text_or_null(scanned.columns[name].arrow()):
+                raise CorpusError(
+                    f"{info.uri}: column {name!r} of filters is {scanned.columns[name].name}, expected text"
+                )
     found = scanned.under(0)
     for span in found.spans:
         todo = {unit.first_row for unit in span_units(found.object_no, span)}
@@ -74,8 +98,13 @@ def _read_query_object(
             queries, rejected = _without_seen(*check_rows(rows), seen)
             seen.update(queries.passage_ids)
             placed = [Rejected(unit.first_row + r.row, r.passage_id, r.reason, r.detail) for r in rejected]
+            own = [queries.kept[name].to_pylist() for name in filters]
             yield QueryBatch(
-                info.uri, queries.passage_ids, queries.texts, sorted(placed, key=lambda r: r.row)
+                info.uri,
+                queries.passage_ids,
+                queries.texts,
+                own[0] if own else [None] * len(queries.texts),
+                sorted(placed, key=lambda r: r.row),
             )
 
 

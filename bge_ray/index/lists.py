@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from bge_ray.errors import IndexBuildError
 from bge_ray.index.bm25 import Saturation, TermStats
+from bge_ray.index.selectors import Membership
 from bge_ray.index.topk import NO_RESULT, Results, best_rows, merge_topk
 from bge_ray.records.arrays import SparseRows, ranges
 from bge_ray.records.ids import FloatArray, IdArray, first_ids
@@ -106,6 +107,7 @@ def search_lists(
     *,
     saturation: Saturation | None = None,
     per_row: bool = False,
+    passes: Membership | None = None,
 ) -> Results:
     """Find the k vectors with the largest sums of products of weights, block by block.
 
@@ -118,6 +120,7 @@ def search_lists(
         k: results a query.
         saturation: what becomes of the weights, which are counts then; None: they are as they are.
         per_row: of the chunks of a corpus row only the best counts, so that k results are k rows.
+        passes: tells which vectors count; None: all.
 
     Raises:
         IndexBuildError: k is below 1.
@@ -128,7 +131,10 @@ def search_lists(
     for block in blocks:
         if not len(block) or not len(queries):
             continue
-        parts = [found, _search_block(queries, block, found[0], k, saturation, per_row=per_row)]
+        marks = None if passes is None else passes(block.ids)
+        if marks is not None and not marks.any():
+            continue
+        parts = [found, _search_block(queries, block, found[0], k, saturation, marks, per_row=per_row)]
         if not per_row:
             found = merge_topk(parts, k)
             continue
@@ -143,16 +149,18 @@ def _search_block(
     so_far: FloatArray,
     k: int,
     saturation: Saturation | None,
+    marks: npt.NDArray[np.bool_] | None,
     *,
     per_row: bool,
 ) -> Results:
-    """Return the k best of a block, and holes; results worse than the last of k ``so_far`` may lack."""
+    """Return the k best marked vectors of a block, and holes; what is worse than k ``so_far`` may lack."""
     norms = None if saturation is None else saturation.norms(block.sums)
     starts = np.flatnonzero(np.diff(first_ids(block.ids), prepend=-1)) if per_row else None
     least = so_far[:, -1] if so_far.shape[1] == k else np.zeros(len(queries), np.float32)
     chosen = []
     for number in range(len(queries)):
         scores = _scores(queries, number, block, norms)
+        scores = scores if marks is None else scores * marks
         places = _best(scores, starts, k, float(least[number]))
         chosen.append((scores[places], block.ids[places]))
     width = max(1, *(len(ids) for _, ids in chosen))

@@ -8,7 +8,8 @@ import numpy.typing as npt
 
 from bge_ray.errors import IndexBuildError
 from bge_ray.index.package import Index, faiss
-from bge_ray.index.topk import Results, best
+from bge_ray.index.selectors import Among, places_of
+from bge_ray.index.topk import NO_RESULT, Results, best
 from bge_ray.index.vectors import check_rows, normalise
 from bge_ray.records.ids import FloatArray, IdArray
 
@@ -50,7 +51,14 @@ def load_index(source: Path | bytes, *, mmap: bool = True, n_bytes: int | None =
     return index
 
 
-def search(index: Index, queries: npt.NDArray[Any], k: int, *, effort: int | None = None) -> Results:
+def search(
+    index: Index,
+    queries: npt.NDArray[Any],
+    k: int,
+    *,
+    effort: int | None = None,
+    among: Among | None = None,
+) -> Results:
     """Find the k best vectors for each query.
 
     Args:
@@ -60,10 +68,12 @@ def search(index: Index, queries: npt.NDArray[Any], k: int, *, effort: int | Non
         effort: lists to probe (nprobe) of an IVF index, at most nlist; breadth of the walk (efSearch)
             of an HNSW index, which is never less than what is asked for; without meaning for a flat one. None
             takes what the file says.
+        among: the vectors that count, from `selectors.select` of this index; None: all. With as much effort
+            as an HNSW index has vectors they are compared one after the other, without a walk.
 
     Returns:
-        Scores (n_queries, w) float32, falling, and ids (n_queries, w) int64, w being k or the vectors of
-        the index, if these are fewer; ties by id; NO_RESULT with score -inf at the end of rows that found
+        Scores (n_queries, w) float32, falling, and ids (n_queries, w) int64, w being k or the vectors that
+        count, if these are fewer; ties by id; NO_RESULT with score -inf at the end of rows that found
         fewer.
 
     Raises:
@@ -74,14 +84,15 @@ def search(index: Index, queries: npt.NDArray[Any], k: int, *, effort: int | Non
     if k < 1 or (effort is not None and effort < 1):
         raise IndexBuildError(f"k is {k} and effort {effort}, both must be at least 1")
     rows = normalise(queries)
-    k = min(k, max(index.ntotal, 1))
-    fetched = _search(index, rows, min(k + _TIE_MARGIN, max(index.ntotal, 1)), effort)
+    held = index.ntotal if among is None else among.count
+    k = min(k, max(held, 1))
+    fetched = _search(index, rows, min(k + _TIE_MARGIN, max(held, 1)), effort, among)
     scores, ids = best(*fetched, k)
     margin = _TIE_MARGIN
     unclear = _unclear(fetched, k)
-    while len(unclear) and k + margin < index.ntotal and margin < _MAX_TIE_MARGIN:
+    while len(unclear) and k + margin < held and margin < _MAX_TIE_MARGIN:
         margin *= 8
-        fetched = _search(index, rows[unclear], min(k + margin, index.ntotal), effort)
+        fetched = _search(index, rows[unclear], min(k + margin, held), effort, among)
         scores[unclear], ids[unclear] = best(*fetched, k)
         unclear = unclear[_unclear(fetched, k)]
     return scores, ids
@@ -115,24 +126,45 @@ def _unclear(results: Results, k: int) -> IdArray:
     return np.flatnonzero((scores[:, k - 1] == scores[:, -1]) & (ids[:, -1] >= 0))
 
 
-def _search(index: Index, rows: FloatArray, k: int, effort: int | None) -> Results:
-    if not len(rows):
-        return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
-    distances, ids = index.search(rows, k, params=_parameters(index, effort, k))
+def _search(index: Index, rows: FloatArray, k: int, effort: int | None, among: Among | None) -> Results:
+    if not len(rows) or (among is not None and not among.count):
+        return np.full((len(rows), k), -np.inf, np.float32), np.full((len(rows), k), NO_RESULT, np.int64)
+    outer = faiss.downcast_index(index)
+    if among is not None and isinstance(outer, faiss.IndexIDMap):
+        distances, ids = _search_places(outer, rows, k, effort, among)
+    else:
+        selected = {} if among is None else {"sel": among.selector}
+        distances, ids = index.search(rows, k, params=_parameters(index, effort, k, selected))
     # On unit vectors |q - x|^2 = 2 - 2 q.x
     scores = np.float32(1) - distances / np.float32(2) if index.metric_type == faiss.METRIC_L2 else distances
     return best(scores, ids, k)
 
 
-def _parameters(index: Index, effort: int | None, k: int) -> Any:
+def _search_places(
+    outer: Index, rows: FloatArray, k: int, effort: int | None, among: Among
+) -> tuple[FloatArray, IdArray]:
+    """Search what is behind IDMap, whose selector knows vectors by their places."""
+    inner, selected = faiss.downcast_index(outer.index), {"sel": among.selector}
+    parameters = _parameters(inner, effort, k, selected)
+    if isinstance(inner, faiss.IndexHNSW) and (effort or inner.hnsw.efSearch) >= inner.ntotal:
+        inner, parameters = faiss.downcast_index(inner.storage), faiss.SearchParameters(**selected)
+    distances, places = inner.search(rows, k, params=parameters)
+    return distances, np.where(places == NO_RESULT, NO_RESULT, places_of(outer)[places])
+
+
+def _parameters(index: Index, effort: int | None, k: int, selected: dict[str, Any]) -> Any:
+    """Return what FAISS is told of a search, None where there is nothing to tell."""
     outer = faiss.downcast_index(index)
     if isinstance(outer, faiss.IndexPreTransform):
-        inside = _parameters(outer.index, effort, k)
+        inside = _parameters(outer.index, effort, k, selected)
         return None if inside is None else faiss.SearchParametersPreTransform(index_params=inside)
     if isinstance(outer, faiss.IndexIVF):
-        return None if effort is None else faiss.SearchParametersIVF(nprobe=min(effort, outer.nlist))
+        if effort is None and not selected:
+            return None
+        nprobe = outer.nprobe if effort is None else min(effort, outer.nlist)
+        return faiss.SearchParametersIVF(nprobe=nprobe, **selected)
     inner = faiss.downcast_index(outer.index) if isinstance(outer, faiss.IndexIDMap) else outer
     if not isinstance(inner, faiss.IndexHNSW):
-        return None
+        return faiss.SearchParameters(**selected) if selected else None
     # A walk that keeps fewer candidates than it is asked for misses the last of them.
-    return faiss.SearchParametersHNSW(efSearch=max(effort or inner.hnsw.efSearch, k))
+    return faiss.SearchParametersHNSW(efSearch=max(effort or inner.hnsw.efSearch, k), **selected)

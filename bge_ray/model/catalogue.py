@@ -64,11 +64,14 @@ def print_models(console: Console | None = None) -> None:
         )
     # Of a narrower one rich would leave out columns without a word; a terminal wraps its lines.
     console = console or Console(width=max(WIDTH, Console().width))
-    console.print(table)
-    console.print(
-        "Memory is that of the weights alone, in half precision on a GPU and float32 on a CPU. ? is not "
-        "known. Other models run from the files of their folder."
-    )
+    with console.capture() as told:
+        console.print(table)
+        console.print(
+            "Memory is that of the weights alone, in half precision on a GPU and float32 on a CPU. ? is not "
+            "known. Other models run from the files of their folder."
+        )
+    # By the file itself: rich ends the process where a reader has gone.
+    console.file.write(told.get())
 
 
 def _row(card: ModelCard) -> CatalogueRow:

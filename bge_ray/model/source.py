@@ -22,7 +22,7 @@ from bge_ray.storage.objects import ObjectInfo, Storage
 logger = logging.getLogger(__name__)
 
 # The setting that names a model, for messages.
-Setting: TypeAlias = Literal["model.name", "rerank.model", "merge.models"]
+Setting: TypeAlias = Literal["model.name", "rerank.model", "merge.models", "model"]
 
 # What from_pretrained may open; anything else in the repository (ONNX twins, pictures) is left there.
 HEAD_PATTERNS = tuple(name for names in HEAD_FILES.values() for name in names)

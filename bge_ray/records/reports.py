@@ -190,6 +190,9 @@ class SearchReport(Report):
     """Of a search; ``index`` is None where it was exact, ``scoring`` where nothing was reranked.
 
     ``found_by`` are the outputs by which candidates were found, and ``way`` says for a person what was done.
+    ``filter`` is the one of all queries, and ``passing`` how many vectors pass it, where this run asked; of
+    ``filtered_queries``, which have it or one of their own, ``few_passing`` have filters that fewer passages
+    pass than were asked for, and for ``compared_all`` of them all that pass were compared.
 
     ``units`` and all counts of queries, results and tokens are of the published run, earlier units included.
     ``without_trec`` says why there is no run.trec, if so.
@@ -214,6 +217,11 @@ class SearchReport(Report):
     scoring: Scoring | None
     found_by: tuple[str, ...] = (EMBEDDING,)
     way: str = ""
+    filter: str | None = None
+    passing: int | None = None
+    filtered_queries: int = 0
+    few_passing: int = 0
+    compared_all: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,6 +98,17 @@ def advise_search(report: SearchReport) -> list[str]:
             f"{report.k:,}, {index.rescore:,} rescored, and may find less. Run index.py with the search.k "
             "and search.rescore that searches use."
         )
+    if index is not None and report.filtered_queries > report.compared_all:
+        lines.append(
+            f"For {report.filtered_queries - report.compared_all:,} queries with a filter the index was "
+            "searched, and its recall was measured without filters: what it is among what passes is not "
+            "known. A sample of the queries with search.exact tells."
+        )
+    if report.few_passing:
+        lines.append(
+            f"{report.few_passing:,} queries have filters that fewer passages pass than search.k "
+            f"({report.k:,}): they have all that pass, and no more."
+        )
     if report.unknown_ids:
         lines.append(
             f"{report.unknown_ids:,} results were vectors that the data set no longer has, and others took "

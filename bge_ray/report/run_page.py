@@ -1,5 +1,6 @@
 """The pages of a search and of a rerank run: what was answered, where the time went, what was left out."""
 
+from bge_ray.records.model import EMBEDDING
 from bge_ray.records.reports import Report, RerankReport, Scoring, SearchReport
 from bge_ray.report.page import Html, page, paragraph, pictures, section, table, tiles
 from bge_ray.report.sections import (
@@ -38,8 +39,29 @@ def search_page(report: SearchReport) -> bytes:
         f"{count(report.refilled_queries, 'query', 'queries')} asked again for more, "
         f"{count(report.missing_results, 'place')} stayed empty."
     )
+    if report.filtered_queries:
+        accounts += f" {_filtered(report)}"
     done = f"{report.queries_out:,} of {report.queries_in:,} queries"
     return _page("Search run", report, "queries", done, figures, accounts, _searched(report))
+
+
+def _filtered(report: SearchReport) -> str:
+    """Say what filters did, and what is known of the recall among what passes."""
+    told = f"{count(report.filtered_queries, 'query', 'queries')} had a filter"
+    if report.few_passing:
+        told += (
+            f", {report.few_passing:,} one that fewer than {report.k:,} passages pass, which all are results"
+        )
+    if EMBEDDING not in report.found_by:
+        return f"{told}."
+    searched = report.filtered_queries - report.compared_all
+    told += f". For {report.compared_all:,} of them all vectors that pass were compared"
+    if searched and report.index is not None:
+        told += (
+            f", for {searched:,} an index was searched, whose recall was measured without filters: what it "
+            "is among what passes is not known"
+        )
+    return f"{told}."
 
 
 def rerank_page(report: RerankReport) -> bytes:
@@ -121,6 +143,8 @@ def _time(report: Report, rows: str) -> list[Html]:
 def _searched(report: SearchReport) -> list[tuple[str, str]]:
     rows = [("Queries", report.queries), ("Data set", report.dataset), ("Model", report.model.name)]
     rows.append(("Searched", report.way or "all embedding shards, exactly"))
+    if report.passing is not None:
+        rows.append(("Filter", f"{report.filter}, which {count(report.passing, 'vector')} pass"))
     if report.index is not None:
         index = report.index
         way = f" at {index.parameter} {index.effort:,}" if index.parameter else ""

@@ -472,6 +472,16 @@ class SearchSettings(Section):
         "auto", description="column of the query text; auto takes text, query or question"
     )
     output: str | None = Field(None, description="folder of run.parquet and run.trec on any fsspec URI")
+    filter: str | None = Field(
+        None,
+        description="condition in SQL over kept columns of the data set (corpus.keep_columns) that results "
+        "must pass, such as lang = 'de' AND year >= 2020; results are the k best of what passes",
+    )
+    filter_column: str | None = Field(
+        None,
+        description="column of the queries that holds for each a condition like search.filter, which its "
+        "results must pass beside that; null or empty: none",
+    )
     k: int = Field(100, ge=1, le=100_000, description="results a query")
     first_stage: FirstStage | Literal["hybrid"] = Field(
         "dense",

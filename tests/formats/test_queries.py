@@ -100,3 +100,27 @@ def test_columns_of_queries_are_named_and_checked(storage: Storage, tmp_path) ->
     storage.write(str(tmp_path / "a.txt"), b"x")
     with pytest.raises(CorpusError, match=r"a\.txt: unknown ending; queries are"):
         list(read_queries(storage, str(tmp_path / "a.txt")))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_filters_of_queries_stand_in_a_column(storage: Storage, root: str, name: str) -> None:
+    """One a query, none where it is null or missing; what is no text comes as it is written."""
+    told = ["year > 3", None, "lang = 'de'"]
+    rows = [q | {"only": own} for q, own in zip(QUERIES, told, strict=False)]
+    if name == "a.jsonl":
+        rows += [{"_id": "n", "text": "x", "only": 7}, {"_id": "m", "text": "x"}]
+        told += ["7", None]
+    written = {"a.csv": csv_bytes, "a.parquet": parquet_bytes}.get(name, jsonl_bytes)
+    storage.write(join(root, name), written(rows))
+    (batch,) = read_queries(storage, join(root, name), filter_column="only")
+    assert [own or None for own in batch.filters] == told
+    (batch,) = read_queries(storage, join(root, name))
+    assert batch.filters == [None] * len(rows)
+    with pytest.raises(CorpusError, match=rf"{name}: none of other among its columns .*only"):
+        list(read_queries(storage, join(root, name), filter_column="other"))
+
+
+def test_a_column_of_filters_of_another_type_is_refused(storage: Storage, root: str) -> None:
+    storage.write(join(root, "a.parquet"), parquet_bytes([q | {"only": [1]} for q in QUERIES]))
+    with pytest.raises(CorpusError, match=r"a\.parquet: column 'only' of filters is list.*, expected text"):
+        list(read_queries(storage, join(root, "a.parquet"), filter_column="only"))

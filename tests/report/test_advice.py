@@ -102,6 +102,8 @@ def test_advice_on_an_index(change: dict[str, Any], word: str) -> None:
         ({"index": searched_index(lacking_shards=2)}, "2 shards are not in it"),
         ({"k": 100}, "measured for 10 results"),
         ({"index": searched_index(tuned_rescore=100)}, "100 candidates rescored for 10"),
+        ({"filtered_queries": 9, "compared_all": 2}, "For 7 queries with a filter the index was searched"),
+        ({"filtered_queries": 9, "compared_all": 9, "few_passing": 3}, "3 queries have filters that fewer"),
         ({"doubled_passages": 5}, "an id of its own"),
         ({"truncated_queries": 5}, "model.max_length"),
         ({"without_trec": ("passage_id 'a b' cannot stand in one",)}, "There is no run.trec"),

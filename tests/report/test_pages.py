@@ -236,3 +236,13 @@ def test_an_mteb_run_shows_published_means_beside_its_own() -> None:
     assert ("STS12", ["STS", "50.00", ""]) in cells
     assert ("SciFact", ["1,234"]) in cells
     assert "3 results on 2 tasks" in page
+
+
+def test_the_page_of_a_filtered_search_says_what_is_known_of_its_recall() -> None:
+    told = {"filter": "year > 3 AND '<x9>'", "passing": 70, "filtered_queries": 9, "few_passing": 2}
+    page = search_page(search_report(**told, compared_all=4)).decode()
+    assert "which 70 vectors pass" in page and "&lt;x9&gt;" in page and "<x9>" not in page
+    assert "9 queries had a filter, 2 one that fewer than 10 passages pass" in page
+    assert "For 4 of them all vectors that pass were compared, for 5 an index was searched" in page
+    assert "what it is among what passes is not known" in page
+    assert "had a filter" not in search_page(search_report()).decode()

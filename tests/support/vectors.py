@@ -9,7 +9,7 @@ import pyarrow as pa
 from bge_ray.dataset.commit import ShardWriter
 from bge_ray.dataset.folder import Dataset
 from bge_ray.records.chunking import Chunking
-from bge_ray.records.columns import Columns
+from bge_ray.records.columns import Columns, ColumnType
 from bge_ray.records.dataset import DatasetSpec, Manifest, Marker, make_manifest
 from bge_ray.records.ids import vector_ids
 from bge_ray.records.model import ModelSpec
@@ -54,11 +54,13 @@ class VectorDataset:
         dim: int = 32,
         dtype: str = "float32",
         chunking: Chunking | None = None,
+        kept: Mapping[str, pa.DataType] | None = None,
         **model: object,
     ) -> None:
         outputs = (dataclasses.replace(OUTPUT, dim=dim, dtype=dtype),)
         made = dataclasses.replace(MODEL, **({"outputs": outputs} | model))
-        self.spec = DatasetSpec(made, Columns("id", "text", None), (), chunking)
+        types = {name: ColumnType.of(kind) for name, kind in (kept or {}).items()}
+        self.spec = DatasetSpec(made, Columns("id", "text", None, types), (), chunking)
         self.dataset = Dataset(Storage(30), root)
         self.dataset.create_spec(self.spec)
         self._markers: dict[int, Marker] = {}
@@ -70,15 +72,16 @@ class VectorDataset:
         names: Sequence[str] | None = None,
         sizes: Sequence[int] | None = None,
         state: str = "",
+        kept: Mapping[str, pa.Array] | None = None,
     ) -> Marker:
         """Write one shard of (n, dim) vectors, or of n values of each output.
 
         Their ids are those of rows 0 to n - 1 of the object.
 
-        With ``sizes`` row i has so many of them, as chunks; names are of rows. In another state, as of other
-        columns, it takes the place of the one that is there.
+        With ``sizes`` row i has so many of them, as chunks; names and kept columns are of rows. In another
+        state, as of other columns, it takes the place of the one that is there.
         """
-        marker = write_shard(self.dataset, self.spec, object_no, vectors, names, sizes, state)
+        marker = write_shard(self.dataset, self.spec, object_no, vectors, names, sizes, state, kept)
         self._markers[object_no] = marker
         return marker
 
@@ -104,13 +107,14 @@ def write_shard(
     names: Sequence[str] | None = None,
     sizes: Sequence[int] | None = None,
     state: str = "",
+    kept: Mapping[str, pa.Array] | None = None,
 ) -> Marker:
     n = len(vectors) if isinstance(vectors, np.ndarray) else len(next(iter(vectors.values())))
     sizes = sizes or [1] * n
     rows = np.repeat(np.arange(len(sizes)), sizes)
     numbers = np.arange(n) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     names = names or [f"{object_no}-{row}" for row in range(len(sizes))]
-    schema = embedding_schema(spec.model.outputs, pa.schema([]), spec.chunking)
+    schema = embedding_schema(spec.model.outputs, spec.columns.kept_schema(), spec.chunking)
     spans = [numbers, CHUNK_CHARS * numbers, CHUNK_CHARS * (numbers + 1)] if spec.chunking is not None else []
     if isinstance(vectors, np.ndarray):
         flat = pa.array(np.ascontiguousarray(vectors, dtype=spec.model.output("embedding").dtype).reshape(-1))
@@ -128,6 +132,7 @@ def write_shard(
             pa.array(np.full(n, 5, np.int32)),
             pa.array(np.zeros(n, bool)),
             *(vectors[output.name] for output in spec.model.outputs),
+            *((kept or {})[name].take(pa.array(rows)) for name in spec.columns.kept),
         ],
         schema=schema,
     )

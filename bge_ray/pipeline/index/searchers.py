@@ -2,7 +2,8 @@
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
@@ -10,12 +11,14 @@ from typing import BinaryIO, TypeAlias
 import ray
 from ray.actor import ActorHandle
 
+from bge_ray.dataset.passing import Passing
 from bge_ray.errors import IndexBuildError
 from bge_ray.index.bm25 import Saturation
 from bge_ray.index.header import ivf_header
 from bge_ray.index.merge import ListRange
 from bge_ray.index.package import Index, use_threads
 from bge_ray.index.search import load_index, search
+from bge_ray.index.selectors import Among, select
 from bge_ray.index.topk import Results, merge_topk
 from bge_ray.pipeline.engine.tasks import largest_node, wait_for
 from bge_ray.pipeline.index.tasks import TrainedFile, WrittenFile, read_sizes, sizes_inside
@@ -24,6 +27,8 @@ from bge_ray.records.ids import FloatArray
 from bge_ray.storage.objects import Storage
 
 DOWNLOAD_BYTES = 32 << 20
+# Of the filters asked for last an actor keeps what FAISS is told, up to so many ids: some 250 MB.
+KEPT_IDS = 5_000_000
 MAX_RESTARTS = 5
 
 
@@ -48,14 +53,32 @@ IndexSource: TypeAlias = WrittenFile | RangePiece
 class Searcher:
     """Holds index files on its machine's disk, mapped into memory; lists are read as they are probed."""
 
-    def __init__(self, storage: Storage, sources: Sequence[IndexSource], threads: int) -> None:
-        """Note what to hold, and how many threads a search may use; files are fetched at the first one."""
+    def __init__(
+        self,
+        storage: Storage,
+        sources: Sequence[IndexSource],
+        threads: int,
+        filters: Mapping[str, Passing] | None = None,
+    ) -> None:
+        """Note what to hold, how many threads a search may use, and what passes filters, by their SQL.
+
+        Files are fetched at the first search, and what tells FAISS of a filter is made at its first.
+        """
         self._storage, self._sources = storage, sources
         self._indexes: list[Index] = []
+        self._filters = {} if filters is None else filters
+        # By the SQL, for each file; the last asked for is the last.
+        self._among: OrderedDict[str, list[Among]] = OrderedDict()
         use_threads(threads)
 
-    def search(self, queries: FloatArray, k: int, effort: int | None) -> Results:
+    def search(self, queries: FloatArray, k: int, effort: int | None, sql: str | None = None) -> Results:
         """Return the best k over all files of this actor; see `index.search.search`.
+
+        Args:
+            queries: (n, dim).
+            k: results a query.
+            effort: of each file.
+            sql: of one of the filters, which results must pass; None: any are.
 
         Raises:
             IndexBuildError: a file is not the one that was written, or a query is bad.
@@ -66,7 +89,18 @@ class Searcher:
                 path = Path(folder) / "index.faiss"
                 self._fetch(self._sources[len(self._indexes)], path)
                 self._indexes.append(load_index(path))
-        return merge_topk([search(index, queries, k, effort=effort) for index in self._indexes], k)
+        among = [None] * len(self._indexes) if sql is None else self._chosen(sql)
+        found = zip(self._indexes, among, strict=True)
+        return merge_topk([search(index, queries, k, effort=effort, among=some) for index, some in found], k)
+
+    def _chosen(self, sql: str) -> list[Among]:
+        """Return which vectors of each file pass a filter; those of the last few filters are kept."""
+        if sql not in self._among:
+            self._among[sql] = [select(index, self._filters[sql].has) for index in self._indexes]
+        self._among.move_to_end(sql)
+        while len(self._among) > 1 and sum(map(_held, self._among.values())) > KEPT_IDS:
+            self._among.popitem(last=False)
+        return self._among[sql]
 
     def _fetch(self, source: IndexSource, path: Path) -> None:
         with path.open("wb") as target:
@@ -80,6 +114,10 @@ class Searcher:
             inside = sizes_inside(read_sizes(self._storage, source.sizes_uri), source.lists)
             target.write(ivf_header(source.trained.load(self._storage), inside))
             _download(self._storage, source.uri, source.lists.n_bytes, target)
+
+
+def _held(among: Sequence[Among]) -> int:
+    return sum(some.held for some in among)
 
 
 def start_searchers(storage: Storage, sources: Sequence[IndexSource], at_once: int) -> list[ActorHandle]:
@@ -108,6 +146,7 @@ def search_all(
     k: int,
     how: int | Saturation | None,
     watch: Callable[[], None],
+    sql: str | None = None,
 ) -> Results:
     """Search all actors and merge what they find.
 
@@ -117,9 +156,10 @@ def search_all(
         k: results a query.
         how: the effort of an index, or what becomes of counts in lists.
         watch: called while they work.
+        sql: of a filter that the actors know, which results must pass.
     """
     shared = ray.put(queries)
-    return merge_topk(wait_for([s.search.remote(shared, k, how) for s in searchers], watch), k)
+    return merge_topk(wait_for([s.search.remote(shared, k, how, sql) for s in searchers], watch), k)
 
 
 def _download(storage: Storage, uri: str, size: int, target: BinaryIO) -> str:

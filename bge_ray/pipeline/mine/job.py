@@ -25,6 +25,7 @@ from bge_ray.pipeline.runs.groups import GroupTask, Workplace
 from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections
 from bge_ray.pipeline.runs.parts import LEFT_OUT, Totals
 from bge_ray.pipeline.runs.work import Outcome, RunWork, check_rejected, published_files
+from bge_ray.pipeline.search.filtering import is_filtered
 from bge_ray.pipeline.search.job import SearchJob
 from bge_ray.pipeline.work import carry_out, refuse_taken
 from bge_ray.records.canonical import digest
@@ -240,6 +241,10 @@ def _check_inputs(settings: Settings) -> None:
     if settings.search.first_stage != "dense" or settings.search.rescore_with:
         raise SettingsError(
             "search.first_stage, search.rescore_with: negatives are mined by vectors alone; leave them out"
+        )
+    if is_filtered(settings.search):
+        raise SettingsError(
+            "search.filter, search.filter_column: negatives are mined out of all passages; leave them out"
         )
     if settings.search.rescore and settings.search.rescore < asked.depth:
         raise SettingsError(f"search.rescore: must be 0, or at least mine.depth ({asked.depth})")

@@ -25,8 +25,8 @@ from bge_ray.storage.objects import Storage, join
 # Texts of a group that came inline, in characters; more are cut into several groups.
 GROUP_CHARS = 64 << 20
 
-# Columns with the same value in the rows of a query.
-REPEATED = ("query_id", "query")
+# Columns of which many rows have the same value.
+REPEATED = ("query_id", "query", "filter")
 
 # Rows that must stay together (the candidates of one query), as columns.
 Block: TypeAlias = dict[str, list[Any]]

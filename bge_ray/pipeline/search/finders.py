@@ -1,19 +1,23 @@
 """What finds candidates by one output of a data set: its vectors, or the inverted lists of a sparse one."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from ray.actor import ActorHandle
 
+from bge_ray.dataset.passing import Passes
 from bge_ray.index.bm25 import Saturation, TermStats
 from bge_ray.index.topk import Results
 from bge_ray.pipeline.engine.tasks import wait_for
 from bge_ray.pipeline.index.searchers import search_all
+from bge_ray.pipeline.search.filtering import by_filter
 from bge_ray.pipeline.search.retrieve import Found, Queries, Retrieval, retrieve
 from bge_ray.records.arrays import dense_rows, sparse_rows
+from bge_ray.records.ids import IdArray
 from bge_ray.records.model import EMBEDDING
 
 
@@ -37,8 +41,12 @@ class Finder:
     retrieval: Retrieval
     weighing: Weighing | None = None
 
-    def find(self, queries: pa.Table) -> tuple[Found, float]:
+    def find(self, queries: pa.Table, filters: Mapping[str, Passes]) -> tuple[Found, float]:
         """Find the best of each query of a table with a column of this output, and say what asking took.
+
+        Args:
+            queries: n of them; those of one filter are asked together.
+            filters: how much passes each of their filters, by its SQL.
 
         Returns:
             What was found, and seconds that searchers were waited for.
@@ -47,22 +55,48 @@ class Finder:
             IndexBuildError, StorageError: see `retrieve`.
         """
         spent = 0.0
+        vectors = self._queries(queries)
+        parts: list[tuple[IdArray, Found]] = []
+        for sql, numbers in by_filter(queries):
+            retrieval = self.among(sql, filters)
+            # For those whose filter nothing passes, nobody is asked.
+            asked = numbers if retrieval.k else numbers[:0]
 
-        def search(asked: Any, fetched: int, effort: int | None) -> Results:
-            nonlocal spent
-            began = time.time()
-            how = effort if self.weighing is None else self.weighing.saturation
-            found = search_all(self.searchers, asked, fetched, how, watch=lambda: None)
-            spent += time.time() - began
-            return found
+            def search(some: Any, fetched: int, effort: int | None, sql: str | None = sql) -> Results:
+                nonlocal spent
+                began = time.time()
+                how = effort if self.weighing is None else self.weighing.saturation
+                found = search_all(self.searchers, some, fetched, how, watch=lambda: None, sql=sql)
+                spent += time.time() - began
+                return found
 
-        return retrieve(self._queries(queries), search, self.retrieval), spent
+            parts.append((asked, retrieve(vectors[asked], search, retrieval)))
+        return _side_by_side(parts), spent
+
+    def among(self, sql: str | None, filters: Mapping[str, Passes]) -> Retrieval:
+        """Return what is asked for the queries that have a filter, or none."""
+        return self.retrieval if sql is None else self.retrieval.among(filters[sql])
 
     def _queries(self, table: pa.Table) -> Queries:
         if self.output == EMBEDDING:
             return dense_rows(table[EMBEDDING])
         rows = sparse_rows(table[self.output])
         return rows if self.weighing is None else self.weighing.stats.weigh(rows)
+
+
+def _side_by_side(parts: Sequence[tuple[IdArray, Found]]) -> Found:
+    """Return what was found for different queries as one, each part with the numbers of its queries."""
+    numbers = np.concatenate([asked[found.numbers] for asked, found in parts])
+    order = np.argsort(numbers, kind="stable")
+    rows = pa.concat_tables([found.rows for _, found in parts], promote_options="permissive")
+    return Found(
+        numbers=numbers[order],
+        scores=np.concatenate([found.scores for _, found in parts])[order],
+        rows=rows.take(pa.array(order)),
+        unknown=sum(found.unknown for _, found in parts),
+        doubled=sum(found.doubled for _, found in parts),
+        refilled=sum(found.refilled for _, found in parts),
+    )
 
 
 def weigh_terms(searchers: list[ActorHandle], k1: float, b: float, watch: Callable[[], None]) -> Weighing:

@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 
+from bge_ray.dataset.passing import Passing
 from bge_ray.errors import DatasetMismatchError, IncompleteRunError, SettingsError
 from bge_ray.formats.queries import read_queries
 from bge_ray.index.refill import RESULTS_AT_ONCE
@@ -43,6 +45,7 @@ from bge_ray.pipeline.runs.source import Source, open_source, refuse_in_source
 from bge_ray.pipeline.runs.work import TASKS, Outcome, RunWork, check_rejected, published_files
 from bge_ray.pipeline.search.asked import settle_asked
 from bge_ray.pipeline.search.exact import ShardSearcher
+from bge_ray.pipeline.search.filtering import FILTER, Filtering, is_filtered, passes_of
 from bge_ray.pipeline.search.finders import Finder, weigh_terms
 from bge_ray.pipeline.search.lists import ListSearcher
 from bge_ray.pipeline.search.retrieve import Retrieval, plan_retrieval
@@ -123,7 +126,7 @@ def plan_search(settings: Settings) -> str:
 class SearchJob:
     """One search, planned; see `runs.work.RunJob`."""
 
-    name, rows, schema = "search", "queries", QUERY_SCHEMA
+    name, rows = "search", "queries"
     kind = SearchReport
 
     def __init__(self, settings: Settings, output_key: str = "search.output") -> None:
@@ -153,6 +156,10 @@ class SearchJob:
         self.source = open_source(settings)
         refuse_in_source(self.source, outputs)
         self.asked = settle_asked(asked, self.source)
+        self.filtering = Filtering(asked, self.source)
+        self.schema = (
+            QUERY_SCHEMA.append(pa.field(FILTER, pa.string())) if is_filtered(asked) else QUERY_SCHEMA
+        )
         if (
             self.source.chunked
             and asked.rerank
@@ -180,6 +187,7 @@ class SearchJob:
         self.model = _query_model(settings, self.source, self.asked.of_queries)
         self.reranker = resolve_reranker(settings.rerank, on_gpu=False) if asked.rerank else None
         self._searchers: list[ActorHandle] = []
+        self._passing: int | None = None
 
     @functools.cached_property
     def _folders(self) -> list[OwnedFolder]:
@@ -205,7 +213,11 @@ class SearchJob:
             folders,
             inputs,
         )
-        return digest(self.decisive(), *asked)
+        # What passes for a query goes by the filter stored beside it, and so does what is done anew.
+        filters = (
+            [[settings.search.filter, settings.search.filter_column]] if is_filtered(settings.search) else []
+        )
+        return digest(self.decisive(), *asked, *filters)
 
     def outputs(self) -> list[RunOutput]:
         """Return the candidates, and the reranked run if there is one."""
@@ -268,7 +280,13 @@ class SearchJob:
         way = "; ".join(names[name] for name in self.asked.found_by)
         if combining is not None and combining.fusion is not None:
             way += f"; fused by {combining.fusion.by}"
-        return f"{way}; scored again by {', '.join(asked.rescore_with)}" if asked.rescore_with else way
+        if asked.rescore_with:
+            way += f"; scored again by {', '.join(asked.rescore_with)}"
+        if asked.filter is not None:
+            way += f"; among what passes {asked.filter}"
+        if asked.filter_column is not None:
+            way += f"; each query's among what passes its {asked.filter_column}"
+        return way
 
     def settle(self, watch: Callable[[], None]) -> str:
         """Settle the compute dtypes, which go by the devices of the cluster."""
@@ -325,13 +343,19 @@ class SearchJob:
     def blocks(self, rejections: Rejections, watch: Callable[[], None]) -> Iterator[Block]:
         """Yield the queries one by one."""
         asked = self._settings.search
-        columns = (asked.id_column, asked.text_column)
+        columns = (asked.id_column, asked.text_column, asked.filter_column)
         for batch in read_queries(self.storage, str(asked.queries), *columns):
             watch()
             for row in batch.rejected:
                 rejections.add(row.passage_id, None, row.reason, f"{batch.uri} row {row.row}: {row.detail}")
-            for query_id, text in zip(batch.query_ids, batch.texts, strict=True):
-                yield {"query_id": [query_id], "query": [text]}
+            for query_id, text, own in zip(batch.query_ids, batch.texts, batch.filters, strict=True):
+                try:
+                    found = self.filtering.read(own)
+                except SettingsError as error:
+                    rejections.add(query_id, None, "bad_filter", f"{batch.uri}: {own}: {error}")
+                    continue
+                block: Block = {"query_id": [query_id], "query": [text]}
+                yield block | {FILTER: [self.filtering.note(found)]} if is_filtered(asked) else block
 
     def receipts(
         self, place: Workplace, groups: tuple[GroupTask, ...], facts: RunFacts, watch: Callable[[], None]
@@ -361,10 +385,15 @@ class SearchJob:
             requests.append(searcher_request(settings, most, POOL_OF[name]))
         sizes = cluster_sizes(settings, requests, [TASKS], watch)
         facts.start(sizes.workers(requests[0].name), time.time())
+        settled = self.filtering.settle(sizes.tasks["tasks"].count, watch)
+        self._passing = self.filtering.passing(settled)
+        # In Ray's memory once a node, and to be had by an actor that is started again.
+        filters = ray.put({sql: one for sql, one in settled.items() if isinstance(one, Passing)})
         finders = tuple(
-            self._start_finder(name, files, sizes.pools[POOL_OF[name]], watch) for name in self.asked.found_by
+            self._start_finder(name, files, sizes.pools[POOL_OF[name]], filters, watch)
+            for name in self.asked.found_by
         )
-        retrieve = RetrieveJob(place, finders, source.chunked, self.asked.combining)
+        retrieve = RetrieveJob(place, finders, source.chunked, self.asked.combining, passes_of(settled))
         logger.info("%s queries to answer; %s", f"{facts.rows_planned:,}", sizes)
         return sizes, retrieve
 
@@ -421,10 +450,12 @@ class SearchJob:
         )
         return by_actors(rows, ModelStage, encoders, encode)
 
-    def _start_finder(self, name: str, files: list[Any], pool: Pool, watch: Callable[[], None]) -> Finder:
+    def _start_finder(
+        self, name: str, files: list[Any], pool: Pool, filters: "ray.ObjectRef", watch: Callable[[], None]
+    ) -> Finder:
         """Start the actors that share the index, or an output of the shards to be searched exactly."""
         retrieval = self._retrieval(name)
-        started = self._start_searchers(name, files, retrieval, pool)
+        started = self._start_searchers(name, files, retrieval, pool, filters)
         self._searchers += started
         weighing = None
         if name == BM25:
@@ -433,7 +464,7 @@ class SearchJob:
         return Finder(name, tuple(started), retrieval, weighing)
 
     def _start_searchers(
-        self, name: str, files: list[Any], retrieval: Retrieval, pool: Pool
+        self, name: str, files: list[Any], retrieval: Retrieval, pool: Pool, filters: "ray.ObjectRef"
     ) -> list[ActorHandle]:
         options = {
             "num_cpus": pool.cpus,
@@ -442,21 +473,19 @@ class SearchJob:
             # Each holds its share on its own machine.
             "scheduling_strategy": "SPREAD",
         }
+        start = ray.remote(**options)(
+            ListSearcher if name != EMBEDDING else ShardSearcher if self.index is None else Searcher
+        ).remote
+        if name == EMBEDDING and self.index is not None:
+            return [
+                start(self.storage, files[i :: pool.count], pool.threads, filters) for i in range(pool.count)
+            ]
+        how = name if name != EMBEDDING else pool.threads
         shares = [retrieval.shards.facts[i :: pool.count] for i in range(pool.count)]
-        if name != EMBEDDING:
-            actor = ray.remote(**options)(ListSearcher)
-            return [
-                actor.remote(self.storage, self.source.root, share, name, per_row=retrieval.per_row)
-                for share in shares
-            ]
-        if self.index is None:
-            actor = ray.remote(**options)(ShardSearcher)
-            return [
-                actor.remote(self.storage, self.source.root, share, pool.threads, per_row=retrieval.per_row)
-                for share in shares
-            ]
-        actor = ray.remote(**options)(Searcher)
-        return [actor.remote(self.storage, files[i :: pool.count], pool.threads) for i in range(pool.count)]
+        return [
+            start(self.storage, self.source.root, share, how, per_row=retrieval.per_row, filters=filters)
+            for share in shares
+        ]
 
     def stop(self) -> None:
         """End the actors that hold the index."""
@@ -494,6 +523,11 @@ class SearchJob:
             missing_results=counts["missing_results"],
             doubled_passages=counts["doubled_passages"],
             refilled_queries=counts["refilled_queries"],
+            filter=asked.filter,
+            passing=self._passing,
+            filtered_queries=counts["filtered_queries"],
+            few_passing=counts["few_passing"],
+            compared_all=counts["compared_all"],
             query_tokens=counts["query_tokens"],
             truncated_queries=counts["truncated_queries"],
             without_trec=tuple(totals.without_trec),

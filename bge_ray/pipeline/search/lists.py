@@ -1,7 +1,8 @@
 """Actors that hold a sparse column of embedding shards as inverted lists, side by side."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from bge_ray.dataset.passing import Passing
 from bge_ray.dataset.read import read_columns
 from bge_ray.index.bm25 import Saturation, TermStats
 from bge_ray.index.lists import Lists, blocks_of, on_disk, search_lists
@@ -21,7 +22,14 @@ class ListSearcher:
     """
 
     def __init__(
-        self, storage: Storage, root: str, facts: Sequence[FileFact], column: str, *, per_row: bool = False
+        self,
+        storage: Storage,
+        root: str,
+        facts: Sequence[FileFact],
+        column: str,
+        *,
+        per_row: bool = False,
+        filters: Mapping[str, Passing] | None = None,
     ) -> None:
         """Note which shards to search.
 
@@ -31,9 +39,11 @@ class ListSearcher:
             facts: of the shards, by ascending ids.
             column: sparse.
             per_row: of the chunks of a corpus row only the best counts.
+            filters: what passes them, by their SQL.
         """
         self._storage, self._root, self._facts = storage, root, facts
         self._column, self._per_row = column, per_row
+        self._filters = {} if filters is None else filters
         self._blocks: list[Lists] | None = None
 
     def terms(self) -> TermStats:
@@ -45,13 +55,20 @@ class ListSearcher:
         """
         return TermStats.merged(block.terms() for block in self._held())
 
-    def search(self, queries: SparseRows, k: int, saturation: Saturation | None) -> Results:
+    def search(
+        self, queries: SparseRows, k: int, saturation: Saturation | None, sql: str | None = None
+    ) -> Results:
         """Return the best k over all shards of this actor; see `index.lists.search_lists`.
+
+        With the SQL of a filter results pass it; what a token is worth goes by all passages, as without one.
 
         Raises:
             StorageError, IndexBuildError: as `terms`.
         """
-        return search_lists(queries, self._held(), k, saturation=saturation, per_row=self._per_row)
+        passes = None if sql is None else self._filters[sql].has
+        return search_lists(
+            queries, self._held(), k, saturation=saturation, per_row=self._per_row, passes=passes
+        )
 
     def _held(self) -> list[Lists]:
         if self._blocks is None:

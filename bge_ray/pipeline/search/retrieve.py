@@ -3,6 +3,7 @@
 The one way from ids that an index or an exact search gives to passages, for the job and for `open_index`.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -13,7 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bge_ray.dataset.lookup import ShardMap, read_places
+from bge_ray.dataset.passing import Passes
 from bge_ray.index.refill import Ask, Reach, first_fetched, refill
+from bge_ray.index.selectors import effort_among, rescored_of_all
 from bge_ray.index.topk import NO_RESULT, Results, best_rows, rescore
 from bge_ray.pipeline.runs.source import Source
 from bge_ray.records.arrays import SparseRows, dense_rows, whole
@@ -39,7 +42,8 @@ class Retrieval:
 
     ``k`` results a query are kept: distinct passages, or chunks (``group``). ``per_row`` says that several
     vectors may be chunks of one passage. ``rescores`` has all that is fetched scored again from the vectors
-    that ``shards`` below ``root`` hold; ``columns`` of them come with each result.
+    that ``shards`` below ``root`` hold; ``columns`` of them come with each result. ``index`` is what is
+    asked, None where it is the vectors themselves.
     """
 
     storage: Storage
@@ -51,6 +55,35 @@ class Retrieval:
     reach: Reach
     rescores: bool
     columns: tuple[str, ...] = ()
+    index: IndexDescription | None = None
+
+    @property
+    def compares_all(self) -> bool:
+        """Whether all vectors that count are compared at once, so that nothing is missed but by the code."""
+        effort = self.reach.first.effort
+        if self.index is None or self.index.parameter is None or effort is None:
+            return True
+        return effort >= self.reach.largest_effort
+
+    def among(self, passes: Passes) -> "Retrieval":
+        """Return how to find results among what passes a filter.
+
+        The less passes, the harder an index is looked through. Where that compares all that passes, the best
+        are scored again from the stored vectors if the code of the index loses anything: it is exact.
+        """
+        most, first = min(self.reach.most, passes.vectors), self.reach.first
+        effort = first.effort
+        if self.index is not None and effort is not None and most:
+            effort = effort_among(self.index, effort, passes.vectors)
+        how = dataclasses.replace(
+            self,
+            k=min(self.k, passes.rows if self.per_row else passes.vectors),
+            reach=Reach(Ask(min(first.fetched, most), effort), most, self.reach.largest_effort),
+        )
+        if self.index is None or not how.compares_all or not (again := rescored_of_all(self.index, how.k)):
+            return how
+        ask = Ask(min(max(first.fetched, again), most), effort)
+        return dataclasses.replace(how, rescores=True, reach=dataclasses.replace(how.reach, first=ask))
 
     def places(self, ids: IdArray, columns: Sequence[str]) -> pa.Table:
         """Return the rows of the distinct ones of any ids, see `read_places`."""
@@ -131,6 +164,7 @@ def plan_retrieval(
         reach=reach,
         rescores=rescored > 0,
         columns=(*(SPAN_COLUMNS if source.chunked else ()), *columns),
+        index=index,
     )
 
 

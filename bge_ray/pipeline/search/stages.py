@@ -6,12 +6,13 @@ up with an error; only defects raise.
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bge_ray.dataset.passing import Passes
 from bge_ray.errors import BgeRayError, StorageError
 from bge_ray.pipeline.engine.isolation import Attempt
 from bge_ray.pipeline.engine.parcel import Parcel
@@ -20,6 +21,7 @@ from bge_ray.pipeline.engine.tokenise import load_query_counter, load_text_feede
 from bge_ray.pipeline.runs.groups import CANDIDATE_SCHEMA, SPAN_SCHEMA, GroupTask, Workplace
 from bge_ray.pipeline.runs.intake import read_group
 from bge_ray.pipeline.search.combine import Combining, Ranking, combine
+from bge_ray.pipeline.search.filtering import FILTER, by_filter
 from bge_ray.pipeline.search.finders import Finder
 from bge_ray.pipeline.search.retrieve import Found, Retrieval
 from bge_ray.records.model import Canary, ModelSpec
@@ -30,23 +32,24 @@ from bge_ray.records.tokens import PackedTokens
 class RetrieveJob:
     """What a search task must know: whom to ask, and what for; ``spans`` says whether chunks are found.
 
-    ``combining`` is None where what the one finder gives is the result.
+    ``combining`` is None where what the one finder gives is the result. ``filters`` say how much
+    passes those that queries have, by their SQL.
     """
 
     place: Workplace
     finders: tuple[Finder, ...]
     spans: bool
     combining: Combining | None = None
+    filters: Mapping[str, Passes] = field(default_factory=dict)
 
     @property
     def retrieval(self) -> Retrieval:
         """Where what is stored of results lies."""
         return self.finders[0].retrieval
 
-    @property
-    def k(self) -> int:
-        """Results a query, where the data set has them."""
-        most = max(finder.retrieval.k for finder in self.finders)
+    def k(self, sql: str | None = None) -> int:
+        """Return the results of a query with a filter, or none, where the data set has them."""
+        most = max(finder.among(sql, self.filters).k for finder in self.finders)
         return most if self.combining is None else min(self.combining.k, most)
 
     @property
@@ -141,9 +144,10 @@ def retrieve_stage(batch: pa.Table, job: RetrieveJob) -> pa.Table:
 
 
 def _retrieve(parcel: Parcel, table: pa.Table, job: RetrieveJob, started: float) -> Parcel:
+    table = with_faults(table, _filter_faults(table, job))
     able = table.filter(pc.is_null(table["reason"]))
     unable = table.filter(pc.is_valid(table["reason"]))
-    asked = [finder.find(able) for finder in job.finders]
+    asked = [finder.find(able, job.filters) for finder in job.finders]
     found, search_s = [one for one, _ in asked], sum(seconds for _, seconds in asked)
     results: Found | Ranking = found[0]
     resolve_s = time.time() - started - search_s
@@ -159,16 +163,51 @@ def _retrieve(parcel: Parcel, table: pa.Table, job: RetrieveJob, started: float)
     facts = {
         "unknown_ids": sum(one.unknown for one in found),
         "doubled_passages": sum(one.doubled for one in found),
-        "missing_results": len(able) * job.k - len(rows),
         "refilled_queries": sum(one.refilled for one in found),
+        **_filter_facts(able, job, len(rows)),
     }
-    every = [rows, unable, _without_result(silent)]
+    every = [rows, unable, _without_result(silent, job.filters)]
     rows = pa.concat_tables(_as_candidates(some, job.more) for some in every)
     return parcel.filled(rows, **spent, **facts)
 
 
-def _without_result(queries: pa.Table) -> pa.Table:
-    detail = pa.array(["nothing was found for it"] * len(queries), pa.string())
+def _filter_faults(table: pa.Table, job: RetrieveJob) -> dict[int, Fault]:
+    """Return why queries cannot be answered of whose filter cannot be told what passes it."""
+    return {
+        int(number): ("bad_filter", f"{sql}: {job.filters[sql].fault}")
+        for sql, numbers in by_filter(table)
+        if sql is not None and job.filters[sql].fault is not None
+        for number in numbers
+    }
+
+
+def _filter_facts(able: pa.Table, job: RetrieveJob, n_results: int) -> dict[str, int]:
+    """Return what filters did to n queries that were answered, or not, with so many results."""
+    expected = filtered = few = compared = 0
+    for sql, numbers in by_filter(able):
+        k = job.k(sql)
+        expected += len(numbers) * k
+        if sql is not None:
+            filtered += len(numbers)
+            few += len(numbers) * (k < job.k())
+            compared += len(numbers) * all(f.among(sql, job.filters).compares_all for f in job.finders)
+    return {
+        "missing_results": expected - n_results,
+        "filtered_queries": filtered,
+        "few_passing": few,
+        "compared_all": compared,
+    }
+
+
+def _without_result(queries: pa.Table, filters: Mapping[str, Passes]) -> pa.Table:
+    asked = queries[FILTER].to_pylist() if FILTER in queries.column_names else [None] * len(queries)
+    told = [
+        f"nothing passes its filter {sql}"
+        if sql is not None and not filters[sql].rows
+        else "nothing was found for it"
+        for sql in asked
+    ]
+    detail = pa.array(told, pa.string())
     queries = queries.drop_columns(["reason", "detail"]).append_column("detail", detail)
     return queries.append_column("reason", pa.array(["no_result"] * len(queries), pa.string()))
 
