@@ -44,6 +44,12 @@ def hash_array(column: pa.Array | pa.ChunkedArray) -> HashArray:
     return np.frombuffer(data, f"S{TEXT_HASH_BYTES}", len(array), array.offset * TEXT_HASH_BYTES)
 
 
+def hash_column(hashes: HashArray) -> pa.Array:
+    """Return (n,) hashes as a column; the way back from `hash_array`."""
+    data = pa.py_buffer(np.ascontiguousarray(hashes).tobytes())
+    return pa.Array.from_buffers(pa.binary(TEXT_HASH_BYTES), len(hashes), [None, data])
+
+
 @dataclass(frozen=True)
 class KnownTexts:
     """The texts of some shards: n distinct ``hashes``, ascending, and where the first of each stands.
