@@ -17,11 +17,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from bge_ray.dataset.commit import VECTOR_FINGERPRINT_KEY
-from bge_ray.dataset.reuse import TEXT_FACTS, HashArray, hash_array
+from bge_ray.dataset.reuse import TEXT_FACTS, HashArray, find_hashes, hash_array
 from bge_ray.errors import StorageError
 from bge_ray.records.dataset import DatasetSpec
 from bge_ray.records.ids import IdArray
-from bge_ray.records.schemas import TEXT_HASH_BYTES
+from bge_ray.records.schemas import TEXT_HASH_BYTES, embedding_schema
 from bge_ray.storage.objects import Storage
 from bge_ray.storage.sections import count_sections, pack_sections, read_sections
 
@@ -137,24 +137,28 @@ def giving_places(sizes: npt.NDArray[np.int64]) -> IdArray:
     return np.flatnonzero(sizes[::2])
 
 
-def given_columns(spec: DatasetSpec) -> list[str]:
-    """Return the names of what is handed over of a text, beside its hash."""
-    return [*(output.name for output in spec.model.outputs), *TEXT_FACTS]
+def given_schema(spec: DatasetSpec) -> pa.Schema:
+    """Return the columns of what is handed over: the hash of a text, its outputs, and TEXT_FACTS."""
+    schema = embedding_schema(spec.model.outputs, pa.schema([]))
+    names = ["text_hash", *(output.name for output in spec.model.outputs), *TEXT_FACTS]
+    return pa.schema(
+        [schema.field(name) for name in names],
+        metadata={VECTOR_FINGERPRINT_KEY: spec.vector_fingerprint},
+    )
 
 
 def pack_given(table: pa.Table, spec: DatasetSpec) -> bytes:
     """Return the object with what a place gives.
 
     Args:
-        table: n distinct texts, with ``text_hash`` and the columns of `given_columns`.
+        table: n distinct texts, with the columns of `given_schema`.
         spec: of the data set.
     """
-    table = table.select(["text_hash", *given_columns(spec)])
+    schema = given_schema(spec)
+    table = pa.table([table[name] for name in schema.names], schema=schema)
     hashes = hash_array(table["text_hash"])
     order = np.argsort(hashes, kind="stable")
-    table = table.take(pa.array(order)).replace_schema_metadata(
-        {VECTOR_FINGERPRINT_KEY: spec.vector_fingerprint.encode()}
-    )
+    table = table.take(pa.array(order))
     n_sections = 1
     while n_sections < min(table.nbytes // OUTPUT_BYTES, len(table), MOST_OUTPUT_SECTIONS):
         n_sections *= 2
@@ -176,25 +180,25 @@ def take_given(storage: Storage, uri: str, spec: DatasetSpec, wanted: HashArray)
 
     Returns:
         (k,) places in ``wanted`` of the texts that are there, ascending, and a table of k rows with the
-        columns of `given_columns`.
+        columns of `given_schema`, the hash apart.
 
     Raises:
         StorageError: the object is missing or damaged, or its vectors are those of another data set.
     """
     sections = section_of(wanted, count_sections(storage, uri))
-    names = given_columns(spec)
     parts, hashes = [], []
     for content in read_sections(storage, uri, sections.tolist()):
         part = pa.ipc.open_stream(content).read_all()
-        found = (part.schema.metadata or {}).get(VECTOR_FINGERPRINT_KEY, b"").decode()
-        if found != spec.vector_fingerprint:
+        fingerprint = (part.schema.metadata or {}).get(VECTOR_FINGERPRINT_KEY, b"").decode()
+        if fingerprint != spec.vector_fingerprint:
             raise StorageError(f"{uri}: holds vectors of another data set; remove it and run again")
         hashes.append(hash_array(part["text_hash"]))
-        parts.append(part.select(names).replace_schema_metadata(None))
-    there = np.concatenate([wanted[:0], *hashes])
-    places = np.searchsorted(there, wanted)
-    at = np.flatnonzero((places < len(there)) & (there[np.minimum(places, len(there) - 1)] == wanted))
-    return at, pa.concat_tables(parts).take(pa.array(places[at]))
+        parts.append(part.drop_columns(["text_hash"]).replace_schema_metadata(None))
+    if not parts:
+        return np.empty(0, np.int64), pa.table({})
+    found = find_hashes(np.concatenate(hashes), wanted)
+    at = np.flatnonzero(found >= 0)
+    return at, pa.concat_tables(parts).take(pa.array(found[at]))
 
 
 def _split(entries: EntryArray, sections: npt.NDArray[np.integer], n_sections: int) -> list[bytes]:

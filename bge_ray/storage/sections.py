@@ -1,9 +1,9 @@
 """Many byte strings in one object, its sections: each is read on its own, and proved by a digest of its own.
 
-The object is MAGIC, the number n of sections, the n + 1 places where they begin and end, and the sections, each
-behind the digest of its number and its content. Numbers and places are little-endian uint64 of 40 bits and a
-check of 24. So a reader of one section needs two small requests, whatever else is in the object, and a flipped
-bit anywhere is noticed, before it makes a request of terabytes.
+The object is MAGIC, the number n of sections, the n + 1 places where they begin and end, and the sections,
+each behind the digest of its number and its content. Numbers and places are little-endian uint64 of 40 bits
+and a check of 24. So a reader of one section needs two small requests, whatever else is in the object, and a
+flipped bit anywhere is noticed, before it makes a request of terabytes.
 """
 
 import hashlib

@@ -113,7 +113,7 @@ def without_ray(make_storage: Callable[[float], Storage] = Storage) -> Iterator[
                 "embedding_receipts": embedding_receipts,
                 "by_ray": by_calls,
                 "follow": follow,
-                "Telemetry": MagicMock,
+                "Telemetry": lambda _: MagicMock(),
                 "embed_page": lambda _: b"a page",  # a second of drawing
             },
             work: {"Leases": Alone},

@@ -17,7 +17,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from bge_ray.dataset.reuse import PARALLEL_SHARDS, HashArray, KnownTexts, read_hashes, take_known
+from bge_ray.dataset.reuse import (
+    PARALLEL_SHARDS,
+    HashArray,
+    KnownTexts,
+    find_hashes,
+    read_hashes,
+    take_known,
+)
 from bge_ray.dataset.shared import ENTRY, EntryArray, read_wants, take_given
 from bge_ray.errors import StorageError
 from bge_ray.pipeline.embed.sources import nearest
@@ -120,7 +127,7 @@ def find_reused(job: EmbedJob, hashes: HashArray, known: KnownTexts, place: int 
         origin[np.isin(like, given[givers < job.shared.n_shards])] = CORPUS
         origin[given[(givers >= job.shared.n_shards) & (givers != place)]] = REPEATED
         some = [part for part in (outputs, more) if len(part)]
-        outputs = pa.concat_tables(some, promote_options="default") if some else outputs
+        outputs = pa.concat_tables(some) if some else outputs
         order = np.argsort(np.concatenate([places, given]), kind="stable")
         places, outputs = np.concatenate([places, given])[order], outputs.take(pa.array(order))
     return Reused(like, places, outputs, pa.array(origin, pa.string()))
@@ -144,12 +151,10 @@ def take_shared(
         places that gave them.
     """
     wants = np.concatenate([_wants(job, shared, bucket, place) for bucket in range(shared.n_buckets)])
-    by_hash = np.argsort(wants["hash"], kind="stable")
-    wants = wants[by_hash]
-    found = np.minimum(np.searchsorted(wants["hash"], wanted), max(0, len(wants) - 1))
+    # Buckets are ranges of hashes, in order, and so are the texts of each.
+    found = find_hashes(wants["hash"], wanted)
     giver = np.full(len(wanted), -1, np.int64)
-    if len(wants):
-        giver = np.where(wants["hash"][found] == wanted, wants["place"][found], -1).astype(np.int64)
+    giver[found >= 0] = wants["place"][found[found >= 0]]
 
     def take(number: int) -> tuple[IdArray, pa.Table]:
         of_giver = np.flatnonzero(giver == number)

@@ -38,6 +38,7 @@ from bge_ray.dataset.shared import (
     EntryArray,
     buckets,
     entries_of,
+    given_schema,
     giving_places,
     pack_entries,
     pack_given,
@@ -293,8 +294,8 @@ def give_shard_task(job: EmbedJob, shared: Shared, place: int, fact: FileFact) -
     wanted = _gives(job, shared, place)
     known = KnownTexts.of((fact,), read_hashes(job.storage, job.root, (fact,)))
     at, table = take_known(job.storage, job.root, job.spec, known, wanted)
-    if len(at):
-        _write_given(job, shared, place, table.append_column("text_hash", hash_column(wanted[at])))
+    given = table.append_column("text_hash", hash_column(wanted[at])) if len(at) else None
+    _write_given(job, shared, place, given_schema(job.spec).empty_table() if given is None else given)
 
 
 def read_given_stage(batch: pa.Table, job: EmbedJob) -> Iterator[pa.Table]:
@@ -326,8 +327,8 @@ def _make_given(found: Found, job: EmbedJob, attempt: Attempt) -> tuple[pa.Table
     texts, pieces, _ = cut_parcel(found, job, attempt)
     hashes = hash_texts(pieces.read)
     distinct, first = np.unique(hash_array(hashes), return_index=True)
-    given = job.shared is not None and found.task.place is not None
-    gives = _gives(job, job.shared, found.task.place) if given else distinct[:0]
+    shared, place = job.shared, found.task.place
+    gives = distinct[:0] if shared is None or place is None else _gives(job, shared, place)
     wanted = np.sort(first[np.isin(distinct, gives)]).astype(np.int64)
     done, tokens, _ = tokenise_pieces(found, texts, pieces, wanted, job, attempt)
     table = pa.table(

@@ -130,11 +130,30 @@ def test_windows_hold_chunks_of_one_text_in_order_and_as_many_as_fit(
         assert window.endswith(body[chunks.spans[own[0]][0] : chunks.spans[own[-1]][1]])
         has_title = titles == "every" or chunks.numbers[own[0]] == 0
         assert window.startswith(f"passage: {title[:5]}" if has_title else "passage: ")
-        behind = own[-1] + 1
-        if behind < len(rows) and chunks.texts[behind] == chunks.texts[own[0]]:
-            # The next one would not have fitted, counted as if each stood alone.
-            counted = alone.tokens.lengths[[*own, behind]].astype(int) - around
-            assert around + counted.sum() > spec.max_length
+
+    def too_long(group: list[int]) -> bool:
+        if alone.tokens.truncated[group[0]]:
+            return False  # its title was cut, and its chunks are short
+        title, body = passages[chunks.texts[group[0]]]
+        named = title if titles == "every" or chunks.numbers[group[0]] == 0 else ""
+        text = f"{named} {body[chunks.spans[group[0]][0] : chunks.spans[group[-1]][1]]}".strip()
+        return len(next(feeder.uncut([f"passage: {text}"]))) > spec.max_length
+
+    def halved(group: list[int]) -> list[list[int]]:
+        if len(group) == 1 or not too_long(group):
+            return [group]
+        return [*halved(group[: len(group) // 2]), *halved(group[len(group) // 2 :])]
+
+    groups: list[list[int]] = []
+    own_tokens = (alone.tokens.lengths - around).tolist()
+    for n, more in enumerate(own_tokens):
+        same = bool(groups) and chunks.texts[groups[-1][0]] == chunks.texts[n]
+        if same and around + sum(own_tokens[k] for k in groups[-1]) + more <= spec.max_length:
+            groups[-1].append(n)
+        else:
+            groups.append([n])
+    expected = [part for group in groups for part in halved(group)]
+    assert [np.flatnonzero(rows == row).tolist() for row in range(len(chunks.tokens))] == expected
 
 
 def test_some_chunks_of_a_window_are_as_they_are_among_all(

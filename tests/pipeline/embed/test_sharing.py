@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,7 @@ def test_what_is_damaged_gives_nothing_and_its_texts_are_encoded(
 
     if kind == "shard":
         strike(tmp_path / "out" / damaged.path)
+        (tmp_path / "corpus" / "a.jsonl").unlink()  # its shards go, and may give until then
 
     def before(storage: Hooked) -> None:
         given = sorted((tmp_path / "out" / WORK).glob("*/given/*"))
@@ -203,7 +205,7 @@ def test_what_is_damaged_gives_nothing_and_its_texts_are_encoded(
         report = embed(settings_for(tmp_path, tiny_model)).report
     assert done
     assert 0 < report.vectors_reused["corpus"] <= 25
-    assert report.rows_out == 40 + 30 + 20
+    assert report.rows_out == 30 + 20
     check_as_if_clean(tmp_path, tiny_model)
 
 
@@ -215,14 +217,8 @@ def test_killed_before_any_write_a_run_ends_with_the_bytes_of_one_that_was_not(
     upload(tmp_path, {"a.jsonl": files["a.jsonl"]})
     run(settings_for(tmp_path, tiny_model, out="first"))
     upload(tmp_path, files)
-    first = {info.uri: STORAGE.read(info.uri) for info in STORAGE.list_files(str(tmp_path / "first"))}
-
-    def start(out: str) -> None:
-        for uri, data in first.items():
-            STORAGE.write(uri.replace(f"{tmp_path}/first", f"{tmp_path}/{out}"), data)
-
     counting = Hooked(5)
-    start("out")
+    shutil.copytree(tmp_path / "first", tmp_path / "out")
     with without_ray(lambda _: counting):
         embed(settings_for(tmp_path, tiny_model))
     whole = read_manifest(str(tmp_path / "out"))
@@ -233,7 +229,7 @@ def test_killed_before_any_write_a_run_ends_with_the_bytes_of_one_that_was_not(
     rng = random.Random(3)
     for trial, moment in enumerate([*work, *rng.sample(writes, 6)]):
         out = f"killed-{trial}"
-        start(out)
+        shutil.copytree(tmp_path / "first", tmp_path / out)
         for last in (moment, moment // 2 + rng.randrange(5)):
 
             def die(number: int, last: int = last) -> None:
