@@ -217,10 +217,8 @@ def _pooled(source: PackedTokens, rows: IdArray, device: torch.device) -> dict[s
         # Of each row the place of its first token, and of its spans the places of theirs.
         lengths = source.lengths_of(rows)
         spans = source.spans.take(rows)
-        borders = (
-            spans.borders.astype(np.int64)
-            + np.repeat(np.cumsum(lengths) - lengths, np.diff(spans.offsets))[:, None]
-        )
+        first = np.repeat(np.cumsum(lengths) - lengths, np.diff(spans.offsets))
+        borders = spans.borders.astype(np.int64) + first[:, None]
         counts = np.diff(borders)[:, 0]
         found["span_tokens"] = _to(ranges(borders[:, 0], counts), device)
         found["span_lengths"] = _to(counts, device)

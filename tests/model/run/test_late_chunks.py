@@ -132,10 +132,11 @@ def test_windows_hold_chunks_of_one_text_in_order_and_as_many_as_fit(
         assert window.startswith(f"passage: {title[:5]}" if has_title else "passage: ")
 
     def too_long(group: list[int]) -> bool:
-        if alone.tokens.truncated[group[0]]:
-            return False  # its title was cut, and its chunks are short
-        title, body = passages[chunks.texts[group[0]]]
-        named = title if titles == "every" or chunks.numbers[group[0]] == 0 else ""
+        body = passages[chunks.texts[group[0]]][1]
+        begin = int(np.flatnonzero(chunks.texts == chunks.texts[group[0]])[0])
+        start, stop = chunks.spans[begin]
+        title = alone.read[begin].removeprefix("passage: ").removesuffix(body[start:stop]).strip()
+        named = title if titles == "every" or group[0] == begin else ""
         text = f"{named} {body[chunks.spans[group[0]][0] : chunks.spans[group[-1]][1]]}".strip()
         return len(next(feeder.uncut([f"passage: {text}"]))) > spec.max_length
 

@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 
 from bge_ray.dataset.shared import WORK
+from bge_ray.model.feed.chunks import Chunker
+from bge_ray.model.spec import resolve_encoder, text_feeder
 from bge_ray.pipeline.embed.job import embed
+from bge_ray.pipeline.embed.prepare import settle_chunking
 from bge_ray.records.reports import EmbedReport
-from bge_ray.settings.sections import Settings, parse_settings
+from bge_ray.records.schemas import hash_texts
+from bge_ray.settings.sections import ChunkingSettings, ModelSettings, Settings, parse_settings
 from bge_ray.storage.objects import Storage, join
+from tests.model.run.test_late_chunks import by_transformers
 from tests.storage.doubles import Died, Hooked
 from tests.support.alone import without_ray
 from tests.support.corpora import docstrings, jsonl_bytes, parquet_bytes
@@ -250,3 +255,62 @@ def test_a_run_that_has_nothing_to_share_leaves_no_work(
     report = run(settings_for(tmp_path, tiny_model))
     assert (report.rows_out, report.vectors_reused) == (30, {})
     assert STORAGE.list_files(str(tmp_path / "out" / WORK)) == []
+
+
+LATE = ("model.pooling=mean", "model.max_length=100", "chunking.max_tokens=30", "chunking.late=true")
+
+
+def long_text(*changed: int) -> str:
+    sentences = [f"the quick brown fox number {n} jumps over the lazy dog." for n in range(60)]
+    for n in changed:  # with as many tokens
+        sentences[n] = f"the quick brown fox number {n} jumps over the lazy fox."
+    return " ".join(sentences)
+
+
+def test_late_chunks_are_reused_where_their_whole_window_is_the_same(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    rows = [{"id": "x", "title": "", "text": long_text()}, {"id": "y", "title": "", "text": long_text(59)}]
+    upload(tmp_path, {"a.jsonl": rows[:1], "b.parquet": rows[1:]})
+    first = run(settings_for(tmp_path, tiny_model, *LATE))
+    chunks = [row for row in rows_of(tmp_path, "out") if row["passage_id"] == "x"]
+    assert len(chunks) > 20
+    # All but the last window of y are those of x, and each window is encoded once.
+    assert 0 < len(chunks) - first.vectors_reused["repeated"] < 8
+    upload(tmp_path, {"a.jsonl": [{**rows[0], "text": long_text(30)}]})
+    again = run(settings_for(tmp_path, tiny_model, *LATE))
+    assert again.rows_reused == 0
+    new = [row for row in rows_of(tmp_path, "out") if row["passage_id"] == "x"]
+    kept = {row["text_hash"] for row in chunks} & {row["text_hash"] for row in new}
+    assert len(kept) == again.vectors_reused["object"]
+    # Of the window that changed every chunk, and no other.
+    touched = [n for n, row in enumerate(new) if row["text_hash"] not in kept]
+    assert touched == list(range(touched[0], touched[-1] + 1)) and 2 <= len(touched) <= 8
+    assert again.tokens_encoded <= 100
+    check_as_if_clean(tmp_path, tiny_model, *LATE)
+    # What comes in the middle moves the windows behind it, and none before.
+    middle = len(long_text()) // 2
+    longer = long_text(30)[:middle] + " And so does the lazy dog." + long_text(30)[middle:]
+    upload(tmp_path, {"a.jsonl": [{**rows[0], "text": longer}]})
+    moved = run(settings_for(tmp_path, tiny_model, *LATE))
+    assert 0.3 * len(new) < moved.vectors_reused["object"] < 0.6 * len(new)
+    check_as_if_clean(tmp_path, tiny_model, *LATE)
+
+
+def test_late_chunks_of_a_data_set_are_those_of_transformers(
+    tmp_path: Path, tiny_model: Path, passages: list[dict[str, str]]
+) -> None:
+    rows = [*passages[:6], {"id": "long", "title": "of a fox", "text": long_text(3, 40)}]
+    upload(tmp_path, {"a.jsonl": rows})
+    run(settings_for(tmp_path, tiny_model, *LATE))
+    spec = resolve_encoder(ModelSettings(name=str(tiny_model), pooling="mean", max_length=100), on_gpu=False)
+    chunking = settle_chunking(ChunkingSettings(max_tokens=30, late=True), spec)
+    names = (
+        Chunker(text_feeder(spec), chunking)
+        .cut([row["title"] for row in rows], [row["text"] for row in rows])
+        .read
+    )
+    found = read_shards(str(tmp_path / "out"))
+    assert found["text_hash"].to_pylist() == hash_texts(names).to_pylist()
+    vectors = np.stack(found["embedding"].to_numpy(zero_copy_only=False))
+    np.testing.assert_allclose(vectors, by_transformers(tiny_model, names), atol=1e-5)
