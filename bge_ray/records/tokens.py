@@ -32,12 +32,15 @@ class TokenSpans:
 
     def of_rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the numbers of the spans of the given rows, in their order."""
-        return ranges(self.offsets[rows], np.diff(self.offsets)[rows])
+        return ranges(self.offsets[rows], self.counts_of(rows))
+
+    def counts_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """(rows,) how many spans the given rows have."""
+        return self.offsets[rows + 1] - self.offsets[rows]
 
     def take(self, rows: npt.NDArray[np.int64]) -> "TokenSpans":
         """Return those of the given rows, in their order."""
-        counts = np.diff(self.offsets)[rows]
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.counts_of(rows))])
         return TokenSpans(offsets, self.borders[self.of_rows(rows)])
 
     @staticmethod
@@ -109,7 +112,15 @@ class PackedTokens:
 
     def rows_of(self, results: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the rows that some results are of, each once, ascending."""
-        return np.unique(results if self.spans is None else self.spans.rows[results])
+        if self.spans is None:
+            return np.unique(results)
+        return np.unique(np.searchsorted(self.spans.offsets, results, side="right") - 1)
+
+    def lengths_of_results(self, results: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """(results,) int64 tokens that each of the given results is of."""
+        if self.spans is None:
+            return self.lengths_of(results)
+        return np.diff(self.spans.borders[results])[:, 0].astype(np.int64)
 
     def take_results(self, results: npt.NDArray[np.int64]) -> "PackedTokens":
         """Return the rows of some results, given ascending, with these results alone."""

@@ -151,7 +151,7 @@ class Executor:
         """Leave out rows without a token, of which there is no state."""
         empty = source.lengths_of(rows) == 0
         results = source.results_of(rows)
-        for number in results[source.result_lengths[results] == 0].tolist():
+        for number in results[source.lengths_of_results(results) == 0].tolist():
             result.faults[number] = ("no_tokens", "the model's tokenizer makes no token of it")
         return np.asarray(rows[~empty])
 

@@ -171,7 +171,17 @@ def by_ray(
         rows = by_tasks(rows, write_given_stage, sizes.tasks["writers"], job=job)
         return receipts(rows)
 
-    return Way(run, lambda job, tasks: follow(lambda: path(job, tasks), book, watch))
+    def encode(job: EmbedJob, tasks: Sequence[ReadTask]) -> None:
+        total = sum(task.n_parcels for task in tasks)
+        with Step("encoding what repeats", "parcels", total, log_interval_s) as step:
+
+            def booked(receipt: Parcel) -> None:
+                step.advance()
+                book(receipt)
+
+            follow(lambda: path(job, tasks), booked, watch)
+
+    return Way(run, encode)
 
 
 def _batches(tasks: Sequence[ReadTask]) -> Iterator[tuple[ReadTask, ...]]:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bge_ray.dataset.shared import WORK
+from bge_ray.dataset.shared import HASH_SECTIONS, WORK, read_entries
 from bge_ray.model.feed.chunks import Chunker
 from bge_ray.model.spec import resolve_encoder, text_feeder
+from bge_ray.pipeline.embed import job, sharing
 from bge_ray.pipeline.embed.job import embed
 from bge_ray.pipeline.embed.prepare import settle_chunking
 from bge_ray.records.reports import EmbedReport
@@ -23,6 +24,7 @@ from tests.storage.doubles import Died, Hooked
 from tests.support.alone import without_ray
 from tests.support.corpora import docstrings, jsonl_bytes, parquet_bytes
 from tests.support.datasets import check_nothing_left_over, read_manifest, read_shards
+from tests.support.ledgers import Handle
 from tests.support.models import make_m3
 
 STORAGE = Storage(5)
@@ -246,6 +248,46 @@ def test_killed_before_any_write_a_run_ends_with_the_bytes_of_one_that_was_not(
         run(settings_for(tmp_path, tiny_model, out=out))
         assert read_manifest(str(tmp_path / out)) == whole, counting.counted[moment]
         assert STORAGE.list_files(join(str(tmp_path / out), WORK)) == []
+
+
+def test_a_parcel_that_kills_its_process_shares_nothing_and_the_others_do(
+    tmp_path: Path, tiny_model: Path, passages: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As often as Ray starts a task again, it gets further; one that dies for many parcels finds no texts."""
+    upload(tmp_path, {f"{n}.jsonl": passages[20 * n : 20 * n + 20] for n in range(5)})
+    asked: list[tuple[Any, ...]] = []
+
+    def take(*_: object) -> sharing.Way:
+        def note(does: str, task: Any, arguments: Any) -> list[Any]:
+            asked.extend(arguments)
+            raise Died
+
+        return sharing.Way(note, lambda *_: None)
+
+    with without_ray(), monkeypatch.context() as patched, pytest.raises(Died):
+        patched.setattr(job, "by_ray", take)
+        embed(settings_for(tmp_path, tiny_model))
+    [(given, shared, tasks)] = asked
+    cut = sharing.cut_parcel
+    for lethal, left in (({2}, {0, 1, 3, 4}), ({0, 1, 2, 3}, set())):
+        given = dataclasses.replace(given, ledger=Handle())
+        shared = dataclasses.replace(shared, folder=f"work/{len(left)}")
+
+        def die(found: Any, *rest: Any, lethal: set[int] = lethal) -> Any:
+            if found.task.place in lethal:
+                raise Died
+            return cut(found, *rest)
+
+        monkeypatch.setattr(sharing, "cut_parcel", die)
+        with without_ray():
+            for _ in range(sharing.MOST_DEATHS if not left else 2):
+                with pytest.raises(Died):
+                    sharing.hash_parcels_task(given, shared, tasks)
+            counts = sharing.hash_parcels_task(given, shared, tasks)
+            again = sharing.hash_parcels_task(given, shared, tasks)
+        entries = read_entries(STORAGE, str(tmp_path / "out" / shared.hashes_path(0)), range(HASH_SECTIONS))
+        assert counts == again == {0: len(entries)}
+        assert set(entries["place"].tolist()) == left
 
 
 def test_a_run_that_has_nothing_to_share_leaves_no_work(
