@@ -250,6 +250,32 @@ def test_killed_before_any_write_a_run_ends_with_the_bytes_of_one_that_was_not(
         assert STORAGE.list_files(join(str(tmp_path / out), WORK)) == []
 
 
+def test_a_corpus_that_changes_between_two_attempts_begins_anew_and_leaves_nothing(
+    tmp_path: Path, tiny_model: Path, passages: list[dict[str, str]]
+) -> None:
+    upload(tmp_path, as_files(repeating(passages, 80)))
+
+    def die(storage: Hooked) -> None:
+        if len(list((tmp_path / "out").glob("done/*"))) == 2:
+            raise Died
+
+    def hooked(timeout_s: float) -> Hooked:
+        storage = Hooked(timeout_s)
+        return dataclasses.replace(storage, before=lambda _: die(storage))
+
+    with without_ray(hooked), pytest.raises(Died):
+        embed(settings_for(tmp_path, tiny_model))
+    [begun] = (tmp_path / "out" / WORK).iterdir()
+    assert list(begun.glob("given/*"))
+    upload(tmp_path, {"c.jsonl": [{**row, "id": f"c {row['id']}"} for row in passages[:40]]})
+    report = run(settings_for(tmp_path, tiny_model))
+    assert report.units_done == report.units_planned > 2
+    assert {row["passage_id"] for row in rows_of(tmp_path, "out")} > {
+        f"c {row['id']}" for row in passages[:40]
+    }
+    check_as_if_clean(tmp_path, tiny_model)
+
+
 def test_a_parcel_that_kills_its_process_shares_nothing_and_the_others_do(
     tmp_path: Path, tiny_model: Path, passages: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
