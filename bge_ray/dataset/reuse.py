@@ -44,6 +44,20 @@ def hash_array(column: pa.Array | pa.ChunkedArray) -> HashArray:
     return np.frombuffer(data, f"S{TEXT_HASH_BYTES}", len(array), array.offset * TEXT_HASH_BYTES)
 
 
+def hash_column(hashes: HashArray) -> pa.Array:
+    """Return (n,) hashes as a column; the way back from `hash_array`."""
+    data = pa.py_buffer(np.ascontiguousarray(hashes).tobytes())
+    return pa.Array.from_buffers(pa.binary(TEXT_HASH_BYTES), len(hashes), [None, data])
+
+
+def find_hashes(known: HashArray, wanted: HashArray) -> IdArray:
+    """Return for (m,) hashes which of (n,) ascending ones each is; -1 for none."""
+    if not len(known):
+        return np.full(len(wanted), -1, np.int64)
+    places = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+    return np.where(known[places] == wanted, places, -1).astype(np.int64)
+
+
 @dataclass(frozen=True)
 class KnownTexts:
     """The texts of some shards: n distinct ``hashes``, ascending, and where the first of each stands.
@@ -67,10 +81,7 @@ class KnownTexts:
 
     def find(self, wanted: HashArray) -> IdArray:
         """Return for (m,) hashes which of the known ones each is; -1 for none."""
-        if not len(self.hashes):
-            return np.full(len(wanted), -1, np.int64)
-        places = np.minimum(np.searchsorted(self.hashes, wanted), len(self.hashes) - 1)
-        return np.where(self.hashes[places] == wanted, places, -1).astype(np.int64)
+        return find_hashes(self.hashes, wanted)
 
 
 def read_hashes(storage: Storage, root: str, facts: Sequence[FileFact]) -> list[HashArray]:

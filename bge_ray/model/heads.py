@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name the field uses
 from transformers.utils import ModelOutput
 
-from bge_ray.model.run.inputs import Inputs, pool, token_states
+from bge_ray.model.run.inputs import Inputs, pool, pool_spans, token_states
 from bge_ray.records.outputs import Output
 
 Needs: TypeAlias = Literal["first_token", "last_token", "all_tokens", "layers"]
@@ -50,7 +50,10 @@ class Head(torch.nn.Module):
 
 
 class Pooled(Head):
-    """The states of a row reduced to one vector, and what a folder's modules make of that."""
+    """The states of a row or of each of its spans as one vector, and what a folder's modules make of it.
+
+    Of a span it is the mean of its tokens' states, whose pooling must be ``mean``.
+    """
 
     def __init__(
         self,
@@ -76,9 +79,10 @@ class Pooled(Head):
         self._steps = torch.nn.ModuleList(steps)
 
     def forward(self, hidden: ModelOutput, inputs: Inputs) -> torch.Tensor:
-        """Return (rows, dim) float32."""
+        """Return (rows, dim) float32, or (spans, dim) of rows that have spans."""
         states = hidden.last_hidden_state
-        vectors = pool(states, inputs, self._pooling)
+        of_spans = inputs.span_tokens is not None
+        vectors = pool_spans(states, inputs) if of_spans else pool(states, inputs, self._pooling)
         for step in self._steps:
             vectors = step(vectors.to(states.dtype))
         vectors = vectors.float()

@@ -34,10 +34,11 @@ NOT_DECISIVE = (
     "canaries",
 )
 # These came later, and decide nothing where they are what everything was before: a data set stays the same.
-OPTIONAL: dict[str, str | None] = {
+OPTIONAL: dict[str, str | bool | None] = {
     "model.first_token": None,
     "model.last_token": None,
     "model.kernels": "plain",
+    "chunking.late": False,
 }
 
 
@@ -73,7 +74,7 @@ class DatasetSpec:
         if self.chunking is None:
             del facts["chunking"]
         flat = flatten(facts)
-        absent = {key for key, before in OPTIONAL.items() if flat[key] == before}
+        absent = {key for key, before in OPTIONAL.items() if flat.get(key, before) == before}
         return {key: value for key, value in flat.items() if key not in NOT_DECISIVE and key not in absent}
 
     def with_rows_of(self, other: "DatasetSpec") -> "DatasetSpec":

@@ -117,8 +117,9 @@ class EmbedReport(Report):
     ``tokens`` are those of all rows that came out, ``tokens_encoded`` those that went through the model, and
     ``tokens_reused`` those of vectors that were there already; rates and costs are of ``tokens_encoded``.
     ``rows_reused`` are rows none of whose vectors was encoded for them; ``vectors_reused`` says where vectors
-    came from: object (a shard of an earlier state), repeated (the same text in the same unit). ``cost_saved``
-    is what the device would have taken for them, None if nobody knows.
+    came from: object (a shard of an earlier state of their object, or of one that it may be a copy of),
+    corpus (any other shard of an earlier state), repeated (the same text elsewhere in what this run encoded).
+    ``cost_saved`` is what the device would have taken for them, None if nobody knows.
     """
 
     output: str

@@ -24,7 +24,8 @@ from bge_ray.report.words import count, duration, short, size
 STAGES = ("read", "tokenise", "encode", "write")
 _ORIGINS = {
     "object": "from earlier versions or copies of their files",
-    "repeated": "from the same text in the same unit",
+    "corpus": "from other files of the data set",
+    "repeated": "from the same text elsewhere in this run",
 }
 SHARES = (0.5, 0.9, 0.99)
 _KINDS = {

@@ -36,7 +36,7 @@ EncoderOutput: TypeAlias = Literal["embedding", "sparse", "colbert", "bm25"]
 FirstStage: TypeAlias = Literal["dense", "sparse", "bm25"]
 Kernels: TypeAlias = Literal["plain", "fused"]
 Auto: TypeAlias = Literal["auto"]
-Reuse: TypeAlias = Literal["object", "off"]
+Reuse: TypeAlias = Literal["object", "corpus", "off"]
 
 # Of two letters or more: C:/ is a path.
 _ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
@@ -280,11 +280,18 @@ class ChunkingSettings(Section):
         "first", description="which chunks have the title in front: the first of a text, or every one"
     )
     keep_text: bool = Field(False, description="store the text of each chunk in the column chunk_text")
+    late: bool = Field(
+        False,
+        description="make the vector of a chunk of its tokens' states as they are among up to "
+        "model.max_length tokens of its text, for models that pool by mean",
+    )
 
     @model_validator(mode="after")
     def _overlaps_less_than_half(self) -> "ChunkingSettings":
         if self.max_tokens is None and self.overlap_tokens:
             raise ValueError("overlap_tokens: there are no chunks without max_tokens")
+        if self.max_tokens is None and self.late:
+            raise ValueError("late: there are no chunks without max_tokens")
         if self.max_tokens is not None and self.overlap_tokens > self.max_tokens // 2:
             raise ValueError(f"overlap_tokens: must be at most half of max_tokens ({self.max_tokens})")
         return self
@@ -321,7 +328,8 @@ class OutputSettings(Section):
     reuse: Reuse = Field(
         "object",
         description="which texts take vectors that are there: object, those of earlier versions of a file, "
-        "of files that it may be a copy of, and repeats within a unit; off, none",
+        "of files that it may be a copy of, and repeats within a unit; corpus, those of the whole data set "
+        "and repeats anywhere in the corpus, too, which is read twice for it; off, none",
     )
 
     @field_validator("reuse", mode="before")

@@ -99,7 +99,8 @@ def test_what_was_not_encoded_is_told_with_where_it_came_from_and_what_it_saved(
     page = embed_page(embed_report(**reused, vectors_reused={"object": 970, "repeated": 12})).decode()
     assert "Of 980 rows nothing was encoded" in page
     assert (
-        "970 from earlier versions or copies of their files, 12 from the same text in the same unit" in page
+        "970 from earlier versions or copies of their files, 12 from the same text elsewhere in this run"
+        in page
     )
     assert "with 98,000 tokens, beside 2,000 that were encoded." in page
     assert "They would have cost" not in page

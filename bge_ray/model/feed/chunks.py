@@ -5,6 +5,7 @@ atoms are packed into chunks, and each chunk is tokenised as the text that it is
 whatever the tokens of the atoms added up to, a chunk has at most as many as were asked for.
 """
 
+import dataclasses
 import itertools
 import re
 import unicodedata
@@ -17,9 +18,11 @@ import numpy.typing as npt
 from bge_ray.errors import ModelError
 from bge_ray.model.feed.sentences import sentence_ends
 from bge_ray.model.feed.texts import TextFeeder
+from bge_ray.model.feed.windows import RULES as WINDOW_RULES
+from bge_ray.model.feed.windows import Span, Window, windows
 from bge_ray.records.chunking import Chunking
 from bge_ray.records.ids import MAX_CHUNKS_PER_ROW, IdArray
-from bge_ray.records.tokens import PackedTokens
+from bge_ray.records.tokens import PackedTokens, TokenSpans
 
 # Tokens of text that there must be room for: the longest thing that is never cut takes a few (an emoji).
 MIN_ROOM = 16
@@ -34,9 +37,6 @@ _PARAGRAPH_END = re.compile(r"\n[^\S\n]*\n\s*")
 _LINE_END = re.compile(r"\n\s*")
 _WORD_END = re.compile(r"\s+")
 _ZERO_WIDTH_JOINER = "\u200d"
-
-# First and last + 1 character of a piece of text.
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,9 @@ class Chunks:
 
     ``texts`` (m,) says which text each is of, ``numbers`` (m,) which chunk of it, ``spans`` (m, 2) where it
     lies in it: first and last + 1 character. ``tokens`` are what the model gets; ``truncated`` in them says
-    whose title was cut, ``read`` are the texts of those tokens. ``too_many`` tells of the texts that have no
-    chunk here how many they would have.
+    whose title was cut, ``read`` are the texts of those tokens. Late chunks have ``spans`` in their tokens,
+    whose rows are windows, and in ``read`` what names window and chunk. ``too_many`` tells of the texts that
+    have no chunk here how many they would have.
     """
 
     texts: IdArray
@@ -93,6 +94,7 @@ class Chunker:
         numbers: list[int] = []
         cut_titles: list[bool] = []
         read: list[str] = []
+        laid: list[Window] = []
         too_many: dict[int, int] = {}
         whole = self._whole(titles, texts)
         for n, (title, text) in enumerate(zip(titles, texts, strict=True)):
@@ -104,20 +106,42 @@ class Chunker:
                 estimated, pieces = self._cut_long(title, text)
                 if not pieces:
                     too_many[n] = estimated
-            for number, (span, tokens) in enumerate(pieces):
-                which.append(n)
-                numbers.append(number)
-                spans.append(span)
-                ids.append(tokens)
-                cut_titles.append(cut_title)
-                read.append(self._read(self._title_of(number, title), text, span))
+            which += [n] * len(pieces)
+            numbers += range(len(pieces))
+            spans += [span for span, _ in pieces]
+            if not self._rules.late:
+                ids += [tokens for _, tokens in pieces]
+                read += [self._read(self._title_of(k, title), text, s) for k, (s, _) in enumerate(pieces)]
+                cut_titles += [cut_title] * len(pieces)
+            elif pieces:
+                own = self._windows(title, text, pieces)
+                laid += own
+                ids += [window.ids for window in own]
+                read += [name for window in own for name in window.names]
+                cut_titles += [cut_title] * len(own)
+        tokens = self._feeder.laid_out(ids, np.asarray(cut_titles, np.bool_))
+        if self._rules.late:
+            tokens = dataclasses.replace(tokens, spans=TokenSpans.of([window.borders for window in laid]))
         return Chunks(
             np.asarray(which, np.int64),
             np.asarray(numbers, np.int64),
             np.asarray(spans, np.int64).reshape(-1, 2),
-            self._feeder.laid_out(ids, np.asarray(cut_titles, np.bool_)),
+            tokens,
             read,
             too_many,
+        )
+
+    def _windows(self, title: str, text: str, pieces: Sequence[tuple[Span, list[int]]]) -> list[Window]:
+        """Return the windows of the chunks of a text."""
+        return list(
+            windows(
+                [span for span, _ in pieces],
+                [len(ids) for _, ids in pieces],
+                self._rules.max_tokens - self._room,
+                self._feeder.max_length,
+                lambda number, span: self._read(self._title_of(number, title), text, span),
+                self._feeder.placed,
+            )
         )
 
     def _lengths(self, texts: Sequence[str]) -> list[int]:
@@ -232,11 +256,12 @@ class Chunker:
         return atoms
 
 
-def splitting_rules() -> str:
-    """Return the name of the rules by which this version finds borders."""
+def splitting_rules(*, late: bool = False) -> str:
+    """Return the name of the rules by which this version finds borders, and with late chunks windows."""
     from importlib.metadata import version
 
-    return f"{RULES}, sentencex {'.'.join(version('sentencex').split('.')[:2])}"
+    rules = f"{RULES}, sentencex {'.'.join(version('sentencex').split('.')[:2])}"
+    return f"{rules}, windows {WINDOW_RULES}" if late else rules
 
 
 def _packed(atoms: Sequence[Atom], room: int, first_room: int, overlap: int) -> Iterator[Span]:

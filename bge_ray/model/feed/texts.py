@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from bge_ray.errors import ModelError, in_a_line
 from bge_ray.model.feed.pipeline import NOTHING_EXPECTED, Expected, check_tokenizer, take_file
+from bge_ray.model.feed.windows import Placed
 from bge_ray.model.feed.words import words_of
 from bge_ray.records.tokens import PackedTokens
 
@@ -78,6 +79,11 @@ class TextFeeder:
                 self._unpooled[instruction] = self._count(instruction, set(tokenizer.all_special_ids))
 
     @property
+    def max_length(self) -> int:
+        """Tokens kept of a text."""
+        return self._max_length
+
+    @property
     def passage_instruction(self) -> str:
         """What is put before each passage."""
         return self._passage_instruction
@@ -101,6 +107,10 @@ class TextFeeder:
     def places(self, text: str) -> list[tuple[int, int]]:
         """Return which characters of a text each of its tokens stands for, special tokens apart."""
         return self._cutter.places(text)
+
+    def placed(self, text: str) -> Placed:
+        """Return all tokens of a text as it is, special tokens included, and their characters."""
+        return self._cutter.placed(text)
 
     def queries(self, texts: Sequence[str]) -> PackedTokens:
         """Tokenise n queries, special tokens included, each cut to max_length tokens."""
@@ -195,6 +205,14 @@ class Cutter:
         self._backend.no_truncation()
         found: list[tuple[int, int]] = self._backend.encode(text, add_special_tokens=False).offsets
         return found
+
+    def placed(self, text: str) -> Placed:
+        """Return all tokens of a text, special ones included, and the characters of each."""
+        self._backend.no_truncation()
+        encoding = self._backend.encode(text, add_special_tokens=True)
+        places = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+        places[np.asarray(encoding.special_tokens_mask, np.bool_)] = 0
+        return Placed(encoding.ids, places)
 
     def _cut_long(self, text: str, chars: int, special_tokens: bool) -> Any:
         """Tokenise a text by prefixes, longer and longer until the rest cannot matter."""

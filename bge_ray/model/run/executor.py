@@ -114,7 +114,7 @@ class Executor:
         Args:
             source: n rows.
             batches: row numbers of each forward pass, as `token_budget_batches` makes them.
-            result: of n rows; rows in no batch are left as they are.
+            result: of the results of all rows; those of rows in no batch are left as they are.
 
         Raises:
             ModelError: more than a hundredth of all rows so far are finite in float32 alone.
@@ -150,8 +150,9 @@ class Executor:
     def _with_tokens(self, source: PackedTokens, rows: IdArray, result: Result) -> IdArray:
         """Leave out rows without a token, of which there is no state."""
         empty = source.lengths_of(rows) == 0
-        for row in rows[empty].tolist():
-            result.faults[row] = ("no_tokens", "the model's tokenizer makes no token of it")
+        results = source.results_of(rows)
+        for number in results[source.lengths_of_results(results) == 0].tolist():
+            result.faults[number] = ("no_tokens", "the model's tokenizer makes no token of it")
         return np.asarray(rows[~empty])
 
     def _try_launch(self, source: PackedTokens, rows: IdArray) -> _Launched | None:
@@ -182,23 +183,27 @@ class Executor:
         return _Launched(rows, outputs, done)
 
     def _collect(self, source: PackedTokens, launched: _Launched, result: Result) -> None:
-        for row in self._put(source, launched, result).tolist():
-            self._retry_in_float32(source, row, result)
+        infinite = self._put(source, launched, result)
+        for row in source.rows_of(infinite).tolist():
+            own = source.results_of(np.asarray([row], dtype=np.int64))
+            self._retry_in_float32(source, row, own[np.isin(own, infinite)], result)
 
     def _put(self, source: PackedTokens, launched: _Launched, result: Result) -> IdArray:
         counts = [] if self._counter is None else [self._counter.block(source, launched.rows)]
-        return result.put(launched.rows, [*launched.blocks(), *counts])
+        return result.put(source.results_of(launched.rows), [*launched.blocks(), *counts])
 
-    def _retry_in_float32(self, source: PackedTokens, row: int, result: Result) -> None:
+    def _retry_in_float32(self, source: PackedTokens, row: int, infinite: IdArray, result: Result) -> None:
         if self._dtype != torch.float32:
             launched = _none_if_out_of_memory(lambda: self._launch_exact(source, row))
             if launched is None:
                 self._fault_memory(source, row, result)
                 return
-            if not len(self._put(source, launched, result)):
+            infinite = self._put(source, launched, result)
+            if not len(infinite):
                 self._count_overflow()
                 return
-        result.faults[row] = ("non_finite", "the model's output holds NaN or infinity, also in float32")
+        detail = "the model's output holds NaN or infinity, also in float32"
+        result.faults |= dict.fromkeys(infinite.tolist(), ("non_finite", detail))
 
     def _count_overflow(self) -> None:
         self._overflowed += 1
@@ -218,11 +223,9 @@ class Executor:
         return self._launch(self._exact, source, np.asarray([row], dtype=np.int64), packed=False)
 
     def _fault_memory(self, source: PackedTokens, row: int, result: Result) -> None:
-        n_tokens = int(source.lengths_of(np.asarray([row]))[0])
-        result.faults[row] = (
-            "out_of_memory",
-            f"{n_tokens} tokens alone do not fit in the memory of {self.device}",
-        )
+        rows = np.asarray([row], dtype=np.int64)
+        detail = f"{int(source.lengths_of(rows)[0])} tokens alone do not fit in the memory of {self.device}"
+        result.faults |= dict.fromkeys(source.results_of(rows).tolist(), ("out_of_memory", detail))
 
     def _computed_tokens(self, source: PackedTokens, rows: IdArray) -> int:
         lengths = source.lengths_of(rows)

@@ -9,6 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from bge_ray.model.run.packed import equal_runs, positions
+from bge_ray.records.arrays import ranges
 from bge_ray.records.ids import IdArray
 from bge_ray.records.tokens import PackedTokens
 
@@ -20,7 +21,9 @@ class Inputs:
     ``mask`` is (rows, width) bool, True for tokens, and ``places`` (tokens,) int64, where they lie in the
     rows laid end to end; both are None if no row is padded. ``borders`` is (rows + 1,) int64 if the rows are
     packed into one. ``prompt_tokens`` is (rows,) int64, how many tokens at the start of each row a pooling
-    leaves out; None if it takes all.
+    leaves out; None if it takes all. Where vectors are of spans and not of rows, ``span_tokens`` (total,)
+    int64 are the tokens of all spans, by their place in the rows laid end to end, and ``span_lengths``
+    (spans,) how many each span has.
     """
 
     arguments: dict[str, Any]
@@ -28,6 +31,8 @@ class Inputs:
     places: torch.Tensor | None = None
     borders: torch.Tensor | None = None
     prompt_tokens: torch.Tensor | None = None
+    span_tokens: torch.Tensor | None = None
+    span_lengths: torch.Tensor | None = None
 
 
 def padded_inputs(
@@ -54,12 +59,12 @@ def padded_inputs(
         types = np.zeros(filled.shape, dtype=np.int64)
         types[filled] = within >= np.repeat(source.type_starts[rows], lengths)
         arguments["token_type_ids"] = _to(types, device)
-    prompts = _prompts(source, rows, device)
+    pooled = _pooled(source, rows, device)
     if filled.all():  # attention without a mask takes the fastest kernel, and no mask is built
-        return Inputs(arguments, prompt_tokens=prompts)
+        return Inputs(arguments, **pooled)
     mask = _to(filled, device)
     arguments["attention_mask"] = mask[:, None, None] if ready_mask else mask
-    return Inputs(arguments, mask=mask, places=_to(np.flatnonzero(filled), device), prompt_tokens=prompts)
+    return Inputs(arguments, mask=mask, places=_to(np.flatnonzero(filled), device), **pooled)
 
 
 def packed_inputs(
@@ -86,7 +91,7 @@ def packed_inputs(
     }
     if getattr(config, "type_vocab_size", 0):  # a decoder has no segments
         arguments["token_type_ids"] = token_type_ids
-    return Inputs(arguments, borders=where, prompt_tokens=_prompts(source, rows, device))
+    return Inputs(arguments, borders=where, **_pooled(source, rows, device))
 
 
 def pool(hidden: torch.Tensor, inputs: Inputs, pooling: str) -> torch.Tensor:
@@ -188,10 +193,36 @@ def _first_tokens(lengths: torch.Tensor, inputs: Inputs) -> torch.Tensor:
     return torch.where(inputs.prompt_tokens < lengths, inputs.prompt_tokens, 0)
 
 
-def _prompts(source: PackedTokens, rows: IdArray, device: torch.device) -> torch.Tensor | None:
-    if source.prompt_tokens is None:
-        return None
-    return _to(source.prompt_tokens[rows].astype(np.int64), device)
+def pool_spans(hidden: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    """Reduce the token states of spans to their means.
+
+    Args:
+        hidden: as `pool` takes it, of all tokens.
+        inputs: of the call that made them, with spans.
+
+    Returns:
+        (spans, dim) float32; zero for a span without a token.
+    """
+    states = token_states(hidden, inputs)[0][inputs.span_tokens].float()
+    lengths = torch.as_tensor(inputs.span_lengths)
+    return _reduced(states, "sum", lengths) / lengths.clamp(min=1)[:, None]
+
+
+def _pooled(source: PackedTokens, rows: IdArray, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the fields of `Inputs` that say what a pooling takes."""
+    found = {}
+    if source.prompt_tokens is not None:
+        found["prompt_tokens"] = _to(source.prompt_tokens[rows].astype(np.int64), device)
+    if source.spans is not None:
+        # Of each row the place of its first token, and of its spans the places of theirs.
+        lengths = source.lengths_of(rows)
+        spans = source.spans.take(rows)
+        first = np.repeat(np.cumsum(lengths) - lengths, np.diff(spans.offsets))
+        borders = spans.borders.astype(np.int64) + first[:, None]
+        counts = np.diff(borders)[:, 0]
+        found["span_tokens"] = _to(ranges(borders[:, 0], counts), device)
+        found["span_lengths"] = _to(counts, device)
+    return found
 
 
 def token_states(hidden: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

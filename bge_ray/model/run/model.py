@@ -99,7 +99,7 @@ class Model:
         return token_budget_batches(lengths, budget, packed=self._executor.packed)
 
     def empty_result(self, n_rows: int) -> Result:
-        """Return a result of n rows that `run` fills."""
+        """Return a result of n rows that `run` fills: as many as its tokens have results."""
         return Result(self.spec.outputs, n_rows)
 
     def warm_up(self, budget: int) -> None:
@@ -120,7 +120,7 @@ class Model:
         Args:
             tokens: n rows, as a feeder makes them.
             batches: row numbers of each forward pass, as `cut` makes them.
-            result: of `empty_result(n)`; rows in no batch are left as they are.
+            result: of `empty_result(tokens.n_results)`; rows in no batch are left as they are.
 
         Raises:
             ModelError: too many rows are finite in float32 alone.

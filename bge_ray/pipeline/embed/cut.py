@@ -41,8 +41,9 @@ class Pieces:
     """The m pieces of some passages, in their order.
 
     ``passages`` (m,) says which passage each is of, ``numbers`` (m,) which piece of it, ``spans`` (m, 2)
-    which characters of the text in the corpus. ``read`` is what the model reads. ``tokens`` are those of all
-    pieces where cutting needed them, and None where texts are whole and nobody has tokenised them yet.
+    which characters of the text in the corpus. ``read`` is what the model reads, and of late chunks also
+    where they are in it: what decides the vector. ``tokens``, with m results, are those of all pieces where
+    cutting needed them, and None where texts are whole and nobody has tokenised them yet.
     """
 
     passages: IdArray
@@ -113,7 +114,7 @@ def tokens_of(
         number of the piece.
     """
     if pieces.tokens is not None:
-        return wanted, pieces.tokens.take(wanted), {}
+        return wanted, pieces.tokens.take_results(wanted), {}
     feeder = load_text_feeder(spec.model, trust_remote_code=trust_remote_code)
     texts = [passages.joined[n] for n in pieces.passages[wanted].tolist()]
     done, tokens, faults = tokenise(

@@ -62,6 +62,8 @@ class Estimate:
     """What a run would do. The estimates rest on a sample and are None where nothing is to do.
 
     ``seconds`` is for all encoders together, start-up apart; ``memory_bytes`` of the object store.
+    ``shares``: the run will look for its texts in all of the data set and of the corpus, which an estimate
+    does not.
     """
 
     objects: int
@@ -79,6 +81,7 @@ class Estimate:
     cost: float | None = None
     sample_runs: int = 1
     reused: "Share | None" = None
+    shares: bool = False
 
     def lines(self) -> list[str]:
         """Return the estimate for a person."""
@@ -98,6 +101,10 @@ class Estimate:
             return lines
         if self.reused is not None:
             lines.append(f"reused           {self.reused}")
+        if self.shares:
+            lines.append(
+                "shared           not known: texts elsewhere, and repeats, are found by the run alone"
+            )
         lines += [
             f"tokens           about {self.tokens:,} to encode",
             f"time             about {self.seconds:,.0f} s on {self.num_encoders} encoders "
@@ -160,6 +167,7 @@ def estimate(planned: Planned, sizes: Sizes | None, settings: Settings) -> Estim
         num_encoders=encoders.count,
         sample_runs=measured.runs,
         reused=share,
+        shares=planned.places is not None,
         cost=None if price is None else price * encoders.devices * seconds / 3600,
     )
 
@@ -249,13 +257,15 @@ def measure_task(
     settled = model.settle_budget(budget)
     batches = model.cut(tokens.lengths, settled)
     model.warm_up(settled)
-    model.run(tokens, batches[:2], model.empty_result(len(tokens)))
+    model.run(tokens, batches[:2], model.empty_result(tokens.n_results))
     seconds: list[float] = []
     while not seconds or (pool.gpus and sum(seconds) < GPU_SAMPLE_S):
         # A result of its own: one that is filled already is written to faster than a new one.
-        result = model.empty_result(len(tokens))
+        result = model.empty_result(tokens.n_results)
         started = time.perf_counter()
         model.run(tokens, batches, result)
         seconds.append(time.perf_counter() - started)
     total, n_rows = int(tokens.lengths.sum()), len(texts)
-    return Measured(total / n_rows, len(tokens) / n_rows, total / statistics.median(seconds), len(seconds))
+    return Measured(
+        total / n_rows, tokens.n_results / n_rows, total / statistics.median(seconds), len(seconds)
+    )

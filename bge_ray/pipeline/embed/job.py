@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -17,12 +18,14 @@ from ray.actor import ActorHandle
 
 from bge_ray.dataset.changes import manifest_digest
 from bge_ray.dataset.folder import Dataset, manifest_fact, marker_files
+from bge_ray.dataset.shared import OWN_WORK, WORK
 from bge_ray.errors import IncompleteRunError, OutputBusyError, RejectedRowsError
 from bge_ray.formats.corpus import MAX_NAMED_OBJECTS
 from bge_ray.pipeline.embed.estimate import Estimate, estimate
 from bge_ray.pipeline.embed.prepare import Planned, prepare
 from bge_ray.pipeline.embed.read import LENGTH_EDGES, read_stage
 from bge_ray.pipeline.embed.reuse import ORIGINS
+from bge_ray.pipeline.embed.sharing import by_ray, share_texts
 from bge_ray.pipeline.embed.tasks import EmbedJob, ReadTask, UnitsTask
 from bge_ray.pipeline.embed.write import commit_stage
 from bge_ray.pipeline.engine.flow import by_actors, by_tasks, follow, parcels, receipts
@@ -43,7 +46,7 @@ from bge_ray.run_id import run_id
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.objects import Storage, join
 from bge_ray.storage.ownership import OwnedFolder
-from bge_ray.storage.sweep import is_due
+from bge_ray.storage.sweep import is_due, sweep_work
 
 logger = logging.getLogger(__name__)
 
@@ -237,14 +240,29 @@ class EmbedWork:
         logger.info(
             "%d units, %s rows to embed; %s", len(planned.todo_units), f"{planned.todo_rows:,}", sizes
         )
+        todo = planned.todo
+        if planned.places is not None:
+            interval = settings.report.log_interval_s
+            book = partial(self._book_given, facts=facts)
+            way = by_ray(model, STAGES.model, sizes, watch, book, interval)
+            job = dataclasses.replace(job, shared=share_texts(job, planned.places, way))
+            numbers = planned.places.numbers()
+            todo = tuple(task.placed(numbers) for task in todo)
         telemetry = Telemetry("embed")
         telemetry.start(facts)
         with Progress(lambda: work_line(facts, "passages"), settings.report.log_interval_s):
             follow(
-                lambda: embedding_receipts(job, model, sizes, planned.todo),
+                lambda: embedding_receipts(job, model, sizes, todo),
                 lambda receipt: self._book(receipt, facts, telemetry),
                 watch,
             )
+
+    def _book_given(self, receipt: Parcel, facts: RunFacts) -> None:
+        """Count what was encoded beforehand for several parcels; no row is done by it."""
+        if receipt.error is not None:
+            logger.warning("%s: is encoded by each who has its texts: %s", receipt.name, receipt.error)
+            return
+        facts.book(read_receipt(0, {**receipt.facts, "rows_out": 0}), 0)
 
     def _book(self, receipt: Parcel, facts: RunFacts, telemetry: Telemetry) -> None:
         if receipt.error is not None:
@@ -318,6 +336,7 @@ class EmbedWork:
         """Remove folded markers, old plans, and what has been dead for the grace."""
         if self._manifest is None:
             return
+        sweep_work(self.storage, join(self.dataset.root, WORK), OWN_WORK)
         swept = self.dataset.sweep(self._planned.spec, self._manifest, self._settings.output.grace_s)
         if swept.removed or swept.waiting:
             logger.info(

@@ -10,6 +10,7 @@ from bge_ray.dataset.folder import Dataset
 from bge_ray.dataset.pointer import refuse_pointer
 from bge_ray.errors import CorpusError, DatasetMismatchError, SettingsError
 from bge_ray.formats.corpus import list_corpus, resolve_columns
+from bge_ray.model.families import dense
 from bge_ray.model.feed.chunks import Chunker, splitting_rules
 from bge_ray.model.folder import ModelFolder
 from bge_ray.model.spec import bytes_of, for_trial, model_folder, resolve_encoder, text_feeder
@@ -21,15 +22,15 @@ from bge_ray.pipeline.embed.planning import (
     settle_limits,
     unchanged_objects,
 )
-from bge_ray.pipeline.embed.sources import NEAR_ROWS, earlier_shards, nearest
+from bge_ray.pipeline.embed.sources import NEAR_ROWS, Places, earlier_shards, nearest, shareable
 from bge_ray.pipeline.embed.tasks import CorpusUnit, ReadTask, Source, SpanTask
 from bge_ray.pipeline.engine.pools import await_pools, cluster_sizes, device_of, encoder_request
 from bge_ray.pipeline.engine.tasks import run_tasks
 from bge_ray.pipeline.work import refuse_taken
 from bge_ray.records.chunking import Chunking
 from bge_ray.records.columns import Columns, ColumnType
-from bge_ray.records.dataset import DatasetSpec, Marker
-from bge_ray.records.model import Canary, ModelSpec
+from bge_ray.records.dataset import DatasetSpec, Manifest, Marker
+from bge_ray.records.model import EMBEDDING, Canary, ModelSpec
 from bge_ray.records.plan import Plan, Removal, find_removal, span_units, unit_fingerprint
 from bge_ray.settings.sections import ChunkingSettings, Settings
 from bge_ray.storage.folders import absolute, refuse_collisions, refuse_own_files
@@ -45,7 +46,10 @@ SURELY_FITS_BYTES = 2_000_000_000
 
 @dataclass(frozen=True)
 class Planned:
-    """All that is known before anything is written: the data set, its plan, and what is to do."""
+    """All that is known before anything is written: the data set, its plan, and what is to do.
+
+    ``places`` may share texts, with `output.reuse: corpus`.
+    """
 
     dataset: Dataset
     spec: DatasetSpec
@@ -54,6 +58,7 @@ class Planned:
     finished: dict[str, Marker]
     todo: tuple[ReadTask, ...]
     removal: Removal
+    places: Places | None = None
 
     @property
     def todo_units(self) -> list[CorpusUnit]:
@@ -126,14 +131,32 @@ def prepare(settings: Settings) -> Planned:
     finished = dataset.finished()
     _check_given(dataset, number, previous, finished)
     shards: Mapping[int, list[Source]] = {}
+    manifest = dataset.read_manifest()
     if settings.output.reuse != "off":
-        shards = earlier_shards(dataset.read_manifest(), finished, plan, spec.vector_fingerprint)
+        shards = earlier_shards(manifest, finished, plan, spec.vector_fingerprint)
     todo, still_finished = _subtract(spec, plan, finished, shards)
+    places = None
+    if todo and settings.output.reuse == "corpus":
+        places = _places(spec, plan, _published(manifest, finished), shards)
     if todo and settings.index.build:
         _check_index(settings, storage, spec, plan)
     if todo and not changed and _must_be_tried(model, spec_there):
         _try_model(settings, model, chunking)
-    return Planned(dataset, spec, plan, number, still_finished, todo, removal)
+    return Planned(dataset, spec, plan, number, still_finished, todo, removal, places)
+
+
+def _published(manifest: Manifest | None, finished: Mapping[str, Marker]) -> dict[str, Marker]:
+    """Return the markers of the last complete run whose files are there."""
+    markers = {marker.unit.name: marker for marker in manifest.shards} if manifest is not None else {}
+    return {name: marker for name, marker in markers.items() if finished.get(name) == marker}
+
+
+def _places(
+    spec: DatasetSpec, plan: Plan, published: dict[str, Marker], shards: Mapping[int, list[Source]]
+) -> Places:
+    """Return who may share texts: all that is not published, be it finished by now or not, and all shards."""
+    fresh, _ = _subtract(spec, plan, published, shards)
+    return Places.of(shareable(shards, fresh), fresh)
 
 
 def _check_given(
@@ -245,10 +268,12 @@ def settle_chunking(asked: ChunkingSettings, model: ModelSpec) -> Chunking | Non
     """Return how texts are cut; None: not at all.
 
     Raises:
-        SettingsError: chunks are longer than what the model keeps of a text.
+        SettingsError: chunks are longer than what the model keeps of a text, or the model has no late ones.
     """
     if asked.max_tokens is None:
         return None
+    if asked.late:
+        _check_late(model)
     if asked.max_tokens > model.max_length:
         raise SettingsError(
             f"chunking.max_tokens {asked.max_tokens}: the model keeps {model.max_length} tokens of a text; "
@@ -261,8 +286,24 @@ def settle_chunking(asked: ChunkingSettings, model: ModelSpec) -> Chunking | Non
         language=asked.language,
         titles=asked.titles,
         keep_text=asked.keep_text,
-        rules=splitting_rules(),
+        rules=splitting_rules(late=asked.late),
+        late=asked.late,
     )
+
+
+def _check_late(model: ModelSpec) -> None:
+    """Refuse late chunks of a model that makes no vector of a span: the mean of its tokens' states."""
+    others = [output.name for output in model.outputs if output.name != EMBEDDING]
+    if others:
+        raise SettingsError(
+            f"chunking.late: {', '.join(others)} of model.outputs {'has' if len(others) == 1 else 'have'} no "
+            f"late form, {EMBEDDING} alone has; take them out, or set chunking.late=false"
+        )
+    if model.pooling != "mean" or model.family != dense.NAME:
+        raise SettingsError(
+            f"chunking.late: is for encoders that pool by the mean of all tokens, and {model.name} (family "
+            f"{model.family}) pools by {model.pooling}; set chunking.late=false, or take another model"
+        )
 
 
 def _try_model(settings: Settings, model: ModelSpec, chunking: Chunking | None) -> tuple[Canary, ...]:

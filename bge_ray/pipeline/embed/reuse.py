@@ -1,12 +1,15 @@
 """Pieces whose vectors are there already: found in the reader, carried past the encoder, put in their place.
 
-A piece takes its outputs from a shard of an earlier state, or from an earlier piece of the same parcel with
-the same text; only the others are tokenised and encoded. The outputs themselves travel, and not their places:
-what was read and proved once cannot be gone when it is written.
+A piece takes its outputs from a shard of an earlier state, from an earlier piece of the same parcel with the
+same text, or from what other shards and parcels gave (`sharing`); only the others are tokenised and encoded.
+The outputs themselves travel, and not their places: what was read and proved once cannot be gone when it is
+written.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,21 +17,33 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from bge_ray.dataset.reuse import HashArray, KnownTexts, read_hashes, take_known
+from bge_ray.dataset.reuse import (
+    PARALLEL_SHARDS,
+    HashArray,
+    KnownTexts,
+    find_hashes,
+    read_hashes,
+    take_known,
+)
+from bge_ray.dataset.shared import ENTRY, EntryArray, read_wants, take_given
+from bge_ray.errors import StorageError
 from bge_ray.pipeline.embed.sources import nearest
-from bge_ray.pipeline.embed.tasks import EmbedJob, Source
+from bge_ray.pipeline.embed.tasks import EmbedJob, Shared, Source
 from bge_ray.pipeline.engine.rows import spread
 from bge_ray.records.arrays import whole
 from bge_ray.records.dataset import DatasetSpec
 from bge_ray.records.ids import IdArray, first_ids
 from bge_ray.records.plan import Unit
+from bge_ray.storage.objects import join
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=np.generic)
 
 # Columns of a parcel; no column of a corpus that is kept has such a name.
 LIKE, ORIGIN, KNOWN = "reuse:like", "reuse:origin", "reuse:known:"
 # Where outputs that were not encoded came from.
-ORIGINS = OBJECT, REPEATED = "object", "repeated"
+ORIGINS = OBJECT, CORPUS, REPEATED = "object", "corpus", "repeated"
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,7 @@ class Reused:
 
     ``like`` (m,) says which piece has the outputs of each: itself, or the first with the same text.
     ``places`` (k,), ascending, are the pieces, each like itself, whose outputs the rows of ``known`` are.
-    ``origin`` (m,) is OBJECT, REPEATED, or null for what is to be encoded.
+    ``origin`` (m,) is one of ORIGINS, or null for what is encoded for this piece, now or before all else.
     """
 
     like: IdArray
@@ -84,8 +99,15 @@ class Earlier:
         return KnownTexts.of(tuple(facts.values()), tuple(self._hashes.values()))
 
 
-def find_reused(job: EmbedJob, hashes: HashArray, known: KnownTexts) -> Reused:
-    """Find out which of m pieces, by the hashes of their texts, need no encoding."""
+def find_reused(job: EmbedJob, hashes: HashArray, known: KnownTexts, place: int | None = None) -> Reused:
+    """Find out which of m pieces, by the hashes of their texts, need no encoding.
+
+    Args:
+        job: of the run.
+        hashes: (m,) of the pieces of a parcel.
+        known: the texts of the shards near to it.
+        place: of the parcel; None where parcels share nothing.
+    """
     n = len(hashes)
     if job.reuse == "off":
         everything = np.arange(n, dtype=np.int64)
@@ -98,7 +120,66 @@ def find_reused(job: EmbedJob, hashes: HashArray, known: KnownTexts) -> Reused:
     origin = np.full(n, None, object)
     origin[like != np.arange(n)] = REPEATED
     origin[np.isin(like, places)] = OBJECT
+    if job.shared is not None and place is not None:
+        left = np.setdiff1d(firsts, places)
+        at, more, givers = take_shared(job, job.shared, place, hashes[left])
+        given = left[at]
+        origin[np.isin(like, given[givers < job.shared.n_shards])] = CORPUS
+        origin[given[(givers >= job.shared.n_shards) & (givers != place)]] = REPEATED
+        some = [part for part in (outputs, more) if len(part)]
+        outputs = pa.concat_tables(some) if some else outputs
+        order = np.argsort(np.concatenate([places, given]), kind="stable")
+        places, outputs = np.concatenate([places, given])[order], outputs.take(pa.array(order))
     return Reused(like, places, outputs, pa.array(origin, pa.string()))
+
+
+def take_shared(
+    job: EmbedJob, shared: Shared, place: int, wanted: HashArray
+) -> tuple[IdArray, pa.Table, IdArray]:
+    """Read what other places give of the texts of a parcel, and what was encoded for it beforehand.
+
+    What cannot be read gives nothing, and is named: its texts are encoded anew.
+
+    Args:
+        job: of the run.
+        shared: where it lies.
+        place: of the parcel.
+        wanted: (m,) distinct hashes.
+
+    Returns:
+        (k,) places in ``wanted``, ascending; a table of k rows with every output and TEXT_FACTS; and the (k,)
+        places that gave them.
+    """
+    wants = np.concatenate([_wants(job, shared, bucket, place) for bucket in range(shared.n_buckets)])
+    # Buckets are ranges of hashes, in order, and so are the texts of each.
+    found = find_hashes(wants["hash"], wanted)
+    giver = np.full(len(wanted), -1, np.int64)
+    giver[found >= 0] = wants["place"][found[found >= 0]]
+
+    def take(number: int) -> tuple[IdArray, pa.Table]:
+        of_giver = np.flatnonzero(giver == number)
+        uri = join(job.root, shared.given_path(number))
+        try:
+            at, table = take_given(job.storage, uri, job.spec, wanted[of_giver])
+        except StorageError as error:
+            logger.warning("no vector is taken from it, its texts are embedded anew: %s", error)
+            return of_giver[:0], pa.table({})
+        return of_giver[at], table
+
+    with ThreadPoolExecutor(PARALLEL_SHARDS) as pool:
+        parts = [part for part in pool.map(take, np.unique(giver[giver >= 0]).tolist()) if len(part[0])]
+    at = np.concatenate([np.empty(0, np.int64), *(at for at, _ in parts)])
+    order = np.argsort(at, kind="stable")
+    table = pa.concat_tables([table for _, table in parts]) if parts else pa.table({})
+    return at[order], table.take(pa.array(order)), giver[at[order]]
+
+
+def _wants(job: EmbedJob, shared: Shared, bucket: int, place: int) -> EntryArray:
+    try:
+        return read_wants(job.storage, join(job.root, shared.shared_path(bucket)), place)
+    except StorageError as error:
+        logger.warning("no text is found by it, and those of others are embedded anew: %s", error)
+        return np.empty(0, ENTRY)
 
 
 def with_reused(table: pa.Table, at: IdArray, reused: Reused, spec: DatasetSpec) -> pa.Table:
@@ -115,7 +196,7 @@ def with_reused(table: pa.Table, at: IdArray, reused: Reused, spec: DatasetSpec)
         each output of the model; as it is if nothing is reused.
     """
     n = len(table)
-    if reused.origin.null_count == len(reused.origin):
+    if reused.origin.null_count == len(reused.origin) and not len(reused.places):
         return table
     like = np.arange(n, dtype=np.int64)
     like[at] = at[reused.like]

@@ -1,20 +1,25 @@
-"""Which shards of an earlier state to look through for the texts of an object: by version, name and size.
+"""Which shards of an earlier state may have the texts of an object: by version, name and size, or all.
 
 A wrong guess costs time and never a vector, since what is taken is proved by the hash of its text.
 """
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from bge_ray.formats.corpus import ScannedObject
-from bge_ray.pipeline.embed.tasks import Source
-from bge_ray.records.dataset import Manifest, Marker
+from bge_ray.pipeline.embed.tasks import ReadTask, Source
+from bge_ray.records.canonical import digest
+from bge_ray.records.dataset import DatasetSpec, FileFact, Manifest, Marker
 from bge_ray.records.plan import NO_VERSION, CorpusObject, Plan
 
 # Objects that a new one is compared with.
 MAX_EARLIER = 4
 # What a unit looks at: so many shards, and so many rows of them, whose hashes are in memory at once.
 NEAR_SHARDS, NEAR_ROWS = 64, 400_000
+# Changes with every change of how texts are shared, or of what the files of that say.
+SHARING_FORMAT = 1
 
 
 class EarlierObjects:
@@ -79,6 +84,57 @@ def earlier_shards(
                 Source(unit.first_row, unit.n_rows, marker.embeddings, marker.fingerprint)
             )
     return found
+
+
+@dataclass(frozen=True)
+class Places:
+    """Who may share texts: shards whose vectors are there, and the parcels of ``tasks``, in this order.
+
+    ``tasks`` are all that is to be done since the last complete run, be it done by now or not, so that every
+    attempt at this run shares the same. Their units know their places.
+    """
+
+    shards: tuple[FileFact, ...]
+    tasks: tuple[ReadTask, ...]
+
+    @staticmethod
+    def of(shards: Sequence[FileFact], tasks: Sequence[ReadTask]) -> "Places":
+        """Number shards and parcels."""
+        place = itertools.count(len(shards))
+        numbered = []
+        for task in tasks:
+            if task.is_group:
+                number = next(place)
+                numbers = dict.fromkeys((unit.unit.name for unit in task.todo), number)
+            else:
+                numbers = {unit.unit.name: next(place) for unit in task.todo}
+            numbered.append(task.placed(numbers))
+        return Places(tuple(shards), tuple(numbered))
+
+    @property
+    def n_places(self) -> int:
+        """How many there are."""
+        return len(self.shards) + sum(task.n_parcels for task in self.tasks)
+
+    def numbers(self) -> dict[str, int]:
+        """Return the place of each unit, by its name."""
+        return {u.unit.name: u.place for task in self.tasks for u in task.todo if u.place is not None}
+
+    def key(self, spec: DatasetSpec) -> str:
+        """Return the name under which these places share: of all that decides what they do."""
+        units = [[[u.unit.name, u.fingerprint, u.place] for u in task.todo] for task in self.tasks]
+        shards = [[fact.path, fact.sha256] for fact in self.shards]
+        return digest([SHARING_FORMAT, spec.vector_fingerprint, units, shards])[:16]
+
+
+def shareable(shards: Mapping[int, Sequence[Source]], fresh: Iterable[ReadTask]) -> tuple[FileFact, ...]:
+    """Return the shards of `earlier_shards` whose texts any parcel may have, in order of their place.
+
+    Not what the very units of ``fresh`` have made, for the same reason that they are no source of their own.
+    """
+    own = {unit.fingerprint for task in fresh for unit in task.todo}
+    sources = (source for number in sorted(shards) for source in shards[number])
+    return tuple(source.fact for source in sources if source.fingerprint not in own)
 
 
 def nearest(

@@ -1,6 +1,7 @@
 """What the stages of an embed run know: the spans that they start from, their units, and where they write."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 
 from ray.actor import ActorHandle
 
@@ -13,11 +14,15 @@ from bge_ray.storage.objects import Storage
 
 @dataclass(frozen=True)
 class CorpusUnit:
-    """One unit to do: which rows, of which object, under which fingerprint."""
+    """One unit to do: which rows, of which object, under which fingerprint.
+
+    ``place`` is the number of its parcel among those that share texts; None where they do not.
+    """
 
     unit: Unit
     fingerprint: str
     uri: str
+    place: int | None = None
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,11 @@ class UnitsTask:
     def name(self) -> str:
         """Name of the first unit."""
         return self.units[0].unit.name
+
+    @property
+    def place(self) -> int | None:
+        """Number of the parcel; see `CorpusUnit`."""
+        return self.units[0].place
 
     def parcel(self) -> Parcel:
         """Return the units as they travel."""
@@ -89,14 +99,54 @@ class ReadTask:
         """How many parcels come of it."""
         return 1 if self.is_group else len(self.todo)
 
+    def placed(self, places: Mapping[str, int]) -> "ReadTask":
+        """Return it with the places of its units to do, by their names."""
+        return self._with(lambda todo: tuple(replace(u, place=places[u.unit.name]) for u in todo))
+
+    def only(self, places: Collection[int]) -> "ReadTask":
+        """Return it with those of its units to do whose place is one of some."""
+        return self._with(lambda todo: tuple(unit for unit in todo if unit.place in places))
+
+    def _with(self, change: Callable[[tuple[CorpusUnit, ...]], tuple[CorpusUnit, ...]]) -> "ReadTask":
+        return ReadTask(tuple(replace(span, todo=change(span.todo)) for span in self.spans))
+
     def parcel(self) -> Parcel:
         """Return it as it travels to the stage that reads."""
         return Parcel.of(self.todo[0].unit.name, self)
 
 
 @dataclass(frozen=True)
+class Shared:
+    """Where places, numbered from 0, leave what they give to each other; see `dataset.shared`.
+
+    ``folder`` is below the data set's. The first ``n_shards`` of the ``n_places`` are shards, the others
+    parcels. Texts are shared in ``n_buckets``.
+    """
+
+    folder: str
+    n_shards: int
+    n_places: int
+    n_buckets: int
+
+    def hashes_path(self, place: int) -> str:
+        """Return the path of the texts of some places, of which the given one is the first."""
+        return f"{self.folder}/hashes/{place:08d}"
+
+    def shared_path(self, bucket: int) -> str:
+        """Return the path of who gives what to whom, of the texts of a bucket."""
+        return f"{self.folder}/shared/{bucket:08d}"
+
+    def given_path(self, place: int) -> str:
+        """Return the path of what a place gives."""
+        return f"{self.folder}/given/{place:08d}"
+
+
+@dataclass(frozen=True)
 class EmbedJob:
-    """What reading and writing tasks must know; holds no connection and no secret."""
+    """What reading and writing tasks must know; holds no connection and no secret.
+
+    ``shared`` is where texts of other parcels and shards are found, with `output.reuse: corpus`.
+    """
 
     storage: Storage
     root: str
@@ -106,3 +156,4 @@ class EmbedJob:
     max_attempts: int
     ledger: ActorHandle
     reuse: Reuse
+    shared: Shared | None = None

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import pyarrow as pa
 from ray.actor import ActorHandle
 
@@ -86,7 +87,7 @@ class ModelStage:
     def _run(self, parcel: Parcel, table: pa.Table, attempt: Attempt, waited_s: float) -> Parcel:
         started = time.time()
         rows, tokens = packed_tokens(table)
-        result = self._model.empty_result(len(rows))
+        result = self._model.empty_result(tokens.n_results)
         queued_s = 0.0
 
         def run(batches: Sequence[IdArray]) -> None:
@@ -96,7 +97,8 @@ class ModelStage:
             queued_s += at_device.result() - sent
 
         def reject(i: int, detail: str) -> None:
-            result.faults[i] = ("killed_worker", detail)
+            results = tokens.results_of(np.asarray([i], np.int64)).tolist()
+            result.faults |= dict.fromkeys(results, ("killed_worker", detail))
 
         batches = self._model.cut(tokens.lengths, self._budget)
         run_isolated(attempt, self._job.stage, batches, run, reject)

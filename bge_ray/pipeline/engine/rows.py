@@ -3,6 +3,7 @@
 A row with a ``reason`` stays in its table and is passed by; so rows in equal rows out at every stage.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TypeAlias
 
@@ -12,13 +13,16 @@ import pyarrow.compute as pc
 
 from bge_ray.records.arrays import whole
 from bge_ray.records.ids import IdArray
-from bge_ray.records.tokens import PackedTokens
+from bge_ray.records.tokens import PackedTokens, TokenSpans
 
 # Reason and detail of a row that is left out.
 Fault: TypeAlias = tuple[str, str]
 # Numbers that some models need of each row, by the name of the array of `PackedTokens`.
 _ROW_NUMBERS = {"type_start": "type_starts", "prompt_tokens": "prompt_tokens"}
-TOKEN_COLUMNS = ("input_ids", *_ROW_NUMBERS)
+# Where rows share tokens: the span of each among those of the row that has them, itself or the last one
+# before.
+_SPAN = ("span_start", "span_stop")
+TOKEN_COLUMNS = ("input_ids", *_ROW_NUMBERS, *_SPAN)
 
 
 def spread(values: pa.Array, rows: IdArray, n_rows: int) -> pa.Array:
@@ -36,12 +40,17 @@ def with_tokens(table: pa.Table, rows: IdArray, tokens: PackedTokens) -> pa.Tabl
     Args:
         table: n rows.
         rows: (m,) ascending numbers of the rows that were tokenised.
-        tokens: of m texts. Its values are taken over, not copied.
+        tokens: with m results. Its values are taken over, not copied.
 
     Returns:
         The table with ``input_ids`` and, where texts have a second segment, ``type_start``, and where a
-        prompt is left out, ``prompt_tokens``.
+        prompt is left out, ``prompt_tokens``; where results are of spans, the first row of each text has the
+        ids, and every row ``span_start`` and ``span_stop``.
     """
+    if tokens.spans is not None:
+        for column, borders in zip(_SPAN, tokens.spans.borders.T, strict=True):
+            table = table.append_column(column, spread(pa.array(borders), rows, len(table)))
+        rows = rows[tokens.spans.offsets[:-1]]
     lengths = np.zeros(len(table), np.int32)
     lengths[rows] = tokens.lengths
     offsets = np.zeros(len(table) + 1, np.int32)
@@ -62,7 +71,7 @@ def with_tokens(table: pa.Table, rows: IdArray, tokens: PackedTokens) -> pa.Tabl
 
 
 def packed_tokens(table: pa.Table) -> tuple[IdArray, PackedTokens]:
-    """Return the (m,) numbers of the rows that have token ids, and those, as views of the table's buffers."""
+    """Return the (m,) numbers of the rows that results are of, and their tokens, as views of the buffers."""
     ids = whole(table["input_ids"])
     if ids.offset or (len(ids) and ids.offsets[0].as_py()):
         ids = pa.concat_arrays([ids.slice(0, 0), ids.take(pa.array(np.arange(len(ids))))])
@@ -77,7 +86,14 @@ def packed_tokens(table: pa.Table) -> tuple[IdArray, PackedTokens]:
         if column in table.column_names and len(rows)
     }
     values = ids.values.to_numpy()[: offsets[-1]]
-    return rows, PackedTokens(values, offsets, np.zeros(len(rows), np.bool_), **numbers)
+    tokens = PackedTokens(values, offsets, np.zeros(len(rows), np.bool_), **numbers)
+    if _SPAN[0] not in table.column_names:
+        return rows, tokens
+    borders = [whole(table[column]) for column in _SPAN]
+    pooled = np.flatnonzero(pc.is_valid(borders[0]).to_numpy(zero_copy_only=False)).astype(np.int64)
+    taken = np.stack([column.take(pa.array(pooled)).to_numpy() for column in borders], axis=1)
+    spans = TokenSpans(np.searchsorted(pooled, [*rows, len(table)]).astype(np.int64), taken.astype(np.int32))
+    return pooled, dataclasses.replace(tokens, spans=spans)
 
 
 def without_tokens(table: pa.Table) -> pa.Table:

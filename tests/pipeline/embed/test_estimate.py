@@ -96,8 +96,11 @@ def test_on_a_gpu_the_sample_is_repeated_until_a_second_is_full(
     assert measured is not None
     assert measured.runs > 2
     base = estimate.Estimate(1, 1, 1, 1, 1, tokens=1, tokens_per_s=1.0, seconds=1.0, memory_bytes=1)
-    told = dataclasses.replace(base, output_bytes=1, num_encoders=1, sample_runs=37).lines()
+    base = dataclasses.replace(base, output_bytes=1, num_encoders=1)
+    told = dataclasses.replace(base, sample_runs=37).lines()
     assert any("the median of 37 runs" in line for line in told)
+    assert not any("shared" in line for line in told)
+    assert any("texts elsewhere" in line for line in dataclasses.replace(base, shares=True).lines())
 
 
 def test_small_objects_are_sampled_until_there_are_rows_enough(storage: Storage, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a run settles of its model by the devices at hand, and what by the data set that is there."""
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,13 +9,18 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from bge_ray.errors import ModelError
+from bge_ray.errors import DatasetMismatchError, ModelError, SettingsError
+from bge_ray.model.feed.chunks import splitting_rules
 from bge_ray.pipeline.embed import prepare
+from bge_ray.records.canonical import from_json, to_json
+from bge_ray.records.chunking import Chunking
 from bge_ray.records.columns import Columns
 from bge_ray.records.dataset import DatasetSpec
 from bge_ray.records.model import ModelSpec
-from bge_ray.settings.sections import parse_settings, parse_tree
+from bge_ray.settings.sections import ChunkingSettings, parse_settings, parse_tree
+from tests.support.models import make_m3
 from tests.support.reading import jsonl_bytes
+from tests.support.records import make_spec
 
 
 @pytest.mark.parametrize("there", ["plain", "fused"])
@@ -84,3 +90,40 @@ def test_a_model_that_no_encoder_could_load_is_refused_in_a_line_before_the_corp
     shutil.copy(tiny_model / name, model / name)
     with pytest.raises(ModelWasTried):
         prepare.prepare(settings)
+
+
+def late(model: Path, **asked: object) -> ModelSpec:
+    return prepare._resolve_model(parse_tree({"model": {"name": str(model), **asked}}), None)
+
+
+def test_late_chunks_are_for_the_mean_of_an_encoder_alone(tmp_path: Path, tiny_model: Path) -> None:
+    asked = ChunkingSettings(max_tokens=40, late=True)
+    mean = late(tiny_model, pooling="mean")
+    settled = prepare.settle_chunking(asked, mean)
+    assert settled is not None and settled.late and "windows" in settled.rules
+    assert prepare.settle_chunking(ChunkingSettings(max_tokens=40), mean).rules == splitting_rules()
+    with pytest.raises(SettingsError, match=r"chunking.late: is for encoders .* pools by cls"):
+        prepare.settle_chunking(asked, late(tiny_model))
+    with pytest.raises(SettingsError, match=r"chunking.late: is for encoders .* pools by mean_sqrt_len"):
+        prepare.settle_chunking(asked, late(tiny_model, pooling="mean_sqrt_len"))
+    counted = late(tiny_model, pooling="mean", outputs=["embedding", "bm25"])
+    with pytest.raises(SettingsError, match=r"chunking.late: bm25 of model.outputs has no late form"):
+        prepare.settle_chunking(asked, counted)
+    with pytest.raises(SettingsError, match=r"chunking.*late: there are no chunks without max_tokens"):
+        parse_settings(None, ["chunking.late=true"])
+    m3 = late(make_m3(tmp_path / "m3"), pooling="mean", outputs=["embedding", "sparse", "colbert"])
+    with pytest.raises(SettingsError, match=r"chunking.late: sparse, colbert of model.outputs have no"):
+        prepare.settle_chunking(asked, m3)
+
+
+def test_a_data_set_of_chunks_that_are_not_late_is_what_it_was() -> None:
+    before = Chunking(40, 0, "sentence", "en", "first", keep_text=False, rules="2, sentencex 1.0")
+    spec = dataclasses.replace(make_spec(), chunking=before)
+    assert "chunking.late" not in spec.decisive()
+    other = dataclasses.replace(spec, chunking=dataclasses.replace(before, late=True))
+    assert other.vector_fingerprint != spec.vector_fingerprint
+    with pytest.raises(DatasetMismatchError, match=r"chunking.late: there False, now True"):
+        other.check_same(spec, "s3://there")
+    tree = json.loads(to_json(spec))
+    del tree["chunking"]["late"]  # as it was written before there were any
+    assert from_json(DatasetSpec, json.dumps(tree)) == spec

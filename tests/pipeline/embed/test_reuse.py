@@ -1,5 +1,6 @@
 """Texts that have vectors are not encoded again, and what comes out is what a clean run makes."""
 
+import random
 import threading
 from pathlib import Path
 
@@ -277,6 +278,36 @@ def test_all_outputs_of_a_row_are_reused_together(
     assert reused(report) == (42, {"object": 41, "repeated": 1})
     assert report.tokens_encoded < 0.1 * first.tokens
     check_as_if_clean(bucket, model, *keys)
+
+
+def test_of_a_corpus_of_which_60_percent_repeat_every_text_is_encoded_once(
+    bucket: str, tiny_model: Path, passages: list[dict[str, str]]
+) -> None:
+    """Across units, files and groups of small files; a second night finds texts in all of the data set."""
+    key, rng = "output.reuse=corpus", random.Random(0)
+    rows = [*passages[:120], *rng.choices(passages[:120], k=180)]
+    rng.shuffle(rows)
+    rows = [{**row, "id": f"{n} {row['id']}"} for n, row in enumerate(rows)]
+    small = {f"s{k}.jsonl": jsonl_bytes(rows[260 + 10 * k : 270 + 10 * k]) for k in range(4)}
+    upload(bucket, {"a.jsonl": jsonl_bytes(rows[:140]), "b.parquet": parquet_bytes(rows[140:260]), **small})
+    report = embed(settings_for(bucket, tiny_model, key, "batching.unit_rows=30")).report
+    assert reused(report) == (180, {"repeated": 180})
+    texts = {row["text_hash"]: row["n_tokens"] for row in rows_of(bucket)}
+    assert (len(texts), report.tokens_encoded) == (120, sum(texts.values()))
+    assert report.tokens == report.tokens_encoded + report.tokens_reused
+    scattered = [{**row, "id": f"again {n}"} for n, row in enumerate([*passages[:120:4], *passages[300:305]])]
+    upload(bucket, {"new/c.jsonl": jsonl_bytes(scattered), "new/d.parquet": parquet_bytes(scattered[-8:])})
+    night = embed(settings_for(bucket, tiny_model, key, "batching.unit_rows=30")).report
+    assert night.vectors_reused == {"corpus": 30 + 3, "repeated": 5}
+    assert night.tokens == night.tokens_encoded + night.tokens_reused
+    found = rows_of(bucket)
+    assert sorted(row["passage_id"] for row in found) == sorted(
+        row["id"] for row in [*rows, *scattered, *scattered[-8:]]
+    )
+    vectors: dict[object, object] = {}
+    assert all(vectors.setdefault(row["text_hash"], row["embedding"]) == row["embedding"] for row in found)
+    check_nothing_left_over(f"{bucket}/out")
+    assert STORAGE.list_files(f"{bucket}/out/work") == []
 
 
 @pytest.mark.slow

@@ -1,12 +1,14 @@
 """Token ids and reasons as columns: nothing is copied that need not be, and no row is lost."""
 
+import dataclasses
+
 import numpy as np
 import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bge_ray.pipeline.engine.rows import packed_tokens, with_faults, with_tokens, without_tokens
-from bge_ray.records.tokens import PackedTokens
+from bge_ray.records.tokens import PackedTokens, TokenSpans
 
 TEXTS = st.lists(st.none() | st.lists(st.integers(0, 99), min_size=1, max_size=5), max_size=12)
 
@@ -50,3 +52,20 @@ def test_faults_are_added_to_those_that_are_there() -> None:
     table = with_faults(with_faults(table, {1: ("a", "why")}), {2: ("b", "how")})
     assert table["reason"].to_pylist() == [None, "a", "b"]
     assert table["detail"].to_pylist() == [None, "why", "how"]
+
+
+@given(st.lists(st.none() | st.integers(0, 3), max_size=14), st.integers(0, 2))
+def test_rows_that_share_tokens_come_back_with_their_spans(drawn: list, seed: int) -> None:
+    """A number begins a row that has a result; every third of them shares the tokens of the one before."""
+    rows = np.array([i for i, n in enumerate(drawn) if n is not None], np.int64)
+    starts = [k for k in range(len(rows)) if k == 0 or (k + seed) % 3]
+    borders = np.array([[n, n + 2] for n in drawn if n is not None], np.int32).reshape(-1, 2)
+    spans = TokenSpans(np.array([*starts, len(rows)] if starts else [0], np.int64), borders)
+    tokens = dataclasses.replace(tokens_of([[9, k] for k in starts]), spans=spans)
+    table = with_tokens(pa.table({"n": range(len(drawn))}), rows, tokens)
+    found, back = packed_tokens(table)
+    assert found.tolist() == rows.tolist()
+    assert back.input_ids.tolist() == tokens.input_ids.tolist()
+    assert back.spans.offsets.tolist() == spans.offsets.tolist()
+    assert back.spans.borders.tolist() == borders.tolist()
+    assert without_tokens(table).column_names == ["n"]
