@@ -19,7 +19,7 @@ SCANNED = 40_000
 QUERY_CHARS = range(20, 200)
 TOKENS = 96
 NEGATIVES = 4
-STEPS = 500
+STEPS = 1000
 RECIPE: dict[str, Any] = {
     "train.kind": "reranker",
     "train.group": 1 + NEGATIVES,
