@@ -10,9 +10,8 @@ import functools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -20,6 +19,11 @@ import pyarrow.compute as pc
 
 from bge_ray.errors import SettingsError
 from bge_ray.records.dataset import DatasetSpec
+
+# Imported where it is used: beside Ray modules live as long as the process, and DuckDB would tell of leaks
+# at its end, of searches without a filter, too.
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
 
 # What a computation may take beside the columns it is given.
 MEMORY = "512MB"
@@ -180,6 +184,8 @@ class FilterReader:
 
     def _plan(self, found: Filter) -> None:
         """Have the expression planned against the columns' types, and computed of a row of nulls."""
+        import duckdb
+
         for name in found.columns:
             field = self._kept.field(name)
             try:
@@ -204,8 +210,10 @@ def _nulls(fields: Sequence[pa.Field]) -> pa.Table:
     return pa.table([pa.nulls(1, field.type) for field in fields], names=[field.name for field in fields])
 
 
-def connect() -> duckdb.DuckDBPyConnection:
+def connect() -> "DuckDBPyConnection":
     """Return a database in memory that sees no files, knows no other time zone than UTC, and stays so."""
+    import duckdb
+
     database = duckdb.connect(
         ":memory:",
         config={
@@ -222,7 +230,7 @@ def connect() -> duckdb.DuckDBPyConnection:
     return database
 
 
-def compute(database: duckdb.DuckDBPyConnection, table: pa.Table, filters: Sequence[Filter]) -> list[Marks]:
+def compute(database: "DuckDBPyConnection", table: pa.Table, filters: Sequence[Filter]) -> list[Marks]:
     """Tell which of n rows pass each of some filters.
 
     Args:
@@ -233,6 +241,8 @@ def compute(database: duckdb.DuckDBPyConnection, table: pa.Table, filters: Seque
     Returns:
         For each filter (n,) whether it is true, not false and not null; or why it cannot be told of some row.
     """
+    import duckdb
+
     used = {name for one in filters for name in one.columns}
     # What differs in case alone is one column to DuckDB, which takes either.
     if len({name.lower() for name in used}) == len(used):
@@ -243,7 +253,9 @@ def compute(database: duckdb.DuckDBPyConnection, table: pa.Table, filters: Seque
     return [_alone(database, table, one) for one in filters]
 
 
-def _alone(database: duckdb.DuckDBPyConnection, table: pa.Table, one: Filter) -> Marks:
+def _alone(database: "DuckDBPyConnection", table: pa.Table, one: Filter) -> Marks:
+    import duckdb
+
     try:
         return _computed(database, table, [one])[0]
     except duckdb.Error as error:
@@ -251,7 +263,7 @@ def _alone(database: duckdb.DuckDBPyConnection, table: pa.Table, one: Filter) ->
 
 
 def _computed(
-    database: duckdb.DuckDBPyConnection, table: pa.Table, filters: Sequence[Filter]
+    database: "DuckDBPyConnection", table: pa.Table, filters: Sequence[Filter]
 ) -> list[npt.NDArray[np.bool_]]:
     names = dict.fromkeys(["vector_id", *(name for one in filters for name in one.columns)])
     with _over(database, table.select(list(names))):
@@ -265,7 +277,7 @@ def _selected(filters: Sequence[Filter]) -> str:
 
 
 @contextlib.contextmanager
-def _over(database: duckdb.DuckDBPyConnection, table: pa.Table) -> Iterator[None]:
+def _over(database: "DuckDBPyConnection", table: pa.Table) -> Iterator[None]:
     """Have a table as what filters are computed over."""
     database.register(_ROWS, table)
     try:
@@ -274,11 +286,11 @@ def _over(database: duckdb.DuckDBPyConnection, table: pa.Table) -> Iterator[None
         database.unregister(_ROWS)
 
 
-def _parse(database: duckdb.DuckDBPyConnection, query: str) -> Any:
+def _parse(database: "DuckDBPyConnection", query: str) -> Any:
     return json.loads(_one(database, "SELECT json_serialize_sql(?)", query))
 
 
-def _one(database: duckdb.DuckDBPyConnection, query: str, value: str) -> str:
+def _one(database: "DuckDBPyConnection", query: str, value: str) -> str:
     ((found,),) = database.execute(query, [value]).fetchall()
     return str(found)
 
@@ -358,7 +370,7 @@ def _place(text: str, position: int) -> str:
     return f" at character {len(before) + 1}"
 
 
-def _reason(error: duckdb.Error) -> str:
+def _reason(error: Exception) -> str:
     """Return what DuckDB says of an expression, without the query that it repeats."""
     return "; ".join(
         line.strip() for line in str(error).partition("\n\nLINE ")[0].splitlines() if line.strip()

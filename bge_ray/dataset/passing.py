@@ -8,9 +8,8 @@ import itertools
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import duckdb
 import numpy as np
 import numpy.typing as npt
 
@@ -21,6 +20,9 @@ from bge_ray.errors import StorageError
 from bge_ray.records.dataset import FileFact
 from bge_ray.records.ids import CHUNK_BITS, IdArray
 from bge_ray.storage.objects import Storage, join
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
 
 BitArray: TypeAlias = npt.NDArray[np.uint8]
 
@@ -130,7 +132,7 @@ def put_together(
 
 
 def _mark(
-    database: duckdb.DuckDBPyConnection,
+    database: "DuckDBPyConnection",
     storage: Storage,
     root: str,
     place: tuple[FileFact, int, int],
@@ -142,7 +144,7 @@ def _mark(
     names = list(dict.fromkeys(["vector_id", *(name for one in filters for name in one.columns)]))
     tables = list(read_columns(storage, root, fact, names))
     if lacking := {*names} - {name for table in tables for name in table.column_names}:
-        raise StorageError(f"{uri}: lacks the columns {', '.join(sorted(lacking))}; run embed.py again")
+        raise StorageError(f"{uri}: lacks the columns {', '.join(sorted(lacking))}; run bge-ray embed again")
     rows = [(table["vector_id"].to_numpy() - first) >> CHUNK_BITS for table in tables]
     found: Marked = []
     for start in range(0, len(filters), AT_ONCE):
