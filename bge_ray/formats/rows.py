@@ -116,7 +116,7 @@ def _passage_id(value: object) -> tuple[str | None, tuple[str, str] | None]:
     text = str(value)
     if not text.strip():
         return None, ("null_id", "the id is empty")
-    if (fault := _unicode_fault(text)) is not None:
+    if (fault := unicode_fault(text)) is not None:
         return None, fault
     return text, None
 
@@ -131,7 +131,7 @@ def _passage_text(text: object, title: object) -> tuple[str | None, tuple[str, s
     joined = text if title is None else f"{title} {text}".strip()
     if is_blank(joined):
         return None, ("empty_text", "nothing but white space and characters that nobody sees")
-    if (fault := _unicode_fault(joined)) is not None:
+    if (fault := unicode_fault(joined)) is not None:
         return None, fault
     return joined, None
 
@@ -145,8 +145,11 @@ def is_blank(text: str) -> bool:
     return all(unicodedata.category(letter) in _UNSEEN for letter in text.strip())
 
 
-def _unicode_fault(text: str) -> tuple[str, str] | None:
-    """Lone surrogates cannot be stored as UTF-8; undecodable bytes arrive as such, too."""
+def unicode_fault(text: str) -> tuple[str, str] | None:
+    """Return the reason and detail why a text is none, or None.
+
+    Lone surrogates cannot be stored as UTF-8; undecodable bytes arrive as such, too.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -11,6 +11,7 @@ from bge_ray.formats.candidate_table import QUERY_ID_COLUMNS
 from bge_ray.formats.candidates import Reject
 from bge_ray.formats.endings import ending_of
 from bge_ray.formats.lines import read_text_lines
+from bge_ray.formats.rows import is_blank, unicode_fault
 from bge_ray.storage.objects import ObjectInfo, Storage
 
 # What else a line may say of how it is to be trained on.
@@ -61,7 +62,7 @@ def read_examples(storage: Storage, uri: str, reject: Reject) -> Iterator[Exampl
         stem = f"{info.uri.rpartition('/')[2]}:" if len(infos) > 1 else ""
         for example in _read_object(storage, info, stem, reject):
             if example.query_id in seen:
-                reject(example.query_id, None, "duplicate_query", f"{info.uri}: the id stands earlier")
+                reject(example.query_id, None, "duplicate_query", f"{example.place}: the id stands earlier")
                 continue
             seen.add(example.query_id)
             yield example
@@ -103,13 +104,12 @@ def _fault(record: Any) -> tuple[str, str] | None:
     if not isinstance(record, dict):
         return "malformed", "expected a JSON object"
     query, pos, ids = record.get("query"), record.get("pos"), record.get("pos_id")
-    if not isinstance(query, str) or not query.strip():
+    if not isinstance(query, str) or is_blank(query):
         return "empty_query", "query is missing, no text, or nothing but white space"
-    for name, texts in (("pos", pos), ("neg", record.get("neg") or [])):
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            return "malformed", f"expected {name} to be a list of texts"
+    if (fault := _text_fault(record)) is not None:
+        return fault
     if not pos:
-        return "no_positive", "pos is an empty list"
+        return "no_positive", "pos is missing or empty"
     if ids is not None and (not isinstance(ids, list) or len(ids) != len(pos)):
         return "malformed", "expected pos_id to have one id for each text of pos"
     for name in ("pos", "neg"):
@@ -117,6 +117,22 @@ def _fault(record: Any) -> tuple[str, str] | None:
         if scores is not None and not _are_scores(scores, len(record.get(name) or [])):
             return "malformed", f"expected {name}_scores to have one finite number for each text of {name}"
     return None
+
+
+def _text_fault(record: dict[str, Any]) -> tuple[str, str] | None:
+    """Return why passages or prompt of a record are no texts, or that some text of it is no Unicode."""
+    found = [record["query"]]
+    for name in ("pos", "neg"):
+        texts = record.get(name) or []
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            return "malformed", f"expected {name} to be a list of texts"
+        if any(is_blank(text) for text in texts):
+            return "malformed", f"{name} has a text of which nothing is seen"
+        found += texts
+    prompt = record.get("prompt")
+    if prompt is not None and not isinstance(prompt, str):
+        return "malformed", "expected prompt to be a text"
+    return next(filter(None, map(unicode_fault, [*found, prompt or ""])), None)
 
 
 def _are_scores(scores: Any, count: int) -> bool:

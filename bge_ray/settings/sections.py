@@ -821,8 +821,11 @@ class MergeSettings(Section):
             raise ValueError("examples: make the weights; leave merge.weights out")
         if self.models is None or len(self.weights) != len(self.models):
             raise ValueError("weights: must be one for each of merge.models")
-        if min(self.weights) <= 0 or abs(sum(self.weights) - 1) > 1e-6:
-            raise ValueError(f"weights: must be above 0 and sum to 1, not to {sum(self.weights):g}")
+        wrong = next((weight for weight in self.weights if not weight > 0), None)  # NaN is not above 0 either
+        if wrong is not None:
+            raise ValueError(f"weights: each must be above 0, {wrong:g} is not")
+        if not abs(sum(self.weights) - 1) <= 1e-6:
+            raise ValueError(f"weights: must sum to 1, not to {sum(self.weights):g}")
         return self
 
 

@@ -252,7 +252,7 @@ def test_more_filters_than_are_computed_at_once(data: Kept) -> None:
 
 
 def test_a_shard_that_lacks_a_column_is_named(data: Kept) -> None:
-    with pytest.raises(StorageError, match=r"embeddings/.*: lacks the columns nope; run embed\.py again"):
+    with pytest.raises(StorageError, match=r"embeddings/.*: lacks the columns nope; run bge-ray embed again"):
         mark_shards(STORAGE, data.root, data.shards, [Filter("(nope > 1)", ("nope",))])
 
 

@@ -47,6 +47,10 @@ def test_what_is_no_example_is_named_with_its_line(tmp_path: Path) -> None:
         {"query": "q", "pos": [1]},
         {"query": "q", "pos": ["p"], "pos_id": ["a", "b"]},
         {"query": "again", "pos": ["p"], "id": "1"},
+        '{"query": "a \\ud800 b", "pos": ["p"]}',
+        {"query": "q", "pos": ["p"], "neg": ["n\ud800"]},
+        {"query": "q", "pos": ["\u200b "]},
+        {"query": "q", "pos": ["p"], "prompt": 5},
     )
     found, rejected = read(uri)
     assert [(example.query_id, example.query) for example in found] == [("1", "good")]
@@ -60,9 +64,13 @@ def test_what_is_no_example_is_named_with_its_line(tmp_path: Path) -> None:
         "malformed",
         "malformed",
         "duplicate_query",
+        "invalid_unicode",
+        "invalid_unicode",
+        "malformed",
+        "malformed",
     ]
-    assert len(found) + len(rejected) == 10
-    assert "line 2" in rejected[0][3]
+    assert len(found) + len(rejected) == 14
+    assert [f"line {number}" in detail[3] for number, detail in enumerate(rejected, 2)] == [True] * 13
 
 
 def test_lines_of_several_files_have_different_ids(tmp_path: Path) -> None:

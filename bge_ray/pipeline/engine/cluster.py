@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from bge_ray.errors import BgeRayError, SettingsError
+from bge_ray.errors import BgeRayError, IncompleteRunError, SettingsError
 from bge_ray.pipeline.engine.liveness import tcp_door, unwatch_cluster, watch_cluster
 from bge_ray.pipeline.engine.receipts import wait_for_paths
 from bge_ray.settings.sections import ResourcesSettings
@@ -26,6 +26,7 @@ from bge_ray.settings.sections import ResourcesSettings
 logger = logging.getLogger(__name__)
 
 LOCAL = "local"
+_TOO_LATE = "timed out during startup"
 # What the processes of a local cluster are given to end.
 EXIT_S = 10.0
 # Set to anything, it keeps the session folder of a run that went well, too.
@@ -113,6 +114,7 @@ def connect(settings: ResourcesSettings) -> None:
 
     Raises:
         SettingsError: no cluster is there, or it refuses; or the address is not that of a cluster.
+        IncompleteRunError: a local one did not start in time.
     """
     prepare_environment(settings)
     import ray
@@ -124,15 +126,23 @@ def connect(settings: ResourcesSettings) -> None:
     with _signal_handlers_kept():
         if address == LOCAL:
             # An address left over from a cluster that died would otherwise be tried first, for minutes.
-            ray.init(
-                address=LOCAL,
-                include_dashboard=False,
-                logging_level="WARNING",
-                _node_ip_address="127.0.0.1",
-            )
+            _start(ray)
         else:
             _join(ray, address, "resources.address" if settings.address else "RAY_ADDRESS")
     _watch(ray)
+
+
+def _start(ray: Any) -> None:
+    try:
+        ray.init(
+            address=LOCAL, include_dashboard=False, logging_level="WARNING", _node_ip_address="127.0.0.1"
+        )
+    except Exception as error:
+        if _TOO_LATE not in str(error):  # Ray has no class for it
+            raise
+        raise IncompleteRunError(
+            "the Ray of this job's own did not start in time, as on a machine that is too busy; run it again"
+        ) from error
 
 
 def _join(ray: Any, address: str, key: str) -> None:

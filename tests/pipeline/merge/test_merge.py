@@ -248,7 +248,9 @@ def test_what_a_training_leaves_in_the_files_is_no_difference(encoders: list[Pat
     ("given", "said"),
     [
         ([0.5, 0.6], "sum to 1"),
-        ([1.0, 0.0], "above 0"),
+        ([1.0, 0.0], r"each must be above 0, 0 is not"),
+        ([1.2, -0.2], r"each must be above 0, -0.2 is not"),
+        ([float("nan"), 0.5], r"each must be above 0, nan is not"),
         ([1.0], "one for each"),
         ([0.1, 0.2], "sum to 1"),
     ],
