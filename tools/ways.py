@@ -37,7 +37,7 @@ READ_PARQUET = (
     "formats.parquet:read_parquet open_parquet _to_rows _ids _texts",
     "storage.objects:Storage.open RangeFile.read Storage.read_range",
     "formats.corpus:_check_count",
-    "formats.rows:check_rows _passage_id _passage_text _unicode_fault",
+    "formats.rows:check_rows _passage_id _passage_text unicode_fault",
 )
 TEXT_TOKENS = (
     "pipeline.engine.tokenise:tokenise",
@@ -178,7 +178,7 @@ WAYS: Mapping[str, Sequence[str]] = {
         "formats.jsonl:scan_jsonl read_jsonl parse_line",
         "formats.lines:open_lines iter_lines read_units_of to_rows",
         "formats.corpus:read_units _read _check_count _check_unchanged",
-        "formats.rows:check_rows _passage_id _passage_text _unicode_fault take_passages",
+        "formats.rows:check_rows _passage_id _passage_text unicode_fault take_passages",
         "pipeline.search.filtering:Filtering.read",
         *INTAKE,
         *PARCEL,

@@ -48,7 +48,10 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except LOAD_ERRORS as error:
-        raise ModelError(f"{folder}: its configuration cannot be loaded: {in_a_line(error)}") from error
+        said = in_a_line(error)
+        if "custom code" in said:
+            said = "its code lies in the folder; set model.trust_remote_code=true if you trust its author"
+        raise ModelError(f"{folder}: its configuration cannot be loaded: {said}") from error
 
 
 def load_encoder(folder: Path, how: Loading) -> torch.nn.Module:

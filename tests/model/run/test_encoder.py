@@ -256,7 +256,9 @@ def test_damaged_weights_are_a_model_error(encoder_folder: MakeModel, tmp_path: 
         weights = load_file(file)
         key = next(k for k in weights if k.endswith("position_embeddings.weight"))
         save_file(weights | {key: weights[key][:5].clone()}, file, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"cannot be loaded|is no whole safetensors file"):
+    with pytest.raises(
+        ModelError, match=r"cannot be loaded|other shapes than config|is no whole safetensors file"
+    ):
         load(resolve(folder))
 
 
