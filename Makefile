@@ -15,7 +15,7 @@ help: ## list the commands
 demo: $(VENV)/.demo ## embed, index and search the docstrings of this Python, offline
 	$(BIN)/python jobs/demo.py
 
-demo-train: $(VENV)/.demo-train ## train a small reranker for the demo, in under an hour, and show what it adds
+demo-train: $(VENV)/.demo-train ## train a small reranker for the demo, in about an hour, and measure it
 	$(BIN)/python jobs/demo.py --train
 
 test: check ## the tests: `make check`, then those with a real Ray, a real S3 server and real weights

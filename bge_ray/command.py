@@ -245,7 +245,7 @@ def _add_demo(app: "Typer", ending: Ending) -> None:
             list[str] | None, Option(metavar="QUESTION", help="Ask this instead; may be repeated.")
         ] = None,
         train: Annotated[
-            bool, Option("--train", help="Train a small reranker, in under an hour, and show what it adds.")
+            bool, Option("--train", help="Train a small reranker, in about an hour, and measure it.")
         ] = False,
         overrides: Annotated[list[str] | None, _set_option()] = None,
         dry_run: Annotated[

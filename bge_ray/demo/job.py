@@ -117,7 +117,7 @@ def _show_known_answers(console: "Console", settings: Settings, work: Path, stop
     if not is_trained(work):
         console.print(
             f"\nno reranker in {reranker_folder(work)}: `bge-ray demo --train`, or `make demo-train`, makes "
-            "one in under an hour, and the demo then shows what it adds",
+            "one in about an hour, and the demo then measures it",
             markup=False,
             highlight=False,
         )
