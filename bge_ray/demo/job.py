@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING
 from bge_ray.demo.chinese import PACKAGE, chinese_keys, has_weights, write_chinese
 from bge_ray.demo.known import changed, draw, keys_of, measured, write_beir
 from bge_ray.demo.reranker import TOKENS, is_trained, reranker_folder, train_reranker
-from bge_ray.demo.show import Answer, answers_of_run, show_answers, show_chinese, show_reranking, show_shards
+from bge_ray.demo.show import (
+    Answer,
+    answers_of_run,
+    say,
+    show_answers,
+    show_chinese,
+    show_reranking,
+    show_shards,
+)
 from bge_ray.errors import InstallationError
 from bge_ray.formats.docstrings import STANDARD_LIBRARY, known_items
 from bge_ray.jobs import Job
@@ -115,11 +123,10 @@ def write_known(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
 def _show_known_answers(console: "Console", settings: Settings, work: Path, stop: StopRequest) -> None:
     """Search for answers that are known without and with reranking, if a reranker was trained."""
     if not is_trained(work):
-        console.print(
+        say(
+            console,
             f"\nno reranker in {reranker_folder(work)}: `bge-ray demo --train`, or `make demo-train`, makes "
             "one in about an hour, and the demo then measures it",
-            markup=False,
-            highlight=False,
         )
         return
     folder = work / "known"
@@ -137,7 +144,7 @@ def _show_known_answers(console: "Console", settings: Settings, work: Path, stop
 def _show_chinese_answers(console: "Console", settings: Settings, work: Path, stop: StopRequest) -> None:
     """Search in Chinese, if the multilingual weights are installed."""
     if not has_weights():
-        console.print(f"\nno Chinese half: its weights are in the package {PACKAGE}", highlight=False)
+        say(console, f"\nno Chinese half: its weights are in the package {PACKAGE}")
         return
     folder = work / "chinese"
     passages, _ = write_chinese(folder)

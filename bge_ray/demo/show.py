@@ -42,10 +42,10 @@ def show_answers(console: "Console", settings: Settings, answers: Sequence[Answe
     table = pq.read_table(str(settings.corpus.uri), columns=["id", "text"])
     texts = {row["id"]: row["text"] for row in table.to_pylist()}
     for question, hits in answers:
-        _say(console, question, "bold")
+        say(console, question, "bold")
         for score, passage_id in hits:
             first_line = texts[passage_id].strip().splitlines()[0][:SHOWN_CHARS]
-            _say(console, f"  {score:.3f}  {passage_id}: {first_line}")
+            say(console, f"  {score:.3f}  {passage_id}: {first_line}")
 
 
 def answers_of_run(settings: Settings) -> list[Answer]:
@@ -67,16 +67,16 @@ def show_reranking(
     console: "Console", first: Values, reranked: Values, questions: dict[str, str], passages: int
 ) -> None:
     """Print MRR@10 without and with reranking, and the questions whose answer it lifted most."""
-    _say(console, f"\n{len(first)} questions whose answers are known, {passages:,} passages to search:")
-    _say(console, "each question is the first sentence of a docstring, its answer the rest of it")
+    say(console, f"\n{len(first)} questions whose answers are known, {passages:,} passages to search:")
+    say(console, "each question is the first sentence of a docstring, its answer the rest of it")
     for says, values in (("search", first), ("search, reranked", reranked)):
         low, high = interval(values)
-        _say(console, f"  {says:18}{METRIC} {mean(values):.3f}  ({low:.3f} to {high:.3f})")
+        say(console, f"  {says:18}{METRIC} {mean(values):.3f}  ({low:.3f} to {high:.3f})")
     found = compare(reranked, first)
-    _say(console, f"  difference {found.difference:+.3f}, p {found.p_value:.4f}; what moved most:")
+    say(console, f"  difference {found.difference:+.3f}, p {found.p_value:.4f}; what moved most:")
     for query in sorted(first, key=lambda query: (first[query] - reranked[query], query))[:SHOWN_QUESTIONS]:
         moved = f"{_place(first[query])} to {_place(reranked[query])}"
-        _say(console, f"  {moved}: {questions[query][:SHOWN_CHARS]}")
+        say(console, f"  {moved}: {questions[query][:SHOWN_CHARS]}")
 
 
 def _place(reciprocal: float) -> str:
@@ -88,13 +88,13 @@ def show_chinese(
 ) -> None:
     """Print the answers to some Chinese questions, and MRR@10 of all."""
     score = f"{METRIC} {mean(found):.3f}"
-    _say(console, f"\nin Chinese, {len(found)} questions to {len(passages)} passages: {score}")
+    say(console, f"\nin Chinese, {len(found)} questions to {len(passages)} passages: {score}")
     for question, hits in answers[:SHOWN_QUESTIONS]:
-        _say(console, question, "bold")
+        say(console, question, "bold")
         best, passage_id = hits[0]
-        _say(console, f"  {best:.3f}  {passages[passage_id]}")
+        say(console, f"  {best:.3f}  {passages[passage_id]}")
 
 
-def _say(console: "Console", text: str, style: str | None = None) -> None:
-    """Print a text as it stands, brackets and numbers too."""
-    console.print(text, style=style, markup=False, highlight=False)
+def say(console: "Console", text: str, style: str | None = None) -> None:
+    """Print a text as it stands, brackets and numbers too; a terminal breaks its lines, and a file need not."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
