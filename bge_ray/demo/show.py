@@ -96,5 +96,5 @@ def show_chinese(
 
 
 def say(console: "Console", text: str, style: str | None = None) -> None:
-    """Print a text as it stands, brackets and numbers too; a terminal breaks its lines, and a file need not."""
+    """Print a text as it stands, brackets and numbers too; where a line ends is the terminal's affair."""
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
