@@ -24,8 +24,8 @@ from bge_ray.index.search import search
 from bge_ray.index.selectors import select
 from bge_ray.index.topk import exact_topk
 from bge_ray.index.tune import measure_recall, tune_effort
-from bge_ray.index.vectors import normalise
 from bge_ray.records.ids import FloatArray, IdArray
+from tools.kept_vectors import read_vectors
 
 TARGET, K = 0.95, 10
 SHARES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002)
@@ -131,9 +131,7 @@ def main() -> int:
     parser.add_argument("--queries", type=int, default=400)
     arguments = parser.parse_args()
     faiss.omp_set_num_threads(1)
-    files = sorted(arguments.vectors.glob("passages-*.npy"))
-    vectors = normalise(np.concatenate([np.load(path) for path in files]))
-    queries = normalise(np.load(arguments.vectors / "queries.npy")[: arguments.queries])
+    vectors, queries = read_vectors(arguments.vectors, arguments.queries)
     rows = []
     for row in measure(vectors, queries):
         rows.append(row)

@@ -100,10 +100,7 @@ def read_shard(storage: Storage, root: str, fact: FileFact, ids: IdArray, column
                     table = file.read_row_group(group, columns=names, use_threads=False)
                     tables.append(table.take(pa.array(_positions(table["vector_id"].to_numpy(), wanted))))
     except (OSError, KeyError, AttributeError, pa.ArrowException) as error:
-        raise StorageError(
-            f"{uri}: is not the embedding shard that the manifest vouches for ({error!r}); run bge-ray embed "
-            "again"
-        ) from error
+        raise _not_vouched_for(uri, error) from error
     return pa.concat_tables(tables).replace_schema_metadata(None)
 
 
@@ -136,10 +133,7 @@ def find_passages(
                 positions.append(places.drop_null().to_numpy().astype(np.int64))
                 found.append(table["vector_id"].to_numpy()[hit])
     except (OSError, KeyError, pa.ArrowException) as error:
-        raise StorageError(
-            f"{uri}: is not the embedding shard that the manifest vouches for ({error!r}); run bge-ray embed "
-            "again"
-        ) from error
+        raise _not_vouched_for(uri, error) from error
     none = np.empty(0, np.int64)
     return np.concatenate([none, *positions]), np.concatenate([none, *found])
 
@@ -150,3 +144,10 @@ def _positions(there: IdArray, wanted: IdArray) -> IdArray:
     found = places < len(there)
     found[found] = there[places[found]] == wanted[found]
     return places[found].astype(np.int64)
+
+
+def _not_vouched_for(uri: str, error: Exception) -> StorageError:
+    return StorageError(
+        f"{uri}: is not the embedding shard that the manifest vouches for ({error!r}); run bge-ray embed "
+        "again"
+    )
