@@ -18,6 +18,7 @@ import pytest
 
 from tests.support.corpora import docstrings, jsonl_bytes
 from tests.support.runs import REPOSITORY, wait_until
+from tests.support.warm import command
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LIMIT_S = 30
@@ -56,7 +57,7 @@ class Command:
 
     def started(self, name: str) -> list[psutil.Process]:
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if name in " ".join(child.cmdline())]
+        return [child for child in children if name in " ".join(command(child))]
 
     def end(self) -> tuple[int, float, str]:
         """Return the code, how long it took, and the last line."""

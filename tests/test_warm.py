@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.warm import COLD, descendants, launcher
+from tests.support.warm import COLD, command, descendants, launcher
 
 pytestmark = [
     pytest.mark.ray,
@@ -38,7 +38,7 @@ def test_a_worker_has_its_imports_behind_it_and_is_a_process_of_its_own() -> Non
     assert len(server) == 1
     mine = {process.pid for process in descendants(psutil.Process())}
     assert {pid for pid, *_ in facts} <= mine
-    assert not any(launcher() in process.cmdline() for process in descendants(psutil.Process()))
+    assert not any(launcher() in command(process) for process in descendants(psutil.Process()))
     # Killed like any other, and its launcher does not stay behind.
     for worker, (pid, *_) in zip(workers, facts, strict=True):
         psutil.Process(pid).kill()

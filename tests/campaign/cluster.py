@@ -11,7 +11,7 @@ import sys
 import psutil
 
 from tests.support.runs import REPOSITORY
-from tests.support.warm import descendants, warm_environment
+from tests.support.warm import command, descendants, warm_environment
 
 OBJECT_STORE_BYTES = 200 << 20
 
@@ -38,7 +38,7 @@ class RayCluster:
 
     def lose_node(self) -> bool:
         """Kill the second node and all that ran on it, at once."""
-        raylets = [p for p in self._raylets() if "--head" not in p.cmdline()]
+        raylets = [p for p in self._raylets() if "--head" not in command(p)]
         if not raylets:
             return False
         doomed = [raylets[-1], *descendants(raylets[-1])]

@@ -117,17 +117,22 @@ def warm_environment() -> dict[str, str]:
 
 def descendants(process: psutil.Process) -> list[psutil.Process]:
     """Return all that a process started and that lives, a worker in place of its launcher."""
-    found = []
-    for child in process.children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            found.append(_worker_of(child) or child)
-    return found
+    children = process.children(recursive=True)
+    return [_worker_of(child) or child for child in children if command(child)]
+
+
+def command(process: psutil.Process) -> list[str]:
+    """Return a process's command line; none if it ended meanwhile, whether its parent has noticed or not."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:  # ZombieProcess is one of them.
+        return []
 
 
 def _worker_of(process: psutil.Process) -> psutil.Process | None:
-    words = process.cmdline()
+    words = command(process)
     if len(words) > 2 and words[2].endswith("/python") and PREFIX in words[2]:
-        with contextlib.suppress(FileNotFoundError, ValueError):
+        with contextlib.suppress(FileNotFoundError, ValueError, psutil.NoSuchProcess):
             return psutil.Process(int(Path(words[2]).with_name(str(process.pid)).read_text()))
     return None
 
