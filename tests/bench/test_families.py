@@ -14,6 +14,7 @@ from bge_ray.formats.docstrings import find_docstrings
 from bge_ray.model.spec import pair_feeder, resolve_reranker
 from bge_ray.settings.sections import RerankSettings
 from tests.model.conftest import encode, vectors
+from tests.support.slow import slow_but
 
 pytestmark = pytest.mark.parity
 
@@ -28,7 +29,9 @@ def tiny(name: str) -> Shape:
     return dataclasses.replace(shape, sizes=sizes, dtype="float32")
 
 
-@pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if shape.role == "encoder"])
+@pytest.mark.parametrize(
+    "name", slow_but(["bert-small"], [name for name, shape in SHAPES.items() if shape.role == "encoder"])
+)
 def test_both_make_the_same_vectors(tmp_path: Path, name: str) -> None:
     folder = make_model(tiny(name), tmp_path / "m")
     texts = [text for *_, text in itertools.islice(find_docstrings(), 12)]
@@ -36,6 +39,7 @@ def test_both_make_the_same_vectors(tmp_path: Path, name: str) -> None:
     np.testing.assert_allclose(vectors(encode(folder, texts)), theirs, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert-small", "cross-encoder", "llm-reranker"])
 def test_one_turn_of_a_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(families, "GFLOP", 0.01)

@@ -73,7 +73,7 @@ class Course:
                 self._change_corpus()
             code = self._live(life, None)
         self._calm(EMBED, None, code)
-        made = Made(tuple(self._states), trial.chunked)
+        made = Made(tuple(self._states), trial.chunked, trial.reuse)
         reference = references.dataset(self._site, made)
         findings = self._check_dataset(reference)
         if trial.indexes:
@@ -155,6 +155,7 @@ class Course:
             encoders=trial.encoders,
             grace_s=trial.grace_s,
             chunked=trial.chunked,
+            reuse=trial.reuse,
         )
 
     def _live(self, life: Life, asked: Asked | None) -> int:

@@ -13,6 +13,7 @@ QUERIES = "corpus/queries/queries.jsonl"
 TOKENS = 64
 # Most passages of the campaign are longer than a chunk.
 CHUNK_TOKENS, OVERLAP_TOKENS = 24, 6
+Reuse = Literal["object", "corpus"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def written_folders(root: str) -> list[str]:
 
 
 def dataset_settings(
-    job: str, root: str, models: Models, *, encoders: int, grace_s: int, chunked: bool
+    job: str, root: str, models: Models, *, encoders: int, grace_s: int, chunked: bool, reuse: Reuse
 ) -> dict[str, object]:
     """Return the settings of every embed or index run of a trial."""
     common: dict[str, object] = {
@@ -85,6 +86,7 @@ def dataset_settings(
     return common | {
         "corpus.uri": f"s3://{CORPUS}",
         "corpus.max_rejected_fraction": 0.05,
+        "output.reuse": reuse,
         "model.name": models.encoder,
         "model.max_length": TOKENS,
         "batching.unit_rows": UNIT_ROWS,

@@ -12,7 +12,7 @@ from typing import Any
 from tests.campaign.checks.dataset import snapshot
 from tests.campaign.checks.runs import run_snapshot
 from tests.campaign.corpus import REUSING, corpus_hash
-from tests.campaign.jobs import Asked, Models, dataset_settings, run_settings
+from tests.campaign.jobs import Asked, Models, Reuse, dataset_settings, run_settings
 from tests.campaign.moments import EMBED, INDEX
 from tests.campaign.site import Site
 from tests.support.runs import JobProcess
@@ -22,20 +22,22 @@ ROOT = "out/reference"
 
 @dataclass(frozen=True)
 class Made:
-    """What a data set was made of: the states of the corpus that it was embedded in, and cut texts or not."""
+    """What a data set was made of: the states of the corpus that it was embedded in, and how."""
 
     history: tuple[str, ...]
     chunked: bool
+    reuse: Reuse
 
     @property
     def name(self) -> str:
         states = "-".join(f"{state}-{corpus_hash(state)}" for state in self.history)
-        return f"chunks-{states}" if self.chunked else states
+        how = [*(["chunks"] if self.chunked else []), *(["corpus"] if self.reuse == "corpus" else [])]
+        return "-".join([*how, states])
 
     @property
     def reuses(self) -> bool:
-        """Whether vectors of an earlier state are taken over; which are, goes by how far runs of it came."""
-        return not REUSING.isdisjoint(self.history)
+        """Whether vectors are taken over; which are, goes by how far earlier runs came."""
+        return self.reuse == "corpus" or not REUSING.isdisjoint(self.history)
 
 
 class References:
@@ -75,8 +77,16 @@ class References:
         root = f"{ROOT}/{made.name}"
 
         def run(job: str) -> None:
-            how = {"encoders": 1, "grace_s": 0, "chunked": made.chunked}
-            self._start(site, job, dataset_settings(job, root, self._models, **how))
+            settings = dataset_settings(
+                job,
+                root,
+                self._models,
+                encoders=1,
+                grace_s=0,
+                chunked=made.chunked,
+                reuse=made.reuse,
+            )
+            self._start(site, job, settings)
 
         if not site.fs.exists(f"{root}/dataset/index/report.json"):
             site.remove(ROOT)

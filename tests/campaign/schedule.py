@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tests.campaign.corpus import CHANGES
 from tests.campaign.foreign import Foreign, draw_foreign
-from tests.campaign.jobs import Asked
+from tests.campaign.jobs import Asked, Reuse
 from tests.campaign.moments import EMBED, INDEX, RERANK, SEARCH, Moment, draw_moment
 
 # How the store fails in between; weights by how often a real one does.
@@ -55,7 +55,7 @@ class Trial:
     """All that is done in one trial.
 
     ``change`` is made to the corpus before the last life of embed; then come the index, if there are lives
-    of it, and the legs. ``chunked``: texts are cut.
+    of it, and the legs. ``chunked``: texts are cut; ``reuse``: where embed looks for texts that it has.
     """
 
     number: int
@@ -70,6 +70,7 @@ class Trial:
     foreign: tuple[Foreign, ...]
     further_run: bool
     chunked: bool
+    reuse: Reuse
 
     def lives(self) -> Iterator[Life]:
         """Yield all lives, in their order."""
@@ -89,7 +90,7 @@ def draw(seed: int, number: int) -> Trial:
     name = f"{seed}-{number}"
     rng = random.Random(name)
     cluster = rng.random() < 0.6
-    change = rng.choice(CHANGES) if rng.random() < 0.5 else None
+    change = rng.choice(CHANGES) if rng.random() < 0.6 else None
     # Where runs are what the trial is about, the data set below them has few lives.
     runs = rng.random() < 0.6
     embeds = rng.choice((1, 1, 2)) + (change is not None and not runs)
@@ -110,7 +111,8 @@ def draw(seed: int, number: int) -> Trial:
         legs=legs,
         foreign=draw_foreign(rng, jobs, outside=outside),
         further_run=rng.random() < 0.25,
-        chunked=rng.random() < 0.5,
+        chunked=rng.random() < 0.6,
+        reuse="corpus" if rng.random() < 0.3 else "object",
     )
 
 

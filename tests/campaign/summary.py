@@ -31,6 +31,10 @@ def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "runs_same_bytes": sum(line["run_files"]["same_bytes"] for line in lines),
         "with_changed_corpus": sum(line["change"] is not None for line in lines),
         "with_chunks": sum(line["chunked"] for line in lines),
+        "with_changed_corpus_and_chunks": sum(
+            line["chunked"] and line["change"] is not None for line in lines
+        ),
+        "with_texts_sought_in_the_whole_corpus": sum(line["reuse"] == "corpus" for line in lines),
         "with_a_grace": sum(bool(line["grace_s"]) for line in lines),
         "on_a_cluster": sum(line["cluster"] for line in lines),
         "seconds": round(sum(line["seconds"] for line in lines), 1),
@@ -39,12 +43,15 @@ def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 def as_markdown(summary: dict[str, Any]) -> str:
     """Return the summary as a table."""
-    kinds = ("on_a_cluster", "with_changed_corpus", "with_chunks", "with_a_grace")
+    kinds = (
+        *("on_a_cluster", "with_changed_corpus", "with_chunks", "with_changed_corpus_and_chunks"),
+        *("with_texts_sought_in_the_whole_corpus", "with_a_grace"),
+    )
     rows = [
         ("trials", summary["trials"]),
         ("of them all guarantees held", summary["ok"]),
         (
-            "on a cluster of two nodes, with a corpus that changed, with chunks, with a grace",
+            "on two nodes; with a corpus that changed, chunks, both; texts sought everywhere; a grace",
             ", ".join(str(summary[kind]) for kind in kinds),
         ),
         ("lives that were struck at", _counts(summary["lives"])),

@@ -41,9 +41,11 @@ def test_every_blow_falls_on_every_job_that_it_can_hit(trials: list[Trial]) -> N
     assert len(steps) > 0.9 * sum(len(STEPS[job]) for job in JOBS)
 
 
-def test_every_change_comes_with_chunks_and_without(trials: list[Trial]) -> None:
+def test_every_change_comes_with_and_without_chunks_and_with_each_reuse(trials: list[Trial]) -> None:
     drawn = {(trial.change, trial.chunked) for trial in trials}
     assert drawn == {(change, chunked) for change in (None, *CHANGES) for chunked in (True, False)}
+    drawn = {(trial.change, trial.reuse) for trial in trials}
+    assert drawn == {(change, reuse) for change in (None, *CHANGES) for reuse in ("object", "corpus")}
 
 
 def test_trials_hold_every_kind_of_run(trials: list[Trial]) -> None:
@@ -106,6 +108,7 @@ def test_the_summary_adds_up() -> None:
         "cluster": True,
         "change": None,
         "chunked": True,
+        "reuse": "corpus",
         "grace_s": 5,
         "blows": [["driver @ request 3", "store @ 1.0 s"], [], []],
         "noise": {"503": 2},

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,7 @@ from bge_ray.records.dataset import Marker, make_manifest
 from bge_ray.records.ids import vector_ids
 from bge_ray.storage.objects import Storage, join
 from tests.support.records import FINGERPRINT, UNIT, make_spec, make_tables, make_vectors, make_writer
+from tests.support.slow import slow_but
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 SHARD, REJECTED = f"embeddings/{UNIT.name}.parquet", f"rejected/{UNIT.name}.parquet"
@@ -92,8 +94,10 @@ def _commit(url: str, root: str) -> None:
     make_writer(Storage(20.0), root).commit(UNIT, FINGERPRINT, *make_tables(make_spec(), bad=(4,)))
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
-@pytest.mark.parametrize("write", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("write", "moment"),
+    slow_but([(1, "after"), (2, "before")], itertools.product([1, 2, 3], ["before", "after"])),
+)
 def test_killed_at_any_write_the_next_attempt_finishes(
     storage: Storage, bucket: str, faulty, write: int, moment: str
 ) -> None:

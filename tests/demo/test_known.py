@@ -45,6 +45,7 @@ def test_a_file_with_its_content_is_left_as_it_is(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "queries.jsonl").read_text()) == {"_id": "q", "text": "three"}
 
 
+@pytest.mark.slow
 def test_nothing_that_is_measured_is_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reranker, "SCANNED", 3000)
     trained = _pairs()

@@ -158,6 +158,7 @@ def test_beir_works_as_it_is(storage: Storage, root: str, ending: str) -> None:
     assert rows.kept["metadata"].to_pylist() == ["{}"] * len(ROWS)
 
 
+@pytest.mark.slow
 def test_thousands_of_objects_are_listed_without_opening_one(
     storage: Storage, bucket: str, faulty, s3_server
 ) -> None:

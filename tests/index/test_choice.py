@@ -54,6 +54,7 @@ def test_one_bit_without_rescoring_is_refused_and_so_is_what_does_not_fit() -> N
     target=st.floats(0.5, 1.0),
     k=st.integers(1, 1000),
 )
+@pytest.mark.slow
 def test_auto_is_always_buildable_and_within_the_memory(
     n_rows: int, dim: int, memory: int, target: float, k: int
 ) -> None:

@@ -13,6 +13,7 @@ from bge_ray.model.spec import text_feeder
 from bge_ray.records.arrays import MultiRows, SparseRows, dense_rows, multi_rows, sparse_rows
 from tests.model.conftest import load, resolve, run
 from tests.support.models import SENTENCES, make_m3
+from tests.support.slow import slow_but
 
 QUERIES = [*SENTENCES[:3], "the fox 为这个句子", ""]
 PASSAGES = [*SENTENCES[:5], "the dog " * 60, "python reads a file, line by line: 0 1 2"]
@@ -27,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("stored", ["float16", "float32"])
+@pytest.mark.parametrize("stored", slow_but(["float16"], ["float16", "float32"]))
 def test_equal_flagembedding(folder: Path, tmp_path: Path, stored: str) -> None:
     from FlagEmbedding import BGEM3FlagModel
 

@@ -114,6 +114,7 @@ def test_wilson_against_known_values():
     assert wilson(0, 20)[0] == 0
 
 
+@pytest.mark.slow
 def test_interval_covers_the_true_recall():
     rng = np.random.default_rng(0)
     truth = np.arange(10) + np.zeros((300, 1), np.int64)

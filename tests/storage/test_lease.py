@@ -17,6 +17,7 @@ from bge_ray.errors import OutputBusyError, OutputCollisionError, TakenOverError
 from bge_ray.storage.lease import PATIENCE_RENEWALS, Lease, Leases, refuse_foreign_lease
 from bge_ray.storage.objects import LOCK_SUFFIX, Storage, join
 from bge_ray.storage.ownership import JOURNAL
+from tests.support.slow import slow_but
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 RENEW_S = 0.15
@@ -218,7 +219,7 @@ def _wait_until_stopped(pid: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("verb", ["", "replace", "delete"])
+@pytest.mark.parametrize("verb", slow_but(["replace"], ["", "replace", "delete"]))
 def test_a_holder_that_stood_still_past_its_patience_touches_nothing(
     storage: Storage, root: str, verb: str, tmp_path: Path
 ) -> None:

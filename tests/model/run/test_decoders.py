@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from bge_ray.model.run.packed import Reach, attend, attend_by_kernel, equal_runs, is_packable
 from tests.model.conftest import encode, vectors
 from tests.support.models import make_decoder
+from tests.support.slow import slow_but
 from tests.support.varlen import register_reference
 
 # What is told apart: the model type, and what of its configuration is changed.
@@ -55,7 +56,7 @@ def test_packed_padded_and_one_by_one_are_transformers(folder: Path, texts: list
             np.testing.assert_allclose(vectors(got), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("pooling", slow_but(["mean"], ["cls", "mean"]))
 def test_other_poolings_packed_and_padded(folder: Path, texts: list[str], pooling: str) -> None:
     packed, padded = (encode(folder, texts, packed=how, pooling=pooling) for how in (True, False))
     np.testing.assert_allclose(vectors(packed), vectors(padded), atol=1e-5, rtol=0)

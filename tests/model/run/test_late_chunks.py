@@ -18,6 +18,7 @@ from bge_ray.records.model import ModelSpec
 from bge_ray.records.tokens import PackedTokens
 from tests.model.conftest import MakeModel, load, resolve, vectors
 from tests.support.models import SENTENCES, make_encoder
+from tests.support.slow import slow_but
 
 RULES = Chunking(
     max_tokens=30,
@@ -82,8 +83,9 @@ def by_transformers(folder: Path, names: Sequence[str]) -> np.ndarray:
     return np.stack(made)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("overlap", [0, 12])
+@pytest.mark.parametrize(
+    ("overlap", "kind"), slow_but([(0, "bert"), (12, "xlm-roberta")], itertools.product([0, 12], KINDS))
+)
 def test_vectors_are_those_of_transformers(
     encoder_folder: MakeModel, passages: list[tuple[str, str]], kind: str, overlap: int
 ) -> None:

@@ -21,6 +21,7 @@ from bge_ray.records.model import SCORE, ModelSpec
 from bge_ray.settings.sections import RerankSettings
 from tests.model.conftest import MakeModel, load, run
 from tests.support.models import SENTENCES, make_decoder
+from tests.support.slow import slow_but
 
 RerankerFolder = Callable[[str], Path]
 KINDS = pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])
@@ -61,7 +62,7 @@ def score(
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("max_length", [24, 128])
+@pytest.mark.parametrize("max_length", slow_but([128], [24, 128]))
 @KINDS
 def test_scores_equal_flag_reranker(
     reranker_folder: RerankerFolder, pairs: list[tuple[str, str]], kind: str, max_length: int
@@ -83,7 +84,7 @@ def test_scores_equal_flag_reranker(
     assert np.ptp(scores(ours)) > 0.1, "the scores do not tell pairs apart"
 
 
-@pytest.mark.parametrize("max_length", [24, 60])
+@pytest.mark.parametrize("max_length", slow_but([24], [24, 60]))
 @KINDS
 def test_pairs_against_transformers(
     reranker_folder: RerankerFolder, pairs: list[tuple[str, str]], kind: str, max_length: int

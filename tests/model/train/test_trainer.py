@@ -23,6 +23,7 @@ from bge_ray.pipeline.train.run import read_back, to_table
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.objects import Storage
 from tests.support.models import make_cross_encoder, make_decoder, make_encoder, make_m3
+from tests.support.slow import slow_but
 from tests.support.training import as_settings, training_keys
 
 pytest.importorskip("sentence_transformers")
@@ -62,7 +63,7 @@ def run(
     return trainer, losses, kept
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(["dense", "reranker"], KINDS))
 def test_a_resumed_training_is_the_same_to_the_bit_and_is_read_back(tmp_path: Path, kind: str) -> None:
     make, keys = KINDS[kind]
     source = make(tmp_path / "model")

@@ -42,7 +42,8 @@ def work(rank: int, port: int, folder: Path, rows: int | None, target: Path) -> 
     distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("rows", [pytest.param(None, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [None, 2])
 def test_the_gradient_is_that_of_all_rows(tmp_path: Path, rows: int | None) -> None:
     folder = make_encoder(tmp_path / "encoder", pooling="mean")
     truth = gradients(objective(folder, None), batch(folder, 0, len(QUERIES)), TEACHER)

@@ -106,7 +106,10 @@ def tokens_of_distinct(root: Path, out: str = "out") -> int:
     return sum({row["text_hash"]: row["n_tokens"] for row in rows_of(root, out)}.values())
 
 
-@pytest.mark.parametrize("overrides", [(), ("chunking.max_tokens=40", "chunking.titles=every")])
+@pytest.mark.parametrize(
+    "overrides",
+    [(), pytest.param(("chunking.max_tokens=40", "chunking.titles=every"), marks=pytest.mark.slow)],
+)
 def test_of_a_corpus_that_repeats_every_text_is_encoded_once(
     tmp_path: Path, tiny_model: Path, passages: list[dict[str, str]], overrides: tuple[str, ...]
 ) -> None:

@@ -34,6 +34,7 @@ from bge_ray.settings.sections import parse_settings
 from bge_ray.storage.objects import Storage
 from tests.report.samples import index_description
 from tests.support.searches import settings_for
+from tests.support.slow import slow_but
 from tests.support.vectors import CHUNKING, VectorDataset, clustered
 
 STORAGE = Storage(5)
@@ -137,7 +138,7 @@ def filed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("group", ["passage", "chunk"])
-@pytest.mark.parametrize("k", [1, 10, 100])
+@pytest.mark.parametrize("k", slow_but([10], [1, 10, 100]))
 def test_an_exact_search_finds_the_best_of_what_passes(
     filed: Filed, k: int, group: Any, tmp_path: Path
 ) -> None:
@@ -151,7 +152,10 @@ def test_an_exact_search_finds_the_best_of_what_passes(
 
 @pytest.mark.parametrize(
     ("factory", "effort"),
-    [("Flat", 1), ("IVF16,Flat", 4), ("IVF16,SQ8", 4), ("HNSW16", 60), ("HNSW16,SQ8", 60)],
+    slow_but(
+        [("IVF16,Flat", 4), ("HNSW16,SQ8", 60)],
+        [("Flat", 1), ("IVF16,Flat", 4), ("IVF16,SQ8", 4), ("HNSW16", 60), ("HNSW16,SQ8", 60)],
+    ),
 )
 def test_an_index_finds_the_best_of_what_passes(
     filed: Filed, tmp_path: Path, factory: str, effort: int
