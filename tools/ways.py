@@ -58,7 +58,7 @@ MODEL = (
     "pipeline.engine.device:device_or_exit",
     "model.run.model:Model.run",
     "model.run.executor:Executor.run Executor._try_launch _none_if_out_of_memory Executor._launch",
-    "model.run.inputs:packed_inputs _gather _to",
+    "model.run.inputs:packed_inputs _gather to_device",
     "model.run.packed:positions equal_runs",
     "model.run.prepack:PrepackedLinear.forward",
     "model.run.packed:packed_attention attend _heads_first",

@@ -14,6 +14,7 @@ from bge_ray.settings.sections import Auto, ComputeDtype, Kernels, ModelSettings
 
 if TYPE_CHECKING:  # a family is asked for its spec and its feeder where there is no torch
     import torch
+    from transformers import PretrainedConfig
 
     from bge_ray.model.heads import Head
     from bge_ray.model.run.load import Loading
@@ -147,14 +148,10 @@ def refuse_settings(settings: RerankSettings, names: Sequence[str], why: str) ->
 
 
 class Family(Protocol):
-    """One kind of checkpoint; a module of `families` is one. Only ``load`` may import torch.
-
-    ``PACKS``: its models may run packed where `packed.can_pack` says so of their architecture.
-    """
+    """One kind of checkpoint; a module of `families` is one. Only what loads the model may import torch."""
 
     NAME: str
     ROLE: Role
-    PACKS: bool
 
     def recognises(self, folder: ModelFolder) -> bool:
         """Tell whether a folder, asked for in this role, is of this kind."""
@@ -176,6 +173,13 @@ class Family(Protocol):
 
         Raises:
             ModelError: there is no fast tokenizer, or no room for a text.
+        """
+
+    def packing_config(self, spec: ModelSpec, folder: Path) -> "PretrainedConfig | None":
+        """Return what `packed.can_pack` is asked about; None where no model of the family runs packed.
+
+        Raises:
+            ModelError: the configuration cannot be read.
         """
 
     def load(self, spec: ModelSpec, folder: Path, how: "Loading") -> "tuple[torch.nn.Module, Sequence[Head]]":

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 NAME = "bm25"
 ROLE: Role = "encoder"
-PACKS = False
 # No model reads them, so that all of a text counts; and float16 holds as many of one token.
 DEFAULT_MAX_LENGTH = 32_768
 
@@ -79,6 +78,10 @@ def feeder(spec: ModelSpec, folder: Path, *, trust_remote_code: bool) -> TextFee
         lower_case=ModelFolder(folder).lower_cases,
         trust_remote_code=trust_remote_code,
     )
+
+
+def packing_config(spec: ModelSpec, folder: Path) -> None:
+    """There is nothing to pack."""
 
 
 def load(spec: ModelSpec, folder: Path, how: "Loading") -> "tuple[torch.nn.Module, Sequence[Head]]":  # noqa: ARG001

@@ -25,13 +25,13 @@ from bge_ray.settings.sections import RerankSettings
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig
 
     from bge_ray.model.heads import Head
     from bge_ray.model.run.load import Loading
 
 NAME = "cross_encoder"
 ROLE: Role = "reranker"
-PACKS = True
 # FlagReranker's own; the positions of bge-reranker-v2-m3 go further, and its authors use 1024.
 DEFAULT_MAX_LENGTH = 512
 # What the weights of a classification head are called, from BERT to the decoders.
@@ -119,6 +119,13 @@ def feeder(spec: ModelSpec, folder: Path, *, trust_remote_code: bool) -> PairFee
         passage_instruction=reranker.passage_instruction,
         trust_remote_code=trust_remote_code,
     )
+
+
+def packing_config(spec: ModelSpec, folder: Path) -> "PretrainedConfig":  # noqa: ARG001 - as all families
+    """Read config.json, which says which of transformers' models it is."""
+    from bge_ray.model.run.load import load_config
+
+    return load_config(folder)
 
 
 def load(spec: ModelSpec, folder: Path, how: "Loading") -> "tuple[torch.nn.Module, Sequence[Head]]":

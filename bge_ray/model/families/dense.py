@@ -26,6 +26,7 @@ from bge_ray.settings.sections import ModelSettings
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig
 
     from bge_ray.model.heads import Head
     from bge_ray.model.run.load import Loading
@@ -34,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 NAME = "dense"
 ROLE: Role = "encoder"
-PACKS = True
 DEFAULT_MAX_LENGTH = 512
 # Encoders with a decoder, also where config.json is of the encoder alone: the published ones hold both, and
 # of those who made such a folder only some say so.
@@ -118,6 +118,13 @@ def feeder(spec: ModelSpec, folder: Path, *, trust_remote_code: bool) -> TextFee
         ),
         trust_remote_code=trust_remote_code,
     )
+
+
+def packing_config(spec: ModelSpec, folder: Path) -> "PretrainedConfig":  # noqa: ARG001 - as all families
+    """Read config.json, which says which of transformers' models it is."""
+    from bge_ray.model.run.load import load_config
+
+    return load_config(folder)
 
 
 def load(spec: ModelSpec, folder: Path, how: "Loading") -> "tuple[torch.nn.Module, Sequence[Head]]":

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 NAME = "layerwise_reranker"
 ROLE: Role = "reranker"
-# Its layers are run one by one, over padded rows.
-PACKS = False
 
 
 def recognises(folder: ModelFolder) -> bool:
@@ -71,13 +69,18 @@ def feeder(spec: ModelSpec, folder: Path, *, trust_remote_code: bool) -> PairFee
     return prompt_feeder(spec, folder, beginning="always", trust_remote_code=trust_remote_code)
 
 
+def packing_config(spec: ModelSpec, folder: Path) -> "GraniteConfig":
+    """Return the configuration that its layers are built with."""
+    return _granite_config(ModelFolder(folder).config, as_reranker(spec).layers[-1])
+
+
 def load(spec: ModelSpec, folder: Path, how: "Loading") -> "tuple[torch.nn.Module, Sequence[Head]]":
     """Load the layers up to the last that scores, and the heads of those that do."""
     from bge_ray.model.run.layers import LayerByLayer, load_layer_heads
     from bge_ray.model.run.load import load_decoder
 
     reranker = as_reranker(spec)
-    config = _granite_config(ModelFolder(folder).config, reranker.layers[-1])
+    config = packing_config(spec, folder)
     decoder = load_decoder(folder, config, replace(how, trust_remote_code=False))
     return LayerByLayer(decoder, reranker.layers), load_layer_heads(reranker, folder, config.hidden_size)
 

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 NAME = "lightweight_reranker"
 ROLE: Role = "reranker"
-# Its layers are run one by one, over padded rows.
-PACKS = False
 # FlagEmbedding's own, where only a ratio is given.
 DEFAULT_COMPRESS_LAYERS = (8,)
 
@@ -83,6 +81,11 @@ def feeder(spec: ModelSpec, folder: Path, *, trust_remote_code: bool) -> PairFee
     )
 
 
+def packing_config(spec: ModelSpec, folder: Path) -> "Gemma2Config":
+    """Return the configuration that its layers are built with."""
+    return _gemma2_config(ModelFolder(folder).config, as_reranker(spec).layers[-1])
+
+
 def load(spec: ModelSpec, folder: Path, how: "Loading") -> "tuple[torch.nn.Module, Sequence[Head]]":
     """Load the layers up to the last that scores, and the heads of those that do."""
     from bge_ray.model.feed.prompts import prompt_template
@@ -91,11 +94,12 @@ def load(spec: ModelSpec, folder: Path, how: "Loading") -> "tuple[torch.nn.Modul
     from bge_ray.model.run.load import load_decoder
 
     reranker = as_reranker(spec)
-    raw = ModelFolder(folder).config
-    config = _gemma2_config(raw, reranker.layers[-1])
+    config = packing_config(spec, folder)
     register_uncapped()
-    decoder = load_decoder(folder, config, replace(how, attention=UNCAPPED, trust_remote_code=False))
-    heads = load_layer_heads(reranker, folder, config.hidden_size, raw.get("final_logit_softcapping", 30.0))
+    attention = how.attention or UNCAPPED
+    decoder = load_decoder(folder, config, replace(how, attention=attention, trust_remote_code=False))
+    cap = ModelFolder(folder).config.get("final_logit_softcapping", 30.0)
+    heads = load_layer_heads(reranker, folder, config.hidden_size, cap)
     if reranker.compress_ratio == 1:
         return LayerByLayer(decoder, reranker.layers), heads
     tokenizer = load_tokenizer(folder, trust_remote_code=how.trust_remote_code)

@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 NAME = "llm"
 ROLE: Role = "encoder"
-PACKS = True
 MODEL_TYPES = {"mistral", "qwen2", "qwen3", "gemma", "gemma2", "llama"}
 # Their states grow beyond what float16 holds.
 WIDE_TYPES = {"gemma", "gemma2"}
@@ -68,6 +67,9 @@ def feeder(spec: ModelSpec, folder: Path, *, trust_remote_code: bool) -> Decoder
     return DecoderFeeder(
         spec, folder, vocab_size=ModelFolder(folder).vocab_size, trust_remote_code=trust_remote_code
     )
+
+
+packing_config = dense.packing_config
 
 
 def load(spec: ModelSpec, folder: Path, how: "Loading") -> "tuple[torch.nn.Module, Sequence[Head]]":

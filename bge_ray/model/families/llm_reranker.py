@@ -19,13 +19,13 @@ from bge_ray.settings.sections import ComputeDtype, RerankSettings
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig
 
     from bge_ray.model.heads import Head
     from bge_ray.model.run.load import Loading
 
 NAME = "llm_reranker"
 ROLE: Role = "reranker"
-PACKS = True
 ANSWER = "Yes"
 HEAD = "lm_head.weight"
 # What the model is computed in on a GPU, by its type. Float16 overflows in a Gemma.
@@ -81,6 +81,13 @@ def resolve(folder: ModelFolder, settings: RerankSettings, *, on_gpu: bool) -> M
 def feeder(spec: ModelSpec, folder: Path, *, trust_remote_code: bool) -> PairFeeder:
     """Load the tokenizer, which joins pairs by the prompt."""
     return prompt_feeder(spec, folder, beginning="if_distinct", trust_remote_code=trust_remote_code)
+
+
+def packing_config(spec: ModelSpec, folder: Path) -> "PretrainedConfig":  # noqa: ARG001 - as all families
+    """Read config.json, which says which of transformers' models it is."""
+    from bge_ray.model.run.load import load_config
+
+    return load_config(folder)
 
 
 def load(spec: ModelSpec, folder: Path, how: "Loading") -> "tuple[torch.nn.Module, Sequence[Head]]":

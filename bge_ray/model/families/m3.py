@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 NAME = "m3"
 ROLE: Role = "encoder"
-PACKS = True
 ORDER = (EMBEDDING, SPARSE, COLBERT)
 
 
@@ -60,6 +59,9 @@ def resolve(folder: ModelFolder, settings: ModelSettings, *, on_gpu: bool) -> Mo
 def feeder(spec: ModelSpec, folder: Path, *, trust_remote_code: bool) -> TextFeeder:
     """Load the tokenizer, with the spec's instructions."""
     return dense.feeder(spec, folder, trust_remote_code=trust_remote_code)
+
+
+packing_config = dense.packing_config
 
 
 def load(spec: ModelSpec, folder: Path, how: "Loading") -> "tuple[torch.nn.Module, Sequence[Head]]":

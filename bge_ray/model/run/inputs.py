@@ -54,17 +54,17 @@ def padded_inputs(
     filled = np.arange(width) < lengths[:, None]  # (rows, width)
     input_ids = np.full(filled.shape, config.pad_token_id or 0, dtype=np.int64)
     input_ids[filled] = flat
-    arguments = {"input_ids": _to(input_ids, device)}
+    arguments = {"input_ids": to_device(input_ids, device)}
     if source.type_starts is not None:
         types = np.zeros(filled.shape, dtype=np.int64)
         types[filled] = within >= np.repeat(source.type_starts[rows], lengths)
-        arguments["token_type_ids"] = _to(types, device)
+        arguments["token_type_ids"] = to_device(types, device)
     pooled = _pooled(source, rows, device)
     if filled.all():  # attention without a mask takes the fastest kernel, and no mask is built
         return Inputs(arguments, **pooled)
-    mask = _to(filled, device)
+    mask = to_device(filled, device)
     arguments["attention_mask"] = mask[:, None, None] if ready_mask else mask
-    return Inputs(arguments, mask=mask, places=_to(np.flatnonzero(filled), device), **pooled)
+    return Inputs(arguments, mask=mask, places=to_device(np.flatnonzero(filled), device), **pooled)
 
 
 def packed_inputs(
@@ -80,8 +80,8 @@ def packed_inputs(
     stacked[1] = positions(flat, borders, config)
     if source.type_starts is not None:
         stacked[2] = within >= np.repeat(source.type_starts[rows], lengths)
-    input_ids, position_ids, token_type_ids = _to(stacked, device).unsqueeze(1)  # each (1, tokens)
-    where = _to(borders, device)
+    input_ids, position_ids, token_type_ids = to_device(stacked, device).unsqueeze(1)  # each (1, tokens)
+    where = to_device(borders, device)
     arguments = {
         "input_ids": input_ids,
         "position_ids": position_ids,
@@ -89,8 +89,10 @@ def packed_inputs(
         "runs": equal_runs(lengths),
         "max_seqlen": int(lengths.max()),
     }
-    if getattr(config, "type_vocab_size", 0):  # a decoder has no segments
+    if getattr(config, "type_vocab_size", 0):
         arguments["token_type_ids"] = token_type_ids
+    elif source.type_starts is not None:  # of a decoder, which has no segments: read on the host
+        arguments["passage_starts"] = source.type_starts[rows].astype(np.int64)
     return Inputs(arguments, borders=where, **_pooled(source, rows, device))
 
 
@@ -212,7 +214,7 @@ def _pooled(source: PackedTokens, rows: IdArray, device: torch.device) -> dict[s
     """Return the fields of `Inputs` that say what a pooling takes."""
     found = {}
     if source.prompt_tokens is not None:
-        found["prompt_tokens"] = _to(source.prompt_tokens[rows].astype(np.int64), device)
+        found["prompt_tokens"] = to_device(source.prompt_tokens[rows].astype(np.int64), device)
     if source.spans is not None:
         # Of each row the place of its first token, and of its spans the places of theirs.
         lengths = source.lengths_of(rows)
@@ -220,8 +222,8 @@ def _pooled(source: PackedTokens, rows: IdArray, device: torch.device) -> dict[s
         first = np.repeat(np.cumsum(lengths) - lengths, np.diff(spans.offsets))
         borders = spans.borders.astype(np.int64) + first[:, None]
         counts = np.diff(borders)[:, 0]
-        found["span_tokens"] = _to(ranges(borders[:, 0], counts), device)
-        found["span_lengths"] = _to(counts, device)
+        found["span_tokens"] = to_device(ranges(borders[:, 0], counts), device)
+        found["span_lengths"] = to_device(counts, device)
     return found
 
 
@@ -254,7 +256,8 @@ def _gather(
     return source.input_ids[np.repeat(starts, lengths) + within], within
 
 
-def _to(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+def to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Copy an array to a device; a GPU may still be at it, and is not waited for."""
     tensor = torch.from_numpy(array)
     if device.type != "cuda":
         return tensor.to(device)

@@ -13,7 +13,7 @@ from bge_ray.model.run.batching import longest_rows, settle_budget, token_budget
 from bge_ray.model.run.executor import Executor, Loaded
 from bge_ray.model.run.fused import fuse_layers
 from bge_ray.model.run.last_layer import keep_one_token
-from bge_ray.model.run.load import Loading, load_config
+from bge_ray.model.run.load import Loading
 from bge_ray.model.run.memory import card_of, check_device, check_room
 from bge_ray.model.run.packed import ATTENTION, can_pack, register
 from bge_ray.model.run.prepack import prepack_linears
@@ -63,8 +63,8 @@ class Model:
         dtype = getattr(torch, spec.dtype)
         if packed is None:
             # Remote code has a forward pass of its own, of which nothing is known.
-            packed = family_of(spec).PACKS and not place.trust_remote_code
-            packed = packed and can_pack(load_config(folder), self.device, dtype)
+            config = None if place.trust_remote_code else family_of(spec).packing_config(spec, folder)
+            packed = config is not None and can_pack(config, self.device, dtype)
         if packed:
             register()
 

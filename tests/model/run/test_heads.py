@@ -10,13 +10,13 @@ import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, PretrainedConfig
 
 import bge_ray.model.spec as table
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.heads import Head, Pooled, Ragged
 from bge_ray.model.run.inputs import Inputs
-from bge_ray.model.run.load import Loading, load_encoder
+from bge_ray.model.run.load import Loading, load_config, load_encoder
 from bge_ray.model.run.result import Result
 from bge_ray.model.spec import text_feeder
 from bge_ray.records.model import ModelSpec
@@ -66,10 +66,12 @@ class EveryKind:
 
     NAME: str = "every_kind"
     ROLE: str = "encoder"
-    PACKS: bool = True
 
     def feeder(self, spec: ModelSpec, folder: Path, *, trust_remote_code: bool) -> TextFeeder:
         return TextFeeder(folder, spec.max_length, trust_remote_code=trust_remote_code)
+
+    def packing_config(self, spec: ModelSpec, folder: Path) -> PretrainedConfig:
+        return load_config(folder)
 
     def load(self, spec: ModelSpec, folder: Path, how: Loading) -> tuple[torch.nn.Module, Sequence[Head]]:
         heads = (

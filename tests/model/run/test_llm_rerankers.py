@@ -19,8 +19,9 @@ from bge_ray.errors import ModelError, SettingsError
 from bge_ray.model.families.llm_reranker import HALVES
 from bge_ray.model.feed.prompts import PREDICT, YES_OR_NO, prompt_template
 from bge_ray.model.feed.texts import load_tokenizer
-from bge_ray.model.run.layers import LayerByLayer, Merging, load_layer_heads, merge
+from bge_ray.model.run.layers import LayerByLayer, Merging, PackedRows, PaddedRows, load_layer_heads
 from bge_ray.model.run.load import Loading, load_decoder
+from bge_ray.model.run.packed import equal_runs
 from bge_ray.model.run.result import Result
 from bge_ray.model.spec import pair_feeder, resolve_reranker
 from bge_ray.records.model import SCORE, RerankerSpec, as_reranker
@@ -29,6 +30,7 @@ from bge_ray.settings.sections import RerankSettings, parse_settings
 from tests.goldens.llm_rerankers_cases import COMPRESSED, COMPRESSIONS, CUTS
 from tests.model.conftest import load, run
 from tests.support.llm_rerankers import GOLDENS, PAIRS, make_llm_reranker, write_tokenizer
+from tests.support.varlen import attend_by_reference
 
 KINDS = ("gemma", "minicpm", "gemma2")
 BUDGETS = (300, 2000, 1)
@@ -276,6 +278,7 @@ def test_a_row_of_the_head_gives_what_the_whole_head_gives(tmp_path: Path, kind:
 
 
 def test_states_are_merged_as_by_hand() -> None:
+    """Padded, and packed end to end."""
     rng = np.random.default_rng(0)
     for ratio in (2, 3, 4, 8):
         starts = rng.integers(0, 5, 9)
@@ -286,14 +289,61 @@ def test_states_are_merged_as_by_hand() -> None:
         there = torch.arange(hidden.shape[1]) < torch.from_numpy(lengths)[:, None]
         hidden[~there] = torch.nan  # padding must not reach a row
         merging = Merging((1,), ratio, n_tail)
-        out, kept = merge(hidden, torch.from_numpy(lengths), torch.from_numpy(starts), merging)
+        out, padded = PaddedRows(there, torch.from_numpy(starts)).merged(hidden, merging)
+        packed = PackedRows.of(
+            position_ids=torch.arange(0),
+            cu_seqlens=torch.arange(0),
+            runs=equal_runs(lengths),
+            max_seqlen=int(lengths.max()),
+            passage_starts=starts,
+        )
+        flat, after = packed.merged(hidden[there][None], merging)
+        at = 0
         for row in range(9):
             states = hidden[row, : lengths[row]]
             a, b = starts[row], starts[row] + passages[row]
             means = [states[i : min(i + ratio, b)].mean(0) for i in range(a, b, ratio)]
             by_hand = torch.stack([*states[:a], *means, *states[b:]])
-            torch.testing.assert_close(out[row, kept[row]], by_hand)
-            assert kept[row].sum() == len(by_hand)
+            torch.testing.assert_close(out[row, padded.mask[row]], by_hand)
+            assert padded.mask[row].sum() == after.lengths[row] == len(by_hand)
+            assert after.cu_seqlens[row : row + 2].tolist() == [at, at + len(by_hand)]
+            torch.testing.assert_close(flat[0, at : at + len(by_hand)], by_hand)
+            assert after.positions[0, at : at + len(by_hand)].tolist() == list(range(len(by_hand)))
+            at += len(by_hand)
+        assert flat.shape == (1, at, 3)
+        assert [length for rows, length in after.runs for _ in range(rows)] == after.lengths.tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("minicpm", {"cutoff_layers": [2, 4, 5]}),
+        ("minicpm", {}),
+        ("gemma2", {"cutoff_layers": [3, 5]}),
+        ("gemma2", {"cutoff_layers": [3, 5], "compress_ratio": 2, "compress_layers": [2, 4]}),
+        ("gemma2", {"cutoff_layers": [5], "compress_ratio": 4, "compress_layers": [4]}),
+    ],
+)
+def test_packed_layers_score_as_padded_ones(
+    folders: Folders, kind: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each layer that scores, before and after states are merged, on the way of a GPU, too."""
+    spec = resolve(folders(kind), **changes)
+    tokens = pairs_of(spec)
+    packed, padded = load(spec), load(spec, packed=False)
+    assert packed._executor.packed, "the usual way on a CPU"
+    assert not padded._executor.packed
+    expected = columns(run(padded, tokens, 2000))
+    for by_kernel in (False, True):
+        if by_kernel:
+            attend_by_reference(monkeypatch)
+        for budget in BUDGETS:
+            ours = run(packed, tokens, budget)
+            assert not ours.faults
+            np.testing.assert_allclose(columns(ours), expected, atol=5e-5, rtol=0)
+    assert ours.padded_tokens == tokens.offsets[-1]
+    assert run(packed, tokens, 2000).padded_tokens < run(padded, tokens, 2000).padded_tokens
+    assert np.ptp(columns(ours)) > 0.1
 
 
 @pytest.mark.parametrize("form", [pytest.param("pickled", marks=pytest.mark.slow), "shards"])
