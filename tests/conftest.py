@@ -100,17 +100,30 @@ def ray_cluster(s3_server: S3Server) -> Iterator[None]:
     import ray
 
     with warm_workers():
-        ray.init(
-            address="local",
-            num_cpus=4,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            object_store_memory=256 << 20,
-            _node_ip_address="127.0.0.1",
-        )
+        try:
+            _start_ray()
+        except Exception as error:
+            # Ray gives its processes 30 s, in which on a new environment all they import is compiled first.
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            _start_ray()
     yield
     ray.shutdown()
+
+
+def _start_ray() -> None:
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=256 << 20,
+        _node_ip_address="127.0.0.1",
+    )
 
 
 @pytest.fixture
