@@ -429,7 +429,9 @@ def test_a_corpus_without_a_row_empties_no_data_set(tmp_path: Path, tiny_model: 
     embed(settings_for(root, tiny_model))
     before = contents(root)
     put(root, a=b"", b=b"")
-    said = r"none of its 2 objects has a row, and the data set .*/out has 12, .* another output\.uri, or delete"
+    said = (
+        r"none of its 2 objects has a row, and the data set .*/out has 12, .* another output\.uri, or delete"
+    )
     for job in (plan_only, embed):
         with pytest.raises(CorpusError, match=said) as caught:
             job(settings_for(root, tiny_model))

@@ -67,7 +67,8 @@ def refuse(*uris):
 
 # A home is where the one machine has another folder for each node under one path.
 head_home, other_home = sys.argv[1:]
-node = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 100 << 20, "include_log_monitor": False}
+node = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "include_log_monitor": False}
+node["object_store_memory"] = 100 << 20
 os.environ["HOME"] = other_home
 cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
 cluster.add_node(**node)
@@ -122,9 +123,7 @@ def test_the_memory_of_one_process_is_no_output(tmp_path: Path, tiny_model: Path
             build_index(parse_settings(None, [*keys, f"output.uri={uri}"]))
         else:
             candidates = str(tmp_path / "lists.jsonl")
-            rerank(
-                settings_for(rerank__model=str(model), rerank__candidates=candidates, rerank__output=uri)
-            )
+            rerank(settings_for(rerank__model=str(model), rerank__candidates=candidates, rerank__output=uri))
     assert caught.value.exit_code == 2
     folder = join(uri, "index") if job == "index" else uri
     left = {info.uri.rpartition("/")[2] for info in STORAGE.list_files(folder)}
