@@ -272,10 +272,11 @@ def test_pickles_are_fetched_from_the_hub_where_there_is_nothing_else(
         assert name == "own/model"
         revisions.append(revision)
         snapshot = tmp_path / "snapshots" / commit
-        snapshot.mkdir(parents=True, exist_ok=True)
-        for path in copy.iterdir():
-            if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):
-                shutil.copy(path, snapshot)
+        for path in copy.rglob("*"):
+            there = path.relative_to(copy)
+            if path.is_file() and any(fnmatch.fnmatch(str(there), pattern) for pattern in allow_patterns):
+                (snapshot / there).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, snapshot / there)
         return str(snapshot)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
@@ -284,5 +285,5 @@ def test_pickles_are_fetched_from_the_hub_where_there_is_nothing_else(
     assert "training_args.bin" not in fetched
     assert ("pytorch_model.bin" in fetched) == (not with_safetensors)
     assert revision == commit
-    assert revisions == ["main"] if with_safetensors else ["main", commit]
+    assert revisions == (["main"] if with_safetensors else ["main", commit])
     assert hash_model(folder) == hash_model(copy)
