@@ -1,6 +1,7 @@
 """Questions to a data set, answered in this process, without a cluster; see `bge_ray.open_index`."""
 
 import dataclasses
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from bge_ray.records.index import IndexDescription
 from bge_ray.records.model import EMBEDDING
 from bge_ray.records.schemas import SPAN_COLUMNS
 from bge_ray.settings.sections import OutputSettings, Settings
+
+logger = logging.getLogger(__name__)
 
 # Of the filters asked for last it is kept which rows pass, a bit a row, in so many bytes.
 KEPT_MARKS_BYTES = 256 << 20
@@ -251,4 +254,7 @@ def open_index_reader(uri: str, *, model: str | None, device: str) -> IndexReade
     index = read_index(source.storage, source.root)
     if index is not None and index.vector_fingerprint != source.spec.vector_fingerprint:
         raise DatasetMismatchError(f"{uri}: its index is of other vectors; build it again (bge-ray index)")
+    if index is not None and (shortfall := index.shortfall(index.k, 0)):
+        more = f", {shortfall.rescored:.4f} with rescored={shortfall.rescore}" if shortfall.rescore else ""
+        logger.warning("%s: passages are missed: %s%s", uri, shortfall, more)
     return IndexReader(source, index, model, device)

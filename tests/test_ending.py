@@ -31,7 +31,7 @@ class Command:
         (folder / "corpus.jsonl").write_bytes(jsonl_bytes(docstrings(rows)))
         keys = {"corpus.uri": folder / "corpus.jsonl", "output.uri": folder / "out", "model.name": model}
         keys |= {"resources.num_encoders": 1, "batching.unit_rows": 20}
-        self.log = folder / "log"
+        self.log, self.lease = folder / "log", folder / "out/lease.json"
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         self.process = subprocess.Popen(
             [
@@ -77,6 +77,7 @@ def check_end(command: Command, number: signal.Signals) -> None:
     assert took < LIMIT_S
     _, alive = psutil.wait_procs(left, timeout=20)
     assert not alive
+    assert not command.lease.exists()
 
 
 # By what the interpreter tells of its imports: those of the command line, the settings, and the job.
@@ -152,6 +153,7 @@ def test_a_signal_while_ray_starts_or_works(
 ) -> None:
     command = Command(tmp_path, tiny_model, rows=2000)
     moment(command)
+    assert command.lease.exists() or moment is not at_work
     check_end(command, number)
 
 

@@ -59,6 +59,23 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Shortfall:
+    """A recall below its target; ``rescore`` candidates scored again give ``rescored``, if that is enough."""
+
+    recall: Recall
+    target: float
+    rescore: int | None = None
+    rescored: float | None = None
+
+    def __str__(self) -> str:
+        """Say what was reached, and what was asked for."""
+        return (
+            f"recall@{self.recall.k} of its index is {self.recall.value:.4f}, and index.recall_target asked "
+            f"for {self.target:g}"
+        )
+
+
+@dataclass(frozen=True)
 class IndexDescription:
     """A published index.
 
@@ -120,6 +137,17 @@ class IndexDescription:
     def rescored(self, k: int) -> int:
         """Return the candidates to score again for k results, in the proportion that was tuned; 0: none."""
         return -(-self.rescore * max(k, self.k) // self.k)
+
+    def shortfall(self, k: int, rescored: int) -> Shortfall | None:
+        """Return what a search for k results misses that scores so many candidates again; None: nothing."""
+        enough = -(-self.reranked_candidates * max(k, self.k) // self.k)
+        best = self.recall_after_exact_reranking.value
+        reaches = best >= self.recall_target
+        if self.reached or (reaches and rescored >= enough):
+            return None
+        return Shortfall(
+            self.tuned_recall, self.recall_target, *((enough, best) if reaches else (None, None))
+        )
 
     def lacks(self, shard_hashes: Iterable[str]) -> list[str]:
         """Return those of a data set's shards, by their sha256, that are not in the index."""

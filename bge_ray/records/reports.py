@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from bge_ray.records.canonical import from_json
 from bge_ray.records.dataset import FileFact
-from bge_ray.records.index import IndexDescription, Recall
+from bge_ray.records.index import IndexDescription, Recall, Shortfall
 from bge_ray.records.model import EMBEDDING, ModelSpec
 
 R = TypeVar("R", bound="Report")
@@ -155,7 +155,7 @@ class SearchedIndex:
 
     ``recall`` was measured with ``tuned_effort``, for ``tuned_k`` results, of ``tuned_rescore`` candidates
     scored again for as many results as this search asked for. ``lacking_shards`` of the data set are not
-    in it.
+    in it. ``shortfall`` is what this search misses of the index's own target.
     """
 
     factory: str
@@ -169,6 +169,7 @@ class SearchedIndex:
     tuned_rescore: int
     lacking_shards: int
     recall: dict[str, Recall]
+    shortfall: Shortfall | None = None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What the figures of a run suggest to change, and from which value on; each line names the setting."""
 
+from bge_ray.records.index import Shortfall
 from bge_ray.records.model import EMBEDDING
 from bge_ray.records.reports import (
     EmbedReport,
@@ -91,6 +92,8 @@ def advise_search(report: SearchReport) -> list[str]:
             f"The index is older than the data set: {index.lacking_shards:,} shards are not in it, and none "
             "of their passages was found. Run index.py, then search again."
         )
+    if index is not None and index.shortfall is not None:
+        lines.append(advise_shortfall(index.shortfall))
     if index is not None and (report.k > index.tuned_k or index.rescore < index.tuned_rescore):
         lines.append(
             f"The recall of the index was measured for {index.tuned_k:,} results a query, "
@@ -133,6 +136,16 @@ def advise_search(report: SearchReport) -> list[str]:
     if report.scoring is not None:
         lines += _on_scoring(report, report.scoring)
     return lines + _on_startup(report)
+
+
+def advise_shortfall(shortfall: Shortfall) -> str:
+    """Say that an index misses its target, and what finds more; a search says so when it begins, too."""
+    rescored = (
+        f"set search.rescore to {shortfall.rescore:,}, which gives {shortfall.rescored:.4f}"
+        if shortfall.rescore is not None
+        else "build one with index.rescore, or with a larger code (index.factory)"
+    )
+    return f"Passages are missed: {shortfall}: {rescored}, or set search.exact, which finds all."
 
 
 def advise_rerank(report: RerankReport) -> list[str]:

@@ -72,6 +72,12 @@ def is_leased(storage: Storage, root: str) -> bool:
     return storage.info(join(root, LEASE)) is not None
 
 
+def holder_of(storage: Storage, root: str) -> str | None:
+    """Return a name for the run that holds an output; None if none does."""
+    holder = _holder(storage.read_optional(join(root, LEASE)))
+    return holder.run_id if holder is not None else None
+
+
 class Lease:
     """A context manager that holds ``lease.json`` of an output; see `check` and `lost`.
 

@@ -678,8 +678,10 @@ def test_titles_are_never_dropped_in_silence(storage: Storage, tmp_path: Path) -
     for some in ([titled, bare], [bare, titled]):
         with pytest.raises(
             CorpusError, match=r"b\.parquet: no column 'title'.*set corpus\.title_column to null"
-        ):
+        ) as it:
             resolve(some)
+        # Without that, the next run would refuse what this hint makes of the settings.
+        assert "to null and choose another output.uri" in str(it.value)
     assert resolve([bare, titled], title_column=None).title is None
     assert resolve([loose, titled]).title == "title", "a key may be missing from lines"
     assert resolve([bare, loose]).title is None
@@ -711,6 +713,16 @@ def test_column_types_are_checked_before_any_row(storage: Storage, tmp_path: Pat
         CorpusError, match=r"id column 'id' is double, expected text, integers, decimals or UUIDs"
     ):
         resolve(one(id=pa.array([1.0]), text=text))
+    for kind in (pa.timestamp("us", "UTC"), pa.timestamp("us"), pa.date32()):
+        with pytest.raises(
+            CorpusError, match=r"id column 'id' is (timestamp|date).*, expected text, integers"
+        ):
+            resolve(
+                one(
+                    id=pa.array([1], pa.int32()).cast(pa.int64()).cast(pa.timestamp("us")).cast(kind),
+                    text=text,
+                )
+            )
     with pytest.raises(CorpusError, match=r"column 'title' is binary"):
         resolve(one(id=text, text=text, title=pa.array([b"x"])))
     assert resolve(one(id=pa.array([1], pa.uint32()), text=text, title=pa.nulls(1))).title == "title"
@@ -874,10 +886,15 @@ def test_a_change_after_the_plan_is_said_to_be_one(
             "longer": ROWS * 2,
         }
         storage.write(uri, content(new[change]))
-    said = "is gone; run again" if change == "gone" else "changed since the run began; run again"
+    said = (
+        "is gone; run again to plan without it"
+        if change == "gone"
+        else "changed since the run began; run again, the embed job first if"
+    )
     with pytest.raises(CorpusError, match=said) as caught:
         read(storage, found, columns)
     assert name in str(caught.value)
+    assert "to embed" not in str(caught.value)  # a rerank reads corpora, too
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.csv"])

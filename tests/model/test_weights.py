@@ -1,5 +1,6 @@
 """Weights in every form that the hub has: the same vectors from each, and nothing in them is run."""
 
+import fnmatch
 import json
 import os
 import shutil
@@ -253,3 +254,36 @@ def test_pickles_are_fetched_where_there_is_nothing_else(copy: Path, with_safete
         with_safetensors,
         not with_safetensors,
     )
+
+
+@pytest.mark.parametrize("with_safetensors", [True, False])
+def test_pickles_are_fetched_from_the_hub_where_there_is_nothing_else(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_safetensors: bool
+) -> None:
+    weights, commit = load_file(copy / "model.safetensors"), "c" * 40
+    if not with_safetensors:
+        (copy / "model.safetensors").unlink()
+    torch.save(weights, copy / "pytorch_model.bin")
+    torch.save([1], copy / "training_args.bin")
+    revisions = []
+
+    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        """Fetch as the hub's client does: what the patterns name, to a folder that is named by the commit."""
+        assert name == "own/model"
+        revisions.append(revision)
+        snapshot = tmp_path / "snapshots" / commit
+        for path in copy.rglob("*"):
+            there = path.relative_to(copy)
+            if path.is_file() and any(fnmatch.fnmatch(str(there), pattern) for pattern in allow_patterns):
+                (snapshot / there).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, snapshot / there)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    folder, revision = fetch_model("own/model", "main")
+    fetched = {path.name for path in folder.iterdir()}
+    assert "training_args.bin" not in fetched
+    assert ("pytorch_model.bin" in fetched) == (not with_safetensors)
+    assert revision == commit
+    assert revisions == (["main"] if with_safetensors else ["main", commit])
+    assert hash_model(folder) == hash_model(copy)

@@ -20,6 +20,7 @@ from bge_ray.dataset.changes import manifest_digest, read_changes
 from bge_ray.dataset.folder import Dataset
 from bge_ray.errors import (
     BgeRayError,
+    CorpusError,
     DatasetMismatchError,
     OutputBusyError,
     OutputCollisionError,
@@ -419,6 +420,25 @@ def test_an_output_is_no_part_of_its_corpus(
     assert caught.value.exit_code == 2
     assert "corpus.uri" in str(caught.value)
     assert [p.name for p in (tmp_path / "corpus").rglob("*")] == ["a.jsonl"]
+
+
+def test_a_corpus_without_a_row_empties_no_data_set(tmp_path: Path, tiny_model: Path) -> None:
+    """Whatever may be removed: its objects are there, and without a row they are a corpus that broke."""
+    root = str(tmp_path)
+    put(root, a=rows(0), b=rows(6))
+    embed(settings_for(root, tiny_model))
+    before = contents(root)
+    put(root, a=b"", b=b"")
+    said = (
+        r"none of its 2 objects has a row, and the data set .*/out has 12, .* another output\.uri, or delete"
+    )
+    for job in (plan_only, embed):
+        with pytest.raises(CorpusError, match=said) as caught:
+            job(settings_for(root, tiny_model))
+        assert caught.value.exit_code == 2
+    assert contents(root) == before
+    put(root, b=rows(6))
+    assert embed(settings_for(root, tiny_model)).manifest.rows_out == 6
 
 
 def test_a_data_set_of_the_first_format_is_refused_in_one_sentence(root: str, tiny_model: Path) -> None:

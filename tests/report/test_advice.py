@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from bge_ray.records.index import Recall, Shortfall
 from bge_ray.records.reports import EmbedReport
 from bge_ray.report import advice
 from bge_ray.report.advice import advise_embed, advise_index, advise_mine, advise_rerank, advise_search
@@ -18,6 +19,7 @@ from tests.report.samples import (
     searched_index,
 )
 
+MISSED = Recall(10, 0.8, 0.75, 0.85)
 LONG = {"steady_s": 600.0, "wall_s": 610.0}
 UNITS_OF_50 = {"settings": parse_settings(None, ["batching.unit_rows=50"]).model_dump(mode="json")}
 
@@ -100,6 +102,12 @@ def test_advice_on_an_index(change: dict[str, Any], word: str) -> None:
         ({"unknown_ids": 5}, "Run index.py"),
         ({"missing_results": 5}, "fewer passages with different ids"),
         ({"index": searched_index(lacking_shards=2)}, "2 shards are not in it"),
+        ({"index": searched_index(shortfall=Shortfall(MISSED, 0.95))}, "larger code (index.factory), or set"),
+        (
+            {"index": searched_index(shortfall=Shortfall(MISSED, 0.95, 100, 0.97))},
+            "recall@10 of its index is 0.8000, and index.recall_target asked for 0.95: set search.rescore to "
+            "100, which gives 0.9700, or set search.exact",
+        ),
         ({"k": 100}, "measured for 10 results"),
         ({"index": searched_index(tuned_rescore=100)}, "100 candidates rescored for 10"),
         ({"filtered_queries": 9, "compared_all": 2}, "For 7 queries with a filter the index was searched"),

@@ -294,6 +294,29 @@ def test_what_no_rerun_mends_is_told_from_what_may_pass(
     assert caught.value.exit_code == (2 if refused else 1)
 
 
+WITHOUT_CREDENTIALS = """
+import sys
+from bge_ray.errors import StorageAccessError
+from bge_ray.storage.objects import Storage
+try:
+    Storage(timeout_s=5).write(sys.argv[1], b"1")
+except StorageAccessError as error:
+    print(error.exit_code, error)
+"""
+
+
+def test_an_environment_without_credentials_is_refused(s3_server, bucket: str, tmp_path: Path) -> None:
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    # What a client looks through for credentials, and the address of the server alone.
+    bare |= {"HOME": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true"}
+    bare |= {"AWS_ENDPOINT_URL": s3_server.endpoint, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    words = [sys.executable, "-c", WITHOUT_CREDENTIALS, f"{bucket}/a"]
+    ended = subprocess.run(words, env=bare, capture_output=True, text=True, check=False)
+    assert ended.stdout.startswith("2 "), ended.stderr[-2000:]
+    assert f"{bucket}/a" in ended.stdout
+    assert "no credentials: set AWS_ACCESS_KEY_ID" in ended.stdout
+
+
 @pytest.fixture
 def linked(tmp_path: Path) -> Path:
     """A folder with a file of its own, and links to a file and to a folder beside it."""

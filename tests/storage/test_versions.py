@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from bge_ray.formats.corpus import list_corpus
 from bge_ray.records.plan import NO_VERSION
+from bge_ray.settings.sections import CorpusSettings
 from bge_ray.storage.objects import Storage, join
 from tests.support.reading import parquet_bytes, read_all
 
@@ -133,3 +135,5 @@ def test_names_of_folders_are_no_objects(storage: Storage, s3_server, bucket: st
         found = {info.uri.removeprefix(f"{bucket}/") for info in storage.list_files(f"{bucket}{pattern}")}
         assert found <= {"day/a.jsonl", "day/empty.jsonl"}, pattern
     assert len(storage.list_files(bucket)) == 2
+    listed = list_corpus(storage, CorpusSettings(uri=bucket, format="jsonl"))
+    assert [info.uri.removeprefix(f"{bucket}/") for info in listed] == ["day/a.jsonl", "day/empty.jsonl"]

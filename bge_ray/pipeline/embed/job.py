@@ -28,6 +28,7 @@ from bge_ray.pipeline.embed.reuse import ORIGINS
 from bge_ray.pipeline.embed.sharing import by_ray, share_texts
 from bge_ray.pipeline.embed.tasks import EmbedJob, ReadTask, UnitsTask
 from bge_ray.pipeline.embed.write import commit_stage
+from bge_ray.pipeline.engine.disks import refuse_unseen
 from bge_ray.pipeline.engine.flow import by_actors, by_tasks, follow, parcels, receipts
 from bge_ray.pipeline.engine.isolation import running_ledger
 from bge_ray.pipeline.engine.model_stage import ModelJob, ModelStage
@@ -199,14 +200,17 @@ class EmbedWork:
     def do(self, facts: RunFacts, watch: Callable[[], None]) -> None:
         """Write what the data set is and its plan, then embed the units to do."""
         planned, dataset = self._planned, self.dataset
+        facts.plan(units=len(planned.todo_units), rows=planned.todo_rows)
+        sizes = None
+        if planned.todo:
+            sizes = embed_sizes(self._settings, planned, watch)  # which connects, if planning had no need to
+            refuse_unseen(self.folders, watch)
         # What was planned without the lease is still true if no other run planned since.
         number = planned.previous_number
         if dataset.latest_plan()[0] != number or not dataset.create_plan(number + 1, planned.plan):
             raise OutputBusyError(f"{dataset.root}: another run has just worked on this output; run again")
         dataset.create_spec(planned.spec)
-        facts.plan(units=len(planned.todo_units), rows=planned.todo_rows)
-        if planned.todo:
-            sizes = embed_sizes(self._settings, planned, watch)  # which connects, if planning had no need to
+        if sizes is not None:
             with running_ledger() as ledger:
                 self._run(facts, watch, sizes, ledger)
 

@@ -127,6 +127,7 @@ def prepare(settings: Settings) -> Planned:
     plan = extend_plan(unchanged, previous, scanned[: len(changed)], columns, limits)
     plan = dataclasses.replace(plan, corpus=absolute(str(settings.corpus.uri)))
     removal = find_removal(previous, plan)
+    _refuse_emptied(previous, plan, settings, dataset.root)
     _refuse_large(removal, settings, dataset.root)
     finished = dataset.finished()
     _check_given(dataset, number, previous, finished)
@@ -172,6 +173,17 @@ def _check_given(
             f"{dataset.root}: has vectors of object {given}, and the newest file of plan/ knows of "
             f"{previous.next_object_no} objects: a newer one is gone; restore it, or choose another "
             "output.uri"
+        )
+
+
+def _refuse_emptied(previous: Plan | None, plan: Plan, settings: Settings, root: str) -> None:
+    """Refuse to leave nothing of a data set, whatever may be removed: a corpus without a row is broken."""
+    rows = sum(known.n_rows for known in previous.objects) if previous is not None else 0
+    if rows and not any(there.n_rows for there in plan.objects):
+        raise CorpusError(
+            f"corpus.uri {settings.corpus.uri}: none of its {len(plan.objects):,} objects has a row, and the "
+            f"data set {root} has {rows:,}, all of which would go. Mend the corpus; or choose another "
+            "output.uri, or delete the data set, if it is no longer wanted"
         )
 
 

@@ -18,6 +18,7 @@ from bge_ray.dataset.folder import PARALLEL_REQUESTS, Dataset
 from bge_ray.dataset.pointer import refuse_pointer
 from bge_ray.errors import DatasetMismatchError, IndexBuildError, RecallError
 from bge_ray.index.factory import index_bytes
+from bge_ray.pipeline.engine.disks import refuse_unseen
 from bge_ray.pipeline.engine.pools import PoolRequest, await_pools
 from bge_ray.pipeline.engine.stopping import StopRequest
 from bge_ray.pipeline.index.build import carry_build
@@ -210,6 +211,7 @@ class IndexWork:
         settings, gpus = self._settings, self._settings.index.gpus_per_task
         tasks = PoolRequest("tasks", "index.gpus_per_task", 1, count=1 if gpus else None, gpus=gpus)
         await_pools(settings, [tasks], watch)
+        refuse_unseen(self.folders, watch)
         at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
         facts.plan(units=0, rows=self.inputs.manifest.vectors)  # its tasks are counted step by step
         facts.start(_workers(settings, at_once), time.time())

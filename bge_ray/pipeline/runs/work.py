@@ -12,6 +12,7 @@ import pyarrow as pa
 from ray.actor import ActorHandle
 
 from bge_ray.errors import IncompleteRunError, RejectedRowsError
+from bge_ray.pipeline.engine.disks import refuse_unseen
 from bge_ray.pipeline.engine.flow import follow
 from bge_ray.pipeline.engine.isolation import running_ledger
 from bge_ray.pipeline.engine.parcel import Parcel
@@ -173,6 +174,7 @@ class RunWork(Generic[R]):
         try:
             place = Workplace(self.storage, self._place, attempts, ledger)
             start = self._job.receipts(place, groups, facts, watch)
+            refuse_unseen(self.folders, watch)
             telemetry.start(facts)
             with Progress(lambda: work_line(facts, self._job.rows), self._settings.report.log_interval_s):
                 follow(start, lambda receipt: _book(receipt, facts, telemetry), watch)

@@ -57,10 +57,10 @@ from bge_ray.pipeline.search.stages import (
 )
 from bge_ray.pipeline.work import carry_out, refuse_taken
 from bge_ray.records.canonical import digest
-from bge_ray.records.index import IndexDescription
+from bge_ray.records.index import IndexDescription, Shortfall
 from bge_ray.records.model import BM25, EMBEDDING, SPARSE, ModelSpec
 from bge_ray.records.reports import SearchedIndex, SearchReport
-from bge_ray.report.advice import advise_search
+from bge_ray.report.advice import advise_search, advise_shortfall
 from bge_ray.report.facts import RunFacts, summarise
 from bge_ray.report.run_page import search_page
 from bge_ray.run_id import run_id
@@ -174,6 +174,8 @@ class SearchJob:
         self.index = read_index(self.storage, self.source.root) if by_vectors and not asked.exact else None
         if self.index is not None:
             _check_index(self.index, self.source, allowed=asked.stale_index)
+            if shortfall := self._shortfall():
+                logger.warning("%s: %s", self.source.root, advise_shortfall(shortfall))
             results = "passages" if self.source.chunked and asked.group == "passage" else "vectors"
             if self.index.results != results:
                 logger.warning(
@@ -260,6 +262,12 @@ class SearchJob:
         if self.index is None:
             return 0
         return self.index.rescored(self.asked.candidates) if asked.rescore is None else asked.rescore
+
+    def _shortfall(self) -> Shortfall | None:
+        """Return what the index misses of its own target; None where it is not searched."""
+        if self.index is None:
+            return None
+        return self.index.shortfall(self.asked.candidates, self._rescored())
 
     def _retrieval(self, output: str) -> Retrieval:
         """Return how results are found by one output."""
@@ -553,6 +561,7 @@ class SearchJob:
             tuned_rescore=index.rescored(self.asked.candidates),
             lacking_shards=len(index.lacks(self.source.shard_hashes)),
             recall=index.recall,
+            shortfall=self._shortfall(),
         )
 
     def page(self, report: SearchReport) -> bytes:

@@ -122,10 +122,20 @@ def test_small_objects_are_sampled_until_there_are_rows_enough(storage: Storage,
 
 
 class InThisProcess:
-    """As much of Ray as an estimate takes: tasks that run where they are called."""
+    """As much of Ray as an estimate takes: tasks that run where they are called; ``ran`` says which did."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
 
     def remote(self, **_: object) -> Callable[[Callable], SimpleNamespace]:
-        return lambda function: SimpleNamespace(remote=function)
+        def task(function: Callable) -> SimpleNamespace:
+            def run(*words: object) -> object:
+                self.ran.append(function.__name__)
+                return function(*words)
+
+            return SimpleNamespace(remote=run)
+
+        return task
 
     def get(self, result: object) -> object:
         return result
@@ -147,8 +157,11 @@ def test_many_small_objects_cost_what_committing_them_takes(
     todo, _ = _subtract(spec, plan, {}, {})
     planned = Planned(Dataset(storage, str(tmp_path / "out")), spec, plan, 0, {}, todo, Removal())
     sizes = Sizes({"encoders": POOL}, {"readers": Tasks(1, 0.0)})
-    monkeypatch.setattr(estimate, "ray", InThisProcess())
+    there = InThisProcess()
+    monkeypatch.setattr(estimate, "ray", there)
     told = estimate.estimate(planned, sizes, Settings())
     assert (told.units_todo, told.rows_todo) == (n, n)
     # On a disk a unit takes 4.4 ms of a core at the least (docs/measured.md).
     assert told.seconds - told.tokens / told.tokens_per_s > n * 0.0044
+    # Both hold the texts, which may be gigabytes: the driver has none of them.
+    assert there.ran == [sample_task.__name__, measure_task.__name__]

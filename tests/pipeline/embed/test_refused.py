@@ -92,3 +92,26 @@ def test_a_model_is_no_output(tmp_path: Path, job: Callable[..., object], output
     with pytest.raises(OutputCollisionError, match=r"output\.uri.* model\.name"):
         job(parse_settings(None, words))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("corpus", "said"),
+    [
+        ("**/*.parquet", r"output\.uri .*/out: lies inside corpus\.uri"),
+        # What is foreseen are names, not depths: this one is seen once it is listed.
+        ("*/embeddings/*.parquet", r"corpus\.uri: lists .*/00000077-0000000000\.parquet, .* output\.uri"),
+    ],
+)
+@pytest.mark.parametrize("job", [plan_only, embed])
+def test_a_glob_that_reaches_the_output_is_refused(
+    tmp_path: Path, job: Callable[..., object], corpus: str, said: str
+) -> None:
+    """Each run would embed what the one before wrote."""
+    (tmp_path / "out/embeddings").mkdir(parents=True)
+    (tmp_path / "out/embeddings/00000077-0000000000.parquet").write_bytes(b"theirs or ours")
+    before = everything(tmp_path)
+    settings = parse_settings(None, [f"corpus.uri={tmp_path}/{corpus}", f"output.uri={tmp_path}/out"])
+    with pytest.raises(OutputCollisionError, match=said) as caught:
+        job(settings)
+    assert caught.value.exit_code == 2
+    assert everything(tmp_path) == before

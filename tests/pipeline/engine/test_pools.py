@@ -1,5 +1,7 @@
 """Pools and tasks are sized so that no cluster, however small, can wait for itself."""
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +16,7 @@ from bge_ray.pipeline.embed.job import (
     WRITERS_PER_CORE,
     WRITERS_PER_GPU,
 )
+from bge_ray.pipeline.engine import pools
 from bge_ray.pipeline.engine.pools import (
     PoolRequest,
     Sizes,
@@ -143,6 +146,16 @@ def test_a_device_that_is_asked_for_is_known_before_any_node_is_there() -> None:
         )
         for request in (encoder_request, reranker_request):
             assert device_of(settings, request(settings, 1), ask_nobody) == device
+
+
+def test_a_device_that_nobody_named_is_told_by_the_nodes_that_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a cluster that scales from zero a CPU would be taken for all that there is."""
+    there: dict[str, float] = {}
+    monkeypatch.setattr(pools, "await_pools", lambda *_: there.update(CPU=8.0, GPU=1.0))
+    monkeypatch.setattr(pools, "ray", SimpleNamespace(cluster_resources=lambda: there))
+    for request in (encoder_request, reranker_request):
+        there.clear()
+        assert device_of(Settings(), request(Settings(), 1), lambda: None) == "cuda"
 
 
 def test_both_models_share_a_single_gpu() -> None:

@@ -39,6 +39,7 @@ def test_every_query_of_the_dashboard_is_about_metrics_that_exist() -> None:
     assert named == EXPORTED  # and none is without a panel
     labels = set(re.findall(r"(\w+)=~", dashboard))
     assert labels == set(TAGS)
+    assert "run_id" not in TAGS  # a series of its own for each run, for ever
     for query in dashboard_queries():
         assert set(re.findall(r"\$\w+", query)) <= set(VARIABLES)
 

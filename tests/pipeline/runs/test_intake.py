@@ -1,7 +1,9 @@
 """Input cut into units and groups, which a rerun finds again."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,6 +17,8 @@ from bge_ray.pipeline.runs.intake import Block, Limits, read_group, take_in
 from bge_ray.storage.objects import Storage
 
 STORAGE = Storage(5)
+# The length of its text is added up.
+STEPS_A_PAIR = 20
 
 
 def blocks(sizes: list[int]) -> Iterator[Block]:
@@ -108,3 +112,43 @@ def test_a_unit_is_named_by_its_rows_and_nothing_else(
     other = [*rows]
     other[place % len(rows)] = changed
     assert (name(other, before) == name(rows, before)) == (other == rows)
+
+
+def steps(act: Callable[[], object]) -> int:
+    """Return how many steps the interpreter took, a fact of the code and not of the machine."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable:
+        nonlocal count
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        act()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_a_pair_costs_a_few_steps_of_the_interpreter(tmp_path: Path) -> None:
+    """Cut, hashed and stored by columns: 10^8 pairs are minutes otherwise, with every worker waiting."""
+
+    def lists(pairs: int) -> list[Block]:
+        texts, numbers = [f"text {i}" for i in range(pairs)], list(range(pairs))
+        nothing = {name: [None] * pairs for name in ("first_score", "score", "reason", "detail")}
+        columns = {"passage_id": [str(i) for i in numbers], "text": texts, "vector_id": numbers}
+        return [
+            {"query_id": [f"q{i}"] * pairs, "query": ["q"] * pairs} | nothing | columns for i in range(10)
+        ]
+
+    def taking(pairs: int) -> int:
+        blocks, limits = lists(pairs), Limits(2 * pairs, 4 * pairs)
+        folder = str(tmp_path / str(pairs))
+        return steps(lambda: take_in(STORAGE, folder, blocks, CANDIDATE_SCHEMA, limits, "key"))
+
+    taking(10)  # what is done once
+    few, many = taking(100), taking(600)
+    assert many - few < STEPS_A_PAIR * 10 * 500

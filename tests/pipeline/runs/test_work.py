@@ -10,9 +10,15 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from bge_ray.errors import OutputCollisionError
+from bge_ray.errors import (
+    IncompleteRunError,
+    OutputCollisionError,
+    RejectedRowsError,
+    StorageAccessError,
+)
+from bge_ray.pipeline.engine.stopping import Stopped
 from bge_ray.pipeline.runs.parts import LEFT_OUT_SCHEMA, RunOutput, Totals, _examples
-from bge_ray.pipeline.runs.work import RunWork, published_files
+from bge_ray.pipeline.runs.work import RunWork, check_rejected, published_files
 from bge_ray.pipeline.work import carry_out
 from bge_ray.records.canonical import to_json
 from bge_ray.records.dataset import FileFact
@@ -24,6 +30,7 @@ from bge_ray.storage.objects import Storage
 from bge_ray.storage.ownership import OwnedFolder
 from bge_ray.storage.reports import write_report
 from tests.report.samples import rerank_report, search_report
+from tests.storage.doubles import Hooked
 
 STORAGE = Storage(20)
 CONTENT = b"12345"
@@ -156,3 +163,58 @@ def test_parts_with_many_rows_left_out_give_few_examples() -> None:
     assert Counter(row.reason for row in first) == {"killed_worker": EXAMPLES_PER_REASON, "no_result": 2}
     assert (first[0].query_id, first[0].passage_id) == ("0", "0")
     assert Counter(row.reason for row in _examples(table, first)) == {"no_result": 2}
+
+
+def test_too_much_that_was_left_out_is_mended_by_no_rerun() -> None:
+    check_rejected("/run", 0.1, 0.1, "search.max_rejected_fraction", {"null_text": 1})
+    said = r"/run: the run is published, but 20\.0% .* \(null_text 2\), more than search\.max_.* 0\.1"
+    with pytest.raises(RejectedRowsError, match=said) as caught:
+        check_rejected("/run", 0.2, 0.1, "search.max_rejected_fraction", {"null_text": 2})
+    assert caught.value.exit_code == 2
+
+
+@dataclasses.dataclass
+class Stopping:
+    """A run that is stopped, or fails, after its store began to refuse writes."""
+
+    folder: OwnedFolder
+    end: BaseException
+    refuses: list[bool]
+    storage: Storage = STORAGE
+
+    @property
+    def folders(self) -> Sequence[OwnedFolder]:
+        return (self.folder,)
+
+    def current(self) -> Report | None:
+        return None
+
+    def do(self, facts: RunFacts, watch: object) -> None:
+        self.refuses.append(True)
+        raise self.end
+
+    def report(self, facts: RunFacts, outcome: str, *, complete: bool) -> Report:
+        return search_report(outcome=outcome, complete=complete)
+
+    def page(self, report: Report) -> bytes:
+        return search_page(report)
+
+
+@pytest.mark.parametrize("end", [Stopped(15), IncompleteRunError("a unit is not done")])
+def test_a_run_ends_of_what_ended_it_though_the_store_takes_no_report(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, end: BaseException
+) -> None:
+    """Embed, search and rerank alike; by the code a scheduler knows a stop from a failure."""
+    refuses: list[bool] = []
+
+    def refuse(_: int) -> None:
+        if refuses:
+            raise StorageAccessError("refused")
+
+    folder = OwnedFolder(Hooked(5, refuse), str(tmp_path / "out"), "run", "search.output")
+    with pytest.raises(type(end)) as caught:
+        carry_out(Stopping(folder, end, refuses), RunFacts("search"), None)
+    assert caught.value is end
+    assert "no report of this run: refused" in caplog.text
+    assert not (tmp_path / "out/report.json").exists()
+    assert not (tmp_path / "out/lease.json").exists()

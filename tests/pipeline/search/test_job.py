@@ -22,6 +22,7 @@ from bge_ray.pipeline.embed.job import embed
 from bge_ray.pipeline.index.job import build_index, read_index
 from bge_ray.pipeline.search.job import plan_search, search
 from bge_ray.records.canonical import from_json
+from bge_ray.records.ids import split_vector_ids
 from bge_ray.records.reports import SearchReport
 from bge_ray.settings.sections import ModelSettings
 from bge_ray.storage.objects import join
@@ -299,6 +300,37 @@ def test_reranking_in_the_same_job_equals_the_rerank_job(root: str, bucket: str,
     first = by_query(read_run(f"{bucket}/one"))
     for query_id, pairs in by_query(ours).items():
         assert {p for p, _ in pairs} == {p for p, _ in first[query_id][:5]}
+
+
+@pytest.mark.slow
+def test_of_two_passages_of_one_id_both_jobs_score_the_one_that_was_found(
+    bucket: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The twin that lies second is the one that is found: by its id alone the first would be scored."""
+    from bge_ray.pipeline.rerank.job import rerank
+
+    found, other = "how to fold a paper crane", "a ship on the wide sea"
+    upload(
+        f"{bucket}/corpus",
+        {
+            "0.jsonl": jsonl(
+                [{"id": "twin", "text": other}, *({"id": f"a{i}", "text": f"a {i}"} for i in range(9))]
+            ),
+            "1.jsonl": jsonl([{"id": "twin", "text": found}]),
+        },
+    )
+    upload(bucket, {"q.jsonl": jsonl([{"_id": "q", "text": found}])})
+    data, one, two = (f"{bucket}/{name}" for name in ("data", "one", "two"))
+    embed(settings_for(corpus__uri=f"{bucket}/corpus", output__uri=data, model__name=str(tiny_model)))
+    model = make_cross_encoder(tmp_path / "ce", positions=64)
+    keys = {"output__uri": data, "search__queries": f"{bucket}/q.jsonl", "rerank__model": str(model)}
+    search(settings_for(**keys, search__output=one, search__k=10, search__rerank=True))
+    [twin] = [row for row in read_run(one) if row["passage_id"] == "twin"]
+    assert int(split_vector_ids(np.array([twin["vector_id"]])).object_no[0]) == 1
+    rerank(settings_for(**keys, rerank__candidates=one, rerank__output=two))
+    ours, theirs = by_query(read_run(f"{one}/reranked"))["q"], by_query(read_run(two))["q"]
+    assert [name for name, _ in ours] == [name for name, _ in theirs]
+    np.testing.assert_allclose([score for _, score in ours], [score for _, score in theirs], atol=1e-5)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Whose the folders of a search are: nothing foreign is lost, no report vouches for files of another run."""
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,12 @@ import pytest
 from bge_ray.errors import BgeRayError, OutputBusyError, OutputCollisionError, RejectedRowsError
 from bge_ray.pipeline.embed.job import embed
 from bge_ray.pipeline.engine.stopping import Stopped, StopRequest
+from bge_ray.pipeline.index.job import build_index
 from bge_ray.pipeline.rerank.job import plan_rerank, rerank
-from bge_ray.pipeline.search.job import plan_search, search
+from bge_ray.pipeline.runs.work import RunWork
+from bge_ray.pipeline.search.job import SearchJob, plan_search, search
+from bge_ray.pipeline.work import carry_out
+from bge_ray.report.facts import RunFacts
 from bge_ray.storage.lease import Lease
 from tests.support.corpora import docstrings, jsonl_bytes
 from tests.support.models import make_cross_encoder
@@ -66,6 +71,34 @@ def refused(act: Callable[[], object]) -> BgeRayError:
         act()
     assert caught.value.exit_code == 2
     return caught.value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_search_under_way_ends_with_what_it_began_with(
+    place: Path, tiny_model: Path, tmp_path: Path, exact: bool
+) -> None:
+    """Embed and index publish meanwhile, and leave the files of the state before for their grace."""
+    shutil.copytree(place / "corpus", tmp_path / "corpus")
+    grace = {"output__uri": str(tmp_path / "data"), "output__grace_s": 3600}
+    embedding = settings_for(corpus__uri=str(tmp_path / "corpus"), model__name=str(tiny_model), **grace)
+    indexing = settings_for(index__factory="Flat", **grace)
+
+    def keys(name: str) -> dict[str, object]:
+        return keys_for(place, tmp_path / name, output__uri=str(tmp_path / "data"), search__exact=exact)
+
+    embed(embedding)
+    build_index(indexing)
+    search(settings_for(**keys("before")))
+    settings = settings_for(**keys("during"))
+    work = RunWork(settings, SearchJob(settings))
+    (tmp_path / "corpus/0.jsonl").write_bytes(jsonl_bytes(docstrings(500)[400:420]))
+    embed(embedding)
+    build_index(indexing)
+    carry_out(work, RunFacts("search", "r"), None)
+    assert ranked(tmp_path / "during") == ranked(tmp_path / "before")
+    search(settings_for(**keys("after")))
+    assert ranked(tmp_path / "after") != ranked(tmp_path / "before")
 
 
 @pytest.mark.slow
