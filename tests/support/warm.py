@@ -6,7 +6,8 @@ at its word the server forks, and what runs is Ray's own ``default_worker.py`` i
 killed like any other. Whatever is no worker of Ray's, or reads another environment at its imports, goes to
 the real interpreter.
 
-Ray's own modules are imported after the fork: they read their environment once, and it names job and node.
+Ray's own modules read Ray's variables when they are imported, of which some name raylet and job: the server
+forks a server for each job of a raylet, which imports them, and sends the workers of that job to it.
 """
 
 import array
@@ -26,7 +27,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -39,6 +41,8 @@ LIBRARIES = (
     "transformers.models.xlm_roberta.modeling_xlm_roberta",
 )
 PACKAGES = ("settings", "storage", "formats", "dataset", "model", "index")
+RAY_LIBRARIES = ("ray.data", "ray.actor", "ray._private.node", "ray._private.external_storage")
+RAY_PACKAGES = tuple(f"pipeline.{name}" for name in ("engine", "runs", "embed", "index", "search", "rerank"))
 # A worker for which these differ starts cold: they are read when a module is imported.
 READ_AT_IMPORT = (
     "PYTHON",
@@ -51,6 +55,8 @@ READ_AT_IMPORT = (
     "OPENBLAS_",
     "FSSPEC_",
 )
+RAYLET = "RAY_RAYLET_PID"
+LOOK_EVERY_S = 2.0
 COLD = "BGE_RAY_TESTS_COLD"  # Set: every worker is started as Ray starts it.
 PREFIX = "bge-ray-warm-"
 # The core of the standard library only, so that it costs nothing. It lives as long as the worker does, and
@@ -60,22 +66,25 @@ import os, sys
 if len(sys.argv) < 2 or not sys.argv[1].endswith("ray/_private/workers/default_worker.py"):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 import array, json, socket, time
-line = socket.socket(socket.AF_UNIX)
-while True:
-    try:
-        line.connect({address!r})
-        break
-    except FileNotFoundError:  # The server is at its imports.
-        time.sleep(0.05)
-    except ConnectionRefusedError:  # It failed there, or ended; the worker will say why.
-        os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+address = {address!r}
 wish = {{"arguments": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}}
 wish = json.dumps(wish | {{"pid": os.getpid()}}).encode()
 outputs = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))
-line.sendmsg([len(wish).to_bytes(4, "big")], [outputs])
-line.sendall(wish)
-if line.recv(1) == b"c":
-    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+while address:
+    line = socket.socket(socket.AF_UNIX)
+    try:
+        line.connect(address)
+    except FileNotFoundError:  # The server is at its imports.
+        time.sleep(0.05)
+        continue
+    except ConnectionRefusedError:  # It failed there, or ended; the worker will say why.
+        os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+    line.sendmsg([len(wish).to_bytes(4, "big")], [outputs])
+    line.sendall(wish)
+    answer = line.recv(200)
+    if answer == b"c":
+        os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+    address = answer.decode() if answer.startswith(b"/") else ""
 line.recv(1)
 """
 
@@ -138,53 +147,83 @@ def _worker_of(process: psutil.Process) -> psutil.Process | None:
 
 
 def serve(address: str) -> None:
-    """Import what workers import, then fork one at each word; returns in the worker alone."""
+    """Import what has no Ray in it, then fork a server for each job of a raylet; returns in workers alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     mine = _read_at_import(dict(os.environ))  # Some of the imports set more.
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(f"{address}.new")
-    try:
-        _import_all()
-        gc.collect()
-        gc.freeze()
-        listener.listen(64)
-    finally:
-        # Launchers wait for the name. Where nobody listens behind it, they are refused and start cold.
-        Path(f"{address}.new").rename(address)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    listener = _open(address, LIBRARIES, PACKAGES)
+    assert "ray" not in sys.modules
+    servers: dict[tuple[tuple[str, str], ...], str] = {}
     while True:
-        line, _ = listener.accept()
-        wish, places = _receive(line)
-        if wish is None:
-            pass
-        elif _read_at_import(wish["environment"]) != mine:
-            with contextlib.suppress(BrokenPipeError):  # Killed while it waited.
-                line.sendall(b"c")
-        elif os.fork() == 0:
+        line, wish, places = _next(listener)
+        answer = "c"
+        if _read_at_import(wish["environment"]) == mine:
+            job = _variables_of_ray(wish["environment"])
+            is_new = job not in servers
+            answer = servers.setdefault(job, f"{address}.{len(servers)}")
+            if is_new and os.fork() == 0:
+                listener.close()
+                _close(line, places)
+                _serve_job(answer, dict(job))
+                return
+        with contextlib.suppress(BrokenPipeError):  # Killed while it waited.
+            line.sendall(answer.encode())
+        _close(line, places)
+
+
+def _serve_job(address: str, variables: dict[str, str]) -> None:
+    """Import Ray as its variables say, then fork a worker at each word; returns in the worker alone."""
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        del os.environ[name]
+    os.environ.update(variables)
+    listener = _open(address, RAY_LIBRARIES, RAY_PACKAGES)
+    threading.Thread(target=_end_with_raylet, args=(int(variables[RAYLET]),), daemon=True).start()
+    while True:
+        line, wish, places = _next(listener)
+        if os.fork() == 0:
             listener.close()
             _become(wish, places)
             Path(address).with_name(str(wish["pid"])).write_text(str(os.getpid()))
             line.sendall(b"w")
             threading.Thread(target=_end_with, args=(line,), daemon=True).start()
             return
-        line.close()
-        for place in places:
-            os.close(place)
+        _close(line, places)
 
 
-def _import_all() -> None:
-    for name in LIBRARIES:
+def _open(address: str, libraries: Iterable[str], packages: Iterable[str]) -> socket.socket:
+    """Import, then listen; whoever comes earlier waits for the name of the socket."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{address}.new")
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        _import_all(libraries, packages)
+        gc.collect()
+        gc.freeze()
+        listener.listen(64)
+    finally:
+        # Where nobody listens behind the name, launchers are refused and start cold.
+        Path(f"{address}.new").rename(address)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    return listener
+
+
+def _import_all(libraries: Iterable[str], packages: Iterable[str]) -> None:
+    for name in libraries:
         importlib.import_module(name)
-    for package in PACKAGES:
+    for package in packages:
         path = importlib.import_module(f"bge_ray.{package}").__path__
         for found in pkgutil.walk_packages(path, f"bge_ray.{package}."):
             importlib.import_module(found.name)
-    assert "ray" not in sys.modules
 
 
 def _end_with_stdin() -> None:
     os.read(0, 1)  # Not sys.stdin, whose lock a worker would inherit.
+    os._exit(0)
+
+
+def _end_with_raylet(pid: int) -> None:
+    while psutil.pid_exists(pid):
+        time.sleep(LOOK_EVERY_S)
     os._exit(0)
 
 
@@ -197,6 +236,26 @@ def _end_with(line: socket.socket) -> None:
 def _read_at_import(environment: dict[str, str]) -> dict[str, str]:
     read = {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
     return {**read, "PYTHONPATH": read.get("PYTHONPATH", "").removeprefix(f"{SITE}:") or str(REPOSITORY)}
+
+
+def _variables_of_ray(environment: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((name, value) for name, value in environment.items() if name.startswith("RAY_")))
+
+
+def _next(listener: socket.socket) -> tuple[socket.socket, dict, list[int]]:
+    """Return the next whole wish, on what line it came, and its outputs."""
+    while True:
+        line, _ = listener.accept()
+        wish, places = _receive(line)
+        if wish is not None:
+            return line, wish, places
+        _close(line, places)
+
+
+def _close(line: socket.socket, places: list[int]) -> None:
+    line.close()
+    for place in places:
+        os.close(place)
 
 
 def _receive(line: socket.socket) -> tuple[dict | None, list[int]]:

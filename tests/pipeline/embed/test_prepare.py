@@ -62,6 +62,8 @@ def without_a_weight(path: Path) -> None:
     ],
     ids=["tokenizer", "cut off", "a weight less"],
 )
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_model_that_no_encoder_could_load_is_refused_in_a_line_before_the_corpus_is_scanned(
     tmp_path: Path,
     tiny_model: Path,
