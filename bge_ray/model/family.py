@@ -147,6 +147,13 @@ def refuse_settings(settings: RerankSettings, names: Sequence[str], why: str) ->
             raise ModelError(f"rerank.{name}: {settings.model} {why}")
 
 
+def packing_config_of_folder(spec: ModelSpec, folder: Path) -> "PretrainedConfig":  # noqa: ARG001 - as all families
+    """Read config.json of what is built as it says: what most families have for `Family.packing_config`."""
+    from bge_ray.model.run.load import load_config
+
+    return load_config(folder)
+
+
 class Family(Protocol):
     """One kind of checkpoint; a module of `families` is one. Only what loads the model may import torch."""
 

@@ -11,6 +11,7 @@ from bge_ray.model.family import (
     MERGE_SETTINGS,
     Role,
     check_length,
+    packing_config_of_folder,
     refuse_code,
     refuse_settings,
     settle_dtype,
@@ -25,7 +26,6 @@ from bge_ray.settings.sections import RerankSettings
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig
 
     from bge_ray.model.heads import Head
     from bge_ray.model.run.load import Loading
@@ -121,11 +121,7 @@ def feeder(spec: ModelSpec, folder: Path, *, trust_remote_code: bool) -> PairFee
     )
 
 
-def packing_config(spec: ModelSpec, folder: Path) -> "PretrainedConfig":  # noqa: ARG001 - as all families
-    """Read config.json, which says which of transformers' models it is."""
-    from bge_ray.model.run.load import load_config
-
-    return load_config(folder)
+packing_config = packing_config_of_folder
 
 
 def load(spec: ModelSpec, folder: Path, how: "Loading") -> "tuple[torch.nn.Module, Sequence[Head]]":

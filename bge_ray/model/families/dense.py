@@ -10,6 +10,7 @@ from bge_ray.model.cards import ModelCard, find_card
 from bge_ray.model.family import (
     Role,
     check_length,
+    packing_config_of_folder,
     refuse_code,
     settle_dtype,
     settle_kernels,
@@ -26,7 +27,6 @@ from bge_ray.settings.sections import ModelSettings
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig
 
     from bge_ray.model.heads import Head
     from bge_ray.model.run.load import Loading
@@ -120,11 +120,7 @@ def feeder(spec: ModelSpec, folder: Path, *, trust_remote_code: bool) -> TextFee
     )
 
 
-def packing_config(spec: ModelSpec, folder: Path) -> "PretrainedConfig":  # noqa: ARG001 - as all families
-    """Read config.json, which says which of transformers' models it is."""
-    from bge_ray.model.run.load import load_config
-
-    return load_config(folder)
+packing_config = packing_config_of_folder
 
 
 def load(spec: ModelSpec, folder: Path, how: "Loading") -> "tuple[torch.nn.Module, Sequence[Head]]":

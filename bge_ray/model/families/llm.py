@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from bge_ray.errors import ModelError
 from bge_ray.model.cards import ModelCard, find_card
 from bge_ray.model.families import dense
-from bge_ray.model.family import Role, shown
+from bge_ray.model.family import Role, packing_config_of_folder, shown
 from bge_ray.model.feed.decoder_texts import DecoderFeeder
 from bge_ray.model.feed.ends import Ends, settle_ends
 from bge_ray.model.folder import ModelFolder
@@ -69,7 +69,7 @@ def feeder(spec: ModelSpec, folder: Path, *, trust_remote_code: bool) -> Decoder
     )
 
 
-packing_config = dense.packing_config
+packing_config = packing_config_of_folder
 
 
 def load(spec: ModelSpec, folder: Path, how: "Loading") -> "tuple[torch.nn.Module, Sequence[Head]]":

@@ -8,7 +8,13 @@ from tokenizers import Tokenizer
 
 from bge_ray.errors import ModelError
 from bge_ray.model.cards import find_card
-from bge_ray.model.family import LAYER_SETTINGS, MERGE_SETTINGS, Role, refuse_settings
+from bge_ray.model.family import (
+    LAYER_SETTINGS,
+    MERGE_SETTINGS,
+    Role,
+    packing_config_of_folder,
+    refuse_settings,
+)
 from bge_ray.model.feed.pairs import PairFeeder
 from bge_ray.model.feed.pipeline import TOKENIZER_FILE, read_tokenizer
 from bge_ray.model.feed.prompts import YES_OR_NO
@@ -19,7 +25,6 @@ from bge_ray.settings.sections import ComputeDtype, RerankSettings
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig
 
     from bge_ray.model.heads import Head
     from bge_ray.model.run.load import Loading
@@ -83,11 +88,7 @@ def feeder(spec: ModelSpec, folder: Path, *, trust_remote_code: bool) -> PairFee
     return prompt_feeder(spec, folder, beginning="if_distinct", trust_remote_code=trust_remote_code)
 
 
-def packing_config(spec: ModelSpec, folder: Path) -> "PretrainedConfig":  # noqa: ARG001 - as all families
-    """Read config.json, which says which of transformers' models it is."""
-    from bge_ray.model.run.load import load_config
-
-    return load_config(folder)
+packing_config = packing_config_of_folder
 
 
 def load(spec: ModelSpec, folder: Path, how: "Loading") -> "tuple[torch.nn.Module, Sequence[Head]]":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from bge_ray.errors import ModelError
 from bge_ray.model.families import dense
-from bge_ray.model.family import Role
+from bge_ray.model.family import Role, packing_config_of_folder
 from bge_ray.model.feed.texts import TextFeeder, load_tokenizer
 from bge_ray.model.folder import ModelFolder
 from bge_ray.model.weights import HEAD_FILES, Shape, head_file, tensor_shapes
@@ -61,7 +61,7 @@ def feeder(spec: ModelSpec, folder: Path, *, trust_remote_code: bool) -> TextFee
     return dense.feeder(spec, folder, trust_remote_code=trust_remote_code)
 
 
-packing_config = dense.packing_config
+packing_config = packing_config_of_folder
 
 
 def load(spec: ModelSpec, folder: Path, how: "Loading") -> "tuple[torch.nn.Module, Sequence[Head]]":
