@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.campaign.cluster import RayCluster
+from tests.support.runs import wait_until
 from tests.support.warm import COLD, command, descendants, launcher
 
 pytestmark = [
@@ -66,3 +68,24 @@ def test_a_launcher_that_is_killed_while_it_speaks_takes_nothing_with_it(said: l
             return "transformers.models.bert.modeling_bert" in sys.modules
 
     assert ray.get(Worker.remote().is_warm.remote(), timeout=30)
+
+
+def test_services_have_their_imports_behind_them_and_end_with_their_node(tmp_path: Path) -> None:
+    """They are children of the server, where Ray watches for the end of a parent."""
+    cluster = RayCluster(str(tmp_path / "log"), {}, (1, 1))
+    try:
+        raylet = next(p for p in cluster.workers() if "raylet" in p.name() and "--head" not in command(p))
+        names, titled = ("ray::DashboardAgent", "ray::RuntimeEnvAgent"), {}
+
+        def started() -> bool:
+            titled.update((" ".join(command(process)).strip(), process) for process in descendants(raylet))
+            return titled.keys() >= {*names}
+
+        wait_until(started)
+        services = [titled[name] for name in names]
+        assert all(raylet not in service.parents() for service in services)
+        raylet.kill()
+        _, alive = psutil.wait_procs(services, timeout=20)
+        assert not alive
+    finally:
+        cluster.stop()

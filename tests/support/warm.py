@@ -7,7 +7,9 @@ killed like any other. Whatever is no worker of Ray's, or reads another environm
 the real interpreter.
 
 Ray's own modules read Ray's variables when they are imported, of which some name raylet and job: the server
-forks a server for each job of a raylet, which imports them, and sends the workers of that job to it.
+forks a server for each job of a raylet, which imports them, and sends the workers of that job to it. Another
+one is for Ray's services, of which each node starts two and each head three, and which import for a second or
+two of a core each; it serves every Ray that is started with the same variables.
 """
 
 import array
@@ -40,9 +42,22 @@ LIBRARIES = (
     *("transformers", "transformers.models.bert.modeling_bert"),
     "transformers.models.xlm_roberta.modeling_xlm_roberta",
 )
-PACKAGES = ("settings", "storage", "formats", "dataset", "model", "index")
+PACKAGES = tuple(
+    f"bge_ray.{name}" for name in ("settings", "storage", "formats", "dataset", "model", "index")
+)
 RAY_LIBRARIES = ("ray.data", "ray.actor", "ray._private.node", "ray._private.external_storage")
-RAY_PACKAGES = tuple(f"pipeline.{name}" for name in ("engine", "runs", "embed", "index", "search", "rerank"))
+SERVICES = {
+    "ray/dashboard/agent.py": "ray.dashboard.agent",
+    "ray/dashboard/dashboard.py": "ray.dashboard.dashboard",
+    "ray/_private/runtime_env/agent/main.py": "ray._private.runtime_env.agent.main",
+    "ray/_private/log_monitor.py": "ray._private.log_monitor",
+    "ray/autoscaler/_private/monitor.py": "ray.autoscaler._private.monitor",
+}
+# What all modules of a dashboard are looked for in.
+SERVICE_PACKAGE = "ray.dashboard.modules"
+RAY_PACKAGES = tuple(
+    f"bge_ray.pipeline.{name}" for name in ("engine", "runs", "embed", "index", "search", "rerank")
+)
 # A worker for which these differ starts cold: they are read when a module is imported.
 READ_AT_IMPORT = (
     "PYTHON",
@@ -56,18 +71,24 @@ READ_AT_IMPORT = (
     "FSSPEC_",
 )
 RAYLET = "RAY_RAYLET_PID"
+# What tells Rays apart and is read by services as they need it, but not at their imports.
+OF_ONE_RAY = (RAYLET, "RAY_AUTH_TOKEN", "RAY_TMPDIR")
+# Ray gives its services an allocator that they run as well without.
+ALLOCATOR = "LD_PRELOAD"
 LOOK_EVERY_S = 2.0
+WORKER = "ray/_private/workers/default_worker.py"
 COLD = "BGE_RAY_TESTS_COLD"  # Set: every worker is started as Ray starts it.
 PREFIX = "bge-ray-warm-"
 # The core of the standard library only, so that it costs nothing. It lives as long as the worker does, and
 # either ends with the other.
 LAUNCHER = """#!{python} -ISE
 import os, sys
-if len(sys.argv) < 2 or not sys.argv[1].endswith("ray/_private/workers/default_worker.py"):
+arguments = sys.argv[2:] if sys.argv[1:2] == ["-u"] else sys.argv[1:]
+if not arguments or not arguments[0].endswith({scripts!r}):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 import array, json, socket, time
 address = {address!r}
-wish = {{"arguments": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}}
+wish = {{"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}}
 wish = json.dumps(wish | {{"pid": os.getpid()}}).encode()
 outputs = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))
 while address:
@@ -95,7 +116,7 @@ def launcher() -> str:
     folder = tempfile.mkdtemp(prefix=PREFIX)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path, address = Path(folder, "python"), f"{folder}/server"
-    path.write_text(LAUNCHER.format(python=sys.executable, address=address))
+    path.write_text(LAUNCHER.format(python=sys.executable, address=address, scripts=(WORKER, *SERVICES)))
     path.chmod(0o755)
     server = subprocess.Popen(
         [sys.executable, "-m", "tests.support.warm", address],
@@ -147,7 +168,7 @@ def _worker_of(process: psutil.Process) -> psutil.Process | None:
 
 
 def serve(address: str) -> None:
-    """Import what has no Ray in it, then fork a server for each job of a raylet; returns in workers alone."""
+    """Import what has no Ray in it, then fork servers of what has; returns in workers and services alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     mine = _read_at_import(dict(os.environ))  # Some of the imports set more.
     listener = _open(address, LIBRARIES, PACKAGES)
@@ -156,27 +177,45 @@ def serve(address: str) -> None:
     while True:
         line, wish, places = _next(listener)
         answer = "c"
+        kind = _kind(wish)
         if _read_at_import(wish["environment"]) == mine:
-            job = _variables_of_ray(wish["environment"])
-            is_new = job not in servers
-            answer = servers.setdefault(job, f"{address}.{len(servers)}")
+            is_new = kind not in servers
+            answer = servers.setdefault(kind, f"{address}.{len(servers)}")
             if is_new and os.fork() == 0:
                 listener.close()
                 _close(line, places)
-                _serve_job(answer, dict(job))
+                _serve_kind(answer, dict(kind))
                 return
         with contextlib.suppress(BrokenPipeError):  # Killed while it waited.
             line.sendall(answer.encode())
         _close(line, places)
 
 
-def _serve_job(address: str, variables: dict[str, str]) -> None:
-    """Import Ray as its variables say, then fork a worker at each word; returns in the worker alone."""
+def _kind(wish: dict) -> tuple[tuple[str, str], ...]:
+    """Return the variables that Ray's modules read in what is wished for, and with it whose server it needs.
+
+    A job of a raylet has one, all services of Rays with the same variables have another. What does not
+    matter to a service leaves its environment.
+    """
+    environment = wish["environment"]
+    ray = {name: value for name, value in environment.items() if name.startswith("RAY_")}
+    if not wish["arguments"][0].endswith(WORKER):
+        environment.pop(ALLOCATOR, None)
+        ray = {name: value for name, value in ray.items() if name not in OF_ONE_RAY}
+    return tuple(sorted(ray.items()))
+
+
+def _serve_kind(address: str, variables: dict[str, str]) -> None:
+    """Import Ray as its variables say, then fork a process at each word; returns in that process alone."""
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         del os.environ[name]
     os.environ.update(variables)
-    listener = _open(address, RAY_LIBRARIES, RAY_PACKAGES)
-    threading.Thread(target=_end_with_raylet, args=(int(variables[RAYLET]),), daemon=True).start()
+    if RAYLET in variables:
+        listener = _open(address, RAY_LIBRARIES, RAY_PACKAGES)
+        threading.Thread(target=_end_with_raylet, args=(int(variables[RAYLET]),), daemon=True).start()
+    else:
+        listener = _open(address, SERVICES.values(), (SERVICE_PACKAGE,))
+    server = os.getpid()
     while True:
         line, wish, places = _next(listener)
         if os.fork() == 0:
@@ -185,6 +224,11 @@ def _serve_job(address: str, variables: dict[str, str]) -> None:
             Path(address).with_name(str(wish["pid"])).write_text(str(os.getpid()))
             line.sendall(b"w")
             threading.Thread(target=_end_with, args=(line,), daemon=True).start()
+            if RAYLET not in variables and RAYLET in os.environ:
+                # A service ends with its raylet, which it takes to be its parent.
+                raylet = int(os.environ[RAYLET])
+                threading.Thread(target=_end_with_raylet, args=(raylet,), daemon=True).start()
+                os.environ[RAYLET] = str(server)
             return
         _close(line, places)
 
@@ -211,8 +255,8 @@ def _import_all(libraries: Iterable[str], packages: Iterable[str]) -> None:
     for name in libraries:
         importlib.import_module(name)
     for package in packages:
-        path = importlib.import_module(f"bge_ray.{package}").__path__
-        for found in pkgutil.walk_packages(path, f"bge_ray.{package}."):
+        path = importlib.import_module(package).__path__
+        for found in pkgutil.walk_packages(path, f"{package}."):
             importlib.import_module(found.name)
 
 
@@ -235,11 +279,8 @@ def _end_with(line: socket.socket) -> None:
 
 def _read_at_import(environment: dict[str, str]) -> dict[str, str]:
     read = {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
+    read.pop("PYTHONBREAKPOINT", None)  # Ray sets it where it starts.
     return {**read, "PYTHONPATH": read.get("PYTHONPATH", "").removeprefix(f"{SITE}:") or str(REPOSITORY)}
-
-
-def _variables_of_ray(environment: dict[str, str]) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((name, value) for name, value in environment.items() if name.startswith("RAY_")))
 
 
 def _next(listener: socket.socket) -> tuple[socket.socket, dict, list[int]]:
