@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import json
+import tempfile
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +47,8 @@ class References:
 
     def __init__(self, folder: Path, models: Models) -> None:
         self._folder, self._models = folder, models
-        self._lock = threading.Lock()
-        folder.mkdir(parents=True, exist_ok=True)
+        self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        (folder / "datasets").mkdir(parents=True, exist_ok=True)
 
     def dataset(self, site: Site, made: Made) -> dict[str, Any]:
         """Return the `snapshot` of a data set that was embedded in each of these states, then indexed."""
@@ -66,15 +68,15 @@ class References:
     def _kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return what a file says, made first if it is not there; what is made is read back, too."""
         path = self._folder / name
-        with self._lock:
+        with self._locks[name]:
             if not path.exists():
                 made = json.dumps(make())
                 path.write_text(made)
             return json.loads(path.read_text())
 
     def _dataset(self, site: Site, made: Made) -> str:
-        """Return the root of a clean data set in the store of a site, which keeps the last one made."""
-        root = f"{ROOT}/{made.name}"
+        """Return the root of a clean data set in the store of a site, copied from where it was first made."""
+        root, kept = f"{ROOT}/{made.name}", self._folder / "datasets" / made.name
 
         def run(job: str) -> None:
             settings = dataset_settings(
@@ -88,12 +90,18 @@ class References:
             )
             self._start(site, job, settings)
 
-        if not site.fs.exists(f"{root}/dataset/index/report.json"):
-            site.remove(ROOT)
-            for state in made.history:
-                site.set_corpus(state)
-                run(EMBED)
-            run(INDEX)
+        with self._locks[made.name]:
+            if not kept.exists():
+                site.remove(root)
+                for state in made.history:
+                    site.set_corpus(state)
+                    run(EMBED)
+                run(INDEX)
+                fetched = Path(tempfile.mkdtemp(dir=self._folder))
+                site.fs.get(f"{root}/dataset", str(fetched / "dataset"), recursive=True)
+                fetched.rename(kept)
+            elif not site.fs.exists(f"{root}/dataset/index/report.json"):
+                site.fs.put(str(kept / "dataset"), f"{root}/dataset", recursive=True)
         return f"{root}/dataset"
 
     def _run(self, site: Site, made: Made, asked: Asked) -> dict[str, Any]:
