@@ -48,6 +48,19 @@ def test_a_worker_has_its_imports_behind_it_and_is_a_process_of_its_own() -> Non
             ray.get(worker.facts.remote())
 
 
+def test_no_two_workers_take_the_same_random_ids() -> None:
+    import ray
+
+    @ray.remote
+    class Worker:
+        def ids(self) -> list[str]:
+            return [ray.ObjectID.from_random().hex() for _ in range(100)]
+
+    workers = [Worker.remote() for _ in range(3)]
+    drawn = [taken for worker in workers for taken in ray.get(worker.ids.remote(), timeout=30)]
+    assert len(set(drawn)) == 300
+
+
 @pytest.mark.parametrize("said", [[], [(9).to_bytes(4, "big")], [(9).to_bytes(4, "big"), b"{"]])
 def test_a_launcher_that_is_killed_while_it_speaks_takes_nothing_with_it(said: list[bytes]) -> None:
     """Ray kills those that still start when a job ends. Without its server, every later one started cold."""

@@ -76,6 +76,7 @@ OF_ONE_RAY = (RAYLET, "RAY_AUTH_TOKEN", "RAY_TMPDIR")
 # Ray gives its services an allocator that they run as well without.
 ALLOCATOR = "LD_PRELOAD"
 LOOK_EVERY_S = 2.0
+IDS_OF_A_PROCESS = 10_000
 WORKER = "ray/_private/workers/default_worker.py"
 COLD = "BGE_RAY_TESTS_COLD"  # Set: every worker is started as Ray starts it.
 PREFIX = "bge-ray-warm-"
@@ -218,6 +219,7 @@ def _serve_kind(address: str, variables: dict[str, str]) -> None:
     server = os.getpid()
     while True:
         line, wish, places = _next(listener)
+        _draw_ids()
         if os.fork() == 0:
             listener.close()
             _become(wish, places)
@@ -231,6 +233,18 @@ def _serve_kind(address: str, variables: dict[str, str]) -> None:
                 os.environ[RAYLET] = str(server)
             return
         _close(line, places)
+
+
+def _draw_ids() -> None:
+    """Take more random ids from Ray than a process ever does, so that no two that are forked take the same.
+
+    Ray's generator goes on in each of them where it stood here. A worker whose first object has the id of
+    another's ends at once, and Ray waits a minute before it starts the next.
+    """
+    from ray import ObjectID
+
+    for _ in range(IDS_OF_A_PROCESS):
+        ObjectID.from_random()
 
 
 def _open(address: str, libraries: Iterable[str], packages: Iterable[str]) -> socket.socket:
