@@ -9,10 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from bge_ray.errors import DatasetMismatchError
-from bge_ray.records.canonical import digest, flatten
+from bge_ray.records.canonical import digest, flatten, reader_of
 from bge_ray.records.chunking import Chunking
 from bge_ray.records.columns import Columns
 from bge_ray.records.ids import FORMAT_VERSION
@@ -150,7 +148,8 @@ class Manifest:
 
 def marker_of(tree: Mapping[str, Any]) -> Marker:
     """Rebuild a marker from what `dataclasses.asdict` made of it."""
-    return TypeAdapter(Marker).validate_python(tree)
+    marker: Marker = reader_of(Marker).validate_python(tree)
+    return marker
 
 
 def make_manifest(vector_fingerprint: str, markers: Iterable[Marker]) -> Manifest:

@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from pydantic import TypeAdapter
-
 from bge_ray.errors import OutputCollisionError, StorageError
+from bge_ray.records.canonical import reader_of
 from bge_ray.records.dataset import FileFact
 from bge_ray.storage.concatenate import Piece, concatenate
 from bge_ray.storage.objects import ObjectInfo, Storage, join
@@ -231,7 +230,7 @@ class OwnedFolder:
             return None
         way_out = f"choose another {self.key}"
         try:
-            journal = TypeAdapter(Journal).validate_json(data)
+            journal: Journal = reader_of(Journal).validate_json(data)
         except ValueError as error:
             raise OutputCollisionError(
                 f"{uri}: does not say what this project wrote there, so nothing may be replaced; {way_out}"

@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter
-
 from bge_ray.errors import OutputCollisionError, TakenOverError
+from bge_ray.records.canonical import reader_of
 from bge_ray.storage.objects import Storage, is_local, join
 
 # The underscore keeps it out of every listing of ours.
@@ -118,11 +117,12 @@ def _read(storage: Storage, uri: str) -> dict[str, float]:
     if data is None:
         return {}
     try:
-        return TypeAdapter(_Retired).validate_json(data).since
+        retired: _Retired = reader_of(_Retired).validate_json(data)
     except ValueError as error:
         raise OutputCollisionError(
             f"{uri}: is not the list of dead files that this version writes; move it away"
         ) from error
+    return retired.since
 
 
 def _write(storage: Storage, uri: str, since: dict[str, float], etag: str | None) -> bool:
