@@ -4,7 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # One more than there are cores: some tests wait for a server most of the time.
 WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )))
-# Modules are compiled when they are imported: most of what comes along never is.
+# Modules are compiled when they are first imported: most of what comes along never is. An environment that keeps
+# no bytecode would have torch, Ray and the tests compiled anew in every process.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 .PHONY: help demo demo-train test test-slow test-airflow check types unit format clean audit

@@ -71,9 +71,8 @@ ARCHITECTURES: dict[str, tuple[str, Tokenizer, dict[str, Any]]] = {
 
 
 # Of those with a head on top that transformers has.
-CROSS_ENCODERS = [
-    kind for kind, (name, *_) in ARCHITECTURES.items() if f"{name}{RERANKER}" in dir(transformers)
-]
+KNOWN = frozenset(dir(transformers))  # A second's work, and nothing is imported for it.
+CROSS_ENCODERS = [kind for kind, (name, *_) in ARCHITECTURES.items() if f"{name}{RERANKER}" in KNOWN]
 BUDGETS = (1, 200, 100_000)  # each row alone, some rows, all of them
 
 
