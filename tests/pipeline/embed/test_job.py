@@ -36,6 +36,7 @@ from tests.support.corpora import docstrings, jsonl_bytes, mixed_objects, parque
 from tests.support.datasets import check_nothing_left_over, read_manifest, read_shards, vectors_by_id
 from tests.support.poison import make_poisonous
 from tests.support.runs import JobProcess
+from tests.support.slow import slow_but
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -151,6 +152,7 @@ def test_new_changed_and_removed_objects_are_all_that_is_done(
     check_nothing_left_over(f"{bucket}/out")
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_resumes_what_another_planned(
     bucket: str, tiny_model: Path, passages: list[dict[str, str]], tmp_path: Path
 ) -> None:
@@ -331,7 +333,7 @@ def actors_alive() -> Counter[str]:
     return Counter(actor["ActorClassName"] for actor in actors if actor["State"] == "ALIVE")
 
 
-@pytest.mark.parametrize("succeeds", [True, False])
+@pytest.mark.parametrize("succeeds", slow_but([False], [True, False]))
 def test_a_job_leaves_no_actor_in_a_ray_that_goes_on(bucket: str, tiny_model: Path, succeeds: bool) -> None:
     """Also while its error is kept, as a notebook keeps the last one; Python tidies up at no other time."""
     lines = [json.dumps({"id": str(i), "text": "" if i % 4 == 0 else "text"}).encode() for i in range(300)]

@@ -162,6 +162,7 @@ def test_chunks_are_reused_wherever_they_stand_in_their_text(bucket: str, tiny_m
     check_as_if_clean(bucket, tiny_model, *keys)
 
 
+@pytest.mark.slow
 def test_a_chunk_says_of_its_own_passage_that_the_title_was_cut(bucket: str, tiny_model: Path) -> None:
     words = "the quick brown fox jumps over lazy dog"
     second = "A corpus becomes an index."
@@ -261,6 +262,7 @@ def test_a_dry_run_counts_what_has_vectors(
     assert told.tokens == pytest.approx(report.tokens_encoded, rel=0.5)
 
 
+@pytest.mark.slow
 def test_all_outputs_of_a_row_are_reused_together(
     bucket: str, tmp_path: Path, passages: list[dict[str, str]]
 ) -> None:
@@ -280,6 +282,7 @@ def test_all_outputs_of_a_row_are_reused_together(
     check_as_if_clean(bucket, model, *keys)
 
 
+@pytest.mark.slow
 def test_of_a_corpus_of_which_60_percent_repeat_every_text_is_encoded_once(
     bucket: str, tiny_model: Path, passages: list[dict[str, str]]
 ) -> None:

@@ -131,6 +131,7 @@ def tail(settings: Settings) -> tuple[str, str]:
     return f"index.factory={settings.index.factory}", f"index.recall_target={settings.index.recall_target}"
 
 
+@pytest.mark.slow
 def test_a_data_set_that_shrank_keeps_the_training_it_has(tmp_path: Path) -> None:
     made = made_of(tmp_path, clustered(3000, DIM, 1), clustered(500, DIM, 2))
     settings = settings_for(tmp_path, "index.factory=IVF64,SQ8", "index.max_drift=1")
@@ -141,6 +142,7 @@ def test_a_data_set_that_shrank_keeps_the_training_it_has(tmp_path: Path) -> Non
     assert (second.ntotal, second.training) == (500, first.training)
 
 
+@pytest.mark.slow
 def test_what_is_damaged_is_named_with_the_way_out_and_made_anew(tmp_path: Path) -> None:
     made = made_of(tmp_path, clustered(4000, DIM, 1), clustered(4000, DIM, 2))
     settings = settings_for(tmp_path, "index.factory=IVF16,SQ8")

@@ -102,7 +102,7 @@ def in_one_process(made: VectorDataset, index: IndexDescription) -> bytes:
         pytest.param("IVF32,Flat", "l2", "float32", 64, marks=pytest.mark.slow),
         ("IVF32,SQ8", "ip", "float16", DIM),
         pytest.param("RR,IVF32,RaBitQ4", "l2", "float32", DIM, marks=pytest.mark.slow),
-        ("Flat", "ip", "float32", 64),
+        pytest.param("Flat", "ip", "float32", 64, marks=pytest.mark.slow),
         pytest.param("SQ8", "l2", "float16", DIM, marks=pytest.mark.slow),
     ],
 )

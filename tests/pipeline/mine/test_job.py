@@ -240,6 +240,7 @@ def test_every_verdict_equals_brute_force(
         assert texts[example.passage_id].startswith(example.passage)
 
 
+@pytest.mark.slow
 def test_a_rerun_has_nothing_to_do_and_a_new_run_writes_the_same_bytes(root: str, bucket: str) -> None:
     keys = keys_for(root, f"{bucket}/a", mine__sampling="random", mine__seed=7)
     assert "to be done" in plan_mine(settings_for(**keys))
@@ -346,7 +347,7 @@ def test_held_out_queries_are_kept_out(root: str, bucket: str) -> None:
 
 
 def test_what_cannot_be_mined_is_refused_before_anything_is_written(root: str, bucket: str) -> None:
-    upload(bucket, {"zero.txt": b"q0 0 nowhere 0\n", "other.txt": b"nobody 0 nowhere 1\n"})
+    upload(bucket, {"zero.txt": b"q0 0 nowhere 0\n"})
     refused = [
         ({"mine__qrels": f"{bucket}/none.txt"}, CorpusError, "no such object"),
         ({"mine__qrels": f"{bucket}/zero.txt"}, CorpusError, "no query has a positive"),
@@ -362,6 +363,11 @@ def test_what_cannot_be_mined_is_refused_before_anything_is_written(root: str, b
             mine(settings_for(**keys_for(root, f"{bucket}/out") | change))
         assert caught.value.exit_code == 2, change
     assert STORAGE.list_files(f"{bucket}/out") == []
+
+
+@pytest.mark.slow
+def test_what_is_mined_for_nothing_fails_and_what_lost_too_much_is_there(root: str, bucket: str) -> None:
+    upload(bucket, {"other.txt": b"nobody 0 nowhere 1\n"})
     with pytest.raises(CorpusError, match="no query is left to be mined for"):
         mine(settings_for(**keys_for(root, f"{bucket}/out", mine__qrels=f"{bucket}/other.txt")))
     with pytest.raises(RejectedRowsError, match="no query has a negative"):

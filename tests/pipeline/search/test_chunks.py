@@ -1,6 +1,7 @@
 """A search over a data set of chunks, and a rerank of it, as jobs on a real Ray."""
 
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
@@ -39,6 +40,9 @@ def make_texts() -> dict[str, str]:
         return " ".join(" ".join(rng.choice(WORDS, 9)) + "." for _ in range(sentences))
 
     return {f"long{i}": text(40) for i in range(12)} | {f"short{i}": text(1) for i in range(30)} | {"bad": ""}
+
+
+TEXTS = make_texts()
 
 
 def stored(root: str) -> dict[str, np.ndarray]:
@@ -85,38 +89,75 @@ def check_best(folder: str, truth: list[list[tuple[str, int, float]]]) -> None:
         assert {r[:2] for r in ours if r[2] > clear} == {r[:2] for r in best if r[2] > clear}
 
 
-def test_runs_name_passages_and_the_chunks_that_found_them(tmp_path: Path, tiny_model: Path) -> None:
-    texts, root = make_texts(), str(tmp_path / "data")
-    upload(str(tmp_path), {"corpus/x.jsonl": jsonl([{"id": k, "text": v} for k, v in texts.items()])})
-    upload(str(tmp_path), {"q.jsonl": jsonl([{"_id": k, "text": v} for k, v in QUESTIONS.items()])})
-    keys = {"output__uri": root, "model__name": str(tiny_model), "corpus__uri": f"{tmp_path}/corpus"}
-    embed(settings_for(**keys, chunking__max_tokens=24, corpus__max_rejected_fraction=0.1))
+@dataclass(frozen=True)
+class Made:
+    """A data set of chunks, with its questions, a reranker, and two exact runs: by passages and by chunks."""
+
+    folder: Path
+    model: Path
+    cross_encoder: str
+    passages: str
+    chunks: str
+
+    @property
+    def root(self) -> str:
+        return f"{self.folder}/data"
+
+    @property
+    def asked(self) -> dict[str, object]:
+        keys = {"output__uri": self.root, "model__name": str(self.model)}
+        keys |= {"corpus__uri": f"{self.folder}/corpus", "search__queries": f"{self.folder}/q.jsonl"}
+        return keys | {"search__k": K}
+
+    @property
+    def reranker(self) -> dict[str, object]:
+        return {"rerank__model": self.cross_encoder, "rerank__max_length": 96}
+
+    def run(self, name: str, **more: object) -> str:
+        search(settings_for(**self.asked, search__output=f"{self.folder}/{name}", **more))
+        return f"{self.folder}/{name}"
+
+    def reranked(self, name: str, candidates: str, **more: object) -> list[dict[str, object]]:
+        keys = {"rerank__candidates": candidates, "rerank__output": f"{self.folder}/{name}", **self.reranker}
+        rerank(settings_for(**self.asked, **keys, **more))
+        return pq.read_table(f"{self.folder}/{name}/run.parquet").to_pylist()
+
+    def expected(self, row: dict[str, object], *, whole: bool) -> float:
+        text = TEXTS[str(row["passage_id"])]
+        read = text if whole else text[row["start"] : row["end"]]
+        return score_here(self.cross_encoder, QUESTIONS[str(row["query_id"])], read)
+
+
+@pytest.fixture(scope="module")
+def made(ray_cluster: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp("chunks")
+    upload(str(folder), {"corpus/x.jsonl": jsonl([{"id": k, "text": v} for k, v in TEXTS.items()])})
+    upload(str(folder), {"q.jsonl": jsonl([{"_id": k, "text": v} for k, v in QUESTIONS.items()])})
+    cross_encoder = str(make_cross_encoder(folder / "reranker", positions=128))
+    made = Made(folder, tiny_model, cross_encoder, f"{folder}/exact", f"{folder}/chunks")
+    embed(settings_for(**made.asked, chunking__max_tokens=24, corpus__max_rejected_fraction=0.1))
+    made.run("exact", search__exact=True)
+    made.run("chunks", search__exact=True, search__group="chunk")
+    return made
+
+
+def test_runs_name_passages_and_the_chunks_that_found_them(made: Made, tiny_model: Path) -> None:
+    passages, chunks = made.passages, made.chunks
     questions = query_vectors(tiny_model, list(QUESTIONS.values()))
-    asked = keys | {"search__queries": f"{tmp_path}/q.jsonl", "search__k": K}
-    cross_encoder = str(make_cross_encoder(tmp_path / "reranker", positions=128))
-    reranker = {"rerank__model": cross_encoder, "rerank__max_length": 96}
-
-    def run(name: str, **more: object) -> str:
-        search(settings_for(**asked, search__output=f"{tmp_path}/{name}", **more))
-        return f"{tmp_path}/{name}"
-
-    # Exactly, by passages and by chunks.
-    passages = run("exact", search__exact=True)
-    truth = brute(root, questions, "passage", K)
+    truth = brute(made.root, questions, "passage", K)
     check_best(passages, truth)
-    chunks = run("chunks", search__exact=True, search__group="chunk")
-    check_best(chunks, brute(root, questions, "chunk", K))
+    check_best(chunks, brute(made.root, questions, "chunk", K))
     assert any(len({name for name, _ in rows}) < K for rows in pairs(chunks))
     # By an index that was tuned for passages, to miss none.
-    index = build_index(settings_for(**asked, index__factory="IVF4,SQ8", index__recall_target=1.0))
+    index = build_index(settings_for(**made.asked, index__factory="IVF4,SQ8", index__recall_target=1.0))
     assert index.results == "passages"
-    assert read_index(STORAGE, root) == index
-    by_index = run("index", search__rescore=60)
+    assert read_index(STORAGE, made.root) == index
+    by_index = made.run("index", search__rescore=60)
     check_best(by_index, truth)
     # The text of a result is the characters of the corpus that its columns name.
     table = pq.read_table(f"{chunks}/run.parquet")
     assert table.column_names == ["query_id", "passage_id", "rank", "score", "tag", "vector_id", *SPAN]
-    columns = stored(root)
+    columns = stored(made.root)
     spans = zip(*(columns[name].tolist() for name in SPAN), strict=True)
     places = dict(zip(columns["vector_id"].tolist(), spans, strict=True))
     for row in table.to_pylist():
@@ -130,47 +171,48 @@ def test_runs_name_passages_and_the_chunks_that_found_them(tmp_path: Path, tiny_
             assert [int(line[3]) for line in mine] == list(range(1, len(mine) + 1))
     relevant = {name: found[0][0] for name, found in zip(QUESTIONS, truth, strict=True)}
     qrels = "query-id\tcorpus-id\tscore\n" + "".join(f"{q}\t{p}\t1\n" for q, p in relevant.items())
-    STORAGE.write(f"{tmp_path}/qrels.tsv", qrels.encode())
+    STORAGE.write(f"{made.folder}/qrels.tsv", qrels.encode())
     runs = [passages, chunks, f"{chunks}/run.trec"]
     metrics = evaluate(
-        settings_for(evaluate__run=runs, evaluate__qrels=f"{tmp_path}/qrels.tsv", evaluate__k=[K])
+        settings_for(evaluate__run=runs, evaluate__qrels=f"{made.folder}/qrels.tsv", evaluate__k=[K])
     )
     assert metrics["runs"][0]["mean"][f"recall@{K}"] == 1
     assert metrics["runs"][1]["left_out"] == {}
     assert metrics["runs"][1]["mean"] == metrics["runs"][2]["mean"]
 
-    # A rerank scores the chunk that was found, or all of the passage; also of an older run, or a TREC run.
-    def reranked(name: str, candidates: str, **more: object) -> list[dict[str, object]]:
-        keys = {"rerank__candidates": candidates, "rerank__output": f"{tmp_path}/{name}", **reranker}
-        rerank(settings_for(**asked, **keys, **more))
-        return pq.read_table(f"{tmp_path}/{name}/run.parquet").to_pylist()
 
-    def expected(row: dict[str, object], *, whole: bool) -> float:
-        text = texts[str(row["passage_id"])]
-        read = text if whole else text[row["start"] : row["end"]]
-        return score_here(cross_encoder, QUESTIONS[str(row["query_id"])], read)
-
-    table = pq.read_table(f"{passages}/run.parquet")
-    pq.write_table(table.drop_columns(SPAN), tmp_path / "old.parquet")
-    for name, candidates, more, whole, named in (
-        ("a", passages, {}, False, True),
-        ("b", passages, {"rerank__reads": "passage"}, True, True),
-        ("c", str(tmp_path / "old.parquet"), {}, True, False),
-        ("d", f"{passages}/run.trec", {}, True, False),
-        ("e", chunks, {}, False, True),
-    ):
-        rows = reranked(name, candidates, **more)
-        assert len(rows) == K * len(QUESTIONS)
-        for row in rows:
-            assert row["score"] == pytest.approx(expected(row, whole=whole), abs=1e-4)
-            assert (row["start"] is not None) == named
-    assert sorted(map(str, pairs(f"{tmp_path}/e"))) != sorted(map(str, pairs(f"{tmp_path}/a")))
+def test_a_rerank_scores_the_chunk_that_was_found_in_one_job_or_two(made: Made) -> None:
+    rows = made.reranked("a", made.passages)
+    assert len(rows) == K * len(QUESTIONS)
+    for row in rows:
+        assert row["score"] == pytest.approx(made.expected(row, whole=False), abs=1e-4)
+        assert row["start"] is not None
     # In one job with the search the same, but for scores whose last bits change places.
-    together = run("both", search__exact=True, search__rerank=True, **reranker)
-    alone = [sorted(found) for found in pairs(f"{tmp_path}/a")]
+    together = made.run("both", search__exact=True, search__rerank=True, **made.reranker)
+    alone = [sorted(found) for found in pairs(f"{made.folder}/a")]
     assert [sorted(found) for found in pairs(f"{together}/reranked")] == alone
     with pytest.raises(SettingsError, match=r"search.group chunk: a rerank of whole passages"):
-        run("none", search__rerank=True, search__group="chunk", rerank__reads="passage", **reranker)
+        made.run("none", search__rerank=True, search__group="chunk", rerank__reads="passage", **made.reranker)
+
+
+@pytest.mark.slow
+def test_a_rerank_reads_whole_passages_where_it_is_told_to_or_knows_no_chunk(made: Made) -> None:
+    """Candidates may be of an older run, or a TREC run, which name no chunk, or the chunks themselves."""
+    table = pq.read_table(f"{made.passages}/run.parquet")
+    pq.write_table(table.drop_columns(SPAN), made.folder / "old.parquet")
+    for name, candidates, more, whole, named in (
+        ("b", made.passages, {"rerank__reads": "passage"}, True, True),
+        ("c", str(made.folder / "old.parquet"), {}, True, False),
+        ("d", f"{made.passages}/run.trec", {}, True, False),
+        ("e", made.chunks, {}, False, True),
+    ):
+        rows = made.reranked(name, candidates, **more)
+        assert len(rows) == K * len(QUESTIONS)
+        for row in rows:
+            assert row["score"] == pytest.approx(made.expected(row, whole=whole), abs=1e-4)
+            assert (row["start"] is not None) == named
+    found = sorted(map(str, pairs(f"{made.folder}/e")))
+    assert found != sorted(map(str, pairs(made.passages)))
 
 
 @functools.cache

@@ -285,6 +285,7 @@ def test_chunks_fall_together_to_distinct_passages(corpus: str, bucket: str, m3:
             assert_same_ranking(twice, ranked(best, K))
 
 
+@pytest.mark.slow
 def test_bm25_alone_takes_no_model(
     corpus: str, bucket: str, tmp_path: Path, queries: dict[str, str], passages: dict[str, str]
 ) -> None:

@@ -29,7 +29,7 @@ def test_an_embedder_is_trained_published_and_found_finished(tmp_path: Path) -> 
     model = make_encoder(tmp_path / "model", pooling="mean")
     out = tmp_path / "out"
     keys = training_keys(
-        tmp_path, model, out, workers=2, distill="kl", **{"model.query_instruction": "find: "}
+        tmp_path, model, out, workers=1, distill="kl", **{"model.query_instruction": "find: "}
     )
     report = train(as_settings(keys))
     assert report.complete
