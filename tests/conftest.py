@@ -24,6 +24,8 @@ os.environ.update(
     RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
     RAY_AUTH_MODE="token",
     RAY_AUTH_TOKEN=secrets.token_hex(24),
+    # What asks Ray before it was started is a defect, and starts none.
+    RAY_ENABLE_AUTO_CONNECT="0",
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
 )

@@ -113,6 +113,7 @@ def without_ray(make_storage: Callable[[float], Storage] = Storage) -> Iterator[
                 "embedding_receipts": embedding_receipts,
                 "by_ray": by_calls,
                 "follow": follow,
+                "refuse_unseen": lambda *_: None,  # there is no other node
                 "Telemetry": lambda _: MagicMock(),
                 "embed_page": lambda _: b"a page",  # a second of drawing
             },
