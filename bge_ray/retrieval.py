@@ -22,6 +22,7 @@ from bge_ray.model.spec import hash_files, text_feeder
 from bge_ray.model.uncollected import uncollected
 from bge_ray.pipeline.index.published import index_files, read_index
 from bge_ray.pipeline.index.searchers import Searcher
+from bge_ray.pipeline.runs.holders import RowHolder
 from bge_ray.pipeline.runs.source import Source, open_source
 from bge_ray.pipeline.search.exact import ShardSearcher
 from bge_ray.pipeline.search.retrieve import Group, Retrieval, plan_retrieval, retrieve
@@ -65,6 +66,9 @@ class IndexReader:
         self._model_name, self._device = model, device
         # Threads are the process's own matter; these calls set what is set.
         self._threads = faiss.omp_get_max_threads()
+        self._shards = ShardMap.of(source.manifest)
+        # What one question fetched is there for the next.
+        self._stored = RowHolder(source.storage, source.root, self._shards)
         self._searchers: dict[bool, Searcher | ShardSearcher] = {}
         self._filters: FilterReader | None = None
         # By their SQL, for the searchers; the last asked for is the last.
@@ -140,7 +144,7 @@ class IndexReader:
         def search(asked: FloatArray, fetched: int, effort: int | None) -> Results:
             return searcher.search(asked, fetched, effort, sql)
 
-        found = retrieve(vectors, search, how)
+        found = retrieve(vectors, search, how, self._stored)
         rows = zip(found.numbers.tolist(), found.scores.tolist(), found.rows.to_pylist(), strict=True)
         for number, score, row in rows:
             span = {name: row.get(name) for name in SPAN_COLUMNS}
@@ -173,7 +177,7 @@ class IndexReader:
         except SettingsError as error:
             raise SettingsError(f"filter {text!r}: {error}") from error
         if found.sql not in self._passing:
-            passing = mark_all(source.storage, source.root, ShardMap.of(source.manifest), [found])[found.sql]
+            passing = mark_all(source.storage, source.root, self._shards, [found])[found.sql]
             if isinstance(passing, str):
                 raise SettingsError(f"filter {text!r}: {passing}")
             self._passing[found.sql] = passing
@@ -191,7 +195,7 @@ class IndexReader:
             storage, root = self._source.storage, self._source.root
             self._searchers[per_row] = (
                 ShardSearcher(
-                    storage, root, how.shards.facts, self._threads, per_row=per_row, filters=self._passing
+                    storage, root, self._shards, self._threads, per_row=per_row, filters=self._passing
                 )
                 if self._index is None
                 else Searcher(storage, index_files(root, self._index), self._threads, self._passing)

@@ -4,14 +4,17 @@ An id is a place, so the manifest alone says which shard holds it; of that shard
 columns that are asked for are read.
 """
 
+import contextlib
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from bge_ray.dataset.read import open_shard
 from bge_ray.errors import StorageError
@@ -50,6 +53,11 @@ class ShardMap:
             for at in range(0, len(self.facts), step)
         ]
 
+    def every(self, step: int, first: int) -> "ShardMap":
+        """Return shard ``first`` and every so-many-th one behind it."""
+        some = slice(first, None, step)
+        return ShardMap(self.starts[some], self.stops[some], self.facts[some])
+
     def split(self, ids: IdArray) -> Iterator[tuple[FileFact, IdArray]]:
         """Yield each shard that may hold some of the (n,) ascending ids, with those; others are left out."""
         places = np.searchsorted(self.starts, ids, side="right") - 1
@@ -81,27 +89,20 @@ def read_places(
     with ThreadPoolExecutor(PARALLEL_SHARDS) as pool:
         parts = shards.split(ids)
         tables = list(pool.map(lambda part: read_shard(storage, root, part[0], part[1], columns), parts))
-    if not tables:
-        return pa.table({"vector_id": pa.array([], pa.int64()), **{name: pa.nulls(0) for name in columns}})
-    return pa.concat_tables(tables)
+    return pa.concat_tables(tables) if tables else no_rows(columns)
+
+
+def no_rows(columns: Sequence[str]) -> pa.Table:
+    """Return what `read_places` does of no id, without the types of the columns."""
+    return pa.table({"vector_id": pa.array([], pa.int64()), **{name: pa.nulls(0) for name in columns}})
 
 
 def read_shard(storage: Storage, root: str, fact: FileFact, ids: IdArray, columns: Sequence[str]) -> pa.Table:
     """Read columns of some rows of one shard; see `read_places`."""
     uri = join(root, fact.path)
-    names = ["vector_id", *columns]
-    try:
-        with open_shard(storage, uri, fact) as file:
-            tables = [file.schema_arrow.empty_table().select(names)]
-            for group in range(file.num_row_groups):
-                statistics = file.metadata.row_group(group).column(0).statistics
-                wanted = ids[(ids >= statistics.min) & (ids <= statistics.max)]
-                if len(wanted):
-                    table = file.read_row_group(group, columns=names, use_threads=False)
-                    tables.append(table.take(pa.array(_positions(table["vector_id"].to_numpy(), wanted))))
-    except (OSError, KeyError, AttributeError, pa.ArrowException) as error:
-        raise _not_vouched_for(uri, error) from error
-    return pa.concat_tables(tables).replace_schema_metadata(None)
+    with vouched_for(uri), open_shard(storage, uri, fact) as file:
+        ranges = group_ranges(file.metadata)
+        return take_rows(file.schema_arrow, ranges, functools.partial(_read_group, file), ids, columns)
 
 
 def find_passages(
@@ -123,19 +124,57 @@ def find_passages(
         StorageError: the shard is missing or damaged.
     """
     uri = join(root, fact.path)
-    positions, found = [], []
-    try:
-        with open_shard(storage, uri, fact) as file:
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=["vector_id", column], use_threads=False)
-                places = pc.index_in(table[column], value_set=wanted)
-                hit = pc.is_valid(places).to_numpy()
-                positions.append(places.drop_null().to_numpy().astype(np.int64))
-                found.append(table["vector_id"].to_numpy()[hit])
-    except (OSError, KeyError, pa.ArrowException) as error:
-        raise _not_vouched_for(uri, error) from error
-    none = np.empty(0, np.int64)
-    return np.concatenate([none, *positions]), np.concatenate([none, *found])
+    with vouched_for(uri), open_shard(storage, uri, fact) as file:
+        groups = (_read_group(file, n, ["vector_id", column]) for n in range(file.num_row_groups))
+        return find_in(groups, wanted, column)
+
+
+def _read_group(file: pq.ParquetFile, number: int, columns: Sequence[str]) -> pa.Table:
+    return file.read_row_group(number, columns=list(columns), use_threads=False)
+
+
+def group_ranges(metadata: pq.FileMetaData) -> list[tuple[int, int]]:
+    """Return the first and last vector id of each row group of a shard."""
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    statistics = (group.column(0).statistics for group in groups)
+    return [(found.min, found.max) for found in statistics]
+
+
+def take_rows(
+    schema: pa.Schema,
+    ranges: Sequence[tuple[int, int]],
+    group: Callable[[int, Sequence[str]], pa.Table],
+    ids: IdArray,
+    columns: Sequence[str],
+) -> pa.Table:
+    """Return columns of the rows of a shard with the given ids, and ``vector_id``.
+
+    Args:
+        schema: of the shard.
+        ranges: see `group_ranges`.
+        group: reads columns of a row group, by its number.
+        ids: (n,) ascending.
+        columns: beside ``vector_id``.
+    """
+    names = ["vector_id", *columns]
+    tables = [schema.empty_table().select(names)]
+    for number, (first, last) in enumerate(ranges):
+        wanted = ids[(ids >= first) & (ids <= last)]
+        if len(wanted):
+            table = group(number, names)
+            tables.append(table.take(pa.array(_positions(table["vector_id"].to_numpy(), wanted))))
+    return pa.concat_tables(table.replace_schema_metadata(None) for table in tables)
+
+
+def find_in(groups: Iterable[pa.Table], wanted: pa.Array, column: str) -> tuple[IdArray, IdArray]:
+    """Look for values of a column in the row groups of a shard; see `find_passages`."""
+    positions, found = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for table in groups:
+        places = pc.index_in(table[column], value_set=wanted)
+        hit = pc.is_valid(places).to_numpy()
+        positions.append(places.drop_null().to_numpy().astype(np.int64))
+        found.append(table["vector_id"].to_numpy()[hit])
+    return np.concatenate(positions), np.concatenate(found)
 
 
 def _positions(there: IdArray, wanted: IdArray) -> IdArray:
@@ -146,8 +185,13 @@ def _positions(there: IdArray, wanted: IdArray) -> IdArray:
     return places[found].astype(np.int64)
 
 
-def _not_vouched_for(uri: str, error: Exception) -> StorageError:
-    return StorageError(
-        f"{uri}: is not the embedding shard that the manifest vouches for ({error!r}); run bge-ray embed "
-        "again"
-    )
+@contextlib.contextmanager
+def vouched_for(uri: str) -> Iterator[None]:
+    """Say of a shard that cannot be read that it is not what it should be, and the way out."""
+    try:
+        yield
+    except (OSError, LookupError, AttributeError, pa.ArrowException) as error:
+        raise StorageError(
+            f"{uri}: is not the embedding shard that the manifest vouches for ({error!r}); run bge-ray embed "
+            "again"
+        ) from error

@@ -36,7 +36,7 @@ def read_vectors(storage: Storage, root: str, fact: FileFact) -> Iterator[Vector
         StorageError: it is missing, or its bytes are not those that the manifest vouches for. Raised
             before the first row group.
     """
-    return map(_arrays, read_groups(storage, root, fact, COLUMNS))
+    return map(arrays_of, read_groups(storage, root, fact, COLUMNS))
 
 
 def read_groups(storage: Storage, root: str, fact: FileFact, columns: Sequence[str]) -> Iterator[pa.Table]:
@@ -64,10 +64,15 @@ def read_verified(storage: Storage, root: str, fact: FileFact) -> bytes:
 
 
 @contextlib.contextmanager
-def open_shard(storage: Storage, uri: str, fact: FileFact) -> Iterator[pq.ParquetFile]:
-    """Open a shard to read some row groups of it, each page against its checksum."""
+def open_shard(
+    storage: Storage, uri: str, fact: FileFact, metadata: pq.FileMetaData | None = None
+) -> Iterator[pq.ParquetFile]:
+    """Open a shard to read some row groups of it, each page against its checksum.
+
+    With its metadata, its end is not read again.
+    """
     source = pa.PythonFile(storage.open(uri, fact.bytes), mode="r")
-    with pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True) as file:
+    with pq.ParquetFile(source, metadata=metadata, pre_buffer=True, page_checksum_verification=True) as file:
         yield file
 
 
@@ -119,14 +124,15 @@ def sample_vectors(storage: Storage, root: str, fact: FileFact, groups: dict[int
     parts = []
     with _vouched_for(uri), open_shard(storage, uri, fact) as file:
         for group, rows in sorted(groups.items()):
-            vectors, ids = _arrays(file.read_row_group(group, columns=COLUMNS, use_threads=False))
+            vectors, ids = arrays_of(file.read_row_group(group, columns=COLUMNS, use_threads=False))
             parts.append((vectors[rows], ids[rows]))
     return np.concatenate([v for v, _ in parts]), np.concatenate([i for _, i in parts])
 
 
-def _arrays(table: pa.Table) -> Vectors:
-    column = table["embedding"].combine_chunks()
-    # Since pyarrow 20 the chunks of a column without rows combine to a chunked array again.
-    array = column if isinstance(column, pa.Array) else pa.concat_arrays(column.chunks)
-    vectors = array.flatten().to_numpy(zero_copy_only=True).reshape(len(array), array.type.list_size)
-    return vectors, table["vector_id"].to_numpy()
+def arrays_of(rows: pa.Table | pa.RecordBatch) -> Vectors:
+    """Return the vectors and ids of rows with COLUMNS."""
+    column = rows["embedding"]
+    if isinstance(column, pa.ChunkedArray):
+        column = pa.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0)
+    vectors = column.flatten().to_numpy(zero_copy_only=True).reshape(len(column), column.type.list_size)
+    return vectors, rows["vector_id"].to_numpy()

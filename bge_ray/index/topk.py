@@ -23,8 +23,8 @@ _SCORE_BYTES = 64 << 20
 _ROUNDING = np.float32(1e-4)
 
 Results: TypeAlias = tuple[FloatArray, IdArray]
-# Ascending (m,) int64 ids without repetition -> (m, dim) float16 or float32 vectors, in that order.
-Fetch: TypeAlias = Callable[[IdArray], npt.NDArray[Any]]
+# (p,) numbers of queries and (p,) vector ids -> (p,) scores of these pairs.
+ScorePairs: TypeAlias = Callable[[IdArray, IdArray], FloatArray]
 
 
 def best(scores: FloatArray, ids: IdArray, k: int) -> Results:
@@ -124,36 +124,39 @@ def exact_topk(
     return found
 
 
-def rescore(queries: npt.NDArray[Any], candidates: IdArray, fetch: Fetch, k: int) -> Results:
-    """Score candidates exactly from their original vectors and keep the best k.
+def rescore(candidates: IdArray, score: ScorePairs) -> Results:
+    """Score candidates again and sort each row by what they score, ties by id, holes last.
 
-    This restores almost all the recall that a small code costs. Memory: the vectors of all
-    different candidates at once, so call it with some thousand queries at a time.
+    From their original vectors this restores almost all the recall that a small code costs.
 
     Args:
-        queries: (n_queries, dim) float16 or float32, unit norm.
         candidates: (n_queries, depth) int64 vector ids, NO_RESULT where there is none.
-        fetch: reads vectors by id.
-        k: results a query.
+        score: gives the scores of pairs, as `pair_scores` does.
+    """
+    numbers, columns = np.nonzero(candidates != NO_RESULT)
+    scores = np.empty(candidates.shape, np.float32)
+    scores[numbers, columns] = score(numbers, candidates[numbers, columns])
+    return best(scores, candidates, max(1, candidates.shape[1]))
+
+
+def pair_scores(
+    queries: npt.NDArray[Any], vectors: npt.NDArray[Any], numbers: IdArray, places: IdArray
+) -> FloatArray:
+    """Return the inner products of (p,) pairs, as an exact search has them.
+
+    Args:
+        queries: (n, dim) float16 or float32, unit norm.
+        vectors: (m, dim) float16 or float32, unit norm.
+        numbers: (p,) of the queries.
+        places: (p,) of the vectors.
 
     Raises:
-        IndexBuildError: a bad query, or ``fetch`` returned another number of vectors, or a bad one.
+        IndexBuildError: a bad query or vector.
     """
     dim = queries.shape[-1]
     check_rows(queries, dim, "queries")
-    if candidates.ndim != 2 or len(candidates) != len(queries):
-        raise IndexBuildError(f"candidates {candidates.shape} for {len(queries)} queries")
-    ids = np.unique(candidates[candidates != NO_RESULT])
-    if not len(ids):
-        return best(np.empty(candidates.shape, np.float32), candidates, k)
-    vectors = fetch(ids)
-    if len(vectors) != len(ids):
-        raise IndexBuildError(f"{len(vectors)} vectors were fetched for {len(ids)} candidates")
     check_rows(vectors, dim, "candidate vectors")
-    places = np.minimum(np.searchsorted(ids, candidates), len(ids) - 1)
-    rows = np.repeat(np.arange(len(places)), places.shape[1])
-    scores = _scores(normalise(queries), normalise(vectors), rows, places.ravel())
-    return best(scores.reshape(places.shape), candidates, k)
+    return _scores(normalise(queries), normalise(vectors), numbers, places)
 
 
 def _merge_rows(results: Sequence[Results], k: int) -> Results:

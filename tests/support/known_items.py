@@ -16,11 +16,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from bge_ray.dataset.lookup import ShardMap
 from bge_ray.index.topk import Results
 from bge_ray.model.run.model import Model, Place
 from bge_ray.model.run.terms import term_counter
 from bge_ray.model.spec import resolve_encoder, text_feeder
 from bge_ray.model.weights import HEAD_FILES, head_file
+from bge_ray.pipeline.runs.holders import RowHolder
 from bge_ray.pipeline.runs.source import Source
 from bge_ray.pipeline.search.asked import settle_asked
 from bge_ray.pipeline.search.combine import Ranking, combine
@@ -87,6 +89,8 @@ class Searched:
         made = VectorDataset(str(work / "data"), **facts)
         made.put(0, columns, list(passages))
         self._source = Source(Storage(20), str(work / "data"), made.spec, made.publish())
+        shards = ShardMap.of(self._source.manifest)
+        self._stored = RowHolder(self._source.storage, self._source.root, shards)
         asked = spec.of_states.stored_as("float32")
         bare = dataclasses.replace(spec, query_instruction="", passage_instruction="")
         counts = term_counter(bare, folder, trust_remote_code=False).column(
@@ -100,16 +104,15 @@ class Searched:
         found = [self._find(output, how.candidates, asked) for output in how.found_by]
         if how.combining is None:
             return found[0]
-        where = plan_retrieval(self._source, None, how.candidates, 0)
-        return combine(found, self._queries, where, how.combining)
+        return combine(found, self._queries, self._stored, how.combining, by_passage=True)
 
     def _find(self, output: str, k: int, asked: SearchSettings) -> Found:
         how = plan_retrieval(self._source, None, k, 0)
-        storage, root, facts = self._source.storage, self._source.root, how.shards.facts
+        storage, root, shards = self._source.storage, self._source.root, ShardMap.of(self._source.manifest)
         if output == EMBEDDING:
-            exactly = ShardSearcher(storage, root, facts, 1)
-            return retrieve(dense_rows(self._queries[output]), exactly.search, how)
-        lists, rows, saturation = ListSearcher(storage, root, facts, output), self._queries[output], None
+            exactly = ShardSearcher(storage, root, shards, 1)
+            return retrieve(dense_rows(self._queries[output]), exactly.search, how, self._stored)
+        lists, rows, saturation = ListSearcher(storage, root, shards, output), self._queries[output], None
         if output == BM25:
             stats = lists.terms()
             weighing = Weighing(stats, stats.saturation(asked.bm25_k1, asked.bm25_b))
@@ -120,7 +123,7 @@ class Searched:
         def search(some: SparseRows, fetched: int, effort: int | None) -> Results:
             return lists.search(some, fetched, saturation)
 
-        return retrieve(weighed, search, how)
+        return retrieve(weighed, search, how, self._stored)
 
 
 def _encoded(spec: ModelSpec, folder: Path, tokens: PackedTokens) -> dict[str, pa.Array]:

@@ -165,7 +165,7 @@ class MineJob:
     ) -> Callable[[], Iterator[Parcel]]:
         """Start the actors that hold the index; return what starts the data path."""
         sizes, retrieve = self.search.start(place, groups, facts, watch)
-        texts = open_texts(self._settings, self.search.source, sizes.tasks["tasks"])
+        texts = open_texts(self._settings, self.search.source, retrieve.stored)
         mining = Mining(place, retrieve, texts, self._settings.mine)
         return lambda: self._flow(place, groups, sizes, mining)
 

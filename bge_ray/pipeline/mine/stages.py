@@ -33,7 +33,6 @@ from bge_ray.pipeline.mine.rules import (
 from bge_ray.pipeline.rerank.texts import TextSource, add_texts
 from bge_ray.pipeline.runs.groups import CANDIDATE_SCHEMA, Workplace
 from bge_ray.pipeline.runs.parts import write_part
-from bge_ray.pipeline.search.retrieve import RESCORED_AT_ONCE
 from bge_ray.pipeline.search.stages import RetrieveJob, retrieve_stage
 from bge_ray.records.arrays import dense_rows, whole
 from bge_ray.records.ids import FloatArray, IdArray
@@ -75,6 +74,8 @@ MINED_SCHEMA = pa.schema(
         pa.field("labels", pa.string()),
     ]
 )
+# Candidates whose vectors are in memory at once to be judged.
+VECTORS_AT_ONCE = 50_000
 # Of each verdict, in one unit, and characters of each text.
 EXAMPLES, EXAMPLE_CHARS = 2, 300
 # As Python objects, of which there are many to a row.
@@ -148,7 +149,7 @@ def _with_positives(queries: pa.Table, found: pa.Table, job: Mining) -> pa.Table
     asked = queries.filter(pc.is_in(queries["row_no"], pa.array(list(results), pa.int64())))
     vectors = dense_rows(asked[EMBEDDING]).astype(np.float32)
     places = _places(asked, job.texts)
-    step = max(1, RESCORED_AT_ONCE // max(map(len, results.values()), default=1))
+    step = max(1, VECTORS_AT_ONCE // max(map(len, results.values()), default=1))
     tables = [pa.Table.from_pylist(unable, schema=RESULT_SCHEMA)]
     for start in range(0, len(asked), step):
         some = asked.drop_columns([EMBEDDING]).slice(start, step).to_pylist()
@@ -188,10 +189,10 @@ class _Stored:
 
     @staticmethod
     def read(job: Mining, ids: IdArray) -> "_Stored":
-        data = job.retrieve.retrieval
-        table = data.places(ids, ["passage_id", "text_hash", EMBEDDING])
+        table = job.retrieve.stored.places(ids, ["passage_id", "text_hash", EMBEDDING])
         if len(table) != len(ids):
-            raise StorageError(f"{data.root}: {len(ids) - len(table)} passages went while they were read")
+            lacking = f"lacks {len(ids) - len(table)} of {len(ids)} passages that it had"
+            raise StorageError(f"the data set {lacking}; run bge-ray embed again")
         return _Stored(
             ids=table["vector_id"].to_numpy(),
             passage_ids=table["passage_id"].to_pylist(),

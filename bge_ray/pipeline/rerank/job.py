@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from bge_ray.dataset.lookup import ShardMap
 from bge_ray.errors import IncompleteRunError, SettingsError
 from bge_ray.formats.candidates import NO_SPAN, Candidates, find_candidates, read_candidate_lists
 from bge_ray.formats.queries import read_queries
@@ -22,6 +23,7 @@ from bge_ray.pipeline.engine.stopping import StopRequest
 from bge_ray.pipeline.rerank.score import PairJob, by_reranker, make_score_job, summarise_scoring
 from bge_ray.pipeline.rerank.texts import TextSource, open_texts
 from bge_ray.pipeline.runs.groups import CANDIDATE_SCHEMA, SPAN_SCHEMA, GroupTask, Workplace
+from bge_ray.pipeline.runs.holders import Holders, start_holders
 from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections, read_group_stage
 from bge_ray.pipeline.runs.parts import LEFT_OUT, RUN_FILES, RunOutput, Totals, part_stage
 from bge_ray.pipeline.runs.source import open_source, refuse_in_source
@@ -111,6 +113,7 @@ class RerankJob:
         self._source = open_source(settings) if settings.output.uri is not None else None
         if self._source is not None:
             refuse_in_source(self._source, {"rerank.output": asked.output})
+        self._holders: Holders | None = None
         self._chunked = self._source is not None and self._source.chunked
         self.schema = pa.schema([*CANDIDATE_SCHEMA, *(SPAN_SCHEMA if self._chunked else ())])
         self.spec = resolve_reranker(asked, on_gpu=False)
@@ -218,7 +221,11 @@ class RerankJob:
         units = sum(len(group.todo) for group in groups)
         sizes = cluster_sizes(settings, [reranker_request(settings, units)], [TASKS], watch)
         facts.start(sizes.workers("rerankers"), time.time())
-        texts = open_texts(settings, self._source, sizes.tasks["tasks"]) if self._source is not None else None
+        texts = None
+        if (source := self._source) is not None:
+            shards = ShardMap.of(source.manifest)
+            self._holders = start_holders(source.storage, source.root, shards, sizes.tasks["tasks"].count)
+            texts = open_texts(settings, source, self._holders)
         logger.info("%s pairs to score; %s", f"{facts.rows_planned:,}", sizes)
         return lambda: self._flow(place, groups, sizes, texts)
 
@@ -237,7 +244,9 @@ class RerankJob:
         return receipts(rows)
 
     def stop(self) -> None:
-        """Nothing runs beside the data path."""
+        """End the actors that hold what is stored."""
+        if self._holders is not None:
+            self._holders.stop()
 
     def check(self, intake: Intake, totals: Totals) -> None:
         """Refuse parts that do not have every pair."""

@@ -1,16 +1,14 @@
-"""Texts of candidates: a join of passage ids with a corpus that is never held.
+"""Texts of candidates: a join of passage ids with a corpus that no process holds.
 
-Two passes, both in Ray tasks: over the id columns of the embedding shards, to learn where a bare passage
-id lies; then over those spans of the corpus (or those shards, where the text columns were kept) that
-hold a candidate. What comes back is as large as the candidates of one group.
+Two passes: over the id columns of the embedding shards, to learn where a bare passage id lies; then over
+those spans of the corpus (or those shards, where the text columns were kept) that hold a candidate. Both are
+read once a run, by those who hold them; what comes back is as large as the candidates of one group.
 """
 
-import functools
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,34 +16,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bge_ray.dataset.folder import Dataset
-from bge_ray.dataset.lookup import ShardMap, find_passages, read_places, read_shard
-from bge_ray.errors import CorpusError, SettingsError
+from bge_ray.errors import SettingsError
 from bge_ray.formats.candidates import NO_SPAN, ChunkSpan
-from bge_ray.formats.corpus import read_units
-from bge_ray.formats.rows import Passages, RawRows, check_rows, take_passages
-from bge_ray.pipeline.engine.pools import Tasks
-from bge_ray.pipeline.engine.tasks import run_tasks
+from bge_ray.pipeline.runs.holders import SpanTexts, StoredRows
+from bge_ray.pipeline.runs.passages import TEXT_SCHEMA, kept_texts, spans_of, text_columns
 from bge_ray.pipeline.runs.source import Source
 from bge_ray.records.arrays import whole
 from bge_ray.records.chunking import Chunking
 from bge_ray.records.columns import Columns
-from bge_ray.records.dataset import FileFact
-from bge_ray.records.ids import MAX_CHUNKS_PER_ROW, IdArray, first_ids, id_range, vector_ids
-from bge_ray.records.plan import CorpusObject, Span, span_units
+from bge_ray.records.ids import MAX_CHUNKS_PER_ROW, IdArray, first_ids
+from bge_ray.records.plan import CorpusObject
 from bge_ray.records.schemas import SPAN_COLUMNS, hash_texts
 from bge_ray.settings.sections import Settings
 from bge_ray.storage.objects import Storage
 
 logger = logging.getLogger(__name__)
-
-TEXT_SCHEMA = pa.schema(
-    [
-        pa.field("vector_id", pa.int64(), nullable=False),
-        pa.field("passage_id", pa.string(), nullable=False),
-        pa.field("text", pa.string(), nullable=False),
-        pa.field("body_start", pa.int64(), nullable=False),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -69,21 +54,16 @@ class TextSource:
 
     ``moved`` objects lie elsewhere than when they were embedded, so that only their texts prove what they
     are. Of a passage that was cut as ``chunking`` says, a chunk is read, or (``whole``) all of it.
-    ``at_once`` tasks of ``task_cpus`` each read side by side.
     """
 
-    storage: Storage
-    root: str
+    stored: StoredRows
     columns: Columns
-    shards: ShardMap
     objects: tuple[CorpusObject, ...]
     kept: bool
     moved: bool
     instruction: str
     chunking: Chunking | None
     whole: bool
-    at_once: int
-    task_cpus: float
 
     def places_of(self, passage_ids: Sequence[str]) -> dict[str, int]:
         """Return the vector ids of those passage ids that are there; the lowest of one embedded twice."""
@@ -99,11 +79,10 @@ class TextSource:
 
     def _places(self, wanted: pa.Array, column: str) -> dict[int, int]:
         """Return the lowest vector id by the position of what is there of (n,) distinct values."""
-        arguments = ((self.storage, self.root, fact, wanted, column) for fact in self.shards.facts)
+        positions, ids = self.stored.find(wanted, column)
         found: dict[int, int] = {}
-        for positions, ids in self._run(find_passages, arguments):
-            for position, vector_id in zip(positions.tolist(), ids.tolist(), strict=True):
-                found[position] = min(vector_id, found.get(position, vector_id))
+        for position, vector_id in zip(positions.tolist(), ids.tolist(), strict=True):
+            found[position] = min(vector_id, found.get(position, vector_id))
         return found
 
     def texts_of(self, ids: IdArray, *, whole: bool = False) -> dict[int, Text]:
@@ -130,7 +109,7 @@ class TextSource:
 
     def _chunks(self, ids: IdArray, passages: dict[int, Text], chunking: Chunking) -> dict[int, Text]:
         """Return the chunks of some ids, cut out of their passages as they were embedded."""
-        spans = read_places(self.storage, self.root, self.shards, ids, SPAN_COLUMNS)
+        spans = self.stored.places(ids, SPAN_COLUMNS)
         found = {}
         for row, place in zip(
             first_ids(spans["vector_id"].to_numpy()).tolist(), spans.to_pylist(), strict=True
@@ -150,19 +129,13 @@ class TextSource:
         """Return what is known of the (n,) ascending ids of rows, without those that are nowhere."""
         found: dict[int, Text] = {}
         if self.kept:
-            arguments: Iterator[tuple[Any, ...]] = (
-                (self.storage, self.root, fact, some, self.columns) for fact, some in self.shards.split(ids)
-            )
-            tables = [(table, ids[:0], "") for table in self._run(kept_texts, arguments)]
+            table = self.stored.places(ids, ["passage_id", *text_columns(self.columns)])
+            tables = [SpanTexts(kept_texts(table, self.columns))]
         else:
-            arguments = (
-                (self.storage, corpus_object, span, some, self.columns)
-                for corpus_object, span, some in _spans_of(self.objects, ids)
-            )
-            tables = list(self._run(corpus_texts, arguments))
-        for table, unreadable, fault in tables:
-            found |= {vector_id: Text(None, None, fault) for vector_id in unreadable.tolist()}
-            rows = zip(*(table[name].to_pylist() for name in TEXT_SCHEMA.names), strict=True)
+            tables = self.stored.texts(list(spans_of(self.objects, ids)), self.columns)
+        for some in tables:
+            found |= {vector_id: Text(None, None, some.fault) for vector_id in some.unreadable.tolist()}
+            rows = zip(*(some.table[name].to_pylist() for name in TEXT_SCHEMA.names), strict=True)
             found |= {
                 vector_id: Text(passage_id, text, body_start=start)
                 for vector_id, passage_id, text, start in rows
@@ -172,7 +145,7 @@ class TextSource:
     def _verified(self, found: dict[int, Text]) -> dict[int, Text]:
         """Return texts of a moved corpus, those that are not what was embedded without their text."""
         ids = _ascending(vector_id for vector_id, text in found.items() if text.text is not None)
-        stored = read_places(self.storage, self.root, self.shards, ids, ["text_hash"])
+        stored = self.stored.places(ids, ["text_hash"])
         there = stored["vector_id"].to_pylist()
         hashes = hash_texts(f"{self.instruction}{found[vector_id].text}" for vector_id in there)
         same = pc.equal(whole(stored["text_hash"]).cast(hashes.type), hashes).to_pylist() if there else []
@@ -182,15 +155,9 @@ class TextSource:
                 found[vector_id] = Text(None, None, fault)
         return found
 
-    def _run(self, function: Any, arguments: Iterator[tuple[Any, ...]]) -> Iterator[Any]:
-        tasks = run_tasks(
-            function, arguments, at_once=self.at_once, watch=lambda: None, num_cpus=self.task_cpus
-        )
-        return (result for _, result in tasks)
 
-
-def open_texts(settings: Settings, source: Source, tasks: Tasks) -> TextSource:
-    """Return where the texts of a data set come from.
+def open_texts(settings: Settings, source: Source, stored: StoredRows) -> TextSource:
+    """Return where the texts of a data set come from, whose rows are ``stored``.
 
     Objects are where they were planned, or below corpus.uri if they were moved there.
 
@@ -200,7 +167,7 @@ def open_texts(settings: Settings, source: Source, tasks: Tasks) -> TextSource:
     columns, asked = source.spec.columns, settings.rerank.texts
     kept = has_kept_texts(columns)
     if asked == "kept" and not kept:
-        needed = [columns.text] if columns.title is None else [columns.text, columns.title]
+        needed = text_columns(columns)
         raise SettingsError(
             f"rerank.texts kept: the data set keeps the columns {sorted(columns.kept)}, the texts are made "
             f"of {needed}; embed with corpus.keep_columns, or set rerank.texts to corpus"
@@ -210,18 +177,14 @@ def open_texts(settings: Settings, source: Source, tasks: Tasks) -> TextSource:
     objects = () if use_kept or plan is None else plan.objects
     there = _find_moved(source.storage, objects, settings.corpus.uri) if objects else None
     return TextSource(
-        storage=source.storage,
-        root=source.root,
+        stored=stored,
         columns=columns,
-        shards=ShardMap.of(source.manifest),
         objects=there or objects,
         kept=use_kept,
         moved=there is not None,
         instruction=source.spec.model.passage_instruction,
         chunking=source.spec.chunking,
         whole=settings.rerank.reads == "passage",
-        at_once=max(1, 2 * tasks.count),
-        task_cpus=tasks.cpus,
     )
 
 
@@ -260,61 +223,6 @@ def _common_folder(uris: Sequence[str]) -> str:
 def has_kept_texts(columns: Columns) -> bool:
     """Tell whether the embedding shards hold what a passage text is made of."""
     return columns.text in columns.kept and (columns.title is None or columns.title in columns.kept)
-
-
-def kept_texts(storage: Storage, root: str, fact: FileFact, ids: IdArray, columns: Columns) -> pa.Table:
-    """Read texts from the kept columns of one shard, put together as they were embedded."""
-    names = [columns.text] if columns.title is None else [columns.text, columns.title]
-    table = read_shard(storage, root, fact, ids, ["passage_id", *names])
-    titles = None if columns.title is None else table[columns.title].to_pylist()
-    rows = RawRows(table["passage_id"].to_pylist(), table[columns.text].to_pylist(), titles, {}, {})
-    passages, _ = check_rows(rows)
-    there = table["vector_id"].to_numpy()[passages.rows]
-    return pa.table([there, passages.passage_ids, passages.texts, _body_starts(passages)], schema=TEXT_SCHEMA)
-
-
-def corpus_texts(
-    storage: Storage, corpus_object: CorpusObject, span: Span, ids: IdArray, columns: Columns
-) -> tuple[pa.Table, IdArray, str]:
-    """Read texts of one span of a corpus object, checked and put together as they were embedded.
-
-    Returns:
-        TEXT_SCHEMA rows; the ids of all if the object is not what was embedded any more; and why.
-
-    Raises:
-        StorageError: it cannot be fetched.
-    """
-    try:
-        return _corpus_texts(storage, corpus_object, span, ids, columns), ids[:0], ""
-    except CorpusError as error:
-        return TEXT_SCHEMA.empty_table(), ids, str(error)
-
-
-def _corpus_texts(
-    storage: Storage, corpus_object: CorpusObject, span: Span, ids: IdArray, columns: Columns
-) -> pa.Table:
-    bare = replace(columns, kept={})
-    units = span_units(corpus_object.object_no, span)
-    starts = vector_ids(corpus_object.object_no, np.array([unit.first_row for unit in units]))
-    todo = {units[place].first_row for place in np.searchsorted(starts, ids, side="right") - 1}
-    tables = [TEXT_SCHEMA.empty_table()]
-    for unit, rows in read_units(storage, corpus_object, span, bare, todo):
-        passages, _ = check_rows(rows)
-        there = vector_ids(unit.object_no, unit.first_row + passages.rows)
-        found = take_passages(passages, np.flatnonzero(np.isin(there, ids)))
-        there = vector_ids(unit.object_no, unit.first_row + found.rows)
-        columns_of = [there, found.passage_ids, found.texts, _body_starts(found)]
-        tables.append(pa.table(columns_of, schema=TEXT_SCHEMA))
-    return pa.concat_tables(tables)
-
-
-def _body_starts(passages: Passages) -> list[int]:
-    """Return where in each text of passages the text of the corpus begins; see `Text`."""
-    starts = []
-    for text, body, title in zip(passages.texts, passages.bodies, passages.titles, strict=True):
-        joined = f"{title} {body}"
-        starts.append(0 if text == body else len(title) + 1 - (len(joined) - len(joined.lstrip())))
-    return starts
 
 
 def add_texts(table: pa.Table, source: TextSource, depth: int) -> pa.Table:
@@ -413,23 +321,3 @@ def _to_score(table: pa.Table, depth: int) -> npt.NDArray[np.bool_]:
     begins = np.flatnonzero(np.diff(query_ids, prepend=-1))
     rank = np.arange(len(table)) - np.repeat(begins, np.diff(begins, append=len(table)))
     return able & (rank < depth)
-
-
-def _spans_of(objects: Sequence[CorpusObject], ids: IdArray) -> Iterator[tuple[CorpusObject, Span, IdArray]]:
-    """Yield each span that holds some of the ascending ids, under its object without the other spans."""
-    starts, stops, spans = _span_map(tuple(objects))
-    places = np.searchsorted(starts, ids, side="right") - 1
-    inside = (places >= 0) & (ids < stops[np.maximum(places, 0)])
-    for place, group in itertools.groupby(np.flatnonzero(inside), key=lambda i: int(places[i])):
-        corpus_object, span = spans[place]
-        yield replace(corpus_object, spans=()), span, ids[list(group)]
-
-
-@functools.lru_cache(maxsize=2)
-def _span_map(
-    objects: tuple[CorpusObject, ...],
-) -> tuple[IdArray, IdArray, list[tuple[CorpusObject, Span]]]:
-    spans = [(o, s) for o in sorted(objects, key=lambda o: o.object_no) for s in o.spans]
-    ranges = [id_range(o.object_no, s.first_row, sum(s.unit_rows)) for o, s in spans]
-    edges = np.array(ranges, np.int64).reshape(-1, 2)
-    return edges[:, 0].copy(), edges[:, 1].copy(), spans

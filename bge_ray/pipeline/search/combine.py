@@ -12,14 +12,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bge_ray.dataset.lookup import read_shard
-from bge_ray.errors import StorageError
 from bge_ray.index.fusion import Fusion, fuse, ranks
-from bge_ray.index.scores import colbert_scores, dense_scores, sparse_scores, weighted_scores
+from bge_ray.index.scores import weighted_scores
+from bge_ray.pipeline.runs.holders import StoredRows
 from bge_ray.pipeline.search.finders import score_column
-from bge_ray.pipeline.search.retrieve import Found, Retrieval
-from bge_ray.records.arrays import MultiRows, SparseRows, dense_rows, multi_rows, sparse_rows, whole
-from bge_ray.records.ids import FloatArray, IdArray
+from bge_ray.pipeline.search.retrieve import Found
+from bge_ray.records.arrays import whole
+from bge_ray.records.ids import IdArray
 from bge_ray.records.outputs import Output
 
 FUSED = "fused_score"
@@ -82,19 +81,22 @@ class _Entries:
     scores: dict[str, npt.NDArray[np.float64]]
 
 
-def combine(found: Sequence[Found], queries: pa.Table, data: Retrieval, how: Combining) -> Ranking:
+def combine(
+    found: Sequence[Found], queries: pa.Table, stored: StoredRows, how: Combining, *, by_passage: bool
+) -> Ranking:
     """Make one ranking of what the finders found.
 
     Args:
         found: by each finder, in the order of their names.
         queries: n rows, with a column for each output that scores again.
-        data: where what is stored of the candidates lies, and what a result is.
+        stored: what the data set holds of the candidates.
         how: to combine.
+        by_passage: a result is a passage, and no chunk of it.
 
     Raises:
         StorageError: a shard is missing or damaged.
     """
-    entries = _gather(found, how, by_passage=data.group == "passage")
+    entries = _gather(found, how, by_passage=by_passage)
     if how.rescoring is None:
         chosen = entries.first
         scores = {name: entries.scores[name] for name in how.columns}
@@ -104,7 +106,7 @@ def combine(found: Sequence[Found], queries: pa.Table, data: Retrieval, how: Com
         _, codes = np.unique(ids, return_inverse=True)
         _, first = np.unique(_pairs(entries.numbers, codes), return_index=True)
         chosen = np.sort(first).astype(np.int64)
-        again = stored_scores(data, how.rescoring.outputs, queries, entries.numbers[chosen], ids[chosen])
+        again = stored.output_scores(how.rescoring.outputs, queries, entries.numbers[chosen], ids[chosen])
         total = weighted_scores(list(again.values()), how.rescoring.weights).astype(np.float64)
         items = entries.item_of[chosen]
         exact = {score_column(name): values.astype(np.float64) for name, values in again.items()}
@@ -115,78 +117,6 @@ def combine(found: Sequence[Found], queries: pa.Table, data: Retrieval, how: Com
         values = scores[name][best].astype(np.float32)
         rows = rows.append_column(name, pa.array(values, pa.float32(), mask=np.isnan(values)))
     return Ranking(entries.numbers[chosen[best]], total[best], rows)
-
-
-def stored_scores(
-    data: Retrieval, outputs: Sequence[Output], queries: pa.Table, numbers: IdArray, ids: IdArray
-) -> dict[str, FloatArray]:
-    """Score (p,) pairs of query and vector by what is stored, as FlagEmbedding's ``compute_score`` does.
-
-    Memory: what one shard holds of the vectors that are asked for, whatever p is.
-
-    Args:
-        data: where it is stored.
-        outputs: of the data set.
-        queries: n rows with a column for each of them.
-        numbers: (p,) of the queries.
-        ids: (p,) of vectors that the data set has.
-
-    Returns:
-        (p,) scores by the name of the output.
-
-    Raises:
-        StorageError: a shard is missing or damaged.
-    """
-    asked = {output.name: _Asked(output, queries) for output in outputs}
-    scores = {output.name: np.empty(len(ids), np.float32) for output in outputs}
-    order = np.lexsort((numbers, ids))
-    for fact, wanted in data.shards.split(np.unique(ids)):
-        table = read_shard(data.storage, data.root, fact, wanted, list(asked))
-        if len(table) != len(wanted):
-            raise StorageError(
-                f"{data.root}/{fact.path}: lacks {len(wanted) - len(table)} of {len(wanted)} vectors"
-            )
-        pairs = order[slice(*np.searchsorted(ids[order], [wanted[0], wanted[-1] + 1]))]
-        places = np.searchsorted(wanted, ids[pairs])
-        by_query = np.argsort(numbers[pairs], kind="stable")
-        pairs, places = pairs[by_query], places[by_query]
-        edges = np.flatnonzero(np.diff(numbers[pairs], prepend=-1, append=-1))
-        for name, of_output in asked.items():
-            stored = of_output.stored(table)
-            for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-                some = pairs[start:stop]
-                scores[name][some] = of_output.score(int(numbers[some[0]]), stored, places[start:stop])
-    return scores
-
-
-class _Asked:
-    """One output of queries, to be compared with what is stored of it."""
-
-    def __init__(self, output: Output, queries: pa.Table) -> None:
-        self._output = output
-        # Queries are as they were computed, whatever is stored of passages.
-        self._queries = _rows(queries[output.name], output.kind, "float32")
-
-    def stored(self, table: pa.Table) -> npt.NDArray[np.floating] | SparseRows | MultiRows:
-        return _rows(table[self._output.name], self._output.kind, self._output.dtype)
-
-    def score(
-        self, number: int, stored: npt.NDArray[np.floating] | SparseRows | MultiRows, places: IdArray
-    ) -> FloatArray:
-        query, passages = self._queries[np.array([number])], stored[places]
-        if isinstance(query, SparseRows) and isinstance(passages, SparseRows):
-            return sparse_scores(query, passages)
-        if isinstance(query, MultiRows) and isinstance(passages, MultiRows):
-            return colbert_scores(query.vectors, passages)
-        return dense_scores(np.asarray(query)[0], np.asarray(passages))
-
-
-def _rows(
-    column: pa.ChunkedArray, kind: str, dtype: str
-) -> npt.NDArray[np.floating] | SparseRows | MultiRows:
-    if kind == "dense":
-        return dense_rows(column)
-    return sparse_rows(column) if kind == "sparse" else multi_rows(column, dtype)
 
 
 def _gather(found: Sequence[Found], how: Combining, *, by_passage: bool) -> _Entries:

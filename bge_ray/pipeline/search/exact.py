@@ -1,16 +1,15 @@
 """The exact search: actors that hold embedding shards instead of an index."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
+from bge_ray.dataset.held import HeldShards, MappedTables
+from bge_ray.dataset.lookup import ShardMap
 from bge_ray.dataset.passing import Passing
-from bge_ray.dataset.read import Vectors, read_vectors
+from bge_ray.dataset.read import COLUMNS, Vectors, arrays_of
 from bge_ray.index.topk import Results, exact_topk
 from bge_ray.records.dataset import FileFact
 from bge_ray.records.ids import FloatArray
 from bge_ray.storage.objects import Storage
-
-# Vectors that an exact searcher keeps from one group of queries to the next.
-KEPT_VECTOR_BYTES = 256 << 20
 
 
 class ShardSearcher:
@@ -20,7 +19,7 @@ class ShardSearcher:
         self,
         storage: Storage,
         root: str,
-        facts: Sequence[FileFact],
+        shards: ShardMap,
         threads: int,
         *,
         per_row: bool = False,
@@ -29,14 +28,13 @@ class ShardSearcher:
         """Note which shards to search, and what passes filters, by their SQL.
 
         With ``per_row`` of the chunks of a row only the best counts.
-        Shards are read when they are first searched; one of which nothing passes is not.
+        A shard is read when it is first searched, and its vectors then lie on this machine's disk; one of
+        which nothing passes is not.
         """
         from bge_ray.index.package import use_threads
 
-        self._storage, self._root, self._facts = storage, root, facts
+        self._held = HeldShards(storage, root, shards, MappedTables())
         self._per_row, self._filters = per_row, {} if filters is None else filters
-        self._kept: dict[str, list[Vectors]] = {}
-        self._kept_bytes = 0
         use_threads(threads)
 
     def search(
@@ -56,7 +54,7 @@ class ShardSearcher:
 
     def _searched(self, sql: str | None) -> Iterator[Vectors]:
         passing = None if sql is None else self._filters[sql]
-        for fact in self._facts:
+        for fact in self._held.shards.facts:
             if passing is None:
                 yield from self._blocks(fact)
             elif passing.some_of(fact.path):
@@ -64,12 +62,5 @@ class ShardSearcher:
                     marks = passing.has(ids)
                     yield vectors[marks], ids[marks]
 
-    def _blocks(self, fact: FileFact) -> list[Vectors]:
-        if fact.path in self._kept:
-            return self._kept[fact.path]
-        blocks = list(read_vectors(self._storage, self._root, fact))
-        size = sum(vectors.nbytes + ids.nbytes for vectors, ids in blocks)
-        if self._kept_bytes + size <= KEPT_VECTOR_BYTES:
-            self._kept[fact.path] = blocks
-            self._kept_bytes += size
-        return blocks
+    def _blocks(self, fact: FileFact) -> Iterator[Vectors]:
+        return map(arrays_of, self._held.whole(fact, COLUMNS))

@@ -14,6 +14,7 @@ from bge_ray.index.bm25 import Saturation, TermStats
 from bge_ray.index.topk import Results
 from bge_ray.pipeline.engine.tasks import wait_for
 from bge_ray.pipeline.index.searchers import search_all
+from bge_ray.pipeline.runs.holders import StoredRows
 from bge_ray.pipeline.search.filtering import by_filter
 from bge_ray.pipeline.search.retrieve import Found, Queries, Retrieval, retrieve
 from bge_ray.records.arrays import dense_rows, sparse_rows
@@ -41,12 +42,15 @@ class Finder:
     retrieval: Retrieval
     weighing: Weighing | None = None
 
-    def find(self, queries: pa.Table, filters: Mapping[str, Passes]) -> tuple[Found, float]:
+    def find(
+        self, queries: pa.Table, filters: Mapping[str, Passes], stored: StoredRows
+    ) -> tuple[Found, float]:
         """Find the best of each query of a table with a column of this output, and say what asking took.
 
         Args:
             queries: n of them; those of one filter are asked together.
             filters: how much passes each of their filters, by its SQL.
+            stored: what the data set holds of results.
 
         Returns:
             What was found, and seconds that searchers were waited for.
@@ -70,7 +74,7 @@ class Finder:
                 spent += time.time() - began
                 return found
 
-            parts.append((asked, retrieve(vectors[asked], search, retrieval)))
+            parts.append((asked, retrieve(vectors[asked], search, retrieval, stored)))
         return _side_by_side(parts), spent
 
     def among(self, sql: str | None, filters: Mapping[str, Passes]) -> Retrieval:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 
+from bge_ray.dataset.lookup import ShardMap
 from bge_ray.dataset.passing import Passing
 from bge_ray.errors import DatasetMismatchError, IncompleteRunError, SettingsError
 from bge_ray.formats.queries import read_queries
@@ -39,6 +40,7 @@ from bge_ray.pipeline.index.searchers import Searcher
 from bge_ray.pipeline.rerank.score import PairJob, by_reranker, make_score_job, summarise_scoring
 from bge_ray.pipeline.rerank.texts import TextSource, open_texts
 from bge_ray.pipeline.runs.groups import QUERY_SCHEMA, GroupTask, Workplace
+from bge_ray.pipeline.runs.holders import Holders, start_holders
 from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections
 from bge_ray.pipeline.runs.parts import LEFT_OUT, RUN_FILES, RunOutput, Totals, part_stage
 from bge_ray.pipeline.runs.source import Source, open_source, refuse_in_source
@@ -189,6 +191,7 @@ class SearchJob:
         self.model = _query_model(settings, self.source, self.asked.of_queries)
         self.reranker = resolve_reranker(settings.rerank, on_gpu=False) if asked.rerank else None
         self._searchers: list[ActorHandle] = []
+        self._holders: Holders | None = None
         self._passing: int | None = None
 
     @functools.cached_property
@@ -372,7 +375,7 @@ class SearchJob:
         sizes, retrieve = self.start(place, groups, facts, watch)
         texts = None
         if self.reranker is not None:
-            texts = open_texts(self._settings, self.source, sizes.tasks["tasks"])
+            texts = open_texts(self._settings, self.source, retrieve.stored)
         return lambda: self._flow(place, groups, sizes, retrieve, texts)
 
     def start(
@@ -401,7 +404,10 @@ class SearchJob:
             self._start_finder(name, files, sizes.pools[POOL_OF[name]], filters, watch)
             for name in self.asked.found_by
         )
-        retrieve = RetrieveJob(place, finders, source.chunked, self.asked.combining, passes_of(settled))
+        shards = ShardMap.of(source.manifest)
+        self._holders = start_holders(self.storage, source.root, shards, sizes.tasks["tasks"].count)
+        combining = self.asked.combining
+        retrieve = RetrieveJob(place, finders, self._holders, source.chunked, combining, passes_of(settled))
         logger.info("%s queries to answer; %s", f"{facts.rows_planned:,}", sizes)
         return sizes, retrieve
 
@@ -489,16 +495,19 @@ class SearchJob:
                 start(self.storage, files[i :: pool.count], pool.threads, filters) for i in range(pool.count)
             ]
         how = name if name != EMBEDDING else pool.threads
-        shares = [retrieval.shards.facts[i :: pool.count] for i in range(pool.count)]
+        shards = ShardMap.of(self.source.manifest)
+        shares = [shards.every(pool.count, i) for i in range(pool.count)]
         return [
             start(self.storage, self.source.root, share, how, per_row=retrieval.per_row, filters=filters)
             for share in shares
         ]
 
     def stop(self) -> None:
-        """End the actors that hold the index."""
+        """End the actors that hold the index, and what is stored."""
         for searcher in self._searchers:
             ray.kill(searcher)
+        if self._holders is not None:
+            self._holders.stop()
 
     def check(self, intake: Intake, totals: Totals) -> None:
         """Refuse parts that do not have every query."""

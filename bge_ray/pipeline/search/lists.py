@@ -1,14 +1,14 @@
 """Actors that hold a sparse column of embedding shards as inverted lists, side by side."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
+from bge_ray.dataset.lookup import ShardMap
 from bge_ray.dataset.passing import Passing
 from bge_ray.dataset.read import read_columns
 from bge_ray.index.bm25 import Saturation, TermStats
 from bge_ray.index.lists import Lists, blocks_of, on_disk, search_lists
 from bge_ray.index.topk import Results
 from bge_ray.records.arrays import SparseRows, sparse_rows
-from bge_ray.records.dataset import FileFact
 from bge_ray.records.ids import IdArray
 from bge_ray.storage.objects import Storage
 
@@ -25,7 +25,7 @@ class ListSearcher:
         self,
         storage: Storage,
         root: str,
-        facts: Sequence[FileFact],
+        shards: ShardMap,
         column: str,
         *,
         per_row: bool = False,
@@ -36,12 +36,12 @@ class ListSearcher:
         Args:
             storage: where they are.
             root: folder of the data set.
-            facts: of the shards, by ascending ids.
+            shards: by ascending ids.
             column: sparse.
             per_row: of the chunks of a corpus row only the best counts.
             filters: what passes them, by their SQL.
         """
-        self._storage, self._root, self._facts = storage, root, facts
+        self._storage, self._root, self._shards = storage, root, shards
         self._column, self._per_row = column, per_row
         self._filters = {} if filters is None else filters
         self._blocks: list[Lists] | None = None
@@ -76,6 +76,6 @@ class ListSearcher:
         return self._blocks
 
     def _parts(self) -> Iterator[tuple[SparseRows, IdArray]]:
-        for fact in self._facts:
+        for fact in self._shards.facts:
             for table in read_columns(self._storage, self._root, fact, ["vector_id", self._column]):
                 yield sparse_rows(table[self._column]), table["vector_id"].to_numpy()

@@ -4,6 +4,7 @@ The one way from ids that an index or an exact search gives to passages, for the
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -13,21 +14,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bge_ray.dataset.lookup import ShardMap, read_places
+from bge_ray.dataset.lookup import no_rows
 from bge_ray.dataset.passing import Passes
 from bge_ray.index.refill import Ask, Reach, first_fetched, refill
 from bge_ray.index.selectors import effort_among, rescored_of_all
 from bge_ray.index.topk import NO_RESULT, Results, best_rows, rescore
+from bge_ray.pipeline.runs.holders import StoredRows
 from bge_ray.pipeline.runs.source import Source
-from bge_ray.records.arrays import SparseRows, dense_rows, whole
+from bge_ray.records.arrays import SparseRows, whole
 from bge_ray.records.ids import FloatArray, IdArray
 from bge_ray.records.index import IndexDescription
-from bge_ray.records.model import EMBEDDING
 from bge_ray.records.schemas import SPAN_COLUMNS
-from bge_ray.storage.objects import Storage
-
-# Candidates whose vectors are in memory at once to be scored again.
-RESCORED_AT_ONCE = 50_000
 
 # (n, dim) queries, or n sparse ones.
 Queries: TypeAlias = FloatArray | SparseRows
@@ -38,17 +35,14 @@ Group: TypeAlias = Literal["passage", "chunk"]
 
 @dataclass(frozen=True)
 class Retrieval:
-    """What is found, and where it is looked up.
+    """What is looked for, and what is told of it.
 
     ``k`` results a query are kept: distinct passages, or chunks (``group``). ``per_row`` says that several
-    vectors may be chunks of one passage. ``rescores`` has all that is fetched scored again from the vectors
-    that ``shards`` below ``root`` hold; ``columns`` of them come with each result. ``index`` is what is
-    asked, None where it is the vectors themselves.
+    vectors may be chunks of one passage. ``rescores`` has all that is fetched scored again from the stored
+    vectors; ``columns`` of the shards come with each result. ``index`` is what is asked, None where it is the
+    vectors themselves.
     """
 
-    storage: Storage
-    root: str
-    shards: ShardMap
     k: int
     group: Group
     per_row: bool
@@ -84,11 +78,6 @@ class Retrieval:
             return how
         ask = Ask(min(max(first.fetched, again), most), effort)
         return dataclasses.replace(how, rescores=True, reach=dataclasses.replace(how.reach, first=ask))
-
-    def places(self, ids: IdArray, columns: Sequence[str]) -> pa.Table:
-        """Return the rows of the distinct ones of any ids, see `read_places`."""
-        wanted = np.unique(ids[ids != NO_RESULT])
-        return read_places(self.storage, self.root, self.shards, wanted, list(dict.fromkeys(columns)))
 
 
 @dataclass(frozen=True)
@@ -155,9 +144,6 @@ def plan_retrieval(
     else:
         reach = Reach(Ask(fetched, effort or index.effort), held, index.largest_effort)
     return Retrieval(
-        storage=source.storage,
-        root=source.root,
-        shards=ShardMap.of(manifest),
         k=min(k, manifest.rows_out if per_row else manifest.vectors),
         group=group,
         per_row=per_row,
@@ -168,8 +154,8 @@ def plan_retrieval(
     )
 
 
-def retrieve(queries: Queries, search: Search, how: Retrieval) -> Found:
-    """Find the best k of each of n queries; sparse ones are searched exactly.
+def retrieve(queries: Queries, search: Search, how: Retrieval, stored: StoredRows) -> Found:
+    """Find the best k of each of n queries, and what is stored of them; sparse ones are searched exactly.
 
     Raises:
         IndexBuildError: what ``search`` raises.
@@ -178,7 +164,7 @@ def retrieve(queries: Queries, search: Search, how: Retrieval) -> Found:
     names = ["passage_id", *how.columns]
 
     def ask_for(numbers: IdArray, ask: Ask) -> _Answer:
-        return _ask(queries, numbers, ask, search, how)
+        return _ask(queries, numbers, ask, search, how, stored)
 
     parts: list[tuple[IdArray, FloatArray, pa.Table]] = []
     unknown = doubled = refilled = 0
@@ -190,9 +176,7 @@ def retrieve(queries: Queries, search: Search, how: Retrieval) -> Found:
         doubled += int(answer.doubled[kept].sum())
         refilled += int((~kept).sum()) if filled.ask == how.reach.first else 0
     if not parts:
-        parts.append(
-            (np.empty(0, np.int64), np.empty(0, np.float32), how.places(np.empty(0, np.int64), names))
-        )
+        parts.append((np.empty(0, np.int64), np.empty(0, np.float32), no_rows(names)))
     numbers = np.concatenate([numbers for numbers, _, _ in parts])
     order = np.argsort(numbers, kind="stable")
     return Found(
@@ -208,18 +192,22 @@ def retrieve(queries: Queries, search: Search, how: Retrieval) -> Found:
     )
 
 
-def _ask(queries: Queries, numbers: IdArray, ask: Ask, search: Search, how: Retrieval) -> _Answer:
+def _ask(
+    queries: Queries, numbers: IdArray, ask: Ask, search: Search, how: Retrieval, stored: StoredRows
+) -> _Answer:
     """Search, score again, and resolve ids to passages."""
     asked = queries[numbers]
     scores, ids = search(asked, ask.fetched, ask.effort)
     holes = bool(((ids != NO_RESULT).sum(axis=1) < min(ask.fetched, how.reach.most)).any())
     if how.per_row and not how.rescores:
         scores, ids = best_rows((scores, ids), ids.shape[1])
-    places = how.places(ids, ["passage_id", *how.columns])
+    there = np.unique(ids[ids != NO_RESULT])
+    places = stored.places(there, list(dict.fromkeys(["passage_id", *how.columns])))
     known = np.isin(ids, places["vector_id"].to_numpy())
     unknown = ((ids != NO_RESULT) & ~known).sum(axis=1)
     if how.rescores and isinstance(asked, np.ndarray):
-        scores, ids = _rescored(how, asked, np.where(known, ids, NO_RESULT))
+        again = functools.partial(stored.exact_scores, asked)
+        scores, ids = rescore(np.where(known, ids, NO_RESULT), again)
         if how.per_row:
             scores, ids = best_rows((scores, ids), ids.shape[1])
         known = ids != NO_RESULT
@@ -234,21 +222,6 @@ def _ask(queries: Queries, numbers: IdArray, ask: Ask, search: Search, how: Retr
         doubled=known.sum(axis=1) - kept,
         holes=holes,
     )
-
-
-def _rescored(how: Retrieval, queries: FloatArray, ids: IdArray) -> Results:
-    """Score all candidates again from their stored vectors, some queries at a time."""
-
-    def fetch(wanted: IdArray) -> npt.NDArray[np.floating]:
-        return dense_rows(how.places(wanted, [EMBEDDING])[EMBEDDING])
-
-    width = ids.shape[1]
-    step = max(1, RESCORED_AT_ONCE // width)
-    parts = [
-        rescore(queries[start : start + step], ids[start : start + step], fetch, width)
-        for start in range(0, len(ids), step)
-    ]
-    return np.concatenate([s for s, _ in parts]), np.concatenate([i for _, i in parts])
 
 
 def _choose(

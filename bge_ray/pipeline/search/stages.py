@@ -19,11 +19,12 @@ from bge_ray.pipeline.engine.parcel import Parcel
 from bge_ray.pipeline.engine.rows import Fault, spread, with_faults, with_tokens
 from bge_ray.pipeline.engine.tokenise import load_query_counter, load_text_feeder, tokenise
 from bge_ray.pipeline.runs.groups import CANDIDATE_SCHEMA, SPAN_SCHEMA, GroupTask, Workplace
+from bge_ray.pipeline.runs.holders import StoredRows
 from bge_ray.pipeline.runs.intake import read_group
 from bge_ray.pipeline.search.combine import Combining, Ranking, combine
 from bge_ray.pipeline.search.filtering import FILTER, by_filter
 from bge_ray.pipeline.search.finders import Finder
-from bge_ray.pipeline.search.retrieve import Found, Retrieval
+from bge_ray.pipeline.search.retrieve import Found
 from bge_ray.records.model import Canary, ModelSpec
 from bge_ray.records.tokens import PackedTokens
 
@@ -32,20 +33,16 @@ from bge_ray.records.tokens import PackedTokens
 class RetrieveJob:
     """What a search task must know: whom to ask, and what for; ``spans`` says whether chunks are found.
 
-    ``combining`` is None where what the one finder gives is the result. ``filters`` say how much
-    passes those that queries have, by their SQL.
+    ``stored`` tells what the data set holds of results. ``combining`` is None where what the one finder gives
+    is the result. ``filters`` say how much passes those that queries have, by their SQL.
     """
 
     place: Workplace
     finders: tuple[Finder, ...]
+    stored: StoredRows
     spans: bool
     combining: Combining | None = None
     filters: Mapping[str, Passes] = field(default_factory=dict)
-
-    @property
-    def retrieval(self) -> Retrieval:
-        """Where what is stored of results lies."""
-        return self.finders[0].retrieval
 
     def k(self, sql: str | None = None) -> int:
         """Return the results of a query with a filter, or none, where the data set has them."""
@@ -147,13 +144,14 @@ def _retrieve(parcel: Parcel, table: pa.Table, job: RetrieveJob, started: float)
     table = with_faults(table, _filter_faults(table, job))
     able = table.filter(pc.is_null(table["reason"]))
     unable = table.filter(pc.is_valid(table["reason"]))
-    asked = [finder.find(able, job.filters) for finder in job.finders]
+    asked = [finder.find(able, job.filters, job.stored) for finder in job.finders]
     found, search_s = [one for one, _ in asked], sum(seconds for _, seconds in asked)
     results: Found | Ranking = found[0]
     resolve_s = time.time() - started - search_s
     spent = {"search_s": search_s, "resolve_s": resolve_s}
     if job.combining is not None:
-        results = combine(found, able, job.retrieval, job.combining)
+        by_passage = job.finders[0].retrieval.group == "passage"
+        results = combine(found, able, job.stored, job.combining, by_passage=by_passage)
         spent["combine_s"] = time.time() - started - search_s - resolve_s
     rows = able.select(["row_no", "query_id", "query"]).take(pa.array(results.numbers))
     for name in ("passage_id", "vector_id", *job.more.names):

@@ -11,12 +11,13 @@ import pytest
 
 from bge_ray.dataset.commit import ShardWriter
 from bge_ray.dataset.folder import Dataset
+from bge_ray.dataset.lookup import ShardMap
 from bge_ray.errors import SettingsError
 from bge_ray.model.feed.chunks import Chunker, splitting_rules
 from bge_ray.model.feed.texts import TextFeeder
-from bge_ray.pipeline.engine.pools import Tasks
 from bge_ray.pipeline.rerank import texts
 from bge_ray.pipeline.runs.groups import CANDIDATE_SCHEMA, SPAN_SCHEMA
+from bge_ray.pipeline.runs.holders import RowHolder
 from bge_ray.pipeline.runs.source import open_source
 from bge_ray.records.chunking import Chunking
 from bge_ray.records.columns import Columns
@@ -134,7 +135,8 @@ def joined(folder: Path, rows: list[tuple[Any, ...]], **keys: object) -> list[tu
     """(text, vector id, reason, and over chunks the span) of candidates by passage id, vector id, span."""
     settings = settings_for(output__uri=str(folder), **keys)
     opened = open_source(settings)
-    source = texts.open_texts(settings, opened, Tasks(1, 0.0))
+    stored = RowHolder(opened.storage, opened.root, ShardMap.of(opened.manifest))
+    source = texts.open_texts(settings, opened, stored)
     chunk_columns = list(SPAN_SCHEMA) if opened.chunked else []
     table = pa.Table.from_pylist(
         [

@@ -7,13 +7,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from bge_ray.dataset.lookup import ShardMap
 from bge_ray.errors import StorageError
 from bge_ray.index.fusion import Fusion, fuse
 from bge_ray.index.scores import colbert_scores, dense_scores, sparse_scores
 from bge_ray.index.topk import Results, merge_topk
 from bge_ray.model.spec import text_feeder
+from bge_ray.pipeline.runs.holders import RowHolder
 from bge_ray.pipeline.runs.source import Source
-from bge_ray.pipeline.search.combine import Combining, Ranking, Rescoring, combine, stored_scores
+from bge_ray.pipeline.search.combine import Combining, Ranking, Rescoring, combine
 from bge_ray.pipeline.search.exact import ShardSearcher
 from bge_ray.pipeline.search.lists import ListSearcher
 from bge_ray.pipeline.search.retrieve import Found, Group, plan_retrieval, retrieve
@@ -67,22 +69,25 @@ class Embedded:
             made.put(number, some, names, sizes)
             self.names += [name for name, size in zip(names, sizes, strict=True) for _ in range(size)]
         self.source = Source(STORAGE, str(root), made.spec, made.publish())
+        self.stored = RowHolder(STORAGE, str(root), ShardMap.of(self.source.manifest))
         self.table = pa.table(columns)
         asked = dataclasses.replace(spec, passage_instruction="").only(*THREE).stored_as("float32")
         self.queries = pa.table(run(load(asked), text_feeder(asked).queries(QUERIES)).columns())
 
     def find(self, output: str, k: int, group: Group) -> Found:
         how = plan_retrieval(self.source, None, k, 0, group=group)
-        facts, root = how.shards.facts, self.source.root
+        shards, root = ShardMap.of(self.source.manifest), self.source.root
         if output == "embedding":
-            searcher = ShardSearcher(STORAGE, root, facts, 1, per_row=how.per_row)
-            return retrieve(dense_rows(self.queries["embedding"]), searcher.search, how)
-        lists = [ListSearcher(STORAGE, root, [fact], output, per_row=how.per_row) for fact in facts]
+            searcher = ShardSearcher(STORAGE, root, shards, 1, per_row=how.per_row)
+            return retrieve(dense_rows(self.queries["embedding"]), searcher.search, how, self.stored)
+        count = len(shards.facts)
+        each = [shards.every(count, number) for number in range(count)]
+        lists = [ListSearcher(STORAGE, root, one, output, per_row=how.per_row) for one in each]
 
         def search(queries: SparseRows, fetched: int, effort: int | None) -> Results:
             return merge_topk([one.search(queries, fetched, None) for one in lists], fetched)
 
-        return retrieve(sparse_rows(self.queries[output]), search, how)
+        return retrieve(sparse_rows(self.queries[output]), search, how, self.stored)
 
     def brute(self, output: str) -> np.ndarray:
         """(queries, chunks) scores of what is stored."""
@@ -108,7 +113,7 @@ def data(
 
 def combined(data: Embedded, found_by: tuple[str, ...], how: Combining, depth: int, group: Group) -> Ranking:
     found = [data.find(output, depth, group) for output in found_by]
-    return combine(found, data.queries, plan_retrieval(data.source, None, depth, 0, group=group), how)
+    return combine(found, data.queries, data.stored, how, by_passage=group == "passage")
 
 
 def best_of(scores: np.ndarray, names: list[str], k: int) -> list[tuple[str, float]]:
@@ -142,7 +147,7 @@ def test_scored_again_by_all_that_is_stored_is_the_best_of_all(data: Embedded, g
     ranking = combined(data, ("embedding",), how, 1000, "chunk" if data.source.chunked else group)
     if group == "passage":
         found = [data.find("embedding", 1000, "chunk")]
-        ranking = combine(found, data.queries, plan_retrieval(data.source, None, 9, 0), how)
+        ranking = combine(found, data.queries, data.stored, how, by_passage=True)
     scores = sum(w * data.brute(name) for w, name in zip(WEIGHTS, THREE, strict=True))
     names = data.names if group == "passage" else [f"{i:03d}" for i in range(len(data.names))]
     for number in range(len(QUERIES)):
@@ -207,11 +212,10 @@ def test_nothing_found_is_no_result_and_a_vector_that_is_gone_is_an_error(data: 
         scores=found.scores[none],
         rows=found.rows.filter(pa.array(none)),
     )
-    where = plan_retrieval(data.source, None, 5, 0)
-    assert len(combine([empty], data.queries, where, how).numbers) == 0
+    assert len(combine([empty], data.queries, data.stored, how, by_passage=True).numbers) == 0
     outputs = (data.source.spec.model.output("colbert"),)
     with pytest.raises(StorageError, match="lacks"):
-        stored_scores(where, outputs, data.queries, np.array([0, 0]), np.array([0, 1 << 12]))
+        data.stored.output_scores(outputs, data.queries, np.array([0, 0]), np.array([0, 1 << 12]))
 
 
 def test_fusing_by_scores_takes_a_list_of_equals_for_the_best() -> None:

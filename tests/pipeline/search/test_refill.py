@@ -18,6 +18,7 @@ from bge_ray.pipeline.index.job import build_index
 from bge_ray.pipeline.index.published import index_files
 from bge_ray.pipeline.index.searchers import Searcher
 from bge_ray.pipeline.runs.groups import GroupTask, GroupUnit, Workplace
+from bge_ray.pipeline.runs.holders import RowHolder
 from bge_ray.pipeline.search.exact import ShardSearcher
 from bge_ray.pipeline.search.finders import Finder
 from bge_ray.pipeline.search.job import SearchJob
@@ -60,9 +61,6 @@ def retrieved(
     effort = index.effort if index is not None else None
     first = Ask(changes.pop("fetched", min(k, most)), changes.pop("effort", effort))
     retrieval = Retrieval(
-        storage=STORAGE,
-        root=root,
-        shards=ShardMap.of(manifest),
         k=min(k, manifest.vectors),
         group="passage",
         per_row=False,
@@ -73,6 +71,7 @@ def retrieved(
     job = RetrieveJob(
         Workplace(STORAGE, f"{root}/work", 3, None),
         (Finder("embedding", (searcher,), retrieval),),
+        RowHolder(STORAGE, root, ShardMap.of(manifest)),
         spans=False,
     )
     rows = len(QUERIES)
@@ -113,7 +112,7 @@ def copied(root: Path, times: int) -> tuple[VectorDataset, Manifest, np.ndarray]
 def test_passages_that_fall_together_leave_no_place_empty(tmp_path: Path, actors: Callable) -> None:
     _, manifest, vectors = copied(tmp_path, 5)
     root = str(tmp_path)
-    exact = actors(ShardSearcher, STORAGE, root, ShardMap.of(manifest).facts, 1)
+    exact = actors(ShardSearcher, STORAGE, root, ShardMap.of(manifest), 1)
     found, facts = retrieved(root, manifest, exact, None, 10)
     assert [[name for name, _ in rows] for rows in found.values()] == brute(vectors, 10)
     assert (facts["missing_results"], facts["refilled_queries"]) == (0, len(QUERIES))
@@ -130,7 +129,7 @@ def test_passages_that_fall_together_leave_no_place_empty(tmp_path: Path, actors
 def test_k_beyond_the_data_set_gives_all_of_it_and_costs_no_more(tmp_path: Path, actors: Callable) -> None:
     _, manifest, _ = copied(tmp_path, 2)
     root = str(tmp_path)
-    exact = actors(ShardSearcher, STORAGE, root, ShardMap.of(manifest).facts, 1)
+    exact = actors(ShardSearcher, STORAGE, root, ShardMap.of(manifest), 1)
     scores, _ = ray.get(exact.search.remote(QUERIES, 100_000, None))
     assert scores.shape == (len(QUERIES), 600)
     found, _ = retrieved(root, manifest, exact, None, 100_000)

@@ -13,6 +13,7 @@ import bge_ray
 from bge_ray.dataset.lookup import ShardMap
 from bge_ray.errors import ModelError
 from bge_ray.index.search import search
+from bge_ray.pipeline.runs.holders import RowHolder
 from bge_ray.pipeline.runs.source import Source
 from bge_ray.pipeline.search.exact import ShardSearcher
 from bge_ray.pipeline.search.job import SearchJob
@@ -88,8 +89,12 @@ class Chunked:
         return described, lambda queries, k, effort: search(outer, queries, k, effort=effort)
 
     def exactly(self, *, per_row: bool) -> Search:
-        facts = ShardMap.of(self.manifest).facts
-        return ShardSearcher(STORAGE, self.source.root, facts, 1, per_row=per_row).search
+        shards = ShardMap.of(self.manifest)
+        return ShardSearcher(STORAGE, self.source.root, shards, 1, per_row=per_row).search
+
+    @property
+    def stored(self) -> RowHolder:
+        return RowHolder(STORAGE, self.source.root, ShardMap.of(self.source.manifest))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +123,7 @@ def results(found: Found) -> list[list[tuple[str, int]]]:
 def test_an_exact_search_is_brute_force_over_all_chunks(chunked: Chunked, k: int, group: Any) -> None:
     """50 passages are in it; k beyond them gives all, after one question a passage search."""
     how = plan_retrieval(chunked.source, None, k, 0, group=group)
-    found = retrieve(QUERIES, chunked.exactly(per_row=how.per_row), how)
+    found = retrieve(QUERIES, chunked.exactly(per_row=how.per_row), how, chunked.stored)
     assert results(found) == chunked.brute(k, group)
     assert found.unknown == 0
 
@@ -131,7 +136,7 @@ def test_an_index_fills_every_place_with_another_passage(
     """The crowd fills the first candidates of every query; all lists are probed, so nothing is missed."""
     described, search_index = chunked.index(factory)
     how = plan_retrieval(chunked.source, described, k, max(k, rescored) if rescored else 0, effort=8)
-    found = retrieve(QUERIES, search_index, how)
+    found = retrieve(QUERIES, search_index, how, chunked.stored)
     truth = chunked.brute(k, "passage")
     if not rescored:
         assert results(found) == truth
@@ -140,7 +145,7 @@ def test_an_index_fills_every_place_with_another_passage(
     assert sum(close) >= 0.97 * k * len(QUERIES)
     # From one list of eight the places are filled, too.
     narrow = plan_retrieval(chunked.source, described, k, 0, effort=1)
-    filled = retrieve(QUERIES, search_index, narrow)
+    filled = retrieve(QUERIES, search_index, narrow, chunked.stored)
     assert {len(rows) for rows in results(filled)} == {k}
 
 
@@ -155,14 +160,14 @@ def test_a_passage_with_8000_chunks_leaves_room_for_others_and_costs_few_questio
 
     truth = chunked.brute(10, "passage")
     how = plan_retrieval(chunked.source, described, 10, 0)
-    found = retrieve(QUERIES, counted, how)
+    found = retrieve(QUERIES, counted, how, chunked.stored)
     assert results(found) == truth
     assert found.refilled == len(QUERIES)
     assert len(asked) <= 6 and asked == sorted(asked)
     how = plan_retrieval(chunked.source, described, 1000, 0)
     assert how.k == chunked.manifest.rows_out == 51  # nobody asks for passages that are not there
     how = plan_retrieval(chunked.source, None, 10, 0)
-    exact = retrieve(QUERIES, chunked.exactly(per_row=True), how)
+    exact = retrieve(QUERIES, chunked.exactly(per_row=True), how, chunked.stored)
     assert results(exact) == truth
     assert exact.refilled <= len(QUERIES)  # p00 stands in both objects
 
@@ -173,7 +178,8 @@ def test_chunks_of_objects_that_are_gone_leave_no_place_empty(chunked: Chunked) 
     kept = dataclasses.replace(chunked.manifest, shards=chunked.manifest.shards[1:])
     source = dataclasses.replace(chunked.source, manifest=kept)
     how = dataclasses.replace(plan_retrieval(source, described, 10, 0), k=10)
-    found = retrieve(QUERIES, search_index, how)
+    rest = RowHolder(STORAGE, source.root, ShardMap.of(kept))
+    found = retrieve(QUERIES, search_index, how, rest)
     assert {name for rows in results(found) for name, _ in rows} <= set(chunked.names[1])
     assert {len(rows) for rows in results(found)} == {10}
     assert found.unknown > 0
