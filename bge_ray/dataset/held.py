@@ -146,7 +146,10 @@ class HeldShards:
                 fetched = file.read_row_group(number, columns=missing, use_threads=False)
             for name in missing:
                 held[name] = self._tables.put((fact.path, number, name), fetched.select([name]))
-        return pa.table({name: table[name] for name, table in held.items() if table is not None})
+        there = [table for table in held.values() if table is not None]
+        return pa.table(
+            [table.column(0) for table in there], pa.schema([table.schema.field(0) for table in there])
+        )
 
     def _read_footer(self, fact: FileFact) -> tuple[pa.Schema, list[tuple[int, int]], pq.FileMetaData]:
         with open_shard(self._storage, join(self.root, fact.path), fact) as file:

@@ -38,11 +38,12 @@ class _Server(ThreadingHTTPServer):
 
 
 class FaultyProxy:
-    """A context manager; ``requests`` holds (method, path) of all that came."""
+    """A context manager; ``requests`` has (method, path) of all that came, ``read`` the bytes that went."""
 
     def __init__(self, target: str, fault: Fault = lambda *_: "") -> None:
         self.fault = fault
         self.requests: list[tuple[str, str]] = []
+        self.read: list[tuple[str, int]] = []
         self.faults = 0
         self.after_mute: Callable[[], None] = lambda: None
         self.serving = threading.local()  # .port is the client's, in the thread that serves it
@@ -121,6 +122,8 @@ class FaultyProxy:
                     self.close_connection = True
                     return self.connection.shutdown(socket.SHUT_RDWR)
                 response, data = answer
+                if self.command == "GET":
+                    proxy.read.append((urlsplit(self.path).path, len(data)))
                 skip = ("transfer-encoding", "connection")
                 passed = {k: v for k, v in response.getheaders() if k.lower() not in skip}
                 return self._answer(response.status, passed, data, cut=kind == "cut")
