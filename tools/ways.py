@@ -46,6 +46,12 @@ TEXT_TOKENS = (
     "pipeline.engine.rows:with_tokens with_faults",
 )
 # A packed batch on a CPU.
+# From vector ids to what is stored of them, through the actors that hold it.
+HELD = (
+    "pipeline.runs.holders:Holders.places Holders._dealt Holders._ask RowHolder.places",
+    "dataset.held:HeldShards.places HeldShards.rows HeldShards._group MappedTables.get MappedTables.put",
+    "dataset.lookup:ShardMap.split take_rows _positions",
+)
 MODEL = (
     "pipeline.engine.model_stage:ModelStage.__call__",
     "pipeline.engine.room:Presence.unit",
@@ -137,7 +143,7 @@ WAYS: Mapping[str, Sequence[str]] = {
         "pipeline.index.steps:Build.run get_trained _draw_sample",
         "pipeline.engine.tasks:run_tasks",
         "pipeline.index.tasks:sample_task",
-        "dataset.read:sample_vectors _arrays",
+        "dataset.read:sample_vectors arrays_of",
         "index.vectors:check_rows",
         "pipeline.index.tasks:train_task",
         "index.train:train _train_lists",
@@ -202,8 +208,8 @@ WAYS: Mapping[str, Sequence[str]] = {
         "index.search:search _search _parameters _unclear",
         "index.vectors:check_rows normalise",
         "index.topk:best merge_topk",
-        "dataset.lookup:read_places ShardMap.split read_shard _positions",
-        "pipeline.search.retrieve:Retrieval.places _choose",
+        *HELD,
+        "pipeline.search.retrieve:_choose",
         "pipeline.search.finders:_side_by_side",
         "pipeline.search.stages:_filter_facts RetrieveJob.k _as_candidates",
         *PUBLISH_RUN,
@@ -222,10 +228,13 @@ WAYS: Mapping[str, Sequence[str]] = {
         "pipeline.runs.intake:read_group_stage",
         "pipeline.rerank.score:texts_stage",
         "pipeline.rerank.texts:add_texts _to_score _choose_texts TextSource.places_of TextSource._places",
-        "pipeline.rerank.texts:TextSource._run",
         "pipeline.engine.tasks:run_tasks fetched",
-        "dataset.lookup:find_passages",
-        "pipeline.rerank.texts:TextSource.texts_of _spans_of _span_map corpus_texts",
+        "pipeline.runs.holders:Holders.find RowHolder.find",
+        "dataset.held:HeldShards.find",
+        "dataset.lookup:find_in",
+        "pipeline.rerank.texts:TextSource.texts_of TextSource._passages",
+        "pipeline.runs.passages:spans_of _span_map span_texts _body_starts",
+        "pipeline.runs.holders:Holders.texts RowHolder.texts RowHolder._span_texts",
         *READ_PARQUET,
         "records.ids:vector_ids id_range",
         "pipeline.rerank.score:pair_stage _pair",
