@@ -19,9 +19,8 @@ from bge_ray.dataset.lookup import (
     group_ranges,
     no_rows,
     take_rows,
-    vouched_for,
 )
-from bge_ray.dataset.read import open_shard, read_groups
+from bge_ray.dataset.read import open_shard, read_groups, vouched_for
 from bge_ray.records.dataset import FileFact
 from bge_ray.records.ids import IdArray
 from bge_ray.storage.objects import Storage, join

@@ -4,7 +4,6 @@ An id is a place, so the manifest alone says which shard holds it; of that shard
 columns that are asked for are read.
 """
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,8 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from bge_ray.dataset.read import open_shard
-from bge_ray.errors import StorageError
+from bge_ray.dataset.read import open_shard, vouched_for
 from bge_ray.records.dataset import FileFact, Manifest
 from bge_ray.records.ids import IdArray, id_range
 from bge_ray.storage.objects import Storage, join
@@ -58,11 +56,17 @@ class ShardMap:
         some = slice(first, None, step)
         return ShardMap(self.starts[some], self.stops[some], self.facts[some])
 
+    def numbers(self, ids: IdArray) -> IdArray:
+        """Return the number of the shard that may hold each of (n,) ids, -1 where none does."""
+        if not len(self.starts):
+            return np.full(len(ids), -1)
+        places = np.searchsorted(self.starts, ids, side="right") - 1
+        return np.where(ids < self.stops[np.maximum(places, 0)], places, -1)
+
     def split(self, ids: IdArray) -> Iterator[tuple[FileFact, IdArray]]:
         """Yield each shard that may hold some of the (n,) ascending ids, with those; others are left out."""
-        places = np.searchsorted(self.starts, ids, side="right") - 1
-        inside = (places >= 0) & (ids < self.stops[np.maximum(places, 0)]) if len(self.starts) else ids < ids
-        ids, places = ids[inside], places[inside]
+        places = self.numbers(ids)
+        ids, places = ids[places >= 0], places[places >= 0]
         edges = np.flatnonzero(np.diff(places, prepend=-1, append=-1))
         for start, stop in itertools.pairwise(edges):
             yield self.facts[int(places[start])], ids[start:stop]
@@ -183,15 +187,3 @@ def _positions(there: IdArray, wanted: IdArray) -> IdArray:
     found = places < len(there)
     found[found] = there[places[found]] == wanted[found]
     return places[found].astype(np.int64)
-
-
-@contextlib.contextmanager
-def vouched_for(uri: str) -> Iterator[None]:
-    """Say of a shard that cannot be read that it is not what it should be, and the way out."""
-    try:
-        yield
-    except (OSError, LookupError, AttributeError, pa.ArrowException) as error:
-        raise StorageError(
-            f"{uri}: is not the embedding shard that the manifest vouches for ({error!r}); run bge-ray embed "
-            "again"
-        ) from error

@@ -77,13 +77,13 @@ def open_shard(
 
 
 @contextlib.contextmanager
-def _vouched_for(uri: str) -> Iterator[None]:
+def vouched_for(uri: str) -> Iterator[None]:
     """Say of what cannot be read that it is not what it should be, and the way out."""
     try:
         yield
-    except (OSError, LookupError, pa.ArrowException) as error:
+    except (OSError, LookupError, AttributeError, pa.ArrowException) as error:
         raise StorageError(
-            f"{uri}: is not the embedding shard that the manifest vouches for ({error}); "
+            f"{uri}: is not the embedding shard that the manifest vouches for ({error!r}); "
             "remove it and run bge-ray embed again to make it anew"
         ) from error
 
@@ -100,7 +100,7 @@ def read_columns(storage: Storage, root: str, fact: FileFact, columns: Sequence[
         StorageError: it is missing or damaged.
     """
     uri = join(root, fact.path)
-    with _vouched_for(uri), open_shard(storage, uri, fact) as file:
+    with vouched_for(uri), open_shard(storage, uri, fact) as file:
         for group in range(file.num_row_groups):
             yield file.read_row_group(group, columns=list(columns), use_threads=False)
 
@@ -122,7 +122,7 @@ def sample_vectors(storage: Storage, root: str, fact: FileFact, groups: dict[int
     """
     uri = join(root, fact.path)
     parts = []
-    with _vouched_for(uri), open_shard(storage, uri, fact) as file:
+    with vouched_for(uri), open_shard(storage, uri, fact) as file:
         for group, rows in sorted(groups.items()):
             vectors, ids = arrays_of(file.read_row_group(group, columns=COLUMNS, use_threads=False))
             parts.append((vectors[rows], ids[rows]))

@@ -232,10 +232,9 @@ class Holders:
 
     def _dealt(self, ids: IdArray) -> list[tuple[int, IdArray]]:
         """Return which (m,) of some ids each actor holds, without those that no shard holds."""
-        places = np.searchsorted(self.shards.starts, ids, side="right") - 1
-        inside = (places >= 0) & (ids < self.shards.stops[np.maximum(places, 0)])
-        owners = np.where(inside, places % len(self.actors), -1)
-        return [(int(n), np.flatnonzero(owners == n)) for n in np.unique(owners[inside])]
+        places = self.shards.numbers(ids)
+        owners = np.where(places >= 0, places % len(self.actors), -1)
+        return [(int(n), np.flatnonzero(owners == n)) for n in np.unique(owners[places >= 0])]
 
     def _ask(self, calls: list[Any]) -> list[Any]:
         return wait_for(calls, lambda: None)
