@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from bge_ray.errors import IndexBuildError
 from bge_ray.index.package import Index, faiss
+from bge_ray.index.probes import Probes, search_probed
 from bge_ray.index.selectors import Among, places_of
 from bge_ray.index.topk import NO_RESULT, Results, best
 from bge_ray.index.vectors import check_rows, normalise
@@ -58,6 +59,7 @@ def search(
     *,
     effort: int | None = None,
     among: Among | None = None,
+    probes: Probes | None = None,
 ) -> Results:
     """Find the k best vectors for each query.
 
@@ -70,6 +72,7 @@ def search(
             takes what the file says.
         among: the vectors that count, from `selectors.select` of this index; None: all. With as much effort
             as an HNSW index has vectors they are compared one after the other, without a walk.
+        probes: of these queries with this effort, from `probes.choose_probes`; None has them chosen here.
 
     Returns:
         Scores (n_queries, w) float32, falling, and ids (n_queries, w) int64, w being k or the vectors that
@@ -86,13 +89,14 @@ def search(
     rows = normalise(queries)
     held = index.ntotal if among is None else among.count
     k = min(k, max(held, 1))
-    fetched = _search(index, rows, min(k + _TIE_MARGIN, max(held, 1)), effort, among)
+    fetched = _search(index, rows, min(k + _TIE_MARGIN, max(held, 1)), effort, among, probes)
     scores, ids = best(*fetched, k)
     margin = _TIE_MARGIN
     unclear = _unclear(fetched, k)
     while len(unclear) and k + margin < held and margin < _MAX_TIE_MARGIN:
         margin *= 8
-        fetched = _search(index, rows[unclear], min(k + margin, held), effort, among)
+        some = None if probes is None else probes[unclear]
+        fetched = _search(index, rows[unclear], min(k + margin, held), effort, among, some)
         scores[unclear], ids[unclear] = best(*fetched, k)
         unclear = unclear[_unclear(fetched, k)]
     return scores, ids
@@ -126,7 +130,9 @@ def _unclear(results: Results, k: int) -> IdArray:
     return np.flatnonzero((scores[:, k - 1] == scores[:, -1]) & (ids[:, -1] >= 0))
 
 
-def _search(index: Index, rows: FloatArray, k: int, effort: int | None, among: Among | None) -> Results:
+def _search(
+    index: Index, rows: FloatArray, k: int, effort: int | None, among: Among | None, probes: Probes | None
+) -> Results:
     if not len(rows) or (among is not None and not among.count):
         return np.full((len(rows), k), -np.inf, np.float32), np.full((len(rows), k), NO_RESULT, np.int64)
     outer = faiss.downcast_index(index)
@@ -134,7 +140,10 @@ def _search(index: Index, rows: FloatArray, k: int, effort: int | None, among: A
         distances, ids = _search_places(outer, rows, k, effort, among)
     else:
         selected = {} if among is None else {"sel": among.selector}
-        distances, ids = index.search(rows, k, params=_parameters(index, effort, k, selected))
+        if probes is not None:
+            distances, ids = search_probed(index, rows, k, probes, selected)
+        else:
+            distances, ids = index.search(rows, k, params=_parameters(index, effort, k, selected))
     # On unit vectors |q - x|^2 = 2 - 2 q.x
     scores = np.float32(1) - distances / np.float32(2) if index.metric_type == faiss.METRIC_L2 else distances
     return best(scores, ids, k)

@@ -556,6 +556,12 @@ class SearchSettings(Section):
     num_searchers: int | None = Field(
         None, ge=1, description="actors that share the index; null sizes them from the CPUs"
     )
+    replicas: int | None = Field(
+        None,
+        ge=1,
+        description="how often the index is held, each time by actors of its own that answer other groups of "
+        "queries; null: once, and on each node where it is one file",
+    )
     tag: str = Field("bge-ray", min_length=1, description="name of the system, last column of a TREC run")
     max_rejected_fraction: float = Field(
         0.01,
@@ -586,6 +592,10 @@ class SearchSettings(Section):
     def _rescores_enough(self) -> "SearchSettings":
         if self.rescore is not None and 0 < self.rescore < self.k:
             raise ValueError(f"rescore: must be 0, or at least k ({self.k})")
+        if self.replicas and self.num_searchers and self.replicas > self.num_searchers:
+            raise ValueError(f"replicas: must be at most num_searchers ({self.num_searchers})")
+        if self.replicas and self.exact:
+            raise ValueError("replicas: are of the index, which exact does not search")
         if self.tag.split() != [self.tag]:
             raise ValueError("tag: must hold no white space, which separates the columns of a TREC run")
         return self

@@ -14,7 +14,9 @@ from bge_ray.index.factory import Metric
 from bge_ray.index.files import merged_file
 from bge_ray.index.merge import total_sizes
 from bge_ray.index.part import open_part
+from bge_ray.index.probes import choose_probes
 from bge_ray.index.search import load_index, search
+from bge_ray.index.selectors import select
 from bge_ray.index.topk import NO_RESULT, best, best_rows, exact_topk, merge_topk, pair_scores, rescore
 from bge_ray.index.train import TrainedIndex
 from bge_ray.records.ids import vector_ids
@@ -368,3 +370,37 @@ def test_a_graph_is_walked_as_widely_as_it_is_asked(make_vectors):
         _, found = search(index, queries, 100, effort=effort)
         assert (found != NO_RESULT).all()
         assert np.mean([len(set(f) & set(t)) / 100 for f, t in zip(found, truth, strict=True)]) > 0.85
+
+
+@pytest.mark.parametrize("metric", list(Metric))
+@pytest.mark.parametrize(
+    "factory", ["IVF16,Flat", "IVF16,SQ8", "IVF16,PQ8x4", "IVF16,RaBitQ4", "IVF16_HNSW32,SQ8", "RR,IVF16,SQ8"]
+)
+def test_lists_that_are_chosen_once_give_what_each_file_would_find(
+    make_vectors, make_trained, factory, metric
+):
+    """What is chosen by one file holds for another with other vectors, with a filter, and through ties."""
+    trained, queries = make_trained(factory, metric), make_vectors(30, seed=5)
+    rows = np.concatenate([make_vectors(300), np.repeat(make_vectors(1, seed=5), 60, axis=0)])
+    others = load_index(build(trained, make_vectors(50, seed=8), np.arange(50)))
+    index = load_index(build(trained, rows, np.arange(360)))
+    among = select(index, lambda ids: ids % 3 == 0)
+    for effort in (1, 5, 16):
+        probes = choose_probes(others, queries, effort)
+        assert probes.lists.shape == (30, effort)
+        for chosen in (None, among):
+            scores, ids = search(index, queries, 10, effort=effort, among=chosen, probes=probes)
+            expected, there = search(index, queries, 10, effort=effort, among=chosen)
+            np.testing.assert_allclose(scores, expected, atol=1e-6)
+            assert (ids == there).mean() > 0.995  # neighbours closer than rounding may swap
+    np.testing.assert_array_equal(
+        choose_probes(index, queries[4:5], 5).lists, choose_probes(index, queries, 5)[np.array([4])].lists
+    )
+
+
+def test_an_index_without_lists_has_none_to_choose(make_vectors, make_trained):
+    index = load_index(build(make_trained("Flat", Metric.L2), make_vectors(50), np.arange(50)))
+    assert choose_probes(index, make_vectors(3), 5) is None
+    graph = faiss.index_factory(DIM, "IDMap2,HNSW16")
+    graph.add_with_ids(make_vectors(50), np.arange(50))
+    assert choose_probes(graph, make_vectors(3), 5) is None

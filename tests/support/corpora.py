@@ -36,7 +36,7 @@ def jsonl_bytes(records: list[dict[str, str]]) -> bytes:
 
 def csv_bytes(records: list[dict[str, str]]) -> bytes:
     sink = io.StringIO(newline="")
-    writer = csv.DictWriter(sink, ["id", "title", "text"])
+    writer = csv.DictWriter(sink, list(records[0]))
     writer.writeheader()
     writer.writerows(records)
     return sink.getvalue().encode()

@@ -94,6 +94,11 @@ def fetched(reference: Any) -> Any:
         raise IncompleteRunError(f"a task was lost {MAX_RETRIES} times ({reason}); run again") from error
 
 
+def count_nodes(resource: str) -> int:
+    """Return how many live nodes have some of a resource."""
+    return sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get(resource, 0.0) > 0)
+
+
 def largest_node(resource: str) -> float:
     """Return how much of a resource the best-equipped live node has."""
     return max((node["Resources"].get(resource, 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)

@@ -122,6 +122,7 @@ def tune(build: Build, sources: Sequence[IndexSource], held_out: HeldOut) -> Qua
     smallest = width if graphs else 1
     largest = {Kind.IVF: spec.nlist, Kind.FLAT: 1, Kind.SHARDS: max(MAX_EF_SEARCH, 4 * width)}[spec.kind]
     searchers = start_searchers(build.storage, sources, build.at_once)
+    chooser = searchers[0] if spec.kind is Kind.IVF and len(searchers) > 1 else None
     step = build.step("tuning", "searches", None)
 
     asked = Asked(
@@ -133,7 +134,8 @@ def tune(build: Build, sources: Sequence[IndexSource], held_out: HeldOut) -> Qua
 
     def candidates_at(effort: int, width: int, some: HeldOut) -> Candidates:
         def search(numbers: IdArray, fetched: int, effort: int | None) -> IdArray:
-            return search_all(searchers, some.queries[numbers], fetched, effort, build.watch)[1]
+            rows = some.queries[numbers]
+            return search_all(searchers, rows, fetched, effort, build.watch, chooser=chooser)[1]
 
         found = (
             passages_at(search, effort, width, some, asked)

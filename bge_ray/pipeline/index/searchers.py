@@ -1,6 +1,8 @@
 """Actors that hold the files of an index side by side, and answer as one."""
 
+import functools
 import hashlib
+import os
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +19,7 @@ from bge_ray.index.bm25 import Saturation
 from bge_ray.index.header import ivf_header
 from bge_ray.index.merge import ListRange
 from bge_ray.index.package import Index, use_threads
+from bge_ray.index.probes import Probes, choose_probes
 from bge_ray.index.search import load_index, search
 from bge_ray.index.selectors import Among, select
 from bge_ray.index.topk import Results, merge_topk
@@ -48,6 +51,8 @@ class RangePiece:
 WAY_OUT = "; run index.py with index.verify, which makes it anew, or set search.exact"
 
 IndexSource: TypeAlias = WrittenFile | RangePiece
+# (start, stop) -> these bytes.
+ReadRange: TypeAlias = Callable[[int, int], bytes]
 
 
 class Searcher:
@@ -59,19 +64,38 @@ class Searcher:
         sources: Sequence[IndexSource],
         threads: int,
         filters: Mapping[str, Passing] | None = None,
+        peers: Mapping[str, ActorHandle] | None = None,
     ) -> None:
         """Note what to hold, how many threads a search may use, and what passes filters, by their SQL.
 
-        Files are fetched at the first search, and what tells FAISS of a filter is made at its first.
+        Files are fetched at the first search, from ``peers`` by their path where one holds them, else from
+        the store; what tells FAISS of a filter is made at its first.
         """
         self._storage, self._sources = storage, sources
+        self._peers = {} if peers is None else peers
+        self._files: list[BinaryIO] = []
         self._indexes: list[Index] = []
         self._filters = {} if filters is None else filters
         # By the SQL, for each file; the last asked for is the last.
         self._among: OrderedDict[str, list[Among]] = OrderedDict()
         use_threads(threads)
 
-    def search(self, queries: FloatArray, k: int, effort: int | None, sql: str | None = None) -> Results:
+    def probes(self, queries: FloatArray, effort: int | None) -> Probes | None:
+        """Return which lists (n, dim) queries are looked for in, for all that hold ranges of this index.
+
+        Raises:
+            IndexBuildError: see `search`.
+        """
+        return choose_probes(self._opened(1)[0], queries, effort)
+
+    def search(
+        self,
+        queries: FloatArray,
+        k: int,
+        effort: int | None,
+        sql: str | None = None,
+        probes: Probes | None = None,
+    ) -> Results:
         """Return the best k over all files of this actor; see `index.search.search`.
 
         Args:
@@ -79,19 +103,45 @@ class Searcher:
             k: results a query.
             effort: of each file.
             sql: of one of the filters, which results must pass; None: any are.
+            probes: of these queries; None has them chosen here, once for all files.
 
         Raises:
             IndexBuildError: a file is not the one that was written, or a query is bad.
         """
-        while len(self._indexes) < len(self._sources):
+        indexes = self._opened(len(self._sources))
+        among = [None] * len(indexes) if sql is None else self._chosen(sql)
+        if probes is None and len(indexes) > 1:
+            probes = choose_probes(indexes[0], queries, effort)
+        return merge_topk(
+            [
+                search(index, queries, k, effort=effort, among=some, probes=probes)
+                for index, some in zip(indexes, among, strict=True)
+            ],
+            k,
+        )
+
+    def _opened(self, count: int) -> list[Index]:
+        """Return the files that are open, at least so many."""
+        while len(self._indexes) < count:
             # The name goes as soon as the file is mapped: an actor ends by being killed, and would leave it.
             with tempfile.TemporaryDirectory(prefix="bge-ray-index-") as folder:
                 path = Path(folder) / "index.faiss"
                 self._fetch(self._sources[len(self._indexes)], path)
+                file = path.open("rb")
                 self._indexes.append(load_index(path))
-        among = [None] * len(self._indexes) if sql is None else self._chosen(sql)
-        found = zip(self._indexes, among, strict=True)
-        return merge_topk([search(index, queries, k, effort=effort, among=some) for index, some in found], k)
+            self._files.append(file)
+        return self._indexes
+
+    def block(self, path: str, start: int, stop: int) -> bytes:
+        """Return bytes of a file, for another that is to hold it.
+
+        Raises:
+            IndexBuildError: see `search`.
+        """
+        names = [source.path if isinstance(source, WrittenFile) else None for source in self._sources]
+        number = names.index(path)
+        self._opened(number + 1)
+        return os.pread(self._files[number].fileno(), stop - start, start)
 
     def _chosen(self, sql: str) -> list[Among]:
         """Return which vectors of each file pass a filter; those of the last few filters are kept."""
@@ -105,7 +155,7 @@ class Searcher:
     def _fetch(self, source: IndexSource, path: Path) -> None:
         with path.open("wb") as target:
             if isinstance(source, WrittenFile):
-                found = _download(self._storage, source.path, source.bytes, target)
+                found = _download(self._reader(source.path), source.path, source.bytes, target)
                 if found != source.sha256:
                     raise IndexBuildError(
                         f"{source.path}: is damaged, its sha256 is {found}, not {source.sha256}{WAY_OUT}"
@@ -113,7 +163,13 @@ class Searcher:
                 return
             inside = sizes_inside(read_sizes(self._storage, source.sizes_uri), source.lists)
             target.write(ivf_header(source.trained.load(self._storage), inside))
-            _download(self._storage, source.uri, source.lists.n_bytes, target)
+            _download(self._reader(source.uri), source.uri, source.lists.n_bytes, target)
+
+    def _reader(self, uri: str) -> ReadRange:
+        peer = self._peers.get(uri)
+        if peer is None:
+            return functools.partial(self._storage.read_range, uri)
+        return lambda start, stop: wait_for([peer.block.remote(uri, start, stop)], lambda: None)[0]
 
 
 def _held(among: Sequence[Among]) -> int:
@@ -147,6 +203,8 @@ def search_all(
     how: int | Saturation | None,
     watch: Callable[[], None],
     sql: str | None = None,
+    *,
+    chooser: ActorHandle | None = None,
 ) -> Results:
     """Search all actors and merge what they find.
 
@@ -157,17 +215,19 @@ def search_all(
         how: the effort of an index, or what becomes of counts in lists.
         watch: called while they work.
         sql: of a filter that the actors know, which results must pass.
+        chooser: the one of several that hold an index which chooses the lists to probe, for all.
     """
     shared = ray.put(queries)
-    return merge_topk(wait_for([s.search.remote(shared, k, how, sql) for s in searchers], watch), k)
+    probes = {} if chooser is None else {"probes": chooser.probes.remote(shared, how)}
+    return merge_topk(wait_for([s.search.remote(shared, k, how, sql, **probes) for s in searchers], watch), k)
 
 
-def _download(storage: Storage, uri: str, size: int, target: BinaryIO) -> str:
+def _download(read: ReadRange, uri: str, size: int, target: BinaryIO) -> str:
     """Append an object to an open file in bounded memory; returns its sha256 in hex."""
     digest = hashlib.sha256()
     for start in range(0, size, DOWNLOAD_BYTES):
         stop = min(size, start + DOWNLOAD_BYTES)
-        block = storage.read_range(uri, start, stop)
+        block = read(start, stop)
         if len(block) != stop - start:
             raise IndexBuildError(f"{uri}: ends at byte {start + len(block)} of {size}{WAY_OUT}")
         digest.update(block)

@@ -63,7 +63,7 @@ def settle_asked(asked: SearchSettings, source: Source) -> Asked:
     if EMBEDDING in found_by and not source.spec.model.normalize:
         raise SettingsError(f"{where}: its vectors are not normalised, which a search needs")
     if EMBEDDING not in found_by:
-        given = [f"search.{name}" for name in ("nprobe", "rescore") if getattr(asked, name)]
+        given = [f"search.{name}" for name in ("nprobe", "rescore", "replicas") if getattr(asked, name)]
         if given:
             raise SettingsError(
                 f"{', '.join(given)}: of the index of the vectors, which {key} {', '.join(stages)} does not "

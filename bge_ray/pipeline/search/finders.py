@@ -32,18 +32,19 @@ class Weighing:
 
 @dataclass(frozen=True)
 class Finder:
-    """Actors that hold an output of all vectors together, and what they are asked for.
+    """Actors that hold an output of all vectors, once or several times, and what they are asked for.
 
-    ``weighing`` is that of counts, and None where what is stored is compared as it is.
+    Each of ``replicas`` are actors that hold all of it together. ``weighing`` is that of counts, and None
+    where what is stored is compared as it is.
     """
 
     output: str
-    searchers: tuple[ActorHandle, ...]
+    replicas: tuple[tuple[ActorHandle, ...], ...]
     retrieval: Retrieval
     weighing: Weighing | None = None
 
     def find(
-        self, queries: pa.Table, filters: Mapping[str, Passes], stored: StoredRows
+        self, queries: pa.Table, filters: Mapping[str, Passes], stored: StoredRows, turn: int
     ) -> tuple[Found, float]:
         """Find the best of each query of a table with a column of this output, and say what asking took.
 
@@ -51,6 +52,7 @@ class Finder:
             queries: n of them; those of one filter are asked together.
             filters: how much passes each of their filters, by its SQL.
             stored: what the data set holds of results.
+            turn: number of the group of queries, which says who is asked.
 
         Returns:
             What was found, and seconds that searchers were waited for.
@@ -60,6 +62,7 @@ class Finder:
         """
         spent = 0.0
         vectors = self._queries(queries)
+        searchers, chooser = self._asked(turn)
         parts: list[tuple[IdArray, Found]] = []
         for sql, numbers in by_filter(queries):
             retrieval = self.among(sql, filters)
@@ -70,7 +73,7 @@ class Finder:
                 nonlocal spent
                 began = time.time()
                 how = effort if self.weighing is None else self.weighing.saturation
-                found = search_all(self.searchers, some, fetched, how, watch=lambda: None, sql=sql)
+                found = search_all(searchers, some, fetched, how, lambda: None, sql, chooser=chooser)
                 spent += time.time() - began
                 return found
 
@@ -80,6 +83,13 @@ class Finder:
     def among(self, sql: str | None, filters: Mapping[str, Passes]) -> Retrieval:
         """Return what is asked for the queries that have a filter, or none."""
         return self.retrieval if sql is None else self.retrieval.among(filters[sql])
+
+    def _asked(self, turn: int) -> tuple[tuple[ActorHandle, ...], ActorHandle | None]:
+        """Return a replica, and who of several that hold ranges of an index chooses the lists to probe."""
+        round_no, number = divmod(turn, len(self.replicas))
+        searchers, index = self.replicas[number], self.retrieval.index
+        chooses = index is not None and index.parameter == "nprobe" and len(searchers) > 1
+        return searchers, searchers[round_no % len(searchers)] if chooses else None
 
     def _queries(self, table: pa.Table) -> Queries:
         if self.output == EMBEDDING:
@@ -103,7 +113,7 @@ def _side_by_side(parts: Sequence[tuple[IdArray, Found]]) -> Found:
     )
 
 
-def weigh_terms(searchers: list[ActorHandle], k1: float, b: float, watch: Callable[[], None]) -> Weighing:
+def weigh_terms(searchers: Sequence[ActorHandle], k1: float, b: float, watch: Callable[[], None]) -> Weighing:
     """Add up what BM25 must know of a data set, which its searchers hold together.
 
     Raises:

@@ -5,6 +5,7 @@ Like the embed job it knows one mode: take in, subtract what is done, do the res
 
 import dataclasses
 import functools
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ from bge_ray.pipeline.engine.pools import (
     SEARCHERS,
     Pool,
     Sizes,
+    await_pools,
     cluster_sizes,
     device_of,
     encoder_request,
@@ -36,7 +38,7 @@ from bge_ray.pipeline.engine.pools import (
 )
 from bge_ray.pipeline.engine.stopping import StopRequest
 from bge_ray.pipeline.index.published import index_files, read_index
-from bge_ray.pipeline.index.searchers import Searcher
+from bge_ray.pipeline.index.tasks import WrittenFile
 from bge_ray.pipeline.rerank.score import PairJob, by_reranker, make_score_job, summarise_scoring
 from bge_ray.pipeline.rerank.texts import TextSource, open_texts
 from bge_ray.pipeline.runs.groups import QUERY_SCHEMA, GroupTask, Workplace
@@ -46,10 +48,9 @@ from bge_ray.pipeline.runs.parts import LEFT_OUT, RUN_FILES, RunOutput, Totals, 
 from bge_ray.pipeline.runs.source import Source, open_source, refuse_in_source
 from bge_ray.pipeline.runs.work import TASKS, Outcome, RunWork, check_rejected, published_files
 from bge_ray.pipeline.search.asked import settle_asked
-from bge_ray.pipeline.search.exact import ShardSearcher
 from bge_ray.pipeline.search.filtering import FILTER, Filtering, is_filtered, passes_of
 from bge_ray.pipeline.search.finders import Finder, weigh_terms
-from bge_ray.pipeline.search.lists import ListSearcher
+from bge_ray.pipeline.search.replicas import replicas_of, start_exact, start_index
 from bge_ray.pipeline.search.retrieve import Retrieval, plan_retrieval
 from bge_ray.pipeline.search.stages import (
     QueryJob,
@@ -79,9 +80,6 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 3
 # Below search.output, where rerank.output does not say otherwise.
 RERANKED = "reranked"
-# A searcher that dies is started again this often, and then the run ends: an index that does not fit
-# in memory would otherwise be tried for ever.
-SEARCHER_RESTARTS = 20
 # What holds each output that is searched.
 POOL_OF = {EMBEDDING: SEARCHERS, SPARSE: f"sparse_{SEARCHERS}", BM25: f"bm25_{SEARCHERS}"}
 
@@ -193,6 +191,7 @@ class SearchJob:
         self._searchers: list[ActorHandle] = []
         self._holders: Holders | None = None
         self._passing: int | None = None
+        self._passes: ray.ObjectRef | None = None
 
     @functools.cached_property
     def _folders(self) -> list[OwnedFolder]:
@@ -390,18 +389,22 @@ class SearchJob:
             requests.append(reranker_request(settings, sum(len(group.todo) for group in groups)))
         if not self.model.counts_only:
             requests.append(encoder_request(settings, len(groups)))
+        # How many nodes there are says how often an index is held.
+        await_pools(settings, requests, watch)
+        replicas = replicas_of(settings.search.replicas, len(files), len(groups))
         # The dearest first, and whose time is told.
         for name in self.asked.found_by:
-            most = len(files) if name == EMBEDDING and files else n_shards
+            most = len(files) * replicas if name == EMBEDDING and files else n_shards
             requests.append(searcher_request(settings, most, POOL_OF[name]))
         sizes = cluster_sizes(settings, requests, [TASKS], watch)
         facts.start(sizes.workers(requests[0].name), time.time())
         settled = self.filtering.settle(sizes.tasks["tasks"].count, watch)
         self._passing = self.filtering.passing(settled)
-        # In Ray's memory once a node, and to be had by an actor that is started again.
-        filters = ray.put({sql: one for sql, one in settled.items() if isinstance(one, Passing)})
+        # In Ray's memory once a node. Ray drops it with its last reference: an actor that is started again
+        # has none.
+        self._passes = ray.put({sql: one for sql, one in settled.items() if isinstance(one, Passing)})
         finders = tuple(
-            self._start_finder(name, files, sizes.pools[POOL_OF[name]], filters, watch)
+            self._start_finder(name, files, replicas, sizes.pools[POOL_OF[name]], watch)
             for name in self.asked.found_by
         )
         shards = ShardMap.of(source.manifest)
@@ -465,42 +468,24 @@ class SearchJob:
         return by_actors(rows, ModelStage, encoders, encode)
 
     def _start_finder(
-        self, name: str, files: list[Any], pool: Pool, filters: "ray.ObjectRef", watch: Callable[[], None]
+        self,
+        name: str,
+        files: list[WrittenFile],
+        replicas: int,
+        pool: Pool,
+        watch: Callable[[], None],
     ) -> Finder:
         """Start the actors that share the index, or an output of the shards to be searched exactly."""
-        retrieval = self._retrieval(name)
-        started = self._start_searchers(name, files, retrieval, pool, filters)
-        self._searchers += started
+        retrieval, asked = self._retrieval(name), self._settings.search
+        if name == EMBEDDING and files:
+            started = start_index(self.storage, files, pool, replicas, self._passes)
+        else:
+            started = start_exact(self.source, name, pool, self._passes, per_row=retrieval.per_row)
+        self._searchers += itertools.chain.from_iterable(started)
         weighing = None
         if name == BM25:
-            asked = self._settings.search
-            weighing = weigh_terms(started, asked.bm25_k1, asked.bm25_b, watch)
-        return Finder(name, tuple(started), retrieval, weighing)
-
-    def _start_searchers(
-        self, name: str, files: list[Any], retrieval: Retrieval, pool: Pool, filters: "ray.ObjectRef"
-    ) -> list[ActorHandle]:
-        options = {
-            "num_cpus": pool.cpus,
-            "max_restarts": SEARCHER_RESTARTS,
-            "max_task_retries": SEARCHER_RESTARTS,
-            # Each holds its share on its own machine.
-            "scheduling_strategy": "SPREAD",
-        }
-        start = ray.remote(**options)(
-            ListSearcher if name != EMBEDDING else ShardSearcher if self.index is None else Searcher
-        ).remote
-        if name == EMBEDDING and self.index is not None:
-            return [
-                start(self.storage, files[i :: pool.count], pool.threads, filters) for i in range(pool.count)
-            ]
-        how = name if name != EMBEDDING else pool.threads
-        shards = ShardMap.of(self.source.manifest)
-        shares = [shards.every(pool.count, i) for i in range(pool.count)]
-        return [
-            start(self.storage, self.source.root, share, how, per_row=retrieval.per_row, filters=filters)
-            for share in shares
-        ]
+            weighing = weigh_terms(started[0], asked.bm25_k1, asked.bm25_b, watch)
+        return Finder(name, started, retrieval, weighing)
 
     def stop(self) -> None:
         """End the actors that hold the index, and what is stored."""

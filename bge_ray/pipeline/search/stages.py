@@ -144,7 +144,8 @@ def _retrieve(parcel: Parcel, table: pa.Table, job: RetrieveJob, started: float)
     table = with_faults(table, _filter_faults(table, job))
     able = table.filter(pc.is_null(table["reason"]))
     unable = table.filter(pc.is_valid(table["reason"]))
-    asked = [finder.find(able, job.filters, job.stored) for finder in job.finders]
+    turn = parcel.task_as(GroupTask).number
+    asked = [finder.find(able, job.filters, job.stored, turn) for finder in job.finders]
     found, search_s = [one for one, _ in asked], sum(seconds for _, seconds in asked)
     results: Found | Ranking = found[0]
     resolve_s = time.time() - started - search_s

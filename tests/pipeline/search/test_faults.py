@@ -16,18 +16,27 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 QUERIES = 1200
 
 
+def passages() -> list[dict[str, str]]:
+    """Real texts, every second of which is odd."""
+    return [p | {"half": ("even", "odd")[n % 2]} for n, p in enumerate(docstrings(2000))]
+
+
 def prepare(
-    bucket: str, model: Path, log: Path, factory: str = "IVF16,SQ8", outputs: str = "embedding"
+    bucket: str,
+    model: Path,
+    log: Path,
+    factory: str = "IVF16,SQ8",
+    outputs: str = "embedding",
+    kept: str = "[]",
 ) -> list[str]:
     """Embed and index real passages, and store queries; returns the query ids."""
-    passages = docstrings(2000)
-    upload(f"{bucket}/corpus", mixed_objects(passages))
+    upload(f"{bucket}/corpus", mixed_objects(passages()))
     keys: dict[str, object] = {"corpus.uri": f"{bucket}/corpus", "output.uri": f"{bucket}/data"}
-    keys |= {"model.name": model, "model.outputs": outputs}
+    keys |= {"model.name": model, "model.outputs": outputs, "corpus.keep_columns": kept}
     assert JobProcess(log, keys).wait() == 0, log.read_text()
     index: dict[str, object] = {"output.uri": f"{bucket}/data", "index.factory": factory}
     assert JobProcess(log, index, job="index").wait() == 0, log.read_text()
-    records = [{"_id": f"q{i}", "text": passages[i]["title"] + f" {i}"} for i in range(QUERIES)]
+    records = [{"_id": f"q{i}", "text": p["title"] + f" {i}"} for i, p in enumerate(passages()[:QUERIES])]
     upload(bucket, {"queries.jsonl": jsonl(records)})
     return [record["_id"] for record in records]
 
@@ -84,26 +93,42 @@ def test_search_survives_the_kill_of_an_index_actor_and_of_the_driver(
     assert read_run(f"{bucket}/calm") == rows
 
 
-def test_a_search_by_several_outputs_survives_the_kill_of_each_of_its_actors_and_of_the_driver(
+def test_a_hybrid_filtered_reranked_search_survives_the_kill_of_each_of_its_actors_and_of_the_driver(
     bucket: str, tiny_model: Path, tmp_path: Path
 ) -> None:
-    queries = prepare(bucket, tiny_model, tmp_path / "log", "Flat", "[embedding, bm25]")
+    queries = prepare(bucket, tiny_model, tmp_path / "log", outputs="[embedding, bm25]", kept="[half]")
+    model = make_cross_encoder(tmp_path / "ce", positions=128)
     several = {"search.first_stage": "hybrid", "search.rescore_with": "embedding", "search.candidates": 20}
+    several |= {"search.filter": "half = 'odd'", "search.rescore": 40}
+    several |= {"search.num_searchers": 2, "search.replicas": 2, "resources.num_encoders": 1}
+    several |= {"search.rerank": "true", "rerank.model": model, "rerank.unit_pairs": 200}
     keys, folder, log = search_keys(bucket, "run") | several, f"{bucket}/run", tmp_path / "search"
     run = JobProcess(log, keys, job="search")
-    for name in ("ListSearcher", "::Searcher", "ModelStage"):
+    for name in ("ListSearcher", "::Searcher", "RowHolder"):
         after_more_parts(folder, 3)
         kill_actor(run, name)
     after_more_parts(folder, 3)
+    models = run.actors("ModelStage")
+    assert len(models) >= 2  # of queries and of pairs
+    for model_stage in models:
+        model_stage.kill()
+        after_more_parts(folder, 2)
     run.kill()
     there = parts(folder)
     assert STORAGE.info(join(folder, "run.parquet")) is None
     run = JobProcess(log, keys, job="search")
     assert run.wait() == 0, run.log()
     assert f"{QUERIES - 20 * there} queries to answer" in run.log()
-    rows = check(folder, queries, 10)
+    rows, reranked = check(folder, queries, 10), read_run(join(folder, "reranked"))
+    assert {(row["query_id"], row["passage_id"]) for row in reranked} == {
+        (row["query_id"], row["passage_id"]) for row in rows
+    }
+    assert len(reranked) == len(rows)
+    odd = {p["id"] for p in passages() if p["half"] == "odd"}
+    assert {row["passage_id"] for row in rows} <= odd
     assert JobProcess(log, search_keys(bucket, "calm") | several, job="search").wait() == 0, log.read_text()
     assert read_run(f"{bucket}/calm") == rows
+    assert same_scores(read_run(f"{bucket}/calm/reranked"), reranked)
 
 
 def test_rerank_survives_the_kill_of_a_reranker_and_of_the_driver(
@@ -136,10 +161,14 @@ def test_rerank_survives_the_kill_of_a_reranker_and_of_the_driver(
     rows = check(folder, queries, 10)
     assert JobProcess(log, keys | {"rerank.output": f"{bucket}/calm"}, job="rerank").wait() == 0
     calm = read_run(f"{bucket}/calm")
-    assert [(r["query_id"], r["passage_id"]) for r in rows] == [
-        (r["query_id"], r["passage_id"]) for r in calm
-    ]
-    assert max(abs(a["score"] - b["score"]) for a, b in zip(rows, calm, strict=True)) < 1e-5
+    assert same_scores(rows, calm)
+
+
+def same_scores(rows: list[dict[str, object]], others: list[dict[str, object]]) -> bool:
+    """Whether two runs have the same passages; the scores of a reranker go by what was in its batch."""
+    pairs = [[(r["query_id"], r["passage_id"]) for r in run] for run in (rows, others)]
+    apart = [abs(a["score"] - b["score"]) for a, b in zip(rows, others, strict=True)]
+    return pairs[0] == pairs[1] and max(apart) < 1e-5
 
 
 def kill_actor(run: JobProcess, name: str) -> None:

@@ -118,6 +118,10 @@ def test_four_range_shards_equal_the_single_file_and_all_lists_equal_exact_searc
             asked = keys_for(root, f"{bucket}/{layout}-{nprobe}", output__uri=data, search__nprobe=nprobe)
             search(settings_for(**asked, search__num_searchers=3))
             runs[layout, nprobe] = read_run(asked["search__output"])
+        if layout == "single":
+            twice = keys_for(root, f"{bucket}/twice", output__uri=data, search__nprobe=3)
+            search(settings_for(**twice, search__num_searchers=3, search__replicas=2))
+            assert read_run(twice["search__output"]) == runs["single", 3]
     assert runs["single", 3] == runs["ranges", 3]
     assert runs["single", 64] == runs["ranges", 64]
     assert runs["single", 3] != runs["single", 64]

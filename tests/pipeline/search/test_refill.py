@@ -70,7 +70,7 @@ def retrieved(
     assert not changes
     job = RetrieveJob(
         Workplace(STORAGE, f"{root}/work", 3, None),
-        (Finder("embedding", (searcher,), retrieval),),
+        (Finder("embedding", ((searcher,),), retrieval),),
         RowHolder(STORAGE, root, ShardMap.of(manifest)),
         spans=False,
     )
