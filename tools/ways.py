@@ -45,13 +45,13 @@ TEXT_TOKENS = (
     "records.tokens:PackedTokens.concatenate",
     "pipeline.engine.rows:with_tokens with_faults",
 )
-# A packed batch on a CPU.
 # From vector ids to what is stored of them, through the actors that hold it.
 HELD = (
     "pipeline.runs.holders:Holders.places Holders._dealt Holders._ask RowHolder.places",
     "dataset.held:HeldShards.places HeldShards.rows HeldShards._group MappedTables.get MappedTables.put",
     "dataset.lookup:ShardMap.split take_rows _positions",
 )
+# A packed batch on a CPU.
 MODEL = (
     "pipeline.engine.model_stage:ModelStage.__call__",
     "pipeline.engine.room:Presence.unit",

@@ -27,6 +27,9 @@ from bge_ray.storage.objects import Storage, join
 
 # Of a disk this share is left to others; what would not fit makes room first.
 LEFT_FREE = 0.1
+# Linux lets a process map 65,530 files. A column of 16,384 rows is one, so that these are a hundred million
+# rows of five columns: of more a machine hardly has the disk.
+MOST_TABLES = 30_000
 # Of the shards asked for last it is known where their columns lie.
 KEPT_FOOTERS = 2_000
 
@@ -40,12 +43,13 @@ def free_bytes() -> int:
 class MappedTables:
     """Tables by their keys in files that are mapped into memory and have no name, so that they end with us.
 
-    Where ``room`` has none for another, those that were not asked for the longest go. For several threads.
+    Where ``room`` has none for another, or there are ``most``, those that were not asked for the longest go.
+    For several threads.
     """
 
-    def __init__(self, room: Callable[[], int] = free_bytes) -> None:
+    def __init__(self, room: Callable[[], int] = free_bytes, most: int = MOST_TABLES) -> None:
         """Start empty; ``room`` says how many bytes may still be written."""
-        self._room = room
+        self._room, self._most = room, most
         self._tables: OrderedDict[Hashable, pa.Table] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -66,6 +70,8 @@ class MappedTables:
                 self._tables.popitem(last=False)
         held = _mapped(table)
         with self._lock:
+            if len(self._tables) >= self._most:
+                self._tables.popitem(last=False)
             self._tables[key] = held
         return held
 

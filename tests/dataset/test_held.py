@@ -69,12 +69,13 @@ def all_ids(shards: ShardMap) -> np.ndarray:
         max_size=5,
     ),
     room=st.sampled_from([0, 3_000, 1 << 30]),
+    most=st.sampled_from([1, 3, 100]),
 )
 def test_rows_are_those_of_the_shards_whatever_is_held(
-    made: tuple[str, ShardMap], asked: list[tuple[set[int], list[str]]], room: int
+    made: tuple[str, ShardMap], asked: list[tuple[set[int], list[str]]], room: int, most: int
 ) -> None:
     root, shards = made
-    storage, mine = held(made, MappedTables(lambda: room))
+    storage, mine = held(made, MappedTables(lambda: room, most))
     ids = np.append(all_ids(shards), [3, 1 << 50, (1 << 50) + 8, (1 << 50) + 16])
     for places, columns in asked:
         wanted = np.unique(ids[sorted(places)]) if places else np.empty(0, np.int64)
@@ -167,3 +168,11 @@ def test_a_shard_that_is_gone_or_another_is_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(StorageError, match=shards.facts[0].path):
         HeldShards(Storage(20), str(tmp_path), shards, MappedTables()).places(all_ids(shards), [])
+
+
+def test_no_more_are_held_than_may_be() -> None:
+    tables = MappedTables(most=3)
+    for number in range(5):
+        tables.put(number, pa.table({"x": [number]}))
+        tables.get(0)
+    assert [n for n in range(5) if tables.get(n) is not None] == [0, 3, 4]
