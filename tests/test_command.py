@@ -245,6 +245,7 @@ def test_without_faiss_a_job_that_needs_it_ends_with_2(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1].endswith("index: refused, nothing was written; exit code 2")
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_gpu_that_a_local_cluster_will_never_have_is_refused(tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "corpus.jsonl").write_text('{"id": "1", "text": "a"}\n')

@@ -83,6 +83,7 @@ def test_a_launcher_that_is_killed_while_it_speaks_takes_nothing_with_it(said: l
     assert ray.get(Worker.remote().is_warm.remote(), timeout=30)
 
 
+@pytest.mark.slow
 def test_services_have_their_imports_behind_them_and_end_with_their_node(tmp_path: Path) -> None:
     """They are children of the server, where Ray watches for the end of a parent."""
     cluster = RayCluster(str(tmp_path / "log"), {}, (1, 1))

@@ -85,6 +85,7 @@ def reciprocal_ranks(run: Path, judged: list[tuple[str, str]], queries: dict[str
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_both_runs_are_measured(tmp_path: Path) -> None:

@@ -247,6 +247,7 @@ BAD_LINES = [
 ]
 
 
+@pytest.mark.slow
 def test_small_objects_go_together_and_come_out_one_by_one(bucket: str, tiny_model: Path) -> None:
     """Of a group that was cut off only what is missing is written, with the bytes of an undisturbed run."""
     small = [

@@ -182,6 +182,7 @@ def test_a_chunk_says_of_its_own_passage_that_the_title_was_cut(bucket: str, tin
     check_as_if_clean(bucket, tiny_model, *keys)
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_gives_nothing(bucket: str, tiny_model: Path, passages: list[dict[str, str]]) -> None:
     upload(bucket, {"a.jsonl": jsonl_bytes(passages[:120])})
     embed(settings_for(bucket, tiny_model))
@@ -218,6 +219,7 @@ def test_off_reuses_nothing_and_a_run_goes_on_with_another_setting(
     check_as_if_clean(bucket, tiny_model)
 
 
+@pytest.mark.slow
 def test_a_column_that_comes_or_goes_embeds_nothing_and_keeps_every_id(
     bucket: str, tiny_model: Path, passages: list[dict[str, str]]
 ) -> None:

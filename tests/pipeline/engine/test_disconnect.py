@@ -30,6 +30,7 @@ assert not ray.is_initialized()
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_ends_with_its_cluster_and_none_follows_it() -> None:
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT], cwd=REPOSITORY, capture_output=True, text=True, check=False

@@ -82,6 +82,7 @@ cluster.shutdown()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(150)
 def test_a_node_with_a_disk_of_its_own_is_found(tmp_path: Path) -> None:

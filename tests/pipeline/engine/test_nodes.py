@@ -43,6 +43,7 @@ for gpus in (0.0, 1.0):
 """
 
 
+@pytest.mark.slow
 def test_an_own_ray_that_lost_its_node_is_no_wrong_setting() -> None:
     run = subprocess.run(
         [sys.executable, "-c", NO_NODE], cwd=REPOSITORY, capture_output=True, text=True, check=False

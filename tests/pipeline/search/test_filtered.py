@@ -121,6 +121,7 @@ def check_against_all(
     return common
 
 
+@pytest.mark.slow
 def test_an_exact_search_among_what_passes(root: str, tmp_path: Path, passages: Kept) -> None:
     report = check_against_all(root, tmp_path, passages, search__exact=True)
     assert report.compared_all == 12

@@ -150,6 +150,7 @@ def test_one_output_is_brute_force_over_what_is_stored(
     assert "sparse_score" not in rows[0]  # where one output decides, its score is the run's
 
 
+@pytest.mark.slow
 def test_fused_by_ranks_and_by_scores(root: str, bucket: str, scored: Scored) -> None:
     depth = 30
     lists = {
