@@ -185,6 +185,11 @@ class SearchJob:
                     *(self.index.results, results),
                 )
         elif by_vectors and not asked.exact:
+            if asked.replicas:
+                raise SettingsError(
+                    f"search.replicas {asked.replicas}: {self.source.root} has no index to be held; run "
+                    "index.py first, or leave it out"
+                )
             logger.info("%s has no index: the embedding shards are searched exactly", self.source.root)
         self.model = _query_model(settings, self.source, self.asked.of_queries)
         self.reranker = resolve_reranker(settings.rerank, on_gpu=False) if asked.rerank else None

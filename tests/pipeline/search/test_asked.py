@@ -68,6 +68,8 @@ def test_an_output_that_the_data_set_lacks(tmp_path: Path, asked: list[str], why
         (["rescore_with=[sparse, sparse]"], "rescore_with: an output is named twice"),
         (["first_stage=hybrid", "candidates=10", "k=20"], r"candidates: must be at least k \(20\)"),
         (["candidates=200"], "candidates: are k unless first_stage is hybrid, or rescore_with is set"),
+        (["replicas=3", "num_searchers=2"], r"replicas: must be at most num_searchers \(2\)"),
+        (["replicas=2", "exact=true"], "replicas: are of the index, which exact does not search"),
         (["first_stage=lexical"], "'dense', 'sparse' or 'bm25'"),
         (["bm25_b=1.5"], "less than or equal to 1"),
     ],
@@ -79,7 +81,7 @@ def test_settings_that_do_not_fit_each_other(asked: list[str], why: str) -> None
 
 def test_what_acts_on_an_index_that_is_not_searched(tmp_path: Path) -> None:
     source = source_of(tmp_path, "bm25")
-    for name in ("nprobe=8", "rescore=200"):
+    for name in ("nprobe=8", "rescore=200", "replicas=2"):
         with pytest.raises(SettingsError, match=f"search.{name.partition('=')[0]}: of the index of the vec"):
             settle(source, "first_stage=bm25", name)
     both = source_of(tmp_path / "both", "embedding", "sparse")

@@ -11,7 +11,7 @@ import pytest
 
 import bge_ray
 from bge_ray.dataset.lookup import ShardMap
-from bge_ray.errors import ModelError
+from bge_ray.errors import ModelError, SettingsError
 from bge_ray.index.search import search
 from bge_ray.pipeline.runs.holders import RowHolder
 from bge_ray.pipeline.runs.source import Source
@@ -210,6 +210,12 @@ def test_a_search_for_what_the_index_was_not_tuned_for_is_told_so(
 
     assert [told("passages", "passage"), told("vectors", "chunk")] == [False, False]
     assert [told("vectors", "passage"), told("passages", "chunk")] == [True, True]
+
+
+def test_what_is_no_index_is_not_held_twice(chunked: Chunked, tmp_path: Path) -> None:
+    keys = {"output__uri": chunked.source.root, "search__output": str(tmp_path / "run")}
+    with pytest.raises(SettingsError, match=r"search\.replicas 2: .* has no index to be held"):
+        SearchJob(settings_for(**keys, search__queries=str(tmp_path / "q.jsonl"), search__replicas=2))
 
 
 def test_open_index_answers_with_passages_and_their_chunks(chunked: Chunked) -> None:
