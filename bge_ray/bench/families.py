@@ -1,6 +1,6 @@
 """What a core makes of each family's shape, beside what a user would pick instead.
 
-    python -m bge_ray.bench.families --out DIR [--only NAME ...] [--repeats 3]
+    python -m bge_ray.bench.families --out DIR [--only NAME ...] [--repeats 3] [--float32]
 
 Weights are random, and of the layers of each real shape there are a few: a layer costs what a layer costs.
 Texts are the docstrings of this Python, cut at 512 tokens by the tokenizer of all-MiniLM-L6-v2, which stands
@@ -19,7 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -136,6 +136,7 @@ class Measured:
     """Of one family: what stood beside ours, the tokens of a run, and the CPU seconds of each of both."""
 
     beside: str
+    dtype: str
     packed: bool
     rows: int
     tokens: int
@@ -183,7 +184,9 @@ def measure(shape: Shape, folder: Path) -> Measured:
     between = time.process_time()
     both.theirs()
     ended = time.process_time()
-    return Measured(both.beside, packed, len(rows), tokens, [between - started], [ended - between])
+    return Measured(
+        both.beside, shape.dtype, packed, len(rows), tokens, [between - started], [ended - between]
+    )
 
 
 def _rows(folder: Path) -> list[Pair]:
@@ -278,7 +281,7 @@ def to_markdown(found: dict[str, dict[str, Any]]) -> str:
         cells = [
             f"{shape.stands_for} ({shape.kind})",
             f"{shape.layers} of {shape.of}",
-            shape.dtype,
+            one.dtype,
             "packed" if one.packed else "padded",
             f"{one.rows:,}",
             f"{one.tokens:,}",
@@ -297,6 +300,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--float32",
+        action="store_true",
+        help="language models, too: where bfloat16 is emulated it takes minutes",
+    )
     asked = parser.parse_args()
     torch.set_num_threads(1)
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -305,8 +313,9 @@ def main() -> None:
     for turn, name in itertools.product(range(asked.repeats), asked.only):
         before = found.get(name, {"ours": [], "theirs": []})
         if len(before["ours"]) <= turn:
+            shape = replace(SHAPES[name], dtype="float32") if asked.float32 else SHAPES[name]
             with tempfile.TemporaryDirectory(prefix="bge-ray-bench-") as work:
-                once = asdict(measure(SHAPES[name], Path(work) / "m"))
+                once = asdict(measure(shape, Path(work) / "m"))
             found[name] = once | {who: before[who] + once[who] for who in ("ours", "theirs")}
             path.write_text(json.dumps(found, indent=1))
     machine = describe_machine()

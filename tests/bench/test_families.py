@@ -59,7 +59,7 @@ def test_one_turn_of_a_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
 
 
 def test_the_table_is_of_medians() -> None:
-    measured = Measured("x", True, 7, 1000, [1.0, 2.0, 5.0], [3.0, 4.0, 5.0])
+    measured = Measured("x", "bfloat16", True, 7, 1000, [1.0, 2.0, 5.0], [3.0, 4.0, 5.0])
     line = to_markdown({"mistral": dataclasses.asdict(measured)}).splitlines()[2]
     assert (
         "bge-en-icl (mistral) | 1 of 32 | bfloat16 | packed | 7 | 1,000 | 500 | x 250 | 2.00 | 1.00 to 3.00"
