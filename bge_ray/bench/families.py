@@ -303,7 +303,7 @@ def main() -> None:
     parser.add_argument(
         "--float32",
         action="store_true",
-        help="language models, too: where bfloat16 is emulated it takes minutes",
+        help="of language models, too, where bfloat16 is emulated",
     )
     asked = parser.parse_args()
     torch.set_num_threads(1)
