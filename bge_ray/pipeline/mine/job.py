@@ -107,6 +107,7 @@ class MineJob:
                 f"output.uri {source.root}: its passages were cut into chunks, and a training file needs "
                 "them whole; mine from a data set that was embedded without chunking.max_tokens"
             )
+        self._texts = open_texts(settings, source)
         self._folder = open_folder(
             self.storage, str(asked.output), "mined", "mine.output", (*MINED_FILES, LEFT_OUT)
         )
@@ -165,8 +166,7 @@ class MineJob:
     ) -> Callable[[], Iterator[Parcel]]:
         """Start the actors that hold the index; return what starts the data path."""
         sizes, retrieve = self.search.start(place, groups, facts, watch)
-        texts = open_texts(self._settings, self.search.source, retrieve.stored)
-        mining = Mining(place, retrieve, texts, self._settings.mine)
+        mining = Mining(place, retrieve, self._texts(retrieve.stored), self._settings.mine)
         return lambda: self._flow(place, groups, sizes, mining)
 
     def _flow(

@@ -5,10 +5,12 @@ those spans of the corpus (or those shards, where the text columns were kept) th
 read once a run, by those who hold them; what comes back is as large as the candidates of one group.
 """
 
+import functools
 import itertools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -52,8 +54,9 @@ class Text:
 class TextSource:
     """Where the texts of a data set are: in the corpus objects, or (``kept``) in its own shards.
 
-    ``moved`` objects lie elsewhere than when they were embedded, so that only their texts prove what they
-    are. Of a passage that was cut as ``chunking`` says, a chunk is read, or (``whole``) all of it.
+    ``stored`` tells what the data set holds of its rows. ``moved`` objects lie elsewhere than when they were
+    embedded, so that only their texts prove what they are. Of a passage that was cut as ``chunking`` says, a
+    chunk is read, or (``whole``) all of it.
     """
 
     stored: StoredRows
@@ -156,8 +159,11 @@ class TextSource:
         return found
 
 
-def open_texts(settings: Settings, source: Source, stored: StoredRows) -> TextSource:
-    """Return where the texts of a data set come from, whose rows are ``stored``.
+OpenTexts: TypeAlias = Callable[[StoredRows], TextSource]
+
+
+def open_texts(settings: Settings, source: Source) -> OpenTexts:
+    """Settle where the texts of a data set come from; what tells of its rows is added when there is one.
 
     Objects are where they were planned, or below corpus.uri if they were moved there.
 
@@ -176,8 +182,8 @@ def open_texts(settings: Settings, source: Source, stored: StoredRows) -> TextSo
     _, plan = Dataset(source.storage, source.root).latest_plan()
     objects = () if use_kept or plan is None else plan.objects
     there = _find_moved(source.storage, objects, settings.corpus.uri) if objects else None
-    return TextSource(
-        stored=stored,
+    return functools.partial(
+        TextSource,
         columns=columns,
         objects=there or objects,
         kept=use_kept,

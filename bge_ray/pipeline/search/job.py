@@ -193,6 +193,7 @@ class SearchJob:
             logger.info("%s has no index: the embedding shards are searched exactly", self.source.root)
         self.model = _query_model(settings, self.source, self.asked.of_queries)
         self.reranker = resolve_reranker(settings.rerank, on_gpu=False) if asked.rerank else None
+        self.texts = open_texts(settings, self.source) if asked.rerank else None
         self._searchers: list[ActorHandle] = []
         self._holders: Holders | None = None
         self._passing: int | None = None
@@ -378,8 +379,8 @@ class SearchJob:
         """Start the actors that hold the index; return what starts the data path."""
         sizes, retrieve = self.start(place, groups, facts, watch)
         texts = None
-        if self.reranker is not None:
-            texts = open_texts(self._settings, self.source, retrieve.stored)
+        if self.texts is not None:
+            texts = self.texts(retrieve.stored)
         return lambda: self._flow(place, groups, sizes, retrieve, texts)
 
     def start(
@@ -483,7 +484,8 @@ class SearchJob:
         """Start the actors that share the index, or an output of the shards to be searched exactly."""
         retrieval, asked = self._retrieval(name), self._settings.search
         if name == EMBEDDING and files:
-            started = start_index(self.storage, files, pool, replicas, self._passes)
+            given = asked.replicas is not None
+            started = start_index(self.storage, files, pool, replicas, self._passes, asked=given)
         else:
             started = start_exact(self.source, name, pool, self._passes, per_row=retrieval.per_row)
         self._searchers += itertools.chain.from_iterable(started)

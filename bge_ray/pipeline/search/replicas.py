@@ -40,7 +40,13 @@ def replicas_of(asked: int | None, n_files: int, n_groups: int) -> int:
 
 
 def start_index(
-    storage: Storage, files: Sequence[WrittenFile], pool: Pool, replicas: int, filters: ray.ObjectRef
+    storage: Storage,
+    files: Sequence[WrittenFile],
+    pool: Pool,
+    replicas: int,
+    filters: ray.ObjectRef,
+    *,
+    asked: bool,
 ) -> tuple[tuple[ActorHandle, ...], ...]:
     """Start the actors that hold an index so many times; those of one replica share its files.
 
@@ -48,18 +54,19 @@ def start_index(
         storage: where the files are.
         files: of the index.
         pool: how many actors, and what each reserves.
-        replicas: of the index.
+        replicas: of the index; as many as there are actors, where these are fewer.
         filters: what passes filters, as `Searcher` takes it; to be kept as long as the actors.
+        asked: whether a user wants so many, and no fewer.
 
     Raises:
-        SettingsError: there are fewer actors than replicas.
+        SettingsError: there are fewer actors than a user wants replicas.
     """
-    if pool.count < replicas:
+    if asked and pool.count < replicas:
         raise SettingsError(
             f"search.replicas {replicas}: there are {pool.count} actors to hold the index; ask for fewer, "
             "raise search.num_searchers, or add CPUs"
         )
-    start = _remote(Searcher, pool)
+    start, replicas = _remote(Searcher, pool), min(replicas, pool.count)
     started: list[tuple[ActorHandle, ...]] = []
     for replica in range(replicas):
         # From one to the next as a tree grows, so that the store gives each byte once, and nobody gives more

@@ -51,7 +51,7 @@ def test_replicas_take_their_files_from_each_other_and_answer_alike(tmp_path: Pa
     truth = [search(index, QUERIES, K, effort=4) for index in indexes]
     best = np.sort(np.concatenate([scores for scores, _ in truth], axis=1), axis=1)[:, ::-1][:, :K]
     filters = ray.put({})
-    replicas = start_index(Storage(20), files, Pool(8, 0.0, 0.0, 1), 4, filters)
+    replicas = start_index(Storage(20), files, Pool(8, 0.0, 0.0, 1), 4, filters, asked=True)
     try:
         assert [len(replica) for replica in replicas] == [2, 2, 2, 2]
         for number, replica in enumerate(replicas):
@@ -74,9 +74,9 @@ def test_replicas_take_their_files_from_each_other_and_answer_alike(tmp_path: Pa
 
 
 def test_a_damaged_file_is_told_by_whoever_chooses_the_lists(tmp_path: Path) -> None:
-    files = written(tmp_path, 2)
+    files, filters = written(tmp_path, 2), ray.put({})
     Path(files[0].path).write_bytes(b"\0" * files[0].bytes)
-    replicas = start_index(Storage(20), files, Pool(2, 0.0, 0.0, 1), 1, ray.put({}))
+    replicas = start_index(Storage(20), files, Pool(2, 0.0, 0.0, 1), 1, filters, asked=False)
     try:
         with pytest.raises(IndexBuildError, match=r"0\.faiss: is damaged.*run index.py with index.verify"):
             search_all(replicas[0], QUERIES, K, 4, lambda: None, chooser=replicas[0][0])
@@ -90,4 +90,8 @@ def test_how_often_an_index_is_held() -> None:
     assert replicas_of(None, 1, 100) == len([node for node in ray.nodes() if node["Resources"].get("CPU")])
     assert replicas_of(None, 1, 1) == 1
     with pytest.raises(SettingsError, match=r"search\.replicas 3: there are 2 actors.*num_searchers"):
-        start_index(Storage(20), [], Pool(2, 0.0, 0.0, 1), 3, ray.put({}))
+        start_index(Storage(20), [], Pool(2, 0.0, 0.0, 1), 3, ray.put({}), asked=True)
+    # As many as there are actors, where nobody asked for more: two nodes, and search.num_searchers 1.
+    fewer = start_index(Storage(20), [], Pool(1, 0.0, 0.0, 1), 2, ray.put({}), asked=False)
+    assert [len(replica) for replica in fewer] == [1]
+    stopped(fewer)
