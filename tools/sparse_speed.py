@@ -3,8 +3,8 @@
     python -m tools.sparse_speed [--passages 100000] [--tokens 100] [--queries 200]
 
 Passages and queries are synthetic: tokens of the vocabulary of bge-m3, whose frequencies fall as words' do,
-and the rarer a token, the more it weighs. Prints rows of a Markdown table: of each way (query_cut, heap_factor)
-and k the milliseconds of CPU a query, and recall@k. Memory is what the process holds beyond mapped files.
+and the rarer a token, the more it weighs. Prints rows of a Markdown table: way (query_cut, heap_factor), k,
+milliseconds of CPU a query, recall@k. Memory is what the process holds beyond mapped files.
 """
 
 import argparse

@@ -108,12 +108,7 @@ def advise_search(report: SearchReport) -> list[str]:
             "searched, and its recall was measured without filters: what it is among what passes is not "
             "known. A sample of the queries with search.exact tells."
         )
-    if report.sparse is not None and not report.sparse.taken:
-        lines.append(advise_sparse(report.sparse))
-    elif report.sparse is not None and report.sparse.approximate_ms >= report.sparse.exact_ms:
-        lines.append(
-            f"Searching weights approximately saved nothing: {report.sparse}. Set search.sparse to exact."
-        )
+    lines += _on_sparse(report.sparse)
     if report.few_passing:
         lines.append(
             f"{report.few_passing:,} queries have filters that fewer passages pass than search.k "
@@ -162,6 +157,16 @@ def advise_sparse(choice: SparseChoice) -> str:
         f"The dearest that was tried has {choice}. Lower search.sparse_recall, or set search.sparse to "
         "exact, which saves the trial."
     )
+
+
+def _on_sparse(choice: SparseChoice | None) -> list[str]:
+    if choice is None:
+        return []
+    if not choice.taken:
+        return [advise_sparse(choice)]
+    if choice.approximate_ms < choice.exact_ms:
+        return []
+    return [f"Searching weights approximately saved nothing: {choice}. Set search.sparse to exact."]
 
 
 def advise_rerank(report: RerankReport) -> list[str]:

@@ -1,7 +1,6 @@
 """A search of weights by Seismic on a real Ray, against the exact one of the same queries."""
 
 import secrets
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
