@@ -39,7 +39,7 @@ def test_what_could_not_be_encoded_is_left_out(caplog: pytest.LogCaptureFixture)
     weights = [{"indices": [1, 7], "values": [0.5, 0.25]}, None, {"indices": [2], "values": [1.0]}]
     table = pa.table(
         {
-            "sparse": pa.array(weights, Output("sparse", "sparse", 100, "float32").type),
+            "sparse": pa.array(weights, Output("sparse", "sparse", 100, "float32").type()),
             "reason": [None, "too_long", None],
         }
     )
