@@ -7,7 +7,7 @@ import dataclasses
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -97,7 +97,7 @@ def blocks_of(parts: Iterable[tuple[SparseRows, IdArray]]) -> Iterator[Lists]:
 
 def on_disk(lists: Lists) -> Lists:
     """Return the same lists as views of files that have no name any more and go with this process."""
-    return Lists(**{field.name: _mapped(getattr(lists, field.name)) for field in dataclasses.fields(lists)})
+    return Lists(**{field.name: _on_disk(getattr(lists, field.name)) for field in dataclasses.fields(lists)})
 
 
 def search_lists(
@@ -220,10 +220,15 @@ def _joined(parts: list[tuple[SparseRows, IdArray]]) -> tuple[SparseRows, IdArra
     return rows, np.concatenate([ids for _, ids in parts])
 
 
-def _mapped(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    if not array.size:  # of which there is no map
-        return array
+def _on_disk(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     with tempfile.TemporaryFile(prefix="bge-ray-lists-") as file:
         array.tofile(file)
-        file.flush()
-        return np.memmap(file, array.dtype, "r", shape=array.shape)
+        return mapped(file, array.dtype, len(array))
+
+
+def mapped(file: BinaryIO, kind: npt.DTypeLike, count: int) -> npt.NDArray[Any]:
+    """Return so many numbers of a file that has no name as a view, which outlives the open file."""
+    if not count:  # of which there is no map
+        return np.empty(0, kind)
+    file.flush()
+    return np.memmap(file, kind, "r", shape=(count,))

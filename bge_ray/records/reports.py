@@ -12,6 +12,7 @@ from bge_ray.records.canonical import from_json
 from bge_ray.records.dataset import FileFact
 from bge_ray.records.index import IndexDescription, Recall, Shortfall
 from bge_ray.records.model import EMBEDDING, ModelSpec
+from bge_ray.records.sparse import SparseChoice
 
 R = TypeVar("R", bound="Report")
 
@@ -192,7 +193,8 @@ class SearchReport(Report):
     """Of a search; ``index`` is None where it was exact, ``scoring`` where nothing was reranked.
 
     ``found_by`` are the outputs by which candidates were found, and ``way`` says for a person what was done.
-    ``filter`` is the one of all queries, and ``passing`` how many vectors pass it, where this run asked; of
+    ``sparse`` is how weights of tokens were searched where that was not asked to be exact. ``filter`` is the
+    one of all queries, and ``passing`` how many vectors pass it, where this run asked; of
     ``filtered_queries``, which have it or one of their own, ``few_passing`` have filters that fewer passages
     pass than were asked for, and for ``compared_all`` of them all that pass were compared.
 
@@ -224,6 +226,7 @@ class SearchReport(Report):
     filtered_queries: int = 0
     few_passing: int = 0
     compared_all: int = 0
+    sparse: SparseChoice | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

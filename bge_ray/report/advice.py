@@ -11,6 +11,7 @@ from bge_ray.records.reports import (
     Scoring,
     SearchReport,
 )
+from bge_ray.records.sparse import SparseChoice
 
 # Shorter runs are mostly start-up and say little about settings.
 MIN_STEADY_S = 60.0
@@ -107,6 +108,7 @@ def advise_search(report: SearchReport) -> list[str]:
             "searched, and its recall was measured without filters: what it is among what passes is not "
             "known. A sample of the queries with search.exact tells."
         )
+    lines += _on_sparse(report.sparse)
     if report.few_passing:
         lines.append(
             f"{report.few_passing:,} queries have filters that fewer passages pass than search.k "
@@ -146,6 +148,25 @@ def advise_shortfall(shortfall: Shortfall) -> str:
         else "build one with index.rescore, or with a larger code (index.factory)"
     )
     return f"Passages are missed: {shortfall}: {rescored}, or set search.exact, which finds all."
+
+
+def advise_sparse(choice: SparseChoice) -> str:
+    """Say that an approximate search of weights misses its target; a search says so when it begins, too."""
+    return (
+        f"Weights are searched exactly: no approximation reached search.sparse_recall {choice.target:g}. "
+        f"The dearest that was tried has {choice}. Lower search.sparse_recall, or set search.sparse to "
+        "exact, which saves the trial."
+    )
+
+
+def _on_sparse(choice: SparseChoice | None) -> list[str]:
+    if choice is None:
+        return []
+    if not choice.taken:
+        return [advise_sparse(choice)]
+    if choice.approximate_ms < choice.exact_ms:
+        return []
+    return [f"Searching weights approximately saved nothing: {choice}. Set search.sparse to exact."]
 
 
 def advise_rerank(report: RerankReport) -> list[str]:

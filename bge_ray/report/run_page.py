@@ -149,6 +149,11 @@ def _searched(report: SearchReport) -> list[tuple[str, str]]:
         index = report.index
         way = f" at {index.parameter} {index.effort:,}" if index.parameter else ""
         rows.append(("Index", f"{index.factory}, of {index.ntotal:,} vectors{way}"))
+    if report.sparse is not None:
+        sparse = report.sparse
+        way = f"query_cut {sparse.pruning.query_cut}, heap_factor {sparse.pruning.heap_factor:g}"
+        found = way if sparse.taken else f"exactly; {way} missed {sparse.target:g}"
+        rows.append(("Weights", f"{found}: {sparse}; indexes made in {sparse.build_s:.1f} s"))
     if report.scoring is not None:
         rows += _reranker(report.scoring)
     return rows

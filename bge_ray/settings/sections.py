@@ -527,6 +527,18 @@ class SearchSettings(Section):
     bm25_b: float = Field(
         0.75, ge=0, le=1, description="how much a passage's length counts in BM25; 0: not at all"
     )
+    sparse: Literal["exact", "approximate"] = Field(
+        "exact",
+        description="how weights of tokens are searched: exact, by inverted lists; approximate, by Seismic "
+        "(the extra seismic) where that reaches search.sparse_recall on queries of the run, else exactly",
+    )
+    sparse_recall: float = Field(
+        0.95,
+        gt=0,
+        le=1,
+        description="share of the exact results that search.sparse approximate must find, measured on up to "
+        "200 queries of the run before it begins",
+    )
     group: Literal["passage", "chunk"] = Field(
         "passage",
         description="what a result is where texts were cut: a passage, by its best chunk, or each chunk",
@@ -586,6 +598,24 @@ class SearchSettings(Section):
             raise ValueError("rescore_with: an output is named twice")
         _check_weights("hybrid_weights", self.hybrid_weights, "hybrid", self.hybrid)
         _check_weights("rescore_weights", self.rescore_weights, "rescore_with", self.rescore_with)
+        return self
+
+    @model_validator(mode="after")
+    def _searches_weights(self) -> "SearchSettings":
+        if self.sparse == "exact":
+            if self.sparse_recall != type(self).model_fields["sparse_recall"].default:
+                raise ValueError("sparse_recall: does nothing unless sparse is approximate")
+            return self
+        stages = (self.hybrid or ("sparse",)) if self.first_stage == "hybrid" else (self.first_stage,)
+        if "sparse" not in stages:
+            raise ValueError(
+                f"sparse: is of the weights of tokens, which {', '.join(stages)} does not search; "
+                "leave it out"
+            )
+        if self.filter is not None or self.filter_column is not None:
+            raise ValueError(
+                "sparse: approximate knows no filter; set it to exact, or leave filter and filter_column out"
+            )
         return self
 
     @model_validator(mode="after")

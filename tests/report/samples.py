@@ -28,6 +28,7 @@ from bge_ray.records.reports import (
     TrainReport,
     TrainStep,
 )
+from bge_ray.records.sparse import Pruning, SparseChoice
 from bge_ray.report.facts import Receipt, RunFacts, Workers, read_receipt, summarise, text_lengths
 from bge_ray.settings.sections import Settings
 
@@ -156,6 +157,14 @@ def searched_index(**changes: Any) -> SearchedIndex:
         recall={"@10": Recall(10, 0.96, 0.95, 0.97)},
     )
     return dataclasses.replace(index, **changes)
+
+
+def sparse_choice(**changes: Any) -> SparseChoice:
+    recall = Recall(10, 0.96, 0.92, 0.98)
+    choice = SparseChoice(
+        0.95, True, Pruning(8, 0.9), 200, recall, exact_ms=9.0, approximate_ms=2.0, build_s=4.0
+    )
+    return dataclasses.replace(choice, **changes)
 
 
 def search_report(**changes: Any) -> SearchReport:

@@ -17,6 +17,7 @@ from tests.report.samples import (
     rerank_report,
     search_report,
     searched_index,
+    sparse_choice,
 )
 
 MISSED = Recall(10, 0.8, 0.75, 0.85)
@@ -112,6 +113,8 @@ def test_advice_on_an_index(change: dict[str, Any], word: str) -> None:
         ({"index": searched_index(tuned_rescore=100)}, "100 candidates rescored for 10"),
         ({"filtered_queries": 9, "compared_all": 2}, "For 7 queries with a filter the index was searched"),
         ({"filtered_queries": 9, "compared_all": 9, "few_passing": 3}, "3 queries have filters that fewer"),
+        ({"sparse": sparse_choice(taken=False)}, "no approximation reached search.sparse_recall 0.95"),
+        ({"sparse": sparse_choice(exact_ms=1.5)}, "saved nothing: recall@10 0.9600"),
         ({"doubled_passages": 5}, "an id of its own"),
         ({"truncated_queries": 5}, "model.max_length"),
         ({"without_trec": ("passage_id 'a b' cannot stand in one",)}, "There is no run.trec"),

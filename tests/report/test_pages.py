@@ -25,6 +25,7 @@ from tests.report.samples import (
     mteb_report,
     rerank_report,
     search_report,
+    sparse_choice,
     train_report,
 )
 
@@ -247,3 +248,13 @@ def test_the_page_of_a_filtered_search_says_what_is_known_of_its_recall() -> Non
     assert "For 4 of them all vectors that pass were compared, for 5 an index was searched" in page
     assert "what it is among what passes is not known" in page
     assert "had a filter" not in search_page(search_report()).decode()
+
+
+def test_the_page_of_an_approximate_search_says_what_it_found_and_saved() -> None:
+    page = search_page(search_report(sparse=sparse_choice())).decode()
+    assert (
+        "query_cut 8, heap_factor 0.9: recall@10 0.9600 (0.9200 to 0.9800) on 200 queries of the run" in page
+    )
+    assert "2.00 ms a query and 9.00 ms exactly; indexes made in 4.0 s" in page
+    page = search_page(search_report(sparse=sparse_choice(taken=False))).decode()
+    assert "exactly; query_cut 8, heap_factor 0.9 missed 0.95" in page

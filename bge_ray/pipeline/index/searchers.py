@@ -27,6 +27,7 @@ from bge_ray.pipeline.engine.tasks import largest_node, wait_for
 from bge_ray.pipeline.index.tasks import TrainedFile, WrittenFile, read_sizes, sizes_inside
 from bge_ray.records.arrays import SparseRows
 from bge_ray.records.ids import FloatArray
+from bge_ray.records.sparse import Pruning
 from bge_ray.storage.objects import Storage
 
 DOWNLOAD_BYTES = 32 << 20
@@ -200,7 +201,7 @@ def search_all(
     searchers: Sequence[ActorHandle],
     queries: FloatArray | SparseRows,
     k: int,
-    how: int | Saturation | None,
+    how: int | Saturation | Pruning | None,
     watch: Callable[[], None],
     sql: str | None = None,
     *,
@@ -212,7 +213,7 @@ def search_all(
         searchers: which have different vectors.
         queries: as their search takes them.
         k: results a query.
-        how: the effort of an index, or what becomes of counts in lists.
+        how: the effort of an index, what becomes of counts in lists, or what a search of weights leaves out.
         watch: called while they work.
         sql: of a filter that the actors know, which results must pass.
         chooser: the one of several that hold an index which chooses the lists to probe, for all.

@@ -38,7 +38,7 @@ R = TypeVar("R", bound=Report)
 WORK = "work"
 # Files below it that are provably ours: their names hold hashes, or the names of our own pieces.
 _OWN_WORK = re.compile(
-    r"groups/\d{8}-[0-9a-f]{32}\.parquet|parts/[0-9a-f]{64}\.parquet|"
+    r"groups/\d{8}-[0-9a-f]{32}\.parquet|parts/[0-9a-f]{64}\.parquet|sparse/[0-9a-f]{64}\.json|"
     r"pieces/((first_)?score-(parquet|trec)|rejected|audit|negatives|tuples|lists)-\d{6}"
 )
 # Stages of tasks between the pools share what the pools leave of the CPUs.

@@ -58,6 +58,11 @@ def settle_asked(asked: SearchSettings, source: Source) -> Asked:
     for stage in stages:
         _require(made, OUTPUT_OF[stage], f"{key} {stage}", where)
     found_by = tuple(OUTPUT_OF[stage] for stage in stages)
+    if asked.sparse == "approximate" and SPARSE not in found_by:
+        raise SettingsError(
+            f"search.sparse approximate: {where} has no output {SPARSE}, so that {key} {asked.first_stage} "
+            f"searches {', '.join(stages)} alone; leave it out"
+        )
     for name in asked.rescore_with:
         _require(made, name, f"search.rescore_with {name}", where)
     if EMBEDDING in found_by and not source.spec.model.normalize:

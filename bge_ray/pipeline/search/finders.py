@@ -20,6 +20,7 @@ from bge_ray.pipeline.search.retrieve import Found, Queries, Retrieval, retrieve
 from bge_ray.records.arrays import dense_rows, sparse_rows
 from bge_ray.records.ids import IdArray
 from bge_ray.records.model import EMBEDDING
+from bge_ray.records.sparse import Pruning, SparseChoice
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,14 @@ class Finder:
     """Actors that hold an output of all vectors, once or several times, and what they are asked for.
 
     Each of ``replicas`` are actors that hold all of it together. ``weighing`` is that of counts, and None
-    where what is stored is compared as it is.
+    where what is stored is compared as it is. ``sparse`` says how weights are searched; None: exactly.
     """
 
     output: str
     replicas: tuple[tuple[ActorHandle, ...], ...]
     retrieval: Retrieval
     weighing: Weighing | None = None
+    sparse: SparseChoice | None = None
 
     def find(
         self, queries: pa.Table, filters: Mapping[str, Passes], stored: StoredRows, turn: int
@@ -72,7 +74,7 @@ class Finder:
             def search(some: Any, fetched: int, effort: int | None, sql: str | None = sql) -> Results:
                 nonlocal spent
                 began = time.time()
-                how = effort if self.weighing is None else self.weighing.saturation
+                how = self._how(fetched, effort)
                 found = search_all(searchers, some, fetched, how, lambda: None, sql, chooser=chooser)
                 spent += time.time() - began
                 return found
@@ -90,6 +92,12 @@ class Finder:
         searchers, index = self.replicas[number], self.retrieval.index
         chooses = index is not None and index.parameter == "nprobe" and len(searchers) > 1
         return searchers, searchers[round_no % len(searchers)] if chooses else None
+
+    def _how(self, fetched: int, effort: int | None) -> int | Saturation | Pruning | None:
+        """Return how so many results are looked for, as `search_all` takes it."""
+        if self.weighing is not None:
+            return self.weighing.saturation
+        return effort if self.sparse is None else self.sparse.for_results(fetched)
 
     def _queries(self, table: pa.Table) -> Queries:
         if self.output == EMBEDDING:

@@ -20,9 +20,10 @@ from bge_ray.dataset.passing import Passing
 from bge_ray.errors import DatasetMismatchError, IncompleteRunError, SettingsError
 from bge_ray.formats.queries import read_queries
 from bge_ray.index.refill import RESULTS_AT_ONCE
+from bge_ray.index.seismic import package
 from bge_ray.model.source import fetch_model
 from bge_ray.model.spec import asked_of_queries, hash_files, resolve_reranker
-from bge_ray.pipeline.engine.flow import by_actors, by_tasks, parcels, receipts
+from bge_ray.pipeline.engine.flow import by_actors, by_tasks, follow, parcels, receipts
 from bge_ray.pipeline.engine.model_stage import ModelJob, ModelStage
 from bge_ray.pipeline.engine.parcel import Parcel
 from bge_ray.pipeline.engine.pools import (
@@ -46,10 +47,11 @@ from bge_ray.pipeline.runs.holders import Holders, start_holders
 from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections
 from bge_ray.pipeline.runs.parts import LEFT_OUT, RUN_FILES, RunOutput, Totals, part_stage
 from bge_ray.pipeline.runs.source import Source, open_source, refuse_in_source
-from bge_ray.pipeline.runs.work import TASKS, Outcome, RunWork, check_rejected, published_files
+from bge_ray.pipeline.runs.work import TASKS, WORK, Outcome, RunWork, check_rejected, published_files
 from bge_ray.pipeline.search.asked import settle_asked
 from bge_ray.pipeline.search.filtering import FILTER, Filtering, is_filtered, passes_of
 from bge_ray.pipeline.search.finders import Finder, weigh_terms
+from bge_ray.pipeline.search.gate import EncodedSample, sample_of, settle_sparse
 from bge_ray.pipeline.search.replicas import replicas_of, start_exact, start_index
 from bge_ray.pipeline.search.retrieve import Retrieval, plan_retrieval
 from bge_ray.pipeline.search.stages import (
@@ -59,10 +61,11 @@ from bge_ray.pipeline.search.stages import (
     retrieve_stage,
 )
 from bge_ray.pipeline.work import carry_out, refuse_taken
-from bge_ray.records.canonical import digest
+from bge_ray.records.canonical import digest, from_json, to_json
 from bge_ray.records.index import IndexDescription, Shortfall
 from bge_ray.records.model import BM25, EMBEDDING, SPARSE, ModelSpec
 from bge_ray.records.reports import SearchedIndex, SearchReport
+from bge_ray.records.sparse import SparseChoice
 from bge_ray.report.advice import advise_search, advise_shortfall
 from bge_ray.report.facts import RunFacts, summarise
 from bge_ray.report.run_page import search_page
@@ -156,6 +159,8 @@ class SearchJob:
         self.source = open_source(settings)
         refuse_in_source(self.source, outputs)
         self.asked = settle_asked(asked, self.source)
+        if asked.sparse == "approximate":
+            package()
         self.filtering = Filtering(asked, self.source)
         self.schema = (
             QUERY_SCHEMA.append(pa.field(FILTER, pa.string())) if is_filtered(asked) else QUERY_SCHEMA
@@ -196,6 +201,8 @@ class SearchJob:
         self.texts = open_texts(settings, self.source) if asked.rerank else None
         self._searchers: list[ActorHandle] = []
         self._holders: Holders | None = None
+        self._sparse: SparseChoice | None = None
+        self._unit_key = ""
         self._passing: int | None = None
         self._passes: ray.ObjectRef | None = None
 
@@ -293,6 +300,8 @@ class SearchJob:
         if self.index is not None:
             vectors = f"the {self.index.factory} index"
         names = {EMBEDDING: vectors, SPARSE: "the weights of tokens", BM25: "BM25"}
+        if asked.sparse == "approximate" and (self._sparse is None or self._sparse.taken):
+            names[SPARSE] += ", approximately"
         way = "; ".join(names[name] for name in self.asked.found_by)
         if combining is not None and combining.fusion is not None:
             way += f"; fused by {combining.fusion.by}"
@@ -317,7 +326,16 @@ class SearchJob:
             on_gpu = device_of(settings, reranker_request(settings, 1), watch) == "cuda"
             self.reranker = resolve_reranker(settings.rerank, on_gpu=on_gpu)
         reranked_in = [self.reranker.dtype, self.reranker.kernels] if self.reranker is not None else None
-        return digest(self.decisive(), dtype, reranked_in)
+        self._unit_key = digest(self.decisive(), dtype, reranked_in)
+        if settings.search.sparse == "approximate":
+            chosen = self.storage.read_optional(self._sparse_uri)
+            self._sparse = None if chosen is None else from_json(SparseChoice, chosen)
+        return self._unit_key
+
+    @property
+    def _sparse_uri(self) -> str:
+        """Where a run notes how it searches weights, so that all its units are answered in one way."""
+        return join(self._folders[0].uri, WORK, "sparse", f"{self._unit_key}.json")
 
     def decisive(self) -> list[Any]:
         """Return all that decides the answers of a query beside the query, the compute dtypes and kernels."""
@@ -354,7 +372,8 @@ class SearchJob:
         combining = None if self.asked.combining is None else dataclasses.asdict(self.asked.combining)
         how = [self.asked.found_by, self.asked.candidates, combining]
         bm25 = [asked.bm25_k1, asked.bm25_b] if BM25 in self.asked.found_by else None
-        return [*decisive, *spans, "found by", how, bm25]
+        sparse = ["approximate", asked.sparse_recall] if asked.sparse == "approximate" else []
+        return [*decisive, *spans, "found by", how, bm25, *sparse]
 
     def blocks(self, rejections: Rejections, watch: Callable[[], None]) -> Iterator[Block]:
         """Yield the queries one by one."""
@@ -413,6 +432,8 @@ class SearchJob:
             self._start_finder(name, files, replicas, sizes.pools[POOL_OF[name]], watch)
             for name in self.asked.found_by
         )
+        if settings.search.sparse == "approximate":
+            finders = tuple(self._gated(finder, place, groups, sizes, watch) for finder in finders)
         shards = ShardMap.of(source.manifest)
         self._holders = start_holders(self.storage, source.root, shards, sizes.tasks["tasks"].count)
         combining = self.asked.combining
@@ -494,6 +515,25 @@ class SearchJob:
             weighing = weigh_terms(started[0], asked.bm25_k1, asked.bm25_b, watch)
         return Finder(name, started, retrieval, weighing)
 
+    def _gated(
+        self,
+        finder: Finder,
+        place: Workplace,
+        groups: tuple[GroupTask, ...],
+        sizes: Sizes,
+        watch: Callable[[], None],
+    ) -> Finder:
+        """Return a finder that searches weights as this run does, which is measured where it is not noted."""
+        if finder.output != SPARSE:
+            return finder
+        if self._sparse is None:
+            sample, encoded = sample_of(groups), EncodedSample()
+            follow(lambda: receipts(self.encoded(place, sample, sizes)), encoded.take, watch)
+            k, target = finder.retrieval.reach.first.fetched, self._settings.search.sparse_recall
+            self._sparse = settle_sparse(finder.replicas[0], encoded.queries(), k, target, watch)
+            self.storage.write(self._sparse_uri, to_json(self._sparse))
+        return dataclasses.replace(finder, sparse=self._sparse)
+
     def stop(self) -> None:
         """End the actors that hold the index, and what is stored."""
         for searcher in self._searchers:
@@ -521,6 +561,7 @@ class SearchJob:
             dataset=self.source.root,
             model=self.model,
             index=self._searched(),
+            sparse=self._sparse,
             found_by=self.asked.found_by,
             way=self.way(),
             k=asked.k,

@@ -7,14 +7,16 @@ from bge_ray.dataset.passing import Passing
 from bge_ray.dataset.read import read_columns
 from bge_ray.index.bm25 import Saturation, TermStats
 from bge_ray.index.lists import Lists, blocks_of, on_disk, search_lists
+from bge_ray.index.seismic import SeismicIndex
 from bge_ray.index.topk import Results
 from bge_ray.records.arrays import SparseRows, sparse_rows
 from bge_ray.records.ids import IdArray
+from bge_ray.records.sparse import Pruning
 from bge_ray.storage.objects import Storage
 
 
 class ListSearcher:
-    """Searches one sparse column of some shards exactly; the lists lie on its machine's disk.
+    """Searches one sparse column of some shards, exactly unless asked otherwise; lists lie on its disk.
 
     They are made of the column when they are first needed, which is once in the life of the actor, and
     nothing of them is kept beyond it: to read lists would cost what to read the column does, and they would
@@ -30,6 +32,7 @@ class ListSearcher:
         *,
         per_row: bool = False,
         filters: Mapping[str, Passing] | None = None,
+        threads: int = 1,
     ) -> None:
         """Note which shards to search.
 
@@ -40,11 +43,13 @@ class ListSearcher:
             column: sparse.
             per_row: of the chunks of a corpus row only the best counts.
             filters: what passes them, by their SQL.
+            threads: that making an index of Seismic may use.
         """
-        self._storage, self._root, self._shards = storage, root, shards
+        self._storage, self._root, self._shards, self._threads = storage, root, shards, threads
         self._column, self._per_row = column, per_row
         self._filters = {} if filters is None else filters
         self._blocks: list[Lists] | None = None
+        self._seismic: SeismicIndex | None = None
 
     def terms(self) -> TermStats:
         """Return what BM25 must know of these shards.
@@ -55,25 +60,50 @@ class ListSearcher:
         """
         return TermStats.merged(block.terms() for block in self._held())
 
+    def build(self) -> float:
+        """Make the lists and an index of Seismic of them, which is kept; return the seconds of the latter.
+
+        Raises:
+            StorageError, IndexBuildError: as `terms`.
+            InstallationError: Seismic is missing.
+        """
+        return self._indexed().build_s
+
+    def drop(self) -> None:
+        """Let the index of Seismic go: its memory is not needed where searches are exact."""
+        self._seismic = None
+
     def search(
-        self, queries: SparseRows, k: int, saturation: Saturation | None, sql: str | None = None
+        self, queries: SparseRows, k: int, how: Saturation | Pruning | None, sql: str | None = None
     ) -> Results:
         """Return the best k over all shards of this actor; see `index.lists.search_lists`.
 
         With the SQL of a filter results pass it; what a token is worth goes by all passages, as without one.
 
+        Args:
+            queries: sparse.
+            k: results a query.
+            how: what becomes of counts, or what a search by Seismic, which knows no filter, leaves out; None:
+                weights are as they are, and nothing is left out.
+            sql: of a filter.
+
         Raises:
-            StorageError, IndexBuildError: as `terms`.
+            StorageError, IndexBuildError, InstallationError: as `build`.
         """
+        if isinstance(how, Pruning):
+            return self._indexed().search(queries, k, how, per_row=self._per_row)
         passes = None if sql is None else self._filters[sql].has
-        return search_lists(
-            queries, self._held(), k, saturation=saturation, per_row=self._per_row, passes=passes
-        )
+        return search_lists(queries, self._held(), k, saturation=how, per_row=self._per_row, passes=passes)
 
     def _held(self) -> list[Lists]:
         if self._blocks is None:
             self._blocks = [on_disk(block) for block in blocks_of(self._parts())]
         return self._blocks
+
+    def _indexed(self) -> SeismicIndex:
+        if self._seismic is None:
+            self._seismic = SeismicIndex(self._held(), self._threads)
+        return self._seismic
 
     def _parts(self) -> Iterator[tuple[SparseRows, IdArray]]:
         for fact in self._shards.facts:

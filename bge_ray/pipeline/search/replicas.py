@@ -92,13 +92,13 @@ def start_exact(
         filters: what passes filters, as `Searcher` takes it; to be kept as long as the actors.
         per_row: whether the best chunk of a passage stands for it.
     """
-    start = _remote(ShardSearcher if output == EMBEDDING else ListSearcher, pool)
-    how = pool.threads if output == EMBEDDING else output
     shards = ShardMap.of(source.manifest)
     shares = [shards.every(pool.count, i) for i in range(pool.count)]
-    return (
-        tuple(start(source.storage, source.root, s, how, per_row=per_row, filters=filters) for s in shares),
-    )
+    asked = {"per_row": per_row, "filters": filters, "threads": pool.threads}
+    if output != EMBEDDING:
+        asked["column"] = output
+    start = _remote(ShardSearcher if output == EMBEDDING else ListSearcher, pool)
+    return (tuple(start(source.storage, source.root, share, **asked) for share in shares),)
 
 
 def _remote(kind: type[Any], pool: Pool) -> Any:

@@ -70,6 +70,19 @@ def test_an_output_that_the_data_set_lacks(tmp_path: Path, asked: list[str], why
         (["candidates=200"], "candidates: are k unless first_stage is hybrid, or rescore_with is set"),
         (["replicas=3", "num_searchers=2"], r"replicas: must be at most num_searchers \(2\)"),
         (["replicas=2", "exact=true"], "replicas: are of the index, which exact does not search"),
+        (["sparse=approximate"], "sparse: is of the weights of tokens, which dense does not search"),
+        (["sparse=approximate", "first_stage=bm25"], "which bm25 does not search; leave it out"),
+        (
+            ["sparse=approximate", "first_stage=hybrid", "hybrid=[dense, bm25]"],
+            "which dense, bm25 does not search",
+        ),
+        (
+            ["sparse=approximate", "first_stage=sparse", "filter=year > 3"],
+            "sparse: approximate knows no filter; set it to exact, or leave filter and filter_column out",
+        ),
+        (["sparse=approximate", "first_stage=sparse", "filter_column=only"], "approximate knows no filter"),
+        (["sparse_recall=0.9", "first_stage=sparse"], "sparse_recall: does nothing unless sparse is approx"),
+        (["sparse=approximate", "sparse_recall=0", "first_stage=sparse"], "greater than 0"),
         (["first_stage=lexical"], "'dense', 'sparse' or 'bm25'"),
         (["bm25_b=1.5"], "less than or equal to 1"),
     ],
@@ -94,6 +107,12 @@ def test_vectors_of_other_norms_are_searched_by_tokens_alone(tmp_path: Path) -> 
     with pytest.raises(SettingsError, match="its vectors are not normalised"):
         settle(source)
     assert settle(source, "first_stage=bm25").found_by == ("bm25",)
+
+
+def test_an_approximate_search_of_weights_that_are_not_there(tmp_path: Path) -> None:
+    source = source_of(tmp_path, "embedding", "bm25")
+    with pytest.raises(SettingsError, match=r"search.sparse approximate: .* has no output sparse, so that"):
+        settle(source, "first_stage=hybrid", "sparse=approximate")
 
 
 def test_hybrid_takes_all_there_is_and_queries_need_what_is_compared(tmp_path: Path) -> None:
