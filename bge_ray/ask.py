@@ -21,12 +21,13 @@ SHOWN_CHARS = 90
 class Asked:
     """What is asked: ``k`` passages a question, with columns, of ``rescored`` candidates scored again.
 
-    ``filter`` is what passages must pass; None: nothing.
+    Without ``rescored`` as many are as the index was tuned with. ``filter`` is what passages must pass; None:
+    nothing.
     """
 
     k: int
     columns: tuple[str, ...]
-    rescored: int
+    rescored: int | None
     filter: str | None
     as_json: bool
 

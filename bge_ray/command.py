@@ -299,7 +299,10 @@ def _add_ask(app: "Typer", ending: Ending) -> None:
         column: Annotated[
             list[str] | None, Option(help="Show this kept column, too; may be repeated.")
         ] = None,
-        rescore: Annotated[int, Option(min=0, help="Candidates to score again from stored vectors.")] = 0,
+        rescore: Annotated[
+            int | None,
+            Option(min=0, help="Candidates to score again from stored vectors, else as tuned."),
+        ] = None,
         condition: Annotated[
             str | None,
             Option("--filter", metavar="SQL", help="Condition over kept columns that passages pass."),

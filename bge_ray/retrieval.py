@@ -91,7 +91,7 @@ class IndexReader:
         k: int = 10,
         *,
         columns: Sequence[str] = (),
-        rescored: int = 0,
+        rescored: int | None = None,
         group: Group = "passage",
         filter: str | None = None,  # noqa: A002 - what everybody calls it
     ) -> list[list[Hit]]:
@@ -102,7 +102,8 @@ class IndexReader:
                 their vectors, (n, dim) float16 or float32 of unit norm.
             k: results a query, at least 1; fewer come where there are no more.
             columns: of the embedding shards, such as metadata that was kept, to come with each passage.
-            rescored: candidates from the index to score again from the stored vectors; 0 for none.
+            rescored: candidates from the index to score again from the stored vectors; 0 for none, and None
+                for as many as the index was tuned with, as a search job does.
             group: what a result is: a distinct "passage", by its best chunk if it was cut, or a "chunk".
             filter: condition in SQL over kept columns, such as "lang = 'de' AND year >= 2020", that results
                 must pass: they are the k best of what passes. The first search with it reads these columns;
@@ -133,6 +134,8 @@ class IndexReader:
             vectors = self.encode([queries] if isinstance(queries, str) else queries)
         if not len(vectors):
             return []
+        if rescored is None:
+            rescored = 0 if self._index is None else self._index.rescored(k)
         how = plan_retrieval(self._source, self._index, k, rescored, group=group, columns=columns)
         hits: list[list[Hit]] = [[] for _ in vectors]
         if sql is not None:
@@ -258,7 +261,7 @@ def open_index_reader(uri: str, *, model: str | None, device: str) -> IndexReade
     index = read_index(source.storage, source.root)
     if index is not None and index.vector_fingerprint != source.spec.vector_fingerprint:
         raise DatasetMismatchError(f"{uri}: its index is of other vectors; build it again (bge-ray index)")
-    if index is not None and (shortfall := index.shortfall(index.k, 0)):
+    if index is not None and (shortfall := index.shortfall(index.k, index.rescore)):
         more = f", {shortfall.rescored:.4f} with rescored={shortfall.rescore}" if shortfall.rescore else ""
         logger.warning("%s: passages are missed: %s%s", uri, shortfall, more)
     return IndexReader(source, index, model, device)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -338,9 +339,11 @@ def test_options_of_questions_are_told_by_their_names(
     assert "model.name" not in ended.stderr and "gpus_per" not in ended.stderr
 
 
-def write_index(root: str, vectors: np.ndarray) -> None:
+def write_index(root: str, vectors: np.ndarray, kind: str = "Flat", **described: Any) -> None:
     """Write what the index job publishes, made by plain FAISS."""
-    made = faiss.IndexIDMap(faiss.IndexFlatIP(vectors.shape[1]))
+    inner = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
+    inner.train(vectors)
+    made = faiss.IndexIDMap(inner)
     ids = [vector_ids(number, np.arange(rows)) for number, rows in ((0, 40), (1, 20), (2, 10))]
     made.add_with_ids(vectors, np.concatenate(ids))
     data = faiss.serialize_index(made).tobytes()
@@ -350,7 +353,12 @@ def write_index(root: str, vectors: np.ndarray) -> None:
     file = FileFact("index.faiss", len(data), hashlib.sha256(data).hexdigest(), len(vectors))
     fingerprint = bge_ray.open_dataset(root).spec.vector_fingerprint
     description = index_description(
-        vector_fingerprint=fingerprint, dim=vectors.shape[1], ntotal=len(vectors), files=(file,), effort=1
+        vector_fingerprint=fingerprint,
+        dim=vectors.shape[1],
+        ntotal=len(vectors),
+        files=(file,),
+        effort=1,
+        **described,
     )
     (folder / "index.json").write_bytes(to_json(description))
 
@@ -398,3 +406,15 @@ def test_a_question_to_no_data_set_ends_with_2(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "no complete data set there" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_lossy_index_is_asked_as_it_was_tuned(stored: tuple[str, np.ndarray], tiny_model: Path) -> None:
+    """Without a word about rescoring questions find what a search job finds: scores are exact."""
+    root, vectors = stored
+    write_index(root, np.concatenate([vectors, vectors[:10]]), "SQ4", factory="IDMap2,SQ4", rescore=40, k=10)
+    queries = query_vectors(tiny_model, ["passage 3 about topic 3", "topic 5"], query_instruction="find: ")
+    index = bge_ray.open_index(root)
+    check_hits(index.search(queries, 10), truth(queries, vectors, 10))
+    codes = [[hit.score for hit in hits] for hits in index.search(queries, 10, rescored=0)]
+    exact = [[hit.score for hit in hits] for hits in index.search(queries, 10, rescored=40)]
+    assert np.abs(np.array(codes) - np.array(exact)).max() > 1e-3

@@ -21,6 +21,7 @@ from bge_ray.dataset.lookup import (
     take_rows,
 )
 from bge_ray.dataset.read import open_shard, read_groups, vouched_for
+from bge_ray.errors import StorageError
 from bge_ray.records.dataset import FileFact
 from bge_ray.records.ids import IdArray
 from bge_ray.storage.objects import Storage, join
@@ -77,12 +78,22 @@ class MappedTables:
 
 
 def _mapped(table: pa.Table) -> pa.Table:
-    """Return a table whose bytes are in a file of this machine and not in memory."""
-    with tempfile.NamedTemporaryFile(prefix="bge-ray-shard-") as file:
-        with pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
-        file.flush()
-        return pa.ipc.open_file(pa.memory_map(file.name)).read_all()
+    """Return a table whose bytes are in a file of this machine and not in memory.
+
+    Raises:
+        StorageError: the disk is full.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(prefix="bge-ray-shard-") as file:
+            with pa.ipc.new_file(file, table.schema) as writer:
+                writer.write_table(table)
+            file.flush()
+            return pa.ipc.open_file(pa.memory_map(file.name)).read_all()
+    except OSError as error:
+        raise StorageError(
+            f"{tempfile.gettempdir()}: {table.nbytes:,} bytes of a shard could not be held there ({error}); "
+            "make room, or name another folder with TMPDIR"
+        ) from error
 
 
 class HeldShards:

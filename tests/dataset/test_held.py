@@ -176,3 +176,9 @@ def test_no_more_are_held_than_may_be() -> None:
         tables.put(number, pa.table({"x": [number]}))
         tables.get(0)
     assert [n for n in range(5) if tables.get(n) is not None] == [0, 3, 4]
+
+
+def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/dev/full")  # no folder, as a disk that takes nothing
+    with pytest.raises(StorageError, match=r"/dev/full: 8 bytes of a shard could not be held.*TMPDIR"):
+        MappedTables(lambda: 1 << 30).put("a", pa.table({"x": [1]}))

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 LOCAL = "local"
 _TOO_LATE = "timed out during startup"
+# With less than this left, what Ray writes of a session at its start may not fit.
+SESSION_BYTES = 16 << 20
 # What the processes of a local cluster are given to end.
 EXIT_S = 10.0
 # Set to anything, it keeps the session folder of a run that went well, too.
@@ -140,6 +143,12 @@ def _start(ray: Any) -> None:
     except Exception as error:
         if _TOO_LATE not in str(error):  # Ray has no class for it
             raise
+        folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+        if (free := shutil.disk_usage(folder).free) < SESSION_BYTES:
+            raise IncompleteRunError(
+                f"the Ray of this job's own did not start: {folder}, where it writes, has {free:,} bytes "
+                "left; make room, or name another folder with RAY_TMPDIR"
+            ) from error
         raise IncompleteRunError(
             "the Ray of this job's own did not start in time, as on a machine that is too busy; run it again"
         ) from error
