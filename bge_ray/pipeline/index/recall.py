@@ -122,7 +122,7 @@ def tune(build: Build, sources: Sequence[IndexSource], held_out: HeldOut) -> Qua
     smallest = width if graphs else 1
     largest = {Kind.IVF: spec.nlist, Kind.FLAT: 1, Kind.SHARDS: max(MAX_EF_SEARCH, 4 * width)}[spec.kind]
     searchers = start_searchers(build.storage, sources, build.at_once)
-    chooser = searchers[0] if spec.kind is Kind.IVF and len(searchers) > 1 else None
+    chooser = searchers[0] if spec.kind is Kind.IVF else None
     step = build.step("tuning", "searches", None)
 
     asked = Asked(

@@ -216,10 +216,10 @@ def search_all(
         how: the effort of an index, what becomes of counts in lists, or what a search of weights leaves out.
         watch: called while they work.
         sql: of a filter that the actors know, which results must pass.
-        chooser: the one of several that hold an index which chooses the lists to probe, for all.
+        chooser: the one of them which chooses the lists to probe, for all; alone it does so anyway.
     """
     shared = ray.put(queries)
-    probes = {} if chooser is None else {"probes": chooser.probes.remote(shared, how)}
+    probes = {} if chooser is None or len(searchers) == 1 else {"probes": chooser.probes.remote(shared, how)}
     return merge_topk(wait_for([s.search.remote(shared, k, how, sql, **probes) for s in searchers], watch), k)
 
 

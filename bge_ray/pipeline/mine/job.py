@@ -20,7 +20,7 @@ from bge_ray.pipeline.mine.outputs import MINED_FILES, Mined, MinedOutput
 from bge_ray.pipeline.mine.rules import VERDICTS
 from bge_ray.pipeline.mine.stages import Mining, draw_stage, judge_stage
 from bge_ray.pipeline.rerank.score import PairJob, make_score_job, pair_stage
-from bge_ray.pipeline.rerank.texts import open_texts
+from bge_ray.pipeline.rerank.texts import open_texts, takes_kept
 from bge_ray.pipeline.runs.groups import GroupTask, Workplace
 from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections
 from bge_ray.pipeline.runs.parts import LEFT_OUT, Totals
@@ -107,7 +107,7 @@ class MineJob:
                 f"output.uri {source.root}: its passages were cut into chunks, and a training file needs "
                 "them whole; mine from a data set that was embedded without chunking.max_tokens"
             )
-        self._texts = open_texts(settings, source)
+        takes_kept(settings, source)
         self._folder = open_folder(
             self.storage, str(asked.output), "mined", "mine.output", (*MINED_FILES, LEFT_OUT)
         )
@@ -166,7 +166,8 @@ class MineJob:
     ) -> Callable[[], Iterator[Parcel]]:
         """Start the actors that hold the index; return what starts the data path."""
         sizes, retrieve = self.search.start(place, groups, facts, watch)
-        mining = Mining(place, retrieve, self._texts(retrieve.stored), self._settings.mine)
+        texts = open_texts(self._settings, self.search.source, retrieve.stored)
+        mining = Mining(place, retrieve, texts, self._settings.mine)
         return lambda: self._flow(place, groups, sizes, mining)
 
     def _flow(

@@ -21,7 +21,7 @@ from bge_ray.pipeline.engine.parcel import Parcel
 from bge_ray.pipeline.engine.pools import Sizes, cluster_sizes, device_of, reranker_request
 from bge_ray.pipeline.engine.stopping import StopRequest
 from bge_ray.pipeline.rerank.score import PairJob, by_reranker, make_score_job, summarise_scoring
-from bge_ray.pipeline.rerank.texts import OpenTexts, TextSource, open_texts
+from bge_ray.pipeline.rerank.texts import TextSource, open_texts, takes_kept
 from bge_ray.pipeline.runs.groups import CANDIDATE_SCHEMA, SPAN_SCHEMA, GroupTask, Workplace
 from bge_ray.pipeline.runs.holders import Holders, start_holders
 from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections, read_group_stage
@@ -111,10 +111,9 @@ class RerankJob:
         self._settings = settings
         self._storage = Storage(settings.output.storage_timeout_s)
         self._source = open_source(settings) if settings.output.uri is not None else None
-        self._texts: OpenTexts | None = None
         if self._source is not None:
             refuse_in_source(self._source, {"rerank.output": asked.output})
-            self._texts = open_texts(settings, self._source)
+            takes_kept(settings, self._source)
         self._holders: Holders | None = None
         self._chunked = self._source is not None and self._source.chunked
         self.schema = pa.schema([*CANDIDATE_SCHEMA, *(SPAN_SCHEMA if self._chunked else ())])
@@ -224,10 +223,10 @@ class RerankJob:
         sizes = cluster_sizes(settings, [reranker_request(settings, units)], [TASKS], watch)
         facts.start(sizes.workers("rerankers"), time.time())
         texts = None
-        if (source := self._source) is not None and self._texts is not None:
+        if (source := self._source) is not None:
             shards = ShardMap.of(source.manifest)
             self._holders = start_holders(source.storage, source.root, shards, sizes.tasks["tasks"].count)
-            texts = self._texts(self._holders)
+            texts = open_texts(settings, source, self._holders)
         logger.info("%s pairs to score; %s", f"{facts.rows_planned:,}", sizes)
         return lambda: self._flow(place, groups, sizes, texts)
 

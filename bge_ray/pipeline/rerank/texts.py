@@ -5,12 +5,10 @@ those spans of the corpus (or those shards, where the text columns were kept) th
 read once a run, by those who hold them; what comes back is as large as the candidates of one group.
 """
 
-import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -159,16 +157,11 @@ class TextSource:
         return found
 
 
-OpenTexts: TypeAlias = Callable[[StoredRows], TextSource]
-
-
-def open_texts(settings: Settings, source: Source) -> OpenTexts:
-    """Settle where the texts of a data set come from; what tells of its rows is added when there is one.
-
-    Objects are where they were planned, or below corpus.uri if they were moved there.
+def takes_kept(settings: Settings, source: Source) -> bool:
+    """Tell whether the texts of a data set come from its own shards; reads nothing.
 
     Raises:
-        SettingsError: rerank.texts asks for columns that were not kept, or corpus.uri has no object.
+        SettingsError: rerank.texts asks for columns that were not kept.
     """
     columns, asked = source.spec.columns, settings.rerank.texts
     kept = has_kept_texts(columns)
@@ -178,13 +171,24 @@ def open_texts(settings: Settings, source: Source) -> OpenTexts:
             f"rerank.texts kept: the data set keeps the columns {sorted(columns.kept)}, the texts are made "
             f"of {needed}; embed with corpus.keep_columns, or set rerank.texts to corpus"
         )
-    use_kept = kept and asked != "corpus"
+    return kept and asked != "corpus"
+
+
+def open_texts(settings: Settings, source: Source, stored: StoredRows) -> TextSource:
+    """Return where the texts of a data set come from, whose rows are ``stored``.
+
+    Objects are where they were planned, or below corpus.uri if they were moved there.
+
+    Raises:
+        SettingsError: see `takes_kept`; or corpus.uri has no object.
+    """
+    use_kept = takes_kept(settings, source)
     _, plan = Dataset(source.storage, source.root).latest_plan()
     objects = () if use_kept or plan is None else plan.objects
     there = _find_moved(source.storage, objects, settings.corpus.uri) if objects else None
-    return functools.partial(
-        TextSource,
-        columns=columns,
+    return TextSource(
+        stored=stored,
+        columns=source.spec.columns,
         objects=there or objects,
         kept=use_kept,
         moved=there is not None,

@@ -90,7 +90,7 @@ class Finder:
         """Return a replica, and who of several that hold ranges of an index chooses the lists to probe."""
         round_no, number = divmod(turn, len(self.replicas))
         searchers, index = self.replicas[number], self.retrieval.index
-        chooses = index is not None and index.parameter == "nprobe" and len(searchers) > 1
+        chooses = index is not None and index.parameter == "nprobe"
         return searchers, searchers[round_no % len(searchers)] if chooses else None
 
     def _how(self, fetched: int, effort: int | None) -> int | Saturation | Pruning | None:

@@ -41,7 +41,7 @@ from bge_ray.pipeline.engine.stopping import StopRequest
 from bge_ray.pipeline.index.published import index_files, read_index
 from bge_ray.pipeline.index.tasks import WrittenFile
 from bge_ray.pipeline.rerank.score import PairJob, by_reranker, make_score_job, summarise_scoring
-from bge_ray.pipeline.rerank.texts import TextSource, open_texts
+from bge_ray.pipeline.rerank.texts import TextSource, open_texts, takes_kept
 from bge_ray.pipeline.runs.groups import QUERY_SCHEMA, GroupTask, Workplace
 from bge_ray.pipeline.runs.holders import Holders, start_holders
 from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections
@@ -198,7 +198,8 @@ class SearchJob:
             logger.info("%s has no index: the embedding shards are searched exactly", self.source.root)
         self.model = _query_model(settings, self.source, self.asked.of_queries)
         self.reranker = resolve_reranker(settings.rerank, on_gpu=False) if asked.rerank else None
-        self.texts = open_texts(settings, self.source) if asked.rerank else None
+        if asked.rerank:
+            takes_kept(settings, self.source)
         self._searchers: list[ActorHandle] = []
         self._holders: Holders | None = None
         self._sparse: SparseChoice | None = None
@@ -398,8 +399,8 @@ class SearchJob:
         """Start the actors that hold the index; return what starts the data path."""
         sizes, retrieve = self.start(place, groups, facts, watch)
         texts = None
-        if self.texts is not None:
-            texts = self.texts(retrieve.stored)
+        if self.reranker is not None:
+            texts = open_texts(self._settings, self.source, retrieve.stored)
         return lambda: self._flow(place, groups, sizes, retrieve, texts)
 
     def start(

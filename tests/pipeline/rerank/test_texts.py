@@ -136,7 +136,7 @@ def joined(folder: Path, rows: list[tuple[Any, ...]], **keys: object) -> list[tu
     settings = settings_for(output__uri=str(folder), **keys)
     opened = open_source(settings)
     stored = RowHolder(opened.storage, opened.root, ShardMap.of(opened.manifest))
-    source = texts.open_texts(settings, opened)(stored)
+    source = texts.open_texts(settings, opened, stored)
     chunk_columns = list(SPAN_SCHEMA) if opened.chunked else []
     table = pa.Table.from_pylist(
         [
