@@ -17,6 +17,8 @@ THREAD_NAME = "receipts"
 _LAST = object()
 # An execution gives back its tasks and actors within seconds of its end.
 ENDING_S = 30.0
+# Who ends a path waits so long for it: that of a cluster that is gone never ends.
+ENDED_S = 5.0
 
 
 class PathEnd:
@@ -98,7 +100,8 @@ def draw_receipts(start: Callable[[], Iterable[T]], watch: Callable[[], None]) -
     """Yield what a data path gives as it comes, calling ``watch`` at least every POLL_S; it raises to stop.
 
     The items are drawn in a thread, because waiting for the next one may take minutes. If the caller
-    goes no further, the path is ended, and its actors and tasks with it.
+    goes no further, the path is ended, and its actors and tasks with it, before the caller goes on: what
+    they ask, the ledger say, is there until then.
 
     Args:
         start: makes the data path and returns its output.
@@ -122,7 +125,8 @@ def draw_receipts(start: Callable[[], Iterable[T]], watch: Callable[[], None]) -
         end.wait(ENDING_S)
         gc.collect()
 
-    threading.Thread(target=draw, name=THREAD_NAME, daemon=True).start()
+    drawer = threading.Thread(target=draw, name=THREAD_NAME, daemon=True)
+    drawer.start()
     try:
         while True:
             watch()
@@ -137,6 +141,7 @@ def draw_receipts(start: Callable[[], Iterable[T]], watch: Callable[[], None]) -
             yield item  # type: ignore[misc]  # what `items` yields
     finally:
         end.set()
+        drawer.join(ENDED_S)
 
 
 def _forget_frames(error: BaseException) -> None:
