@@ -21,13 +21,14 @@ SHOWN_CHARS = 90
 class Asked:
     """What is asked: ``k`` passages a question, with columns, of ``rescored`` candidates scored again.
 
-    Without ``rescored`` as many are as the index was tuned with. ``filter`` is what passages must pass; None:
-    nothing.
+    ``rescored`` and ``nprobe`` are as the index was tuned where they are None. ``filter`` is what passages
+    must pass; None: nothing.
     """
 
     k: int
     columns: tuple[str, ...]
     rescored: int | None
+    nprobe: int | None
     filter: str | None
     as_json: bool
 
@@ -59,7 +60,12 @@ def ask(uri: str, questions: Sequence[str], asked: Asked, *, model: str | None, 
     for question in questions or _lines():
         started = time.monotonic()
         (hits,) = index.search(
-            question, asked.k, columns=asked.columns, rescored=asked.rescored, filter=asked.filter
+            question,
+            asked.k,
+            columns=asked.columns,
+            rescored=asked.rescored,
+            nprobe=asked.nprobe,
+            filter=asked.filter,
         )
         shown = _as_json(question, hits) if asked.as_json else _as_text(question, hits)
         for line in shown:

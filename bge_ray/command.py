@@ -303,6 +303,10 @@ def _add_ask(app: "Typer", ending: Ending) -> None:
             int | None,
             Option(min=0, help="Candidates to score again from stored vectors, else as tuned."),
         ] = None,
+        nprobe: Annotated[
+            int | None,
+            Option(min=1, help="Inverted lists to look into (efSearch of a graph), else as tuned."),
+        ] = None,
         condition: Annotated[
             str | None,
             Option("--filter", metavar="SQL", help="Condition over kept columns that passages pass."),
@@ -315,7 +319,7 @@ def _add_ask(app: "Typer", ending: Ending) -> None:
         def work() -> str:
             from bge_ray import ask as asking
 
-            asked = asking.Asked(k, tuple(column or ()), rescore, condition, as_json)
+            asked = asking.Asked(k, tuple(column or ()), rescore, nprobe, condition, as_json)
             with _while_read():
                 asking.ask(dataset, questions or (), asked, model=model, device=device)
             return ""

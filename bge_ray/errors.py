@@ -10,6 +10,7 @@
       OutputBusyError      75   another run is writing this output: try again later
       StorageError          1   a storage operation failed and may not the next time
         StorageAccessError  2   the store refuses, and would again: bucket, access, credentials, protocol
+        DamagedShardError   2   an embedding shard is not the one that was written
       TakenOverError        1   a newer run owns the output; this one stopped writing
       IncompleteRunError    1   the run ended with work left undone: run it again to continue
       RejectedRowsError     2   more rows were rejected than the settings allow
@@ -79,6 +80,20 @@ class StorageAccessError(StorageError):
     """The store refuses: no such bucket, no access, no credentials, no client for it, or it is read-only."""
 
     exit_code = 2
+
+
+class DamagedShardError(StorageError):
+    """An embedding shard is not the one that the manifest vouches for; the way out is part of its text."""
+
+    exit_code = 2
+
+    def __init__(self, uri: str, found: str) -> None:
+        """Name the shard, and what it is instead."""
+        super().__init__(uri, found)
+        self.uri, self.found = uri, found
+
+    def __str__(self) -> str:
+        return f"{self.uri}: {self.found}; remove it and run bge-ray embed again to make it anew"
 
 
 class TakenOverError(BgeRayError):

@@ -15,6 +15,7 @@ from bge_ray.dataset.lookup import ShardMap
 from bge_ray.dataset.passing import Passing, mark_all
 from bge_ray.dataset.read import shard_columns
 from bge_ray.errors import DatasetMismatchError, ModelError, SettingsError
+from bge_ray.formats.rows import is_blank
 from bge_ray.index.package import faiss
 from bge_ray.index.topk import Results
 from bge_ray.model.source import fetch_model
@@ -92,6 +93,7 @@ class IndexReader:
         *,
         columns: Sequence[str] = (),
         rescored: int | None = None,
+        nprobe: int | None = None,
         group: Group = "passage",
         filter: str | None = None,  # noqa: A002 - what everybody calls it
     ) -> list[list[Hit]]:
@@ -104,6 +106,7 @@ class IndexReader:
             columns: of the embedding shards, such as metadata that was kept, to come with each passage.
             rescored: candidates from the index to score again from the stored vectors; 0 for none, and None
                 for as many as the index was tuned with, as a search job does.
+            nprobe: inverted lists to look into (efSearch of a graph); None for as many as were tuned.
             group: what a result is: a distinct "passage", by its best chunk if it was cut, or a "chunk".
             filter: condition in SQL over kept columns, such as "lang = 'de' AND year >= 2020", that results
                 must pass: they are the k best of what passes. The first search with it reads these columns;
@@ -113,13 +116,16 @@ class IndexReader:
             A list a query, best first, ties by passage id.
 
         Raises:
-            SettingsError: k is below 1, the data set has no such column, or filter or device are none.
-            ModelError: the model is not to be had or not that of the data set, or a query has no vector.
+            SettingsError: k or nprobe is below 1, there are no lists for nprobe, the data set has no such
+                column, or filter or device are none.
+            ModelError: the model is not to be had or not that of the data set, or a query has no vector: one
+                of nothing but white space has none.
             IndexBuildError: a vector is of another length or norm, or a file of the index is damaged.
             StorageError: a shard is missing or damaged.
         """
         if k < 1:
             raise SettingsError(f"k is {k}; at least 1 is needed")
+        self._check_effort(nprobe)
         known = shard_columns(self._source.spec)
         for name in columns:
             if name not in known:
@@ -136,7 +142,9 @@ class IndexReader:
             return []
         if rescored is None:
             rescored = 0 if self._index is None else self._index.rescored(k)
-        how = plan_retrieval(self._source, self._index, k, rescored, group=group, columns=columns)
+        how = plan_retrieval(
+            self._source, self._index, k, rescored, group=group, effort=nprobe, columns=columns
+        )
         hits: list[list[Hit]] = [[] for _ in vectors]
         if sql is not None:
             how = how.among(self._passing[sql].passes)
@@ -161,6 +169,11 @@ class IndexReader:
         Raises:
             ModelError: see `search`.
         """
+        for text in texts:
+            if is_blank(text):
+                raise ModelError(
+                    f"query {text!r}: no vector: it says nothing, and would find what does neither"
+                )
         model, feeder = self._loaded()
         tokens = feeder.queries(texts)
         result = model.empty_result(len(tokens))
@@ -169,6 +182,17 @@ class IndexReader:
             raise ModelError(f"query {texts[row][:60]!r}: no vector: {reason}, {detail}")
         found: FloatArray = result.array(EMBEDDING)
         return found
+
+    def _check_effort(self, nprobe: int | None) -> None:
+        if nprobe is None:
+            return
+        if nprobe < 1:
+            raise SettingsError(f"nprobe is {nprobe}; at least 1 is needed")
+        if self._index is None or self._index.parameter is None:
+            what = "no index" if self._index is None else f"an index {self._index.factory} without lists"
+            raise SettingsError(
+                f"nprobe is {nprobe}: {self._source.root} has {what}; all vectors are compared, leave it out"
+            )
 
     def _settled(self, text: str) -> str:
         """Settle which rows pass a filter, unless that is known, and return its SQL."""

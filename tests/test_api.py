@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -309,6 +310,11 @@ def test_questions_are_answered_in_this_process(
     assert (torch.get_num_threads(), faiss.omp_get_max_threads()) == before
     with pytest.raises(SettingsError, match="k is 0"):
         index.search(queries, 0)
+    with pytest.raises(SettingsError, match=r"nprobe is 3: .* all vectors are compared"):
+        index.search(queries, nprobe=3)
+    for blank in ("", " \t\n"):
+        with pytest.raises(ModelError, match=f"^query {re.escape(repr(blank))}: no vector"):
+            index.search(["a", blank])
     with pytest.raises(IndexBuildError, match="must be"):
         index.search(queries[:, :16])
 
@@ -339,11 +345,11 @@ def test_options_of_questions_are_told_by_their_names(
     assert "model.name" not in ended.stderr and "gpus_per" not in ended.stderr
 
 
-def write_index(root: str, vectors: np.ndarray, kind: str = "Flat", **described: Any) -> None:
+def write_index(root: str, vectors: np.ndarray, code: str = "Flat", **described: Any) -> None:
     """Write what the index job publishes, made by plain FAISS."""
-    inner = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
+    inner = faiss.index_factory(vectors.shape[1], code, faiss.METRIC_INNER_PRODUCT)
     inner.train(vectors)
-    made = faiss.IndexIDMap(inner)
+    made = inner if code.startswith("IVF") else faiss.IndexIDMap(inner)
     ids = [vector_ids(number, np.arange(rows)) for number, rows in ((0, 40), (1, 20), (2, 10))]
     made.add_with_ids(vectors, np.concatenate(ids))
     data = faiss.serialize_index(made).tobytes()
@@ -357,8 +363,7 @@ def write_index(root: str, vectors: np.ndarray, kind: str = "Flat", **described:
         dim=vectors.shape[1],
         ntotal=len(vectors),
         files=(file,),
-        effort=1,
-        **described,
+        **{"effort": 1, "parameter": None} | described,
     )
     (folder / "index.json").write_bytes(to_json(description))
 
@@ -418,3 +423,22 @@ def test_a_lossy_index_is_asked_as_it_was_tuned(stored: tuple[str, np.ndarray], 
     codes = [[hit.score for hit in hits] for hits in index.search(queries, 10, rescored=0)]
     exact = [[hit.score for hit in hits] for hits in index.search(queries, 10, rescored=40)]
     assert np.abs(np.array(codes) - np.array(exact)).max() > 1e-3
+
+
+def test_lists_are_looked_into_as_many_as_are_asked_for(
+    stored: tuple[str, np.ndarray], tiny_model: Path
+) -> None:
+    root, vectors = stored
+    held = np.concatenate([vectors, vectors[:10]])
+    write_index(root, held, "IVF8,Flat", kind="IVF", factory="IVF8,Flat", parameter="nprobe", nlist=8)
+    queries = query_vectors(tiny_model, ["passage 3 about topic 3", "topic 5"], query_instruction="find: ")
+    index = bge_ray.open_index(root)
+    check_hits(index.search(queries, 10, nprobe=8), truth(queries, vectors, 10))
+    plain = faiss.read_index(str(Path(root, "index", "index.faiss")))
+    for nprobe in (1, 2):
+        faiss.extract_index_ivf(plain).nprobe = nprobe
+        best = plain.search(queries, 1)[0][:, 0]
+        found = index.search(queries, 1, nprobe=nprobe)
+        assert [hits[0].score for hits in found] == pytest.approx(best.tolist(), abs=1e-6)
+    with pytest.raises(SettingsError, match="nprobe is 0; at least 1"):
+        index.search(queries, nprobe=0)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bge_ray.errors import StorageError
+from bge_ray.errors import DamagedShardError
 from bge_ray.records.dataset import DatasetSpec, FileFact
 from bge_ray.records.ids import IdArray
 from bge_ray.records.schemas import embedding_schema
@@ -33,8 +33,9 @@ def read_vectors(storage: Storage, root: str, fact: FileFact) -> Iterator[Vector
         fact: path, size and sha256 of the shard, from the manifest.
 
     Raises:
-        StorageError: it is missing, or its bytes are not those that the manifest vouches for. Raised
-            before the first row group.
+        StorageError: it is missing.
+        DamagedShardError: its bytes are not those that the manifest vouches for. Raised before the first
+            row group.
     """
     return map(arrays_of, read_groups(storage, root, fact, COLUMNS))
 
@@ -51,15 +52,14 @@ def read_verified(storage: Storage, root: str, fact: FileFact) -> bytes:
     """Return the bytes of a shard.
 
     Raises:
-        StorageError: it is missing, or its bytes are not those that the manifest vouches for.
+        StorageError: it is missing.
+        DamagedShardError: its bytes are not those that the manifest vouches for.
     """
     uri = join(root, fact.path)
     data = storage.read(uri)
     if len(data) != fact.bytes or hashlib.sha256(data).hexdigest() != fact.sha256:
-        raise StorageError(
-            f"{uri}: {len(data)} bytes that are not the {fact.bytes} the manifest vouches for; "
-            "remove it and run bge-ray embed again to make it anew"
-        )
+        found = f"{len(data)} bytes that are not the {fact.bytes} the manifest vouches for"
+        raise DamagedShardError(uri, found)
     return data
 
 
@@ -82,10 +82,8 @@ def vouched_for(uri: str) -> Iterator[None]:
     try:
         yield
     except (OSError, LookupError, AttributeError, pa.ArrowException) as error:
-        raise StorageError(
-            f"{uri}: is not the embedding shard that the manifest vouches for ({error!r}); "
-            "remove it and run bge-ray embed again to make it anew"
-        ) from error
+        found = f"is not the embedding shard that the manifest vouches for ({error!r})"
+        raise DamagedShardError(uri, found) from error
 
 
 def shard_columns(spec: DatasetSpec) -> set[str]:
@@ -97,7 +95,8 @@ def read_columns(storage: Storage, root: str, fact: FileFact, columns: Sequence[
     """Read columns of one embedding shard, row group by row group, and no byte of the others.
 
     Raises:
-        StorageError: it is missing or damaged.
+        StorageError: it is missing.
+        DamagedShardError: it is damaged.
     """
     uri = join(root, fact.path)
     with vouched_for(uri), open_shard(storage, uri, fact) as file:
@@ -118,7 +117,8 @@ def sample_vectors(storage: Storage, root: str, fact: FileFact, groups: dict[int
         (n, dim) vectors and (n,) int64 ids, in the order of groups and rows.
 
     Raises:
-        StorageError: it is missing or damaged.
+        StorageError: it is missing.
+        DamagedShardError: it is damaged.
     """
     uri = join(root, fact.path)
     parts = []

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from bge_ray.dataset.commit import VECTOR_FINGERPRINT_KEY
 from bge_ray.dataset.read import open_shard, read_verified
-from bge_ray.errors import StorageError
+from bge_ray.errors import DamagedShardError, StorageError
 from bge_ray.records.arrays import whole
 from bge_ray.records.dataset import DatasetSpec, FileFact
 from bge_ray.records.ids import IdArray
@@ -171,6 +171,6 @@ def _take_rows(
 
 
 def _warn(root: str, fact: FileFact, error: Exception) -> None:
-    logger.warning(
-        "%s: no vector is taken from it, its texts are embedded anew: %s", join(root, fact.path), error
-    )
+    why = error.found if isinstance(error, DamagedShardError) else error
+    uri = join(root, fact.path)
+    logger.warning("%s: no vector is taken from it, its texts are embedded anew: %s", uri, why)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from bge_ray.dataset.held import HeldShards, MappedTables
 from bge_ray.dataset.lookup import ShardMap, find_passages, read_places
 from bge_ray.dataset.read import COLUMNS, read_verified
-from bge_ray.errors import StorageError
+from bge_ray.errors import DamagedShardError, StorageError
 from bge_ray.storage.objects import Storage
 from tests.support.vectors import VectorDataset, clustered
 
@@ -161,7 +161,7 @@ def test_a_shard_that_is_gone_or_another_is_named(tmp_path: Path) -> None:
         lambda mine: mine.find(pa.array(["x"]), "passage_id"),
         lambda mine: mine.whole(shards.facts[0], COLUMNS),
     ):
-        with pytest.raises(StorageError, match=shards.facts[0].path):
+        with pytest.raises(DamagedShardError, match=shards.facts[0].path):
             ask(HeldShards(Storage(20), str(tmp_path), shards, MappedTables()))
     path.write_bytes(data)
     assert read_verified(Storage(20), str(tmp_path), shards.facts[0]) == data

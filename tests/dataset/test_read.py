@@ -9,7 +9,7 @@ import pytest
 
 from bge_ray.dataset.lookup import ShardMap, find_passages, read_places
 from bge_ray.dataset.read import read_vectors, sample_vectors
-from bge_ray.errors import StorageError
+from bge_ray.errors import DamagedShardError
 from bge_ray.records.dataset import make_manifest
 from bge_ray.storage.objects import Storage
 from tests.support.records import FINGERPRINT, UNIT, make_spec, make_tables, make_writer
@@ -49,5 +49,5 @@ def test_a_flipped_bit_is_seen_by_every_reader(
     path.write_bytes(bytes(data))
     reads = {"vector_id": [0, 1, 2, 3], "passage_id": [0, 2, 3], "embedding": [0, 1, 2]}[column]
     for number in reads:
-        with pytest.raises(StorageError, match=fact.path):
+        with pytest.raises(DamagedShardError, match=fact.path):
             readings()[number]()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from ray.exceptions import RayError
 
-from bge_ray.errors import DatasetMismatchError, IncompleteRunError, ModelError
+from bge_ray.errors import DamagedShardError, DatasetMismatchError, IncompleteRunError, ModelError
 from bge_ray.pipeline.engine.cluster import quiet_ray, root_cause
 from bge_ray.pipeline.engine.parcel import Parcel
 from bge_ray.pipeline.engine.pools import Pool, Tasks
@@ -94,6 +94,7 @@ def follow(
 
     Raises:
         DatasetMismatchError, ModelError: an actor refused its model.
+        DamagedShardError: a stage came upon one.
         IncompleteRunError: the pipeline failed, or parcel after parcel was given up.
     """
     in_a_row = 0
@@ -106,6 +107,6 @@ def follow(
                     raise IncompleteRunError(f"{in_a_row} units failed in a row, the last: {receipt.error}")
     except RayError as error:
         cause = getattr(error, "cause", None)
-        if isinstance(cause, DatasetMismatchError | ModelError):  # no rerun mends these
+        if isinstance(cause, DatasetMismatchError | ModelError | DamagedShardError):  # no rerun mends these
             raise cause from error
         raise IncompleteRunError(f"the pipeline failed: {root_cause(error)}") from error

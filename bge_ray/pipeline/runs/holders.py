@@ -15,7 +15,7 @@ from ray.actor import ActorHandle
 
 from bge_ray.dataset.held import HeldShards, MappedTables
 from bge_ray.dataset.lookup import ShardMap, no_rows
-from bge_ray.errors import CorpusError, StorageError
+from bge_ray.errors import CorpusError, DamagedShardError
 from bge_ray.index.topk import pair_scores
 from bge_ray.pipeline.engine.tasks import wait_for
 from bge_ray.pipeline.runs.passages import TEXT_SCHEMA, span_texts
@@ -26,7 +26,7 @@ from bge_ray.records.ids import FloatArray, IdArray, vector_ids
 from bge_ray.records.model import EMBEDDING
 from bge_ray.records.outputs import Output
 from bge_ray.records.plan import CorpusObject, Span, span_units
-from bge_ray.storage.objects import Storage
+from bge_ray.storage.objects import Storage, join
 
 # A holder that dies is started again this often, and fetches anew what it is asked for.
 HOLDER_RESTARTS = 20
@@ -136,7 +136,7 @@ class RowHolder:
             table = self._held.rows(fact, wanted, columns)
             if len(table) != len(wanted):
                 lacking = f"lacks {len(wanted) - len(table)} of {len(wanted)} vectors"
-                raise StorageError(f"{self._held.root}/{fact.path}: {lacking}")
+                raise DamagedShardError(join(self._held.root, fact.path), lacking)
             pairs = order[slice(*np.searchsorted(ids[order], [wanted[0], wanted[-1] + 1]))]
             yield pairs, np.searchsorted(wanted, ids[pairs]), table
 

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 import ray
 
-from bge_ray.errors import DatasetMismatchError, IncompleteRunError, RejectedRowsError
+from bge_ray.errors import DamagedShardError, DatasetMismatchError, IncompleteRunError, RejectedRowsError
 from bge_ray.pipeline.engine.flow import (
     MAX_FAILURES_IN_A_ROW,
     by_actors,
@@ -50,6 +50,10 @@ class RefusingStage:
         return batch
 
 
+def damaged_stage(_: pa.Table) -> pa.Table:
+    raise DamagedShardError("s3://a/b", "3 bytes")
+
+
 def test_every_parcel_gives_its_receipts_through_tasks_and_actors() -> None:
     def start() -> Iterator[Parcel]:
         rows = by_tasks(parcels(units(5)), split_stage, Tasks(2, 0.1), times=3)
@@ -67,6 +71,15 @@ def test_an_actor_that_refuses_to_start_ends_the_run_with_its_reason() -> None:
 
     with pytest.raises((IncompleteRunError, DatasetMismatchError), match="canary: other vectors, 1 and 2"):
         follow(start, lambda _: None, lambda: None)
+
+
+def test_a_damaged_shard_ends_the_run_as_what_no_rerun_mends() -> None:
+    def start() -> Iterator[Parcel]:
+        return receipts(by_tasks(parcels(units(2)), damaged_stage, Tasks(1, 0.1)))
+
+    with pytest.raises(DamagedShardError, match=r"^s3://a/b: 3 bytes; remove it and run bge-ray") as caught:
+        follow(start, lambda _: None, lambda: None)
+    assert caught.value.exit_code == 2
 
 
 def test_failures_end_the_run_only_in_a_row() -> None:

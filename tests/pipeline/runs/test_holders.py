@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from bge_ray.dataset.lookup import ShardMap
-from bge_ray.errors import StorageError
+from bge_ray.errors import DamagedShardError
 from bge_ray.pipeline.runs.holders import Holders, RowHolder, start_holders
 from bge_ray.storage.objects import Storage
 from tests.support.vectors import VectorDataset, clustered
@@ -54,9 +54,9 @@ def test_together_they_are_one_and_a_killed_one_answers_again(tmp_path: Path) ->
         assert len(holders.places(beyond, ["passage_id"])) == 0
         # What is damaged is said in the words of who read it.
         path = tmp_path / shards.facts[4].path
-        path.write_bytes(path.read_bytes()[:-100])
+        path.write_bytes(path.read_bytes()[:-100] + bytes(100))
         fresh = start_holders(Storage(20), str(tmp_path), shards, 2)
-        with pytest.raises(StorageError, match=shards.facts[4].path):
+        with pytest.raises(DamagedShardError, match=shards.facts[4].path):
             fresh.places(ids, ["embedding"])
         fresh.stop()
     finally:
