@@ -70,7 +70,7 @@ $(VENV)/.demo-train: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@ $(VENV)/.demo
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) -e '.[cpu,demo,dev,parity,train]'
+	$(PIP) -e '.[bench,cpu,demo,dev,parity,train]'
 	@touch $@ $(VENV)/.demo $(VENV)/.demo-train
 
 .venv-airflow/.ready: infra/airflow/requirements.txt infra/airflow/constraints.txt

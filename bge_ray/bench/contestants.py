@@ -6,12 +6,11 @@ Times leave start-up apart: the model is loaded and has run once before the cloc
 """
 
 import json
-import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,86 +18,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bge_ray.settings.sections import Auto
+from bge_ray.bench.runtimes import onnx_runtime, openvino
+from bge_ray.bench.task import NotHereError, Result, Task, side_by_side, texts_of, timed
 
-# So much that rows alone cut the units: 50,000 with vectors of 1,024 dimensions are beyond the default.
-UNIT_BYTES = 250_000_000
 # Exit code of a contestant that this machine cannot run.
 NOT_HERE = 69
 
 
-class NotHereError(Exception):
-    """This machine lacks what a contestant needs."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What every contestant gets: the same texts and weights, and the same cores or device."""
-
-    corpus: str
-    model: str
-    reranker: str
-    dtype: str
-    max_length: int
-    num_encoders: int
-    token_budget: int | Auto
-    unit_rows: int
-    device: str
-
-
-@dataclass(frozen=True)
-class Result:
-    """Seconds of steady work over some rows; what our job says of itself besides."""
-
-    seconds: float
-    rows: int
-    padding_waste: float | None = None
-    waited: float | None = None
-
-
-def texts_of(task: Task) -> list[str]:
-    """Return the texts of the corpus, in order."""
-    texts: list[str] = pq.read_table(task.corpus, columns=["text"])["text"].to_pylist()
-    return texts
+# So much that rows alone cut the units: 50,000 with vectors of 1,024 dimensions are beyond the default.
+UNIT_BYTES = 250_000_000
 
 
 def bare_loop(task: Task) -> Result:
     """Our encoder without Ray, storage or tokenising: as many processes as the job has encoders."""
     texts = texts_of(task)
     return Result(side_by_side(_encode_units, task, texts), len(texts))
-
-
-def side_by_side(
-    prepare: Callable[[Task, list[Any]], Callable[[], None]], task: Task, items: list[Any]
-) -> float:
-    """Deal items to one process an encoder and return the seconds from the first start to the last end.
-
-    Args:
-        prepare: loads and warms up in the process, and returns the work to be timed.
-        task: what to run.
-        items: dealt round robin.
-    """
-    context = multiprocessing.get_context("spawn")
-    barrier, ends = context.Barrier(task.num_encoders + 1), context.Queue()
-    parts = [items[i :: task.num_encoders] for i in range(task.num_encoders)]
-    workers = [context.Process(target=_worker, args=(prepare, task, part, barrier, ends)) for part in parts]
-    for worker in workers:
-        worker.start()
-    barrier.wait()
-    started = time.time()
-    ended = max(ends.get() for _ in workers)
-    for worker in workers:
-        worker.join()
-    return float(ended - started)
-
-
-def _worker(
-    prepare: Callable[..., Callable[[], None]], task: Task, part: list[Any], barrier: Any, ends: Any
-) -> None:
-    work = prepare(task, part)
-    barrier.wait()
-    work()
-    ends.put(time.time())
 
 
 def _encode_units(task: Task, texts: list[str]) -> Callable[[], None]:
@@ -175,7 +109,7 @@ def _sentence_transformer(task: Task, **options: str) -> Result:
 
     model = SentenceTransformer(task.model, device=task.device, model_kwargs={"dtype": task.dtype, **options})
     model.max_seq_length = task.max_length
-    return _timed(texts_of(task), lambda texts: model.encode(texts, normalize_embeddings=True))
+    return timed(texts_of(task), lambda texts: model.encode(texts, normalize_embeddings=True))
 
 
 def flag_embedding(task: Task) -> Result:
@@ -188,7 +122,7 @@ def flag_embedding(task: Task) -> Result:
     spec = resolve_encoder(ModelSettings(name=task.model), on_gpu=False)
     half = task.dtype == "float16"
     model = FlagModel(task.model, use_fp16=half, devices=task.device, pooling_method=spec.pooling)
-    return _timed(texts_of(task), lambda texts: model.encode(texts, max_length=task.max_length))
+    return timed(texts_of(task), lambda texts: model.encode(texts, max_length=task.max_length))
 
 
 def ray_map_batches(task: Task) -> Result:
@@ -270,7 +204,7 @@ def flag_reranker(task: Task) -> Result:
     from FlagEmbedding import FlagReranker
 
     model = FlagReranker(task.reranker, use_fp16=task.dtype == "float16", devices=task.device)
-    return _timed(
+    return timed(
         pairs_of(task),
         lambda pairs: model.compute_score([list(p) for p in pairs], max_length=task.max_length),
     )
@@ -283,7 +217,7 @@ def cross_encoder(task: Task) -> Result:
     model = CrossEncoder(
         task.reranker, device=task.device, max_length=task.max_length, model_kwargs={"dtype": task.dtype}
     )
-    return _timed(pairs_of(task), lambda pairs: model.predict(pairs))
+    return timed(pairs_of(task), lambda pairs: model.predict(pairs))
 
 
 def pairs_of(task: Task) -> list[tuple[str, str]]:
@@ -292,18 +226,13 @@ def pairs_of(task: Task) -> list[tuple[str, str]]:
     return list(zip(table["title"].to_pylist(), table["text"].to_pylist(), strict=True))
 
 
-def _timed(items: list[Any], run: Callable[[list[Any]], object]) -> Result:
-    run(items[:32])
-    started = time.perf_counter()
-    run(items)
-    return Result(time.perf_counter() - started, len(items))
-
-
 ENCODERS: dict[str, Callable[[Task], Result]] = {
     "bge-ray job": embed_job,
     "bge-ray bare loop": bare_loop,
     "sentence-transformers": sentence_transformers,
     "sentence-transformers, flash attention": sentence_transformers_unpadded,
+    "ONNX Runtime": onnx_runtime,
+    "OpenVINO": openvino,
     "FlagEmbedding": flag_embedding,
     "Ray Data map_batches + sentence-transformers": ray_map_batches,
 }

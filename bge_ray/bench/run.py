@@ -14,17 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from bge_ray.bench.contestants import (
-    ENCODERS,
-    NOT_HERE,
-    RERANKERS,
-    NotHereError,
-    Result,
-    Task,
-    write_corpus,
-)
+from bge_ray.bench.contestants import ENCODERS, NOT_HERE, RERANKERS, write_corpus
 from bge_ray.bench.machine import copy_rate, count_flop, describe_machine, matrix_rate
 from bge_ray.bench.models import make_encoder, make_reranker
+from bge_ray.bench.task import NotHereError, Result, Task
 from bge_ray.errors import SettingsError
 from bge_ray.formats.docstrings import find_docstrings
 from bge_ray.model.feed.texts import TextFeeder
