@@ -7,9 +7,10 @@ killed like any other. Whatever is no worker of Ray's, or reads another environm
 the real interpreter.
 
 Ray's own modules read Ray's variables when they are imported, of which some name raylet and job: the server
-forks a server for each job of a raylet, which imports them, and sends the workers of that job to it. Another
-one is for Ray's services, of which each node starts two and each head three, and which import for a second or
-two of a core each; it serves every Ray that is started with the same variables.
+forks a server for each job of a raylet, which imports them, and sends the workers of that job to it; it ends
+when none has come for a while, because a raylet may see hundreds of jobs. Another one is for Ray's services,
+of which each node starts two and each head three, and which import for a second or two of a core each; it
+serves every Ray that is started with the same variables.
 """
 
 import array
@@ -18,6 +19,7 @@ import contextlib
 import functools
 import gc
 import importlib
+import itertools
 import json
 import os
 import pkgutil
@@ -76,6 +78,8 @@ OF_ONE_RAY = (RAYLET, "RAY_AUTH_TOKEN", "RAY_TMPDIR")
 # Ray gives its services an allocator that they run as well without.
 ALLOCATOR = "LD_PRELOAD"
 LOOK_EVERY_S = 2.0
+# The server of a job holds a hundred megabytes of its own; another is made where one is missed.
+IDLE_S = 60.0
 IDS_OF_A_PROCESS = 10_000
 WORKER = "ray/_private/workers/default_worker.py"
 COLD = "BGE_RAY_TESTS_COLD"  # Set: every worker is started as Ray starts it.
@@ -174,19 +178,23 @@ def serve(address: str) -> None:
     mine = _read_at_import(dict(os.environ))  # Some of the imports set more.
     listener = _open(address, LIBRARIES, PACKAGES)
     assert "ray" not in sys.modules
-    servers: dict[tuple[tuple[str, str], ...], str] = {}
+    servers: dict[tuple[tuple[str, str], ...], tuple[str, int]] = {}
+    addresses = (f"{address}.{number}" for number in itertools.count())
     while True:
         line, wish, places = _next(listener)
         answer = "c"
         kind = _kind(wish)
         if _read_at_import(wish["environment"]) == mine:
-            is_new = kind not in servers
-            answer = servers.setdefault(kind, f"{address}.{len(servers)}")
-            if is_new and os.fork() == 0:
-                listener.close()
-                _close(line, places)
-                _serve_kind(answer, dict(kind))
-                return
+            answer, pid = servers.get(kind, ("", 0))
+            if not pid or not psutil.pid_exists(pid):
+                answer = next(addresses)
+                pid = os.fork()
+                if pid == 0:
+                    listener.close()
+                    _close(line, places)
+                    _serve_kind(answer, dict(kind))
+                    return
+                servers[kind] = answer, pid
         with contextlib.suppress(BrokenPipeError):  # Killed while it waited.
             line.sendall(answer.encode())
         _close(line, places)
@@ -214,11 +222,16 @@ def _serve_kind(address: str, variables: dict[str, str]) -> None:
     if RAYLET in variables:
         listener = _open(address, RAY_LIBRARIES, RAY_PACKAGES)
         threading.Thread(target=_end_with_raylet, args=(int(variables[RAYLET]),), daemon=True).start()
+        listener.settimeout(IDLE_S)
     else:
         listener = _open(address, SERVICES.values(), (SERVICE_PACKAGE,))
     server = os.getpid()
     while True:
-        line, wish, places = _next(listener)
+        try:
+            line, wish, places = _next(listener)
+        except TimeoutError:
+            # The socket stays: a launcher that has just been sent here is refused, and starts cold.
+            os._exit(0)
         _draw_ids()
         if os.fork() == 0:
             listener.close()

@@ -43,11 +43,11 @@ def check_moment(fs: Any, folders: Iterable[str], foreign: frozenset[str]) -> tu
     broken: list[str] = []
     complete = 0
     for folder in folders:
-        names = names_below(fs, folder, foreign)
-        found = _half_written(fs, folder, names)
+        found = _half_written(fs, folder, names_below(fs, folder, foreign))
         broken += found
         if found:
             continue
+        names = names_below(fs, folder, foreign)
         if "report.json" in names:
             report = read_json(fs, f"{folder}/report.json")
             complete += report["complete"]
@@ -88,6 +88,8 @@ def _half_written(fs: Any, folder: str, names: set[str]) -> list[str]:
                 read_json(fs, f"{folder}/{name}")
         except ValueError as error:
             broken.append(f"{folder}/{name}: half-written ({error})")
+        except FileNotFoundError:
+            pass  # its removal was under way when the job was killed
     return broken
 
 
