@@ -31,14 +31,15 @@ def beir_task(storage: Storage, uri: str) -> Any:
     The revision is a hash over the bytes of corpus, queries and judgements.
 
     Raises:
-        CorpusError: the folder lacks one of them, or has several files of judgements none of which is test
-            or dev.
+        CorpusError: the folder lacks one of them, has several files of judgements none of which is test or
+            dev, or judges none of its queries.
     """
     qrels, split = _find_qrels(storage, uri)
     corpus = list_corpus(storage, CorpusSettings(uri=uri))
     queries = [info for info in storage.list_files(uri) if _is_queries(info)]
     if not queries:
         raise CorpusError(f"mteb.beir {uri}: has no queries.jsonl beside its corpus")
+    _judged(storage, uri, queries, qrels)  # now, and not after hours of other tasks
     hashes = [digest_object(storage, info) for info in (*corpus, *queries, qrels)]
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", uri.rstrip("/").rpartition("/")[2]) or "corpus"
 
@@ -81,10 +82,14 @@ def _is_queries(info: ObjectInfo) -> bool:
     return info.uri.rpartition("/")[2].partition(".")[0] == "queries"
 
 
-def _read(storage: Storage, uri: str, queries: list[ObjectInfo], qrels: ObjectInfo) -> dict[str, Any]:
-    """Return a split as mteb holds it."""
-    from datasets import Dataset
+def _judged(
+    storage: Storage, uri: str, queries: list[ObjectInfo], qrels: ObjectInfo
+) -> tuple[dict[str, list[str]], dict[str, dict[str, int]]]:
+    """Return queries by column, and the judgements of those that have some.
 
+    Raises:
+        CorpusError: a file cannot be read, or no query is judged.
+    """
     asked: dict[str, list[str]] = {"id": [], "text": []}
     for info in queries:
         for batch in read_queries(storage, info.uri):
@@ -94,6 +99,14 @@ def _read(storage: Storage, uri: str, queries: list[ObjectInfo], qrels: ObjectIn
     judged = {name: found for name, found in read_qrels(storage, qrels.uri).items() if name in known}
     if not judged:
         raise CorpusError(f"mteb.beir {uri}: no query of {qrels.uri} is among its queries")
+    return asked, judged
+
+
+def _read(storage: Storage, uri: str, queries: list[ObjectInfo], qrels: ObjectInfo) -> dict[str, Any]:
+    """Return a split as mteb holds it."""
+    from datasets import Dataset
+
+    asked, judged = _judged(storage, uri, queries, qrels)
     corpus: dict[str, list[str]] = {"id": [], "title": [], "text": []}
     for passages in _passages(storage, uri):
         corpus["id"] += passages.passage_ids

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bge_ray.errors import IncompleteRunError
+from bge_ray.errors import IncompleteRunError, SettingsError
 from bge_ray.pipeline.engine.stopping import StopRequest
 from bge_ray.pipeline.mteb.averages import means_of
 from bge_ray.pipeline.mteb.contestants import FORMAT_VERSION, Entrant, plan_entrants
@@ -84,6 +84,11 @@ class MtebWork:
         inputs |= {f"mteb.models[{n}]": name for n, name in enumerate(asked.models or ())}
         inputs |= {f"mteb.rerankers[{n}]": name for n, name in enumerate(asked.rerankers)}
         refuse_collisions({"mteb.output": asked.output}, inputs, {})
+        for name in ("filter", "filter_column"):
+            if getattr(settings.search, name) is not None:
+                raise SettingsError(
+                    f"search.{name}: corpora of mteb have no column to filter by; leave it out"
+                )
         self._settings, self._stop = settings, stop
         self._storage = Storage(settings.output.storage_timeout_s)
         chosen = choose_tasks(asked, self._storage)

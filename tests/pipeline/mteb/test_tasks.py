@@ -13,6 +13,7 @@ from mteb.types import PromptType
 from bge_ray.errors import CorpusError, SettingsError
 from bge_ray.model.spec import resolve_encoder
 from bge_ray.pipeline.mteb.contestants import plan_entrants
+from bge_ray.pipeline.mteb.job import plan_mteb
 from bge_ray.pipeline.mteb.rules import settle_rules
 from bge_ray.pipeline.mteb.tasks import choose_tasks
 from bge_ray.pipeline.mteb.texts import document_text, query_text
@@ -57,6 +58,12 @@ def test_what_cannot_be_done_is_refused_by_name(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(SettingsError, match=says):
         chosen(**asked)
+
+
+def test_a_filter_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    asked = settings_for(mteb__output=str(tmp_path), mteb__tasks=["MockSTSTask"], search__filter="a = 1")
+    with pytest.raises(SettingsError, match=r"^search\.filter: .* leave it out"):
+        plan_mteb(asked)
 
 
 def test_a_hub_that_does_not_answer_is_as_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -105,6 +112,12 @@ def test_what_a_folder_lacks_is_told(tmp_path: Path) -> None:
         chosen(beir=(str(folder),))
     (folder / "qrels" / "b.tsv").unlink()
     assert chosen(beir=(str(folder),)) == ["x"]
+    judged = folder / "qrels" / "a.tsv"
+    told = judged.read_text()
+    judged.write_text("query-id\tcorpus-id\tscore\nnobody\tnothing\t1\n")
+    with pytest.raises(CorpusError, match=r"no query of \S+a\.tsv is among its queries"):
+        chosen(beir=(str(folder),))
+    judged.write_text(told)
     with pytest.raises(SettingsError, match="several tasks are named x"):
         chosen(beir=(str(folder), str(known_items(tmp_path / "more" / "x"))))
     (folder / "queries.jsonl").unlink()
