@@ -10,8 +10,10 @@ from bge_ray.records.reports import (
     RerankReport,
     Scoring,
     SearchReport,
+    TrainReport,
 )
 from bge_ray.records.sparse import SparseChoice
+from bge_ray.report.words import count
 
 # Shorter runs are mostly start-up and say little about settings.
 MIN_STEADY_S = 60.0
@@ -195,6 +197,27 @@ def advise_mine(report: MineReport) -> list[str]:
             "raise mine.depth, or check that model, queries and corpus are of one matter."
         )
     return lines + _on_startup(report)
+
+
+def advise_train(report: TrainReport) -> list[str]:
+    """Return what to make of a training, and what to change in the next."""
+    found = report.figures
+    if found is None:
+        return ["Nothing says whether the model is better: name queries in train.held_out."]
+    gain = found.difference
+    if gain is None or gain.low > 0:
+        return []
+    queries = count(found.queries, "held-out query", "held-out queries")
+    if gain.high < 0:
+        return [
+            f"The model answers {queries} worse than before, by {-gain.mean:.3f} of MRR@10: keep the old "
+            "one. Lower train.learning_rate or train.steps, and look whether negatives are answers (bge-ray "
+            "mine, with a reranker as teacher)."
+        ]
+    return [
+        f"On {queries} no difference to the model before can be told ({gain.mean:+.3f} of MRR@10, "
+        f"{gain.low:+.3f} to {gain.high:+.3f}): hold out more queries, or train on more."
+    ]
 
 
 def _on_trec(report: SearchReport | RerankReport) -> list[str]:

@@ -5,6 +5,7 @@ from typing import Any
 from bge_ray.records.reports import HeldOut, TrainReport
 from bge_ray.report.page import ACCENT, FAINT, Html, page, paragraph, picture, pictures, section, table, tiles
 from bge_ray.report.sections import (
+    advice_section,
     cost_rows,
     failures_section,
     left_out,
@@ -31,6 +32,7 @@ def train_page(report: TrainReport) -> bytes:
         tiles(figures),
         failures_section(report),
         section("Before and after", *_before_after(report)),
+        advice_section(report),
         section("Loss", *_curve(report)),
         section("Data", *_data(report)),
         section("Cost", table(cost_rows(report))),

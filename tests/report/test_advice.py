@@ -5,9 +5,16 @@ from typing import Any
 import pytest
 
 from bge_ray.records.index import Recall, Shortfall
-from bge_ray.records.reports import EmbedReport
+from bge_ray.records.reports import EmbedReport, HeldOut, HeldOutFigures
 from bge_ray.report import advice
-from bge_ray.report.advice import advise_embed, advise_index, advise_mine, advise_rerank, advise_search
+from bge_ray.report.advice import (
+    advise_embed,
+    advise_index,
+    advise_mine,
+    advise_rerank,
+    advise_search,
+    advise_train,
+)
 from bge_ray.settings.sections import parse_settings
 from tests.report.samples import (
     SCORING,
@@ -18,6 +25,7 @@ from tests.report.samples import (
     search_report,
     searched_index,
     sparse_choice,
+    train_report,
 )
 
 MISSED = Recall(10, 0.8, 0.75, 0.85)
@@ -40,6 +48,7 @@ def test_good_figures_need_no_advice() -> None:
     assert advise_search(search_report()) == []
     assert advise_rerank(rerank_report()) == []
     assert advise_mine(mine_report()) == []
+    assert advise_train(train_report()) == []
 
 
 @pytest.mark.parametrize(
@@ -150,3 +159,24 @@ def test_advice_on_a_mining_run(change: dict[str, Any], words: list[str]) -> Non
     (line,) = advise_mine(mine_report(**change))
     for word in words:
         assert word in line
+
+
+@pytest.mark.parametrize(
+    ("gain", "words"),
+    [
+        (HeldOut(-0.05, -0.08, -0.02), ["200 held-out queries worse", "0.050 of MRR@10", "keep the old one"]),
+        (HeldOut(0.01, -0.02, 0.04), ["no difference", "+0.010 of MRR@10, -0.020 to +0.040"]),
+        (HeldOut(0.0, 0.0, 0.0), ["no difference", "hold out more queries"]),
+    ],
+)
+def test_advice_on_a_training_that_did_not_help(gain: HeldOut, words: list[str]) -> None:
+    before = HeldOut(0.4, 0.35, 0.45)
+    figures = HeldOutFigures(200, before, HeldOut(0.4 + gain.mean, 0.3, 0.5), gain, 0.2)
+    (line,) = advise_train(train_report(figures=figures))
+    assert all(word in line for word in words)
+
+
+def test_advice_on_a_training_of_which_nothing_was_measured() -> None:
+    assert "train.held_out" in advise_train(train_report(figures=None))[0]
+    new_head = HeldOutFigures(200, None, HeldOut(0.4, 0.3, 0.5), None, None)
+    assert advise_train(train_report(figures=new_head)) == []

@@ -29,6 +29,7 @@ from bge_ray.pipeline.work import carry_out, refuse_taken
 from bge_ray.records.canonical import from_json, to_json
 from bge_ray.records.dataset import FileFact
 from bge_ray.records.reports import HeldOut, HeldOutFigures, TrainReport
+from bge_ray.report.advice import advise_train
 from bge_ray.report.facts import RunFacts, summarise
 from bge_ray.report.train_page import train_page
 from bge_ray.run_id import run_id
@@ -242,7 +243,7 @@ class TrainWork:
     def report(self, facts: RunFacts, outcome: str, *, complete: bool) -> TrainReport:
         """Return what the training came to."""
         settings, data = self._settings, self.data
-        return TrainReport(
+        report = TrainReport(
             **summarise(facts, ended=time.time(), price_per_hour=settings.report.price_per_hour),
             key=self._identity.key,
             complete=complete,
@@ -265,6 +266,7 @@ class TrainWork:
             curve=self._model.curve if self._model is not None else (),
             figures=self._figures,
         )
+        return dataclasses.replace(report, advice=tuple(advise_train(report) if complete else ()))
 
     def page(self, report: TrainReport) -> bytes:
         """Return its page."""
