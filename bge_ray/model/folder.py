@@ -102,6 +102,20 @@ class ModelFolder:
         """
         return read_modules(self.path)
 
+    @property
+    def truncate_dim(self) -> int | None:
+        """To how many numbers sentence-transformers' files have a vector cut; None if they do not.
+
+        Raises:
+            ModelError: it is no such number.
+        """
+        dim = self._optional(PROMPTS_FILE).get("truncate_dim")
+        if dim is None:
+            return None
+        if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
+            raise ModelError(f"{self.path}/{PROMPTS_FILE}: truncate_dim {dim!r} is no length of a vector")
+        return dim
+
     def pooling(self) -> str | None:
         """Return the pooling that sentence-transformers' files say, as `Modules` has it; None if they do not.
 

@@ -79,13 +79,16 @@ class Pooled(Head):
         self._steps = torch.nn.ModuleList(steps)
 
     def forward(self, hidden: ModelOutput, inputs: Inputs) -> torch.Tensor:
-        """Return (rows, dim) float32, or (spans, dim) of rows that have spans."""
+        """Return (rows, dim) float32, or (spans, dim) of rows that have spans.
+
+        What follows the pooling may make more numbers than are kept; the norm is that of what is kept.
+        """
         states = hidden.last_hidden_state
         of_spans = inputs.span_tokens is not None
         vectors = pool_spans(states, inputs) if of_spans else pool(states, inputs, self._pooling)
         for step in self._steps:
             vectors = step(vectors.to(states.dtype))
-        vectors = vectors.float()
+        vectors = vectors[:, : self.output.dim].float()
         return F.normalize(vectors, dim=-1) if self._normalize else vectors
 
 

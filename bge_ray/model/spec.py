@@ -12,7 +12,7 @@ from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.folder import ModelFolder
 from bge_ray.model.source import Setting, fetch_model, hash_model, hash_tokenizer
 from bge_ray.model.weights import HEAD_FILES, weights_bytes
-from bge_ray.records.model import BM25, ModelSpec
+from bge_ray.records.model import BM25, EMBEDDING, ModelSpec
 from bge_ray.settings.sections import ModelSettings, RerankSettings
 
 # Weights of more bytes in float32 are tried in bfloat16.
@@ -36,6 +36,11 @@ def resolve_encoder(settings: ModelSettings, *, on_gpu: bool) -> ModelSpec:
     folder = ModelFolder(path, revision)
     encoders = (family for family in FAMILIES if family.ROLE == "encoder" and family.recognises(folder))
     of_states = tuple(name for name in settings.outputs if name != BM25)
+    if settings.truncate_dim is not None and EMBEDDING not in of_states:
+        raise ModelError(
+            f"model.truncate_dim {settings.truncate_dim}: is of {EMBEDDING}, which model.outputs does not "
+            "ask for; leave it out"
+        )
     family = next(encoders) if of_states else bm25
     _check_llm_settings(family.NAME, settings, settings.name)
     spec = family.resolve(folder, settings.model_copy(update={"outputs": of_states}), on_gpu=on_gpu)

@@ -167,6 +167,12 @@ class ModelSettings(Section):
         description="scale each vector to unit L2 norm, which an index needs; auto does, unless the modules "
         "of sentence-transformers in the model folder do not",
     )
+    truncate_dim: int | None = Field(
+        None,
+        ge=1,
+        description="numbers kept of each vector, its first, for models trained so (Matryoshka); null: as "
+        "many as the model folder says, else all",
+    )
     query_instruction: str | None = Field(
         None,
         description="text put before a query, or the task in the template of a model that has one; null "

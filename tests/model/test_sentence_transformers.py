@@ -230,6 +230,43 @@ def test_normalize_as_asked(encoder_folder: MakeModel, tmp_path: Path) -> None:
     )
 
 
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("chain", ["nothing", "norm", "one layer", "two layers"])
+def test_vectors_are_cut_where_the_folder_says(encoder_folder: MakeModel, tmp_path: Path, chain: str) -> None:
+    base = encoder_folder("bert", "mean")
+    whole = save(tmp_path / "whole", base, *CHAINS[chain])
+    cut = save(tmp_path / "cut", base, *CHAINS[chain], truncate_dim=5)
+    expected = theirs(cut, TEXTS)
+    assert expected.shape == (len(TEXTS), 5)
+    # The library leaves the norm of what it cuts to its caller.
+    expected = unit(expected) if resolve(cut).normalize else expected
+    for packed in (False, True):
+        np.testing.assert_allclose(vectors(encode(cut, TEXTS, packed=packed)), expected, atol=1e-5)
+        asked = vectors(encode(whole, TEXTS, packed=packed, truncate_dim=5))
+        np.testing.assert_allclose(asked, expected, atol=1e-5)
+    # What is asked for wins, and more than there is is no cut.
+    assert resolve(cut, truncate_dim=7).dim == 7
+    config = cut / "config_sentence_transformers.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"truncate_dim": 500}))
+    assert resolve(cut).dim == resolve(whole).dim
+
+
+def test_a_length_that_no_vector_has_is_refused(encoder_folder: MakeModel, tmp_path: Path) -> None:
+    base = encoder_folder("bert", "mean")
+    with pytest.raises(ModelError, match=r"^model\.truncate_dim 33: vectors of .* have 32 numbers"):
+        resolve(base, truncate_dim=33)
+    with pytest.raises(ModelError, match=r"^model\.truncate_dim 8: is of embedding"):
+        resolve(base, truncate_dim=8, outputs=["bm25"])
+    folder = save(tmp_path / "saved", base, truncate_dim=5)
+    config = folder / "config_sentence_transformers.json"
+    config.write_text(config.read_text().replace('"truncate_dim": 5', '"truncate_dim": "5"'))
+    with pytest.raises(ModelError, match="truncate_dim '5' is no length of a vector"):
+        resolve(folder)
+
+
 def test_a_float16_run_is_close(encoder_folder: MakeModel, tmp_path: Path) -> None:
     folder = save(tmp_path / "saved", encoder_folder("bert", "mean"), *CHAINS["two layers"])
     half = vectors(encode(folder, TEXTS, dtype="bfloat16", packed=False))

@@ -64,6 +64,7 @@ def resolve(folder: ModelFolder, settings: ModelSettings, *, on_gpu: bool) -> Mo
         dim = pooled_dim(folder.hidden_size, pooling)
     if card is not None and card.dim != dim:
         logger.warning("%s: its vectors have %d dimensions, %s has %s", folder.path, dim, card.id, card.dim)
+    dim = _kept(dim, folder, settings)
     normalize = settings.normalize
     if normalize == "auto":
         normalize = modules is None or modules.ends_normalized
@@ -152,6 +153,17 @@ def _refuse_kind(folder: ModelFolder, card: ModelCard | None) -> None:
         raise ModelError(f"{folder.path}: {card.id} is not run: {card.refused}")
     if folder.config.get("is_encoder_decoder") or kind in _WITH_DECODER:
         raise ModelError(f"{folder.path}: is an encoder with a decoder ({kind}), which is not supported")
+
+
+def _kept(dim: int, folder: ModelFolder, settings: ModelSettings) -> int:
+    """Return how many numbers of a vector are kept: as asked for, or as the folder says of itself."""
+    asked = settings.truncate_dim
+    if asked is not None and asked > dim:
+        raise ModelError(
+            f"model.truncate_dim {asked}: vectors of {settings.name} have {dim} numbers; take fewer, or "
+            "leave it out"
+        )
+    return asked or min(dim, folder.truncate_dim or dim)
 
 
 def _pooling(folder: ModelFolder, settings: ModelSettings, card: ModelCard | None) -> str:
