@@ -223,6 +223,6 @@ def test_vectors_of_another_length_than_the_spec_says_are_refused(encoder_folder
     from bge_ray.errors import ModelError
 
     spec = spec_of(encoder_folder("bert", "cls"))
-    outputs = (dataclasses.replace(spec.outputs[0], dim=31), *spec.outputs[1:])
-    with pytest.raises(ModelError, match="embedding: its vectors have 32 dimensions, not 31"):
+    outputs = (dataclasses.replace(spec.outputs[0], dim=33), *spec.outputs[1:])
+    with pytest.raises(ModelError, match="embedding: its vectors have 32 dimensions, not 33"):
         outputs_of(dataclasses.replace(spec, outputs=outputs), packed=True)
