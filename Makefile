@@ -22,7 +22,7 @@ demo-train: $(VENV)/.demo-train ## train a small reranker for the demo, in about
 
 # Of the files only those are read that have such a test: each worker reads them all before it begins.
 test: check ## the tests: `make check`, then those with a real Ray, a real S3 server and real weights
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "ray and not slow" \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "ray and not slow" \
 		$$(grep -rlE 'mark\.ray\b' tests --include='test_*.py')
 
 test-slow: $(VENV)/.dev ## the long ones: search and rerank on Ray, real kills of drivers, actors, nodes and the store, memory
