@@ -18,13 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bge_ray.bench.runtimes import onnx_runtime, openvino
 from bge_ray.bench.task import NotHereError, Result, Task, side_by_side, texts_of, timed
 
 # Exit code of a contestant that this machine cannot run.
 NOT_HERE = 69
-
-
 # So much that rows alone cut the units: 50,000 with vectors of 1,024 dimensions are beyond the default.
 UNIT_BYTES = 250_000_000
 
@@ -110,6 +107,20 @@ def _sentence_transformer(task: Task, **options: str) -> Result:
     model = SentenceTransformer(task.model, device=task.device, model_kwargs={"dtype": task.dtype, **options})
     model.max_seq_length = task.max_length
     return timed(texts_of(task), lambda texts: model.encode(texts, normalize_embeddings=True))
+
+
+def onnx_runtime(task: Task) -> Result:
+    """See `runtimes.onnx_runtime`."""
+    from bge_ray.bench import runtimes  # torch and transformers, which other contestants need later or not
+
+    return runtimes.onnx_runtime(task)
+
+
+def openvino(task: Task) -> Result:
+    """See `runtimes.openvino`."""
+    from bge_ray.bench import runtimes  # as above
+
+    return runtimes.openvino(task)
 
 
 def flag_embedding(task: Task) -> Result:
