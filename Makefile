@@ -9,7 +9,7 @@ WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )))
 unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: help demo demo-train test test-slow test-airflow check types unit format clean audit
+.PHONY: help demo demo-train test test-slow test-airflow check types unit long ray format clean audit
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -20,8 +20,16 @@ demo: $(VENV)/.demo ## embed, index and search the docstrings of this Python, of
 demo-train: $(VENV)/.demo-train ## train a small reranker for the demo, in about an hour, and measure it
 	$(BIN)/python jobs/demo.py --train
 
+# Those with Ray wait for it half of the time, so that the long ones go on beside them, behind them in the queue.
+test: check ## the tests: `make check`, then the longer ones and those with a real Ray
+	$(MAKE) -j 2 long ray
+
 # Of the files only those are read that have such a test: each worker reads them all before it begins.
-test: check ## the tests: `make check`, then those with a real Ray, a real S3 server and real weights
+long: $(VENV)/.dev ## longer tests without Ray: a faulty store, other packages' figures, whole commands
+	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
+		-m "(long or parity) and not ray and not slow" $$(grep -rlE 'mark\.(long|parity)\b' tests --include='test_*.py')
+
+ray: $(VENV)/.dev ## the tests with a real Ray, a real S3 server and real weights
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "ray and not slow" \
 		$$(grep -rlE 'mark\.ray\b' tests --include='test_*.py')
 
@@ -48,8 +56,9 @@ audit: $(VENV)/.dev ## ask for known vulnerabilities of the versions in constrai
 
 # One thread to a process: there are as many processes as cores, and OpenMP's threads spin while they wait.
 # Files are begun in the order of tests/conftest.py, the longest first.
-unit: $(VENV)/.dev ## the tests that need no Ray
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not ray and not slow"
+unit: $(VENV)/.dev ## the quick tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+		-m "not ray and not slow and not long and not parity"
 
 format: $(VENV)/.dev ## put the code in form
 	$(BIN)/ruff format .

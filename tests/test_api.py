@@ -325,6 +325,7 @@ def test_another_model_answers_no_question(stored: tuple[str, np.ndarray], tmp_p
         bge_ray.open_index(stored[0], model=str(other)).search("a")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("words", "why"),
     [

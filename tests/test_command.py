@@ -20,6 +20,8 @@ from bge_ray.settings.sections import known_keys, parse_settings
 from bge_ray.settings.shown import to_yaml
 from tests.support.runs import REPOSITORY
 
+pytestmark = pytest.mark.long
+
 COMMAND = (sys.executable, "-c", "from bge_ray.command import main; main()")
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 

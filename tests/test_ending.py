@@ -20,6 +20,8 @@ from tests.support.corpora import docstrings, jsonl_bytes
 from tests.support.runs import REPOSITORY, wait_until
 from tests.support.warm import command
 
+pytestmark = pytest.mark.long
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LIMIT_S = 30
 

@@ -213,7 +213,12 @@ def load_openvino(file: Path, dtype: str) -> Forward:
     """Load a file for one thread, to be computed in float32 or bfloat16."""
     import openvino
 
-    asked = {"INFERENCE_PRECISION_HINT": OF_OPENVINO[dtype], "INFERENCE_NUM_THREADS": 1}
+    # Pinned, the threads of all processes would share one core: each process begins with the first.
+    asked = {
+        "INFERENCE_PRECISION_HINT": OF_OPENVINO[dtype],
+        "INFERENCE_NUM_THREADS": 1,
+        "ENABLE_CPU_PINNING": False,
+    }
     compiled: Any = openvino.Core().compile_model(str(file), "CPU", asked)
 
     def forward(ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64]) -> FloatArray:

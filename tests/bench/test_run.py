@@ -43,6 +43,7 @@ def test_a_small_bench_fills_its_tables(tmp_path: Path) -> None:
     assert "of its tokens are padding" in text
 
 
+@pytest.mark.long
 def test_a_contestant_that_fails_is_named_with_the_way_out(tmp_path: Path) -> None:
     from bge_ray.bench.run import _run_apart
 

@@ -25,6 +25,8 @@ from bge_ray.storage.objects import Storage, join
 from tests.support.records import FINGERPRINT, UNIT, make_spec, make_tables, make_vectors, make_writer
 from tests.support.slow import slow_but
 
+pytestmark = pytest.mark.long
+
 FORKSERVER = multiprocessing.get_context("forkserver")
 SHARD, REJECTED = f"embeddings/{UNIT.name}.parquet", f"rejected/{UNIT.name}.parquet"
 

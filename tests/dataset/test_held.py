@@ -59,6 +59,7 @@ def all_ids(shards: ShardMap) -> np.ndarray:
     return np.concatenate([start + (np.arange(ROWS) << 13) for start in shards.starts.tolist()])
 
 
+@pytest.mark.long
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     asked=st.lists(

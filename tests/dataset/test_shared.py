@@ -37,6 +37,7 @@ TEXTS = [f"text {n}" for n in range(40)]
 HASHES = hash_array(hash_texts(TEXTS))
 
 
+@pytest.mark.long
 @given(
     st.lists(st.lists(st.integers(0, len(TEXTS) - 1), max_size=25), min_size=1, max_size=7),
     st.integers(0, 7),

@@ -42,6 +42,8 @@ from tests.support.reading import (
     scan,
 )
 
+pytestmark = pytest.mark.long
+
 ROWS = [{"id": str(i), "text": f"text {i}", "title": f"title {i}"} for i in range(20)]
 
 

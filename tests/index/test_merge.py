@@ -24,6 +24,8 @@ from bge_ray.index.topk import merge_topk
 from bge_ray.index.train import TrainedIndex
 from bge_ray.index.vectors import check_vectors
 
+pytestmark = pytest.mark.long
+
 DIM = 32
 IVF_FACTORIES = [
     "IVF16,Flat",

@@ -18,6 +18,8 @@ from bge_ray.records.canonical import from_json, to_json
 from bge_ray.records.ids import CHUNK_BITS, IdArray, first_ids
 from bge_ray.records.sparse import Pruning, SparseChoice
 
+pytestmark = pytest.mark.long
+
 PASSAGES, QUERIES = 2_000, 60
 VOCABULARY = 250_002
 

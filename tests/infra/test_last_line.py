@@ -14,6 +14,8 @@ from bge_ray.storage.reports import write_report
 from tests.support.runs import REPOSITORY
 from tests.support.warm import warm_environment
 
+pytestmark = pytest.mark.long
+
 DEFECT = """
 import sys
 from bge_ray.command import run_job

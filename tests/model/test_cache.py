@@ -20,6 +20,8 @@ from bge_ray.storage.objects import Storage, join
 from tests.model.conftest import MakeModel, load, resolve, vectors
 from tests.support.proxy import Fault, FaultyProxy
 
+pytestmark = pytest.mark.long
+
 CHILD = """
 import sys
 from bge_ray.model.source import fetch_model, hash_model

@@ -19,6 +19,8 @@ from tests.model.conftest import encode, load, resolve, run, vectors
 from tests.support.models import SENTENCES, make_decoder, make_encoder
 from tests.support.slow import slow_but
 
+pytestmark = pytest.mark.long
+
 TASK = "Given a web search query, retrieve relevant passages that answer the query."
 EXAMPLES = [
     {"instruction": TASK, "query": "how do I read a file?", "response": "line by line in python"},

@@ -20,6 +20,8 @@ from bge_ray.storage.concatenate import (
 from bge_ray.storage.objects import Storage, join
 from tests.support.proxy import FaultyProxy
 
+pytestmark = pytest.mark.long
+
 SMALL, LARGE = 1000, MIN_PART_BYTES + 12_345
 
 

@@ -19,6 +19,8 @@ from bge_ray.storage.objects import LOCK_SUFFIX, Storage, join
 from bge_ray.storage.ownership import JOURNAL
 from tests.support.slow import slow_but
 
+pytestmark = pytest.mark.long
+
 FORKSERVER = multiprocessing.get_context("forkserver")
 RENEW_S = 0.15
 

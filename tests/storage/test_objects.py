@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from bge_ray.errors import StorageAccessError, StorageError
 from bge_ray.storage.objects import TEMPORARY_SUFFIX, Storage, join
 
+pytestmark = pytest.mark.long
+
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["s3fs", "bge_ray.dataset.folder", "bge_ray.dataset.commit"])
 

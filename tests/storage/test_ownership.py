@@ -20,6 +20,8 @@ from bge_ray.storage.reports import REPORT_FILES, last_report, retract_report, w
 from bge_ray.storage.sweep import RETIRED, retire
 from tests.storage.doubles import Died, dying, once
 
+pytestmark = pytest.mark.long
+
 FOREIGN = b"foreign: a thesis, of which there is no other copy"
 
 

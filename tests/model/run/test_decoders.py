@@ -13,6 +13,8 @@ from tests.support.models import make_decoder
 from tests.support.slow import slow_but
 from tests.support.varlen import register_reference
 
+pytestmark = pytest.mark.long
+
 # What is told apart: the model type, and what of its configuration is changed.
 KINDS: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("llama", {}),

@@ -11,6 +11,8 @@ from tests.support.models import make_decoder, make_encoder
 from tests.support.slow import slow_but
 from tests.support.varlen import attend_by_reference
 
+pytestmark = pytest.mark.long
+
 # The model type, and what of its configuration is changed.
 KINDS: dict[str, tuple[str, dict[str, object]]] = {
     "bert": ("bert", {}),

@@ -32,6 +32,8 @@ from tests.model.conftest import load, run
 from tests.support.llm_rerankers import GOLDENS, PAIRS, make_llm_reranker, write_tokenizer
 from tests.support.varlen import attend_by_reference
 
+pytestmark = pytest.mark.long
+
 KINDS = ("gemma", "minicpm", "gemma2")
 BUDGETS = (300, 2000, 1)
 NAMES = {"gemma": "bge-reranker-v2-gemma", "minicpm": "layerwise", "gemma2": "lightweight"}

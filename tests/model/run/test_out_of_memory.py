@@ -10,6 +10,8 @@ import pytest
 
 from tests.support.models import make_encoder
 
+pytestmark = pytest.mark.long
+
 CHILD = """
 import json, os, resource, sys
 import numpy as np

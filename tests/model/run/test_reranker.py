@@ -23,6 +23,8 @@ from tests.model.conftest import MakeModel, load, run
 from tests.support.models import SENTENCES, make_decoder
 from tests.support.slow import slow_but
 
+pytestmark = pytest.mark.long
+
 RerankerFolder = Callable[[str], Path]
 KINDS = pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])
 

@@ -26,6 +26,8 @@ from tests.support.models import make_cross_encoder, make_decoder, make_encoder,
 from tests.support.slow import slow_but
 from tests.support.training import as_settings, training_keys
 
+pytestmark = pytest.mark.long
+
 pytest.importorskip("sentence_transformers")
 
 KINDS: dict[str, tuple[Any, dict[str, object]]] = {

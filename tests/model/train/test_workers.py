@@ -14,6 +14,8 @@ from bge_ray.model.train.objective import Embedding
 from tests.model.train.test_losses import GROUP, PASSAGES, QUERIES, TEACHER, built, gradients, tokens
 from tests.support.models import make_encoder
 
+pytestmark = pytest.mark.long
+
 HALF = len(QUERIES) // 2
 
 

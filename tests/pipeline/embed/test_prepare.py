@@ -98,6 +98,7 @@ def late(model: Path, **asked: object) -> ModelSpec:
     return prepare._resolve_model(parse_tree({"model": {"name": str(model), **asked}}), None)
 
 
+@pytest.mark.long
 def test_late_chunks_are_for_the_mean_of_an_encoder_alone(tmp_path: Path, tiny_model: Path) -> None:
     asked = ChunkingSettings(max_tokens=40, late=True)
     mean = late(tiny_model, pooling="mean")

@@ -163,6 +163,7 @@ def test_chunks_are_reused_wherever_they_stand_in_their_text(bucket: str, tiny_m
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_chunk_says_of_its_own_passage_that_the_title_was_cut(bucket: str, tiny_model: Path) -> None:
     words = "the quick brown fox jumps over lazy dog"
     second = "A corpus becomes an index."
@@ -219,6 +220,7 @@ def test_off_reuses_nothing_and_a_run_goes_on_with_another_setting(
     check_as_if_clean(bucket, tiny_model)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_a_column_that_comes_or_goes_embeds_nothing_and_keeps_every_id(
     bucket: str, tiny_model: Path, passages: list[dict[str, str]]
@@ -284,6 +286,7 @@ def test_all_outputs_of_a_row_are_reused_together(
     check_as_if_clean(bucket, model, *keys)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_of_a_corpus_of_which_60_percent_repeat_every_text_is_encoded_once(
     bucket: str, tiny_model: Path, passages: list[dict[str, str]]

@@ -27,6 +27,8 @@ from tests.support.datasets import check_nothing_left_over, read_manifest, read_
 from tests.support.ledgers import Handle
 from tests.support.models import make_m3
 
+pytestmark = pytest.mark.long
+
 STORAGE = Storage(5)
 LAST_BITS = 1e-5
 WRITES = ("write", "create", "replace")

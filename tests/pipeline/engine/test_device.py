@@ -15,6 +15,7 @@ with device_or_exit("unit 3-0"):
 """
 
 
+@pytest.mark.long
 def test_a_lost_device_ends_the_process_and_says_at_what_it_was() -> None:
     done = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, check=False)
     assert done.returncode == EXIT_CODE

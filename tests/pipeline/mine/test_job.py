@@ -377,6 +377,7 @@ def test_what_is_mined_for_nothing_fails_and_what_lost_too_much_is_there(root: s
     assert read(f"{bucket}/out", "negatives.jsonl")  # published all the same
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_the_readers_of_both_trainers_take_the_files(root: str, bucket: str, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")

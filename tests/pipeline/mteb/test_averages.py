@@ -5,6 +5,8 @@ import pytest
 from bge_ray.pipeline.mteb.averages import Average, average_of, mean_of_kinds, means_of, published
 from bge_ray.pipeline.mteb.tasks import find_benchmark
 
+pytestmark = pytest.mark.long
+
 # What is published is rounded to a hundredth, and so are the means of kinds that it is made of.
 ROUNDED = 0.011
 # Rows of the Chinese table whose mean is not that of their kinds: models older than version 1.5, and those

@@ -23,6 +23,8 @@ from tests.pipeline.mteb.sets import graded, known_items, untitled
 from tests.support.models import make_cross_encoder, make_encoder
 from tests.support.searches import settings_for
 
+pytestmark = pytest.mark.long
+
 CHINESE = "为这个句子生成表示以用于检索相关文章："  # noqa: RUF001 - the colon that the authors have
 ENGLISH = "Represent this sentence for searching relevant passages: "
 

@@ -84,6 +84,7 @@ def test_long_texts_close_a_group_early(tmp_path: Path) -> None:
 VALUES = st.one_of(st.none(), st.text(max_size=3))
 
 
+@pytest.mark.long
 @given(
     rows=st.lists(st.tuples(VALUES, st.one_of(st.none(), st.integers(0, 3))), min_size=1, max_size=9),
     before=st.lists(st.tuples(VALUES, st.one_of(st.none(), st.integers(0, 3))), max_size=9),

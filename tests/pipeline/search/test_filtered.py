@@ -162,6 +162,7 @@ def test_an_index_among_half_of_the_passages(root: str, tmp_path: Path, passages
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_words_and_weights_among_what_passes(root: str, tmp_path: Path, passages: Kept) -> None:
     """What a word is worth goes by all passages, so that scores are those of the search of everything."""
     check_against_all(root, f"{tmp_path}/bm25", passages, search__first_stage="bm25")

@@ -37,6 +37,8 @@ from tests.support.searches import settings_for
 from tests.support.slow import slow_but
 from tests.support.vectors import CHUNKING, VectorDataset, clustered
 
+pytestmark = pytest.mark.long
+
 STORAGE = Storage(5)
 DIM = 32
 QUERIES = clustered(10, DIM, seed=99)
