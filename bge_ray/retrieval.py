@@ -177,7 +177,7 @@ class IndexReader:
         model, feeder = self._loaded()
         tokens = feeder.queries(texts)
         result = model.empty_result(len(tokens))
-        model.run(tokens, model.cut(tokens.lengths, model.settle_budget("auto")), result)
+        model.run(tokens, model.cut(tokens, model.settle_budget("auto")), result)
         for row, (reason, detail) in sorted(result.faults.items()):
             raise ModelError(f"query {texts[row][:60]!r}: no vector: {reason}, {detail}")
         found: FloatArray = result.array(EMBEDDING)

@@ -47,7 +47,7 @@ def _encode_units(task: Task, texts: list[str]) -> Callable[[], None]:
 
     def work(limit: int | None = None) -> None:
         for tokens in units:
-            batches = model.cut(tokens.lengths, budget)[:limit]
+            batches = model.cut(tokens, budget)[:limit]
             model.run(tokens, batches, model.empty_result(len(tokens)))
 
     model.warm_up(budget)
@@ -203,7 +203,7 @@ def _score_pairs(task: Task, pairs: list[tuple[str, str]]) -> Callable[[], None]
 
     def work(some: list[tuple[str, str]] = pairs) -> None:
         rows = feeder.pairs([q for q, _ in some], [p for _, p in some])
-        model.run(rows, model.cut(rows.lengths, budget), model.empty_result(len(some)))
+        model.run(rows, model.cut(rows, budget), model.empty_result(len(some)))
 
     model.warm_up(budget)
     work(pairs[:16])

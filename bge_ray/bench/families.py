@@ -264,7 +264,7 @@ def _load(spec: ModelSpec, folder: Path) -> Model:
 
 def _run(model: Model, tokens: PackedTokens) -> int:
     """Run ours over rows, all outputs stored; returns how many tokens they have."""
-    model.run(tokens, model.cut(tokens.lengths, model.settle_budget("auto")), model.empty_result(len(tokens)))
+    model.run(tokens, model.cut(tokens, model.settle_budget("auto")), model.empty_result(len(tokens)))
     return int(tokens.lengths.sum())
 
 

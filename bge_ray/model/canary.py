@@ -88,7 +88,7 @@ def _encode(
     """Return (n, length) of each output, as canaries hold it."""
     tokens = feeder.passages(texts)
     result = model.empty_result(len(tokens))
-    model.run(tokens, model.cut(tokens.lengths, CPU_TOKEN_BUDGET), result)
+    model.run(tokens, model.cut(tokens, CPU_TOKEN_BUDGET), result)
     for row, (reason, detail) in sorted(result.faults.items()):
         raise ModelError(f"{model.spec.name}: no vector of {texts[row][:60]!r}: {reason}, {detail}")
     columns = result.columns()

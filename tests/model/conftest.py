@@ -78,7 +78,7 @@ def load(spec: ModelSpec, device: str = "cpu", packed: bool | None = None) -> Mo
 
 def run(model: Model, tokens: PackedTokens, budget: int = 512) -> Result:
     result = model.empty_result(len(tokens))
-    model.run(tokens, model.cut(tokens.lengths, budget), result)
+    model.run(tokens, model.cut(tokens, budget), result)
     return result
 
 

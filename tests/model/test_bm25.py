@@ -32,7 +32,7 @@ def made(
     model, feeder = open_model(spec, folder, Place()), text_feeder(spec)
     tokens = feeder.passages(texts)
     result = model.empty_result(len(texts))
-    model.run(tokens, model.cut(tokens.lengths, budget), result)
+    model.run(tokens, model.cut(tokens, budget), result)
     return sparse_rows(result.columns()["bm25"]), result.faults
 
 
@@ -105,7 +105,7 @@ def test_beside_the_three_outputs_of_an_m3_all_are_as_they_were(tmp_path: Path) 
         spec = resolve(folder, outputs=outputs)
         model, tokens = open_model(spec, folder, Place()), text_feeder(spec).passages(texts)
         result = model.empty_result(len(texts))
-        model.run(tokens, model.cut(tokens.lengths, 64), result)
+        model.run(tokens, model.cut(tokens, 64), result)
         columns.append(result.columns())
     assert all(columns[0][name].equals(columns[1][name]) for name in three)
     assert as_dicts(sparse_rows(columns[1]["bm25"])) == counted(folder, texts)

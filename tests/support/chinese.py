@@ -115,7 +115,7 @@ def in_this_process(
                     return None
                 tokens = tokens_of(texts[start : start + BLOCK])
                 result = loaded.empty_result(len(tokens))
-                loaded.run(tokens, loaded.cut(tokens.lengths, loaded.settle_budget("auto")), result)
+                loaded.run(tokens, loaded.cut(tokens, loaded.settle_budget("auto")), result)
                 with path.with_suffix(".part").open("wb") as file:
                     np.save(file, result.array(EMBEDDING))
                 path.with_suffix(".part").rename(path)

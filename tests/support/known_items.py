@@ -129,7 +129,7 @@ class Searched:
 def _encoded(spec: ModelSpec, folder: Path, tokens: PackedTokens) -> dict[str, pa.Array]:
     model = Model(spec, folder, Place())
     result = model.empty_result(len(tokens))
-    model.run(tokens, model.cut(tokens.lengths, model.settle_budget("auto")), result)
+    model.run(tokens, model.cut(tokens, model.settle_budget("auto")), result)
     return result.columns()
 
 

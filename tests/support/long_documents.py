@@ -134,7 +134,7 @@ class Embedder:
 
     def _run(self, tokens: PackedTokens) -> np.ndarray:
         result = self._model.empty_result(len(tokens))
-        self._model.run(tokens, self._model.cut(tokens.lengths, 2048), result)
+        self._model.run(tokens, self._model.cut(tokens, 2048), result)
         assert not result.faults
         return result.array(EMBEDDING)
 

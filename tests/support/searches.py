@@ -68,7 +68,7 @@ def query_vectors(model: Path, texts: list[str], **settings: object) -> np.ndarr
     tokens = text_feeder(spec).queries(texts)
     loaded = Model(spec, model_folder(spec), Place())
     result = loaded.empty_result(len(texts))
-    loaded.run(tokens, loaded.cut(tokens.lengths, 1024), result)
+    loaded.run(tokens, loaded.cut(tokens, 1024), result)
     return result.array(EMBEDDING)
 
 

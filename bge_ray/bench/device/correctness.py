@@ -120,7 +120,7 @@ def _rows(shape: str, lengths: tuple[int, ...] = LENGTHS) -> PackedTokens:
 def _outputs(model: Model, rows: PackedTokens, budget: int = BUDGET) -> np.ndarray:
     """Return (n, dim) vectors, or (n,) scores; refuses rows that have none."""
     result = model.empty_result(len(rows))
-    model.run(rows, model.cut(rows.lengths, budget), result)
+    model.run(rows, model.cut(rows, budget), result)
     if result.faults:
         raise ModelError(
             f"{len(result.faults)} rows have no output, such as {next(iter(result.faults.items()))}"
@@ -241,7 +241,7 @@ def _infinite(plan: Plan) -> Figure:
     model, rows = load_encoder(folder, Variant(plan.half), plan.device, 512), _rows("head 32", LENGTHS[:6])
     result = model.empty_result(len(rows))
     try:
-        model.run(rows, model.cut(rows.lengths, BUDGET), result)
+        model.run(rows, model.cut(rows, BUDGET), result)
     except ModelError:
         return 0.0, 0.0
     return float(len(rows) - len(result.faults)), 0.0
@@ -279,7 +279,7 @@ def _short_of_memory(plan: Plan) -> Figure:
     torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
     try:
         result = model.empty_result(len(rows))
-        model.run(rows, model.cut(rows.lengths, 1 << 20), result)
+        model.run(rows, model.cut(rows, 1 << 20), result)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     if not result.splits:
@@ -298,7 +298,7 @@ from bge_ray.records.tokens import PackedTokens
 model = load_encoder(Path(sys.argv[1]), Variant("float16"), "cuda", 512)
 rows = PackedTokens(np.full(8, 10**6, np.int32), np.asarray([0, 8], np.int32), np.zeros(1, np.bool_))
 with device_or_exit("a row with a token that there is none of"):
-    model.run(rows, model.cut(rows.lengths, 64), model.empty_result(1))
+    model.run(rows, model.cut(rows, 64), model.empty_result(1))
 """
 
 

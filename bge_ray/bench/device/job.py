@@ -120,7 +120,7 @@ def _loop(plan: Plan, model_path: Path, corpus: Path) -> dict[str, float]:
     budget = model.settle_budget("auto")
     rows = 50_000 if plan.on_gpu else 300
     tokens = text_feeder(spec).passages(texts_of(corpus, rows))
-    batches = model.cut(tokens.lengths, budget)
+    batches = model.cut(tokens, budget)
     model.warm_up(budget)
     taken = []
     for _ in range(8 if plan.on_gpu else 3):

@@ -43,7 +43,7 @@ def _profile(plan: Plan, folder: Path, case: tuple[str, str, int, str]) -> dict[
     shape, mix, budget, kernels = case
     model = load_encoder(folder, Variant(plan.half, kernels), plan.device, 512)
     tokens = random_rows(lengths_of(mix, budget * BATCHES), SPEED[shape].vocabulary)
-    batches = model.cut(tokens.lengths, budget)[:BATCHES]
+    batches = model.cut(tokens, budget)[:BATCHES]
     model.warm_up(budget)
     model.run(tokens, batches, model.empty_result(len(tokens)))
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if plan.on_gpu else [])]

@@ -80,7 +80,7 @@ def _measure(plan: Plan, model: Model, case: tuple[str, Path, str, str, int], ra
     shape, folder, kernels, mix, budget = case
     lengths = lengths_of(mix, 1_000_000 if plan.on_gpu else 4_000)
     tokens = random_rows(lengths, SPEED[shape].vocabulary)
-    batches = model.cut(tokens.lengths, budget)
+    batches = model.cut(tokens, budget)
     model.warm_up(budget)
     model.run(tokens, batches[:2] + batches[-2:], model.empty_result(len(tokens)))
     if plan.on_gpu:

@@ -19,6 +19,7 @@ from bge_ray.model.heads import Head, Ragged
 from bge_ray.model.run.inputs import packed_inputs, padded_inputs
 from bge_ray.model.run.memory import is_out_of_memory
 from bge_ray.model.run.packed import takes_ready_mask
+from bge_ray.model.run.prefix import shared_tokens
 from bge_ray.model.run.result import Block, Result
 from bge_ray.model.run.terms import TermCounter
 from bge_ray.records.ids import IdArray
@@ -88,6 +89,7 @@ class Executor:
         *,
         device: torch.device,
         packed: bool,
+        shares: bool = False,
         counter: TermCounter | None = None,
     ) -> None:
         """Take a loaded model.
@@ -97,10 +99,11 @@ class Executor:
             load_exact: loads the same in float32 and for padded batches; called once, if ever.
             device: where the model runs.
             packed: whether the model's attention takes packed batches.
+            shares: whether what all rows of such a batch begin with is computed once.
             counter: of the tokens of a row, whose output is the last; None where they are not counted.
         """
         self.device = device
-        self.packed = packed
+        self.packed, self.shares = packed, shares
         self._loaded = loaded.to(device)
         self._load_exact = load_exact
         self._counter = counter
@@ -168,7 +171,8 @@ class Executor:
     def _launch(self, loaded: Loaded, source: PackedTokens, rows: IdArray, *, packed: bool) -> _Launched:
         config: Any = loaded.model.config
         if packed:
-            inputs = packed_inputs(source, rows, config, self.device)
+            shared = shared_tokens(source, rows) if self.shares else 0
+            inputs = packed_inputs(source, rows, config, self.device, shared)
         else:
             ready = takes_ready_mask(loaded.model)
             inputs = padded_inputs(source, rows, config, self.device, ready_mask=ready)

@@ -8,7 +8,8 @@ import numpy.typing as npt
 import torch
 from transformers import PretrainedConfig
 
-from bge_ray.model.run.packed import equal_runs, positions
+from bge_ray.model.run.packed import Prefix, equal_runs, positions
+from bge_ray.model.run.prefix import shared_keys
 from bge_ray.records.arrays import ranges
 from bge_ray.records.ids import IdArray
 from bge_ray.records.tokens import PackedTokens
@@ -68,9 +69,14 @@ def padded_inputs(
 
 
 def packed_inputs(
-    source: PackedTokens, rows: IdArray, config: PretrainedConfig, device: torch.device
+    source: PackedTokens, rows: IdArray, config: PretrainedConfig, device: torch.device, shared: int = 0
 ) -> Inputs:
-    """Lay rows end to end as one row, with their borders."""
+    """Lay rows end to end as one row, with their borders.
+
+    So many tokens as they share, which `prefix.shared_tokens` counts, lie in front of them once.
+    """
+    if shared:
+        return _behind_prefix(source, rows, device, shared)
     lengths = source.lengths_of(rows)
     flat, within = _gather(source, rows, lengths)
     borders = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
@@ -94,6 +100,34 @@ def packed_inputs(
     elif source.type_starts is not None:  # of a decoder, which has no segments: read on the host
         arguments["passage_starts"] = source.type_starts[rows].astype(np.int64)
     return Inputs(arguments, borders=where, **_pooled(source, rows, device))
+
+
+def _behind_prefix(source: PackedTokens, rows: IdArray, device: torch.device, shared: int) -> Inputs:
+    """Lay rows of a decoder end to end behind what they share; see `packed.Prefix`."""
+    lengths = source.lengths_of(rows) - shared
+    flat, within = _gather(source, rows, lengths, skipped=shared)
+    first = source.offsets[rows[0]]
+    places, queries_at, keys_at = shared_keys(shared, lengths)
+    stacked = np.stack(
+        [
+            np.concatenate([source.input_ids[first : first + shared], flat]),
+            np.concatenate([np.arange(shared), shared + within]),
+        ]
+    )
+    input_ids, position_ids = to_device(stacked, device).unsqueeze(1)
+    borders = to_device(np.stack([queries_at, keys_at]), device)
+    prefix = Prefix(
+        shared, max(shared, int(lengths.max())), to_device(places, device), borders[0].int(), borders[1].int()
+    )
+    arguments = {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "cu_seqlens": prefix.queries_at[1:],
+        "runs": equal_runs(lengths),
+        "max_seqlen": shared + int(lengths.max()),
+        "prefix": prefix,
+    }
+    return Inputs(arguments, borders=borders[0, 1:], **_pooled(source, rows, device))
 
 
 def pool(hidden: torch.Tensor, inputs: Inputs, pooling: str) -> torch.Tensor:
@@ -247,12 +281,15 @@ def token_states(hidden: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, to
 
 
 def _gather(
-    source: PackedTokens, rows: IdArray, lengths: npt.NDArray[np.int64]
+    source: PackedTokens, rows: IdArray, lengths: npt.NDArray[np.int64], skipped: int = 0
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """Return the rows' token ids end to end, and each token's place within its row; both (tokens,)."""
+    """Return the rows' token ids end to end, and each token's place within its row; both (tokens,).
+
+    Places are counted behind so many tokens that are skipped, which are not among the lengths.
+    """
     ends = np.cumsum(lengths)
     within = np.arange(int(ends[-1]), dtype=np.int64) - np.repeat(ends - lengths, lengths)
-    starts = source.offsets[rows].astype(np.int64)
+    starts = source.offsets[rows].astype(np.int64) + skipped
     return source.input_ids[np.repeat(starts, lengths) + within], within
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from bge_ray.model.run.fused import FusedLayer
-from bge_ray.model.run.packed import DECODERS, attend
+from bge_ray.model.run.packed import DECODERS, Prefix, attend
 
 
 class OneTokenLayer(torch.nn.Module):
@@ -100,6 +100,7 @@ class OneTokenDecoderLayer(torch.nn.Module):
         cu_seqlens: torch.Tensor,
         runs: Sequence[tuple[int, int]],
         max_seqlen: int,
+        prefix: Prefix | None = None,
         **__: Any,
     ) -> torch.Tensor:
         """Return (1, rows, dim) states of (1, tokens, dim); the rest is as in `packed_attention`."""
@@ -123,6 +124,7 @@ class OneTokenDecoderLayer(torch.nn.Module):
             runs=runs,
             max_seqlen=max_seqlen,
             one_query=True,
+            prefix=prefix,
         )
         return torch.as_tensor(output)
 

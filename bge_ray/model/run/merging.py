@@ -104,7 +104,7 @@ def example_loss(asked: ModelSettings, queries: Sequence[str], passages: Sequenc
 
 def _vectors(model: Model, tokens: PackedTokens) -> FloatArray:
     result = model.empty_result(len(tokens.lengths))
-    model.run(tokens, model.cut(tokens.lengths, model.settle_budget("auto")), result)
+    model.run(tokens, model.cut(tokens, model.settle_budget("auto")), result)
     if result.faults:
         raise ModelError(
             f"merge.examples: {model.spec.name} makes no vector of {len(result.faults)} of their texts"

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from bge_ray.errors import ModelError
@@ -16,6 +15,7 @@ from bge_ray.model.run.last_layer import keep_one_token
 from bge_ray.model.run.load import Loading
 from bge_ray.model.run.memory import card_of, check_device, check_room
 from bge_ray.model.run.packed import ATTENTION, can_pack, register
+from bge_ray.model.run.prefix import can_share, counted_lengths, shared_tokens
 from bge_ray.model.run.prepack import prepack_linears
 from bge_ray.model.run.result import Result
 from bge_ray.model.run.terms import TermModel, term_counter
@@ -75,8 +75,10 @@ class Model:
         loaded = load(Loading(dtype, ATTENTION if packed else None, place.trust_remote_code))
         if spec.kernels == "fused":
             fuse_layers(loaded.model)
+        needs = {head.needs for head in loaded.heads}
+        shares = packed and can_share(loaded.model, needs)
         if packed:
-            keep_one_token(loaded.model, {head.needs for head in loaded.heads})
+            keep_one_token(loaded.model, needs)
         if self.device.type == "cpu":
             for module in (loaded.model, *loaded.heads):
                 prepack_linears(module, dtype)
@@ -87,16 +89,18 @@ class Model:
         if spec.of_states != spec:
             counter = term_counter(spec, folder, trust_remote_code=place.trust_remote_code)
         self._executor = Executor(
-            loaded, lambda: load(exact), device=self.device, packed=packed, counter=counter
+            loaded, lambda: load(exact), device=self.device, packed=packed, shares=shares, counter=counter
         )
 
     def settle_budget(self, asked: int | Auto) -> int:
         """Return the token budget of a batch: as asked for, or what suits this model on its device."""
         return settle_budget(asked, card_of(self.device), self._hidden)
 
-    def cut(self, lengths: np.ndarray, budget: int) -> list[IdArray]:
-        """Cut rows of (n,) ``lengths`` into batches of at most ``budget`` tokens, as this model counts."""
-        return token_budget_batches(lengths, budget, packed=self._executor.packed)
+    def cut(self, tokens: PackedTokens, budget: int) -> list[IdArray]:
+        """Cut n rows into batches of at most ``budget`` tokens, as this model counts."""
+        shared = shared_tokens(tokens) if self._executor.shares else 0
+        lengths = counted_lengths(tokens.lengths, shared) if shared else tokens.lengths
+        return token_budget_batches(lengths, max(1, budget - shared), packed=self._executor.packed)
 
     def empty_result(self, n_rows: int) -> Result:
         """Return a result of n rows that `run` fills: as many as its tokens have results."""
@@ -109,7 +113,7 @@ class Model:
         """
         compile_norms(self._model)
         tokens = longest_rows(self.spec.max_length, budget)
-        self.run(tokens, self.cut(tokens.lengths, budget), self.empty_result(len(tokens)))
+        self.run(tokens, self.cut(tokens, budget), self.empty_result(len(tokens)))
 
     def run(self, tokens: PackedTokens, batches: Sequence[IdArray], result: Result) -> None:
         """Compute the outputs of the rows of the given batches into ``result``.

@@ -52,6 +52,23 @@ class Reach:
 EVERYTHING = Reach()
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """Where the keys lie of rows that share their first tokens, which are a row of their own in front.
+
+    ``tokens`` is how many they are, and ``longest`` how many queries the longest of these rows has. ``keys``
+    is (total,) int64: of each row, the one in front first, the places of all tokens that it may see.
+    ``queries_at`` and ``keys_at`` are (rows + 2,) int32, where the queries and the keys of each begin, and
+    the end.
+    """
+
+    tokens: int
+    longest: int
+    keys: torch.Tensor
+    queries_at: torch.Tensor
+    keys_at: torch.Tensor
+
+
 def can_pack(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> bool:
     """Tell whether a model runs packed, and faster so, on a device and in a dtype."""
     if not is_packable(config):
@@ -121,6 +138,7 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     one_query: bool = False,
+    prefix: Prefix | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend within each row of a packed batch; called by transformers' model code.
@@ -138,6 +156,7 @@ def packed_attention(
         sliding_window: how many tokens a query sees, itself included; None is all.
         softcap: bound of the scores.
         one_query: whether each row has one query, that of its last token.
+        prefix: what rows share, which then lies in front of them, and the borders begin behind it.
 
     Returns:
         (1, tokens, heads, head_dim), and no weights.
@@ -157,6 +176,7 @@ def packed_attention(
         scaling=scaling,
         one_query=one_query,
         reach=Reach(causal, sliding_window, softcap),
+        prefix=prefix,
     )
     return out.unsqueeze(0), None
 
@@ -172,8 +192,9 @@ def attend(
     scaling: float | None,
     one_query: bool = False,
     reach: Reach = EVERYTHING,
+    prefix: Prefix | None = None,
 ) -> torch.Tensor:
-    """Attend within each row of a packed batch.
+    """Attend within each row of a packed batch, and to what all rows begin with.
 
     Args:
         q: (tokens, heads, head_dim); (rows, heads, head_dim) with ``one_query``.
@@ -185,23 +206,31 @@ def attend(
         scaling: factor on the scores.
         one_query: whether each row has one query, and not one a token; a causal one is its last token's.
         reach: what a query sees.
+        prefix: what rows share, which then lies in front of them, and the borders begin behind it; its own
+            tokens have queries unless there is ``one_query`` a row. For causal queries.
 
     Returns:
         Of the shape of ``q``.
     """
     if has_kernel(q):
-        return attend_by_kernel(q, k, v, cu_seqlens, max_seqlen, scaling, reach)
+        return attend_by_kernel(q, k, v, cu_seqlens, max_seqlen, scaling, reach, prefix)
     # No kernel on the CPU knows borders. Rows of equal length need none: batches are sorted by length.
+    shared = 0
+    if prefix is not None:
+        shared, keys = prefix.tokens, prefix.keys[prefix.tokens :] if one_query else prefix.keys
+        k, v = k[keys], v[keys]
+        runs = runs if one_query else [(1, 0), *runs]  # that in front has nothing but what it shares
     parts = []
     at = start = 0
     for n_rows, length in runs:
-        n_queries = 1 if one_query else length
+        n_keys = shared + length
+        n_queries = 1 if one_query else length or shared
         a = _heads_first(q[at : at + n_rows * n_queries], n_rows)
-        b, c = (_heads_first(states[start : start + n_rows * length], n_rows) for states in (k, v))
+        b, c = (_heads_first(states[start : start + n_rows * n_keys], n_rows) for states in (k, v))
         part = _attend_run(a, b, c, scaling, reach)  # (n_rows, heads, n_queries, head_dim)
         parts.append(part.transpose(1, 2).reshape(n_rows * n_queries, *q.shape[1:]))
         at += n_rows * n_queries
-        start += n_rows * length
+        start += n_rows * n_keys
     return torch.cat(parts)
 
 
@@ -218,6 +247,7 @@ def attend_by_kernel(
     max_seqlen: int,
     scaling: float | None,
     reach: Reach,
+    prefix: Prefix | None = None,
 ) -> torch.Tensor:
     """Attend as `attend` does, by the kernel for CUDA, which knows borders and no soft-cap.
 
@@ -225,8 +255,14 @@ def attend_by_kernel(
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    borders, longest = cu_seqlens, max_seqlen
-    if len(q) == len(cu_seqlens) - 1:
+    one_query = len(q) == len(cu_seqlens) - 1
+    borders, keys_at, longest = cu_seqlens, cu_seqlens, max_seqlen
+    if prefix is not None:
+        keys, borders, keys_at, longest = prefix.keys, prefix.queries_at, prefix.keys_at, prefix.longest
+        if one_query:  # none of the tokens in front
+            keys, keys_at = keys[prefix.tokens :], keys_at[1:] - prefix.tokens
+        k, v = k[keys], v[keys]
+    if one_query:
         borders, longest = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device), 1
     # How many tokens a query sees to its left and to its right; -1 is all.
     window = (-1, -1)
@@ -237,7 +273,7 @@ def attend_by_kernel(
         k,
         v,
         borders,
-        cu_seqlens,
+        keys_at,
         longest,
         max_seqlen,
         scale=scaling,
@@ -276,8 +312,9 @@ def _attend_run(
         reach = replace(reach, causal=False)
     if reach.softcap is not None:
         return _attend_capped(q, k, v, scaling, reach)
-    narrow = reach.causal and reach.window is not None and reach.window < length
-    mask = _sees(0, n_queries, length, reach, q.device) if narrow else None
+    before = length - n_queries  # tokens in front of the first query
+    narrow = reach.causal and (before > 0 or (reach.window is not None and reach.window < length))
+    mask = _sees(before, length, length, reach, q.device) if narrow else None
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -298,15 +335,17 @@ def _attend_capped(
     factor = head_dim**-0.5 if scaling is None else scaling
     cap = float(reach.softcap or 0)
     grouped = q.view(rows, -1, shared, n_queries, head_dim)  # with a key head each
+    before = length - n_queries  # tokens in front of the first query
     parts = []
     for start in range(0, n_queries, CAPPED_QUERIES):
         stop = min(start + CAPPED_QUERIES, n_queries)
-        seen = stop if reach.causal else length
+        seen = before + stop if reach.causal else length
         keys, values = k[:, :, None, :seen], v[:, :, None, :seen]
         scores = torch.matmul(grouped[:, :, :, start:stop], keys.transpose(-1, -2)) * factor
         scores = torch.tanh(scores / cap) * cap
         if reach.causal:
-            scores = scores.masked_fill(~_sees(start, stop, seen, reach, q.device), float("-inf"))
+            hidden = ~_sees(before + start, before + stop, seen, reach, q.device)
+            scores = scores.masked_fill(hidden, float("-inf"))
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
         parts.append(torch.matmul(weights, values))
     return torch.cat(parts, dim=3).view(q.shape)

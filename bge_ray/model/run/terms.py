@@ -97,9 +97,9 @@ class TermModel:
         """Return how many tokens are counted at once."""
         return COUNTED_TOKENS if asked == "auto" else asked
 
-    def cut(self, lengths: np.ndarray, budget: int) -> list[IdArray]:
-        """Cut rows of (n,) ``lengths`` into batches, as `Model.cut`."""
-        return token_budget_batches(lengths, budget, packed=True)
+    def cut(self, tokens: PackedTokens, budget: int) -> list[IdArray]:
+        """Cut n rows into batches, as `Model.cut`."""
+        return token_budget_batches(tokens.lengths, budget, packed=True)
 
     def empty_result(self, n_rows: int) -> Result:
         """Return a result of n rows that `run` fills."""

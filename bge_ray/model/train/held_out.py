@@ -96,7 +96,7 @@ def _rerank(
 
 def _run(model: Model, tokens: PackedTokens, output: str) -> FloatArray:
     result = model.empty_result(len(tokens))
-    model.run(tokens, model.cut(tokens.lengths, model.settle_budget("auto")), result)
+    model.run(tokens, model.cut(tokens, model.settle_budget("auto")), result)
     if result.faults:
         raise ModelError(
             f"train.held_out: {model.spec.name} makes nothing of {len(result.faults)} of its texts"

@@ -255,7 +255,7 @@ def measure_task(
         tokens = Chunker(feeder, chunking).cut(titles, bodies).tokens
     model = open_model(spec, model_folder(spec), Place(pool.device, pool.threads, trust_remote_code))
     settled = model.settle_budget(budget)
-    batches = model.cut(tokens.lengths, settled)
+    batches = model.cut(tokens, settled)
     model.warm_up(settled)
     model.run(tokens, batches[:2], model.empty_result(tokens.n_results))
     seconds: list[float] = []

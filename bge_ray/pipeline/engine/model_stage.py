@@ -100,7 +100,7 @@ class ModelStage:
             results = tokens.results_of(np.asarray([i], np.int64)).tolist()
             result.faults |= dict.fromkeys(results, ("killed_worker", detail))
 
-        batches = self._model.cut(tokens.lengths, self._budget)
+        batches = self._model.cut(tokens, self._budget)
         run_isolated(attempt, self._job.stage, batches, run, reject)
         outputs = result.columns()
         done = without_tokens(table)

@@ -88,7 +88,7 @@ def encode_task(texts: tuple[str, ...], dataset: DatasetSpec, settings: ModelSet
     check_canaries(dataset.canaries, model, feeder)
     tokens = feeder.queries(texts)
     result = model.empty_result(len(tokens))
-    model.run(tokens, model.cut(tokens.lengths, CPU_TOKEN_BUDGET), result)
+    model.run(tokens, model.cut(tokens, CPU_TOKEN_BUDGET), result)
     if result.faults:
         number, (reason, detail) = next(iter(sorted(result.faults.items())))
         raise ModelError(f"index.queries: query {number} has no vector: {reason} {detail}")

@@ -68,7 +68,7 @@ class TextEncoder:
         tokens = feeder.queries(texts) if are_queries else feeder.passages(texts)
         result = self._model.empty_result(len(texts))
         with device_or_exit("mteb"):
-            self._model.run(tokens, self._model.cut(tokens.lengths, self._budget), result)
+            self._model.run(tokens, self._model.cut(tokens, self._budget), result)
         for row, (reason, detail) in sorted(result.faults.items()):
             raise ModelError(f"{self._spec.name}: {texts[row][:60]!r} has no vector: {reason}, {detail}")
         found: FloatArray = result.array(EMBEDDING)

@@ -55,7 +55,7 @@ def chunked(spec: ModelSpec, passages: Sequence[tuple[str, str]], rules: Chunkin
 def encoded(spec: ModelSpec, tokens: PackedTokens, *, packed: bool, budget: int) -> np.ndarray:
     model = load(spec, packed=packed)
     result = model.empty_result(tokens.n_results)
-    model.run(tokens, model.cut(tokens.lengths, budget), result)
+    model.run(tokens, model.cut(tokens, budget), result)
     assert not result.faults
     return vectors(result)
 
@@ -190,7 +190,7 @@ def test_a_window_that_is_not_finite_is_told_for_each_of_its_chunks(tmp_path: Pa
     with torch.no_grad():
         model._model.get_input_embeddings().weight[bad] = float("nan")
     result = model.empty_result(tokens.n_results)
-    model.run(tokens, model.cut(tokens.lengths, 512), result)
+    model.run(tokens, model.cut(tokens, 512), result)
     struck = [row for row in range(len(tokens)) if bad in ids[tokens.offsets[row] : tokens.offsets[row + 1]]]
     assert set(result.faults) == set(tokens.results_of(np.asarray(struck)).tolist())
     assert {reason for reason, _ in result.faults.values()} == {"non_finite"}

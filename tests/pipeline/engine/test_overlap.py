@@ -69,7 +69,7 @@ def check_rows(spec: ModelSpec, tables: dict[int, pa.Table], poison: set[tuple[i
         assert table["row"].to_pylist() == list(range(ROWS))
         tokens = text_feeder(spec, trust_remote_code=True).passages(texts_of(unit, set()))
         expected = safe.empty_result(ROWS)
-        safe.run(tokens, safe.cut(tokens.lengths, BUDGET), expected)
+        safe.run(tokens, safe.cut(tokens, BUDGET), expected)
         for row, (reason, vector) in enumerate(
             zip(table["reason"].to_pylist(), table[EMBEDDING].to_pylist(), strict=True)
         ):

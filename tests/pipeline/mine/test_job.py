@@ -310,7 +310,7 @@ def test_a_teacher_scores_what_is_left_and_drops_by_logits(
     )
     model = Model(spec, model_folder(spec), Place())
     result = model.empty_result(len(rows))
-    model.run(pairs, model.cut(pairs.lengths, 1024), result)
+    model.run(pairs, model.cut(pairs, 1024), result)
     np.testing.assert_allclose([r["teacher_score"] for r in rows], result.array(SCORE), atol=1e-4)
     scored = {"positive", "negative", "not_drawn", "teacher_margin"}
     assert {r["reason"] for r in read(bucket, "audit.parquet") if r["teacher_score"] is not None} == scored

@@ -65,7 +65,7 @@ def scores_here(folder: Path, pairs: list[tuple[str, str]]) -> list[float]:
     rows = pair_feeder(spec).pairs([q for q, _ in pairs], [p for _, p in pairs])
     model = Model(spec, model_folder(spec), Place())
     result = model.empty_result(len(pairs))
-    model.run(rows, model.cut(rows.lengths, 1024), result)
+    model.run(rows, model.cut(rows, 1024), result)
     return result.array(SCORE).tolist()
 
 
@@ -155,7 +155,7 @@ def test_a_layer_wise_reranker_gives_a_column_a_layer(bucket: str, tmp_path: Pat
     tokens = pair_feeder(spec).pairs([q for q, _ in rows], [p for _, p in rows])
     model = Model(spec, model_folder(spec), Place())
     result = model.empty_result(len(rows))
-    model.run(tokens, model.cut(tokens.lengths, 1024), result)
+    model.run(tokens, model.cut(tokens, 1024), result)
     for name in layers:
         np.testing.assert_allclose(table[name].to_numpy(), result.array(name), atol=1e-4)
         assert np.ptp(table[name].to_numpy()) > 0.1

@@ -225,5 +225,5 @@ def score_here(folder: str, query: str, text: str) -> float:
     model, feeder = reranker_here(folder)
     rows = feeder.pairs([query], [text])
     result = model.empty_result(1)
-    model.run(rows, model.cut(rows.lengths, 1024), result)
+    model.run(rows, model.cut(rows, 1024), result)
     return float(result.array(SCORE)[0])
