@@ -36,6 +36,10 @@ OFFSET_POSITION_TYPES = {
 }
 
 
+# What configurations call the length of a token's state: most of them, DistilBERT, GPT-2, XLNet and XLM.
+HIDDEN_NAMES = ("hidden_size", "dim", "n_embd", "d_model", "emb_dim")
+
+
 @dataclass(frozen=True)
 class ModelFolder:
     """A folder that `source.fetch_model` returned, and its commit on the hub."""
@@ -64,7 +68,8 @@ class ModelFolder:
     @property
     def positions(self) -> int | None:
         """How many tokens the model has positions for; None if its config.json does not say."""
-        positions = self.config.get("max_position_embeddings")
+        # GPT-2 calls them n_positions.
+        positions = self.config.get("max_position_embeddings", self.config.get("n_positions"))
         if not isinstance(positions, int) or positions < 1:
             return None
         return positions - (2 if self.config.get("model_type") in OFFSET_POSITION_TYPES else 0)
@@ -76,9 +81,12 @@ class ModelFolder:
         Raises:
             ModelError: config.json does not say.
         """
-        dim = self.config.get("hidden_size", self.config.get("dim"))  # DistilBERT calls it dim
+        dim = next((self.config[name] for name in HIDDEN_NAMES if name in self.config), None)
         if not isinstance(dim, int) or dim < 1:
-            raise ModelError(f"{self.path}/config.json: no hidden_size")
+            raise ModelError(
+                f"{self.path}/config.json: none of {', '.join(HIDDEN_NAMES)} says how many numbers a token's "
+                "state has"
+            )
         return dim
 
     @property
@@ -165,12 +173,7 @@ class ModelFolder:
         Raises:
             ModelError: they are no texts, or the default names one that is not there.
         """
-        prompts = self.prompts()
-        default = self._optional(PROMPTS_FILE).get("default_prompt_name")
-        if default is not None and default not in (*prompts, *QUERY_PROMPTS, *PASSAGE_PROMPTS):
-            raise ModelError(
-                f"{self.path}/{PROMPTS_FILE}: default_prompt_name {default!r} is none of {list(prompts)}"
-            )
+        prompts, default = self.prompts(), self._default_name()
 
         def of_side(own: tuple[str, ...], other: tuple[str, ...]) -> str:
             names = own if default is None or default in other else (*own, default)
@@ -178,6 +181,23 @@ class ModelFolder:
             return next((text for text in map(prompts.get, names) if text), "")
 
         return of_side(QUERY_PROMPTS, PASSAGE_PROMPTS), of_side(PASSAGE_PROMPTS, QUERY_PROMPTS)
+
+    def default_prompt(self) -> str:
+        """Return what sentence-transformers' files put before every text, or pair of texts; empty if nothing.
+
+        Raises:
+            ModelError: as `instructions`.
+        """
+        default = self._default_name()
+        return (self.prompts().get(default) if default is not None else None) or ""
+
+    def _default_name(self) -> str | None:
+        default, names = self._optional(PROMPTS_FILE).get("default_prompt_name"), list(self.prompts())
+        if default is not None and default not in (*names, *QUERY_PROMPTS, *PASSAGE_PROMPTS):
+            raise ModelError(
+                f"{self.path}/{PROMPTS_FILE}: default_prompt_name {default!r} is none of {names}"
+            )
+        return None if default is None else str(default)
 
     def _optional(self, name: str) -> dict[str, Any]:
         path = self.path / name

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from bge_ray.errors import ModelError
+from bge_ray.model.pointers import refuse_pointer
 
 MODULES_FILE = "modules.json"
 POOLING_FILE = "1_Pooling/config.json"
@@ -56,6 +57,29 @@ _REFUSED = {
     "MultiVectorMask": "it makes a vector of each token",
 }
 _LIBRARY = "sentence_transformers."
+# What the library hands on to transformers when it loads a model, under its present and its older names, and
+# what of it changes no vector here: precision and attention are settings, and padding is our own business.
+_LOADING = {
+    "model_kwargs": "model_args",
+    "config_kwargs": "config_args",
+    "processor_kwargs": "tokenizer_args",
+}
+_WITHOUT_EFFECT = {
+    "attn_implementation",
+    "cache_dir",
+    "device_map",
+    "dtype",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "padding_side",
+    "revision",
+    "token",
+    "torch_dtype",
+    "trust_remote_code",
+    "use_cache",
+    "use_fast",
+    "use_safetensors",
+}
 
 
 @dataclass(frozen=True)
@@ -229,6 +253,7 @@ def read_object(path: Path) -> dict[str, Any]:
         ModelError: it cannot be read, or is no object.
     """
     try:
+        refuse_pointer(path)
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: {error}") from error
@@ -268,6 +293,17 @@ def _check_transformer(folder: Path) -> None:
         value = config.get(key)
         if value and value not in fine:
             raise ModelError(f"{folder}: its transformer has {key} {value!r}, which is not supported")
+    for names in _LOADING.items():
+        for key in names:
+            told = {
+                name: value for name, value in (config.get(key) or {}).items() if name not in _WITHOUT_EFFECT
+            }
+            if told:
+                raise ModelError(
+                    f"{folder}: sentence-transformers loads its transformer with {key} {told}, which is not "
+                    "done here; write them into config.json or tokenizer_config.json, and take them out of "
+                    f"{key}"
+                )
     kinds = config.get("modality_config") or {}
     if "message" in kinds:
         raise ModelError(f"{folder}: its texts are put into a chat template, which is not supported")

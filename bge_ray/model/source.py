@@ -60,6 +60,8 @@ DECISIVE_FILES = (
 # These decide what becomes of tokens, and not which there are.
 NO_TOKENIZER_FILES = ("config.json", MODULES_FILE, "config_sentence_transformers.json")
 CODE_FILES = ("*.py",)
+# Beside it lie the weights of an adapter, as peft writes them.
+ADAPTER_FILE = "adapter_config.json"
 CHUNK_BYTES = 8 << 20
 FETCH_BYTES = 64 << 20
 # A file can change within one tick of its file system's clock without another time: such a hash is not kept.
@@ -78,14 +80,16 @@ def fetch_model(name: str, revision: str | None, setting: Setting = "model.name"
     Raises:
         ModelError: it is none of the three or not to be had; says what else would do.
     """
+    folder, commit = _fetch(name, revision, setting)
+    _check_folder(folder, name, setting)
+    return folder, commit
+
+
+def _fetch(name: str, revision: str | None, setting: Setting) -> tuple[Path, str | None]:
     if "://" in name:
         return _fetch_uri(name, setting), None
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            kinds = ", ".join(kind.rpartition(".")[2] for kind, _ in list_modules(folder) or ())
-            found = f", only sentence-transformers' {kinds}; what is run is a transformer" if kinds else ""
-            raise ModelError(f"{setting} {name}: the folder has no config.json{found}")
         return folder.resolve(), None
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ModelError(
@@ -93,6 +97,31 @@ def fetch_model(name: str, revision: str | None, setting: Setting = "model.name"
             "object storage, as s3://bucket/model, is fetched by each node)"
         )
     return _fetch_hub(name, revision, setting)
+
+
+def _check_folder(folder: Path, name: str, setting: Setting) -> None:
+    """Refuse a folder that holds no whole transformer.
+
+    Raises:
+        ModelError: says what it holds instead, and the way out.
+    """
+    if (folder / ADAPTER_FILE).is_file():
+        raise ModelError(
+            f"{setting} {name}: {ADAPTER_FILE} says that it is an adapter of another model; merge the two "
+            "(peft: merge_and_unload), save that, and leave the adapter's files out"
+        )
+    if (folder / "config.json").is_file():
+        return
+    listed = list_modules(folder) or []
+    inside = [place for _, place in listed if place and (folder / place / "config.json").is_file()]
+    if listed and listed[0][0].endswith(".Transformer") and listed[0][1] in inside:
+        raise ModelError(
+            f"{setting} {name}: its transformer lies in {listed[0][1]}, as sentence-transformers before "
+            "2.0 laid it; load it with a later version and save it again"
+        )
+    kinds = ", ".join(kind.rpartition(".")[2] for kind, _ in listed)
+    found = f", only sentence-transformers' {kinds}; what is run is a transformer" if kinds else ""
+    raise ModelError(f"{setting} {name}: the folder has no config.json{found}")
 
 
 def _fetch_hub(name: str, revision: str | None, setting: Setting) -> tuple[Path, str]:

@@ -14,6 +14,7 @@ from typing import TypeAlias
 from safetensors import SafetensorError, safe_open
 
 from bge_ray.errors import ModelError
+from bge_ray.model.pointers import refuse_pointer
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 # Heads that lie beside the model, by the output that they make; the first file that is there counts.
@@ -133,6 +134,7 @@ def tensor_shapes(files: Sequence[Path]) -> dict[Path, dict[str, Shape]]:
 
 def _safe_shapes(path: Path) -> dict[str, Shape]:
     try:
+        refuse_pointer(path)
         with safe_open(path, framework="numpy") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:

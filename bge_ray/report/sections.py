@@ -28,6 +28,7 @@ REASONS = {
     "empty_text": "nothing but white space and what nobody sees",
     "invalid_unicode": "not valid Unicode",
     "no_tokens": "the tokenizer makes no token of it",
+    "unknown_token": "the tokenizer makes a token of it that the model does not know",
     "non_finite": "the vector holds NaN or infinity",
     "out_of_memory": "the row alone does not fit in memory",
     "killed_worker": "the row ended its process twice",

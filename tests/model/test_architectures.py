@@ -60,6 +60,10 @@ ARCHITECTURES: dict[str, tuple[str, Tokenizer, dict[str, Any]]] = {
     "deberta": ("Deberta", make_wordpiece, {**RELATIVE, **SIZES}),
     "deberta-v2": ("DebertaV2", make_wordpiece, {**RELATIVE, **SIZES}),
     "distilbert": ("DistilBert", make_wordpiece, DISTIL),
+    # None of these three may be padded, whatever their mask says.
+    "convbert": ("ConvBert", make_wordpiece, {"embedding_size": 16, **SIZES}),
+    "fnet": ("FNet", make_wordpiece, {"type_vocab_size": 2, **SIZES}),
+    "nystromformer": ("Nystromformer", make_wordpiece, SIZES),
     "electra": ("Electra", make_wordpiece, {"embedding_size": 16, **SIZES}),
     "gemma3_text": ("Gemma3Text", make_unigram, {"pad_token_id": 1, **TWO_WAYS, **SIZES}),
     "gte": ("Gte", make_wordpiece, {"type_vocab_size": 2, **SIZES}),
@@ -67,12 +71,19 @@ ARCHITECTURES: dict[str, tuple[str, Tokenizer, dict[str, Any]]] = {
     "mpnet": ("MPNet", make_unigram, OFFSET),
     "nomic_bert": ("NomicBert", make_wordpiece, SIZES),
     "roberta": ("Roberta", make_unigram, {"type_vocab_size": 1, "pad_token_id": 1, **OFFSET}),
+    # One that reads the weights of its linear layers, and one that reckons with its mask.
+    "mamba": ("Mamba", make_wordpiece, {"state_size": 4, **SIZES}),
+    "xlnet": ("XLNet", make_wordpiece, {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, **COMMON}),
 }
 
 
 # Of those with a head on top that transformers has.
 KNOWN = frozenset(dir(transformers))  # A second's work, and nothing is imported for it.
-CROSS_ENCODERS = [kind for kind, (name, *_) in ARCHITECTURES.items() if f"{name}{RERANKER}" in KNOWN]
+CROSS_ENCODERS = [
+    kind
+    for kind, (name, *_) in ARCHITECTURES.items()
+    if f"{name}{RERANKER}" in KNOWN and kind not in ("nystromformer", "xlnet")
+]
 BUDGETS = (1, 200, 100_000)  # each row alone, some rows, all of them
 
 
@@ -98,7 +109,9 @@ def test_equal_sentence_transformers(tmp_path: Path, kind: str, pooling: str) ->
     from sentence_transformers import SentenceTransformer
 
     folder = make(kind, tmp_path / kind, pooling)
-    theirs = SentenceTransformer(str(folder), device="cpu").encode(TEXTS, show_progress_bar=False)
+    model = SentenceTransformer(str(folder), device="cpu")
+    # One by one: what it pads, it may give other vectors.
+    theirs = model.encode(TEXTS, batch_size=1, show_progress_bar=False)
     packable = is_packable(load_config(folder))
     assert packable == (kind in ("camembert", "roberta"))
     for packed, budget in itertools.product((False, True) if packable else (False,), BUDGETS):
@@ -116,7 +129,7 @@ def test_cross_encoders_equal_sentence_transformers(tmp_path: Path, kind: str) -
         (query, passage) for query in ("fox", "ray runs actors", "") for passage in (*TEXTS[:2], *TEXTS[3:6])
     ]
     theirs = CrossEncoder(str(folder), device="cpu").predict(
-        pairs, activation_fn=torch.nn.Identity(), show_progress_bar=False
+        pairs, activation_fn=torch.nn.Identity(), batch_size=1, show_progress_bar=False
     )
     spec = resolve_reranker(RerankSettings(model=str(folder)), on_gpu=False)
     rows = pair_feeder(spec).pairs([query for query, _ in pairs], [passage for _, passage in pairs])

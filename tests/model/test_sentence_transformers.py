@@ -348,6 +348,10 @@ def test_a_module_that_is_not_run_is_refused_by_name(
         (".", {"transformer_task": "fill-mask"}, "transformer_task"),
         (".", {"processing_kwargs": {"text": {"max_length": 4}}}, "processing_kwargs"),
         (".", {"modality_config": {"message": {}}}, "chat template"),
+        (".", {"config_kwargs": {"num_hidden_layers": 1}}, "config_kwargs {'num_hidden_layers': 1}"),
+        (".", {"config_args": {"num_hidden_layers": 1}}, "config_args .* write them into config.json"),
+        (".", {"tokenizer_args": {"model_max_length": 9, "use_fast": True}}, "{'model_max_length': 9}"),
+        (".", {"model_kwargs": {"num_hidden_layers": 1}}, "model_kwargs"),
     ],
 )
 def test_what_a_module_is_told_and_is_not_done_is_refused(
@@ -397,6 +401,27 @@ def test_folders_without_a_transformer(encoder_folder: MakeModel, tmp_path: Path
     folder = save(tmp_path / "saved", encoder_folder("bert", "mean"))
     change_module(folder, 0, path="0_Transformer")
     with pytest.raises(ModelError, match=r"before 2\.0"):
+        resolve(folder)
+    (folder / "0_Transformer").mkdir()
+    (folder / "config.json").rename(folder / "0_Transformer" / "config.json")
+    with pytest.raises(ModelError, match=r"lies in 0_Transformer, .* save it again"):
+        fetch_model(str(folder), None)
+
+
+def test_what_the_library_loads_with_and_changes_no_vector(encoder_folder: MakeModel, tmp_path: Path) -> None:
+    folder = save(tmp_path / "saved", encoder_folder("bert", "mean"))
+    loading = {"model_args": {"attn_implementation": "eager"}, "tokenizer_args": {"use_fast": True}}
+    edit(folder / "sentence_bert_config.json", **loading)
+    assert_equal(folder)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_adapter_is_to_be_merged_first(encoder_folder: MakeModel, tmp_path: Path, whole: bool) -> None:
+    folder = save(tmp_path / "saved", encoder_folder("bert", "mean"))
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    if not whole:
+        (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"adapter of another model; merge the two"):
         resolve(folder)
 
 

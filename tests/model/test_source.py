@@ -14,7 +14,7 @@ from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.modules import write_modules
 from bge_ray.model.run.model import Model, Place
 from bge_ray.model.source import fetch_model, hash_model
-from bge_ray.model.spec import model_folder
+from bge_ray.model.spec import model_folder, text_feeder
 from tests.model.conftest import MakeModel, load, resolve
 
 
@@ -51,6 +51,13 @@ def test_missing_folder_and_missing_config(tmp_path: Path) -> None:
         fetch_model(str(tmp_path / "nowhere"), None)
     with pytest.raises(ModelError, match=r"has no config\.json"):
         fetch_model(str(tmp_path), None)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_pointer_of_git_is_named(copy: Path, name: str) -> None:
+    (copy / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ModelError, match=rf"{name}: is a pointer of Git LFS; .*git lfs pull"):
+        text_feeder(resolve(copy))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "\xff"])
@@ -101,7 +108,7 @@ def test_max_length(copy: Path, encoder_folder: MakeModel) -> None:
 
 def test_dim(copy: Path) -> None:
     edit(copy / "config.json", hidden_size=None)
-    with pytest.raises(ModelError, match="no hidden_size"):
+    with pytest.raises(ModelError, match=r"none of hidden_size, .* says how many numbers"):
         resolve(copy)
 
 

@@ -83,6 +83,10 @@ def resolve(folder: ModelFolder, settings: RerankSettings, *, on_gpu: bool) -> M
     check_length("rerank.max_length", settings.max_length, folder.positions, settings.model)
     max_length = settings.max_length or min(DEFAULT_MAX_LENGTH, folder.positions or DEFAULT_MAX_LENGTH)
     dtype = settle_dtype(settings.dtype, on_gpu=on_gpu)
+    # As the library does it: of a pair, before the first text.
+    instruction = (
+        folder.default_prompt() if settings.query_instruction is None else settings.query_instruction
+    )
     kernels = settle_kernels(
         settings.kernels,
         folder,
@@ -101,7 +105,7 @@ def resolve(folder: ModelFolder, settings: RerankSettings, *, on_gpu: bool) -> M
         max_length=max_length,
         normalize=False,
         dtype=dtype,
-        query_instruction=settings.query_instruction or "",
+        query_instruction=instruction,
         passage_instruction=settings.passage_instruction or "",
         kernels=kernels,
         query_max_length=settings.query_max_length or query_share(max_length),

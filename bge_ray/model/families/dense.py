@@ -153,6 +153,11 @@ def _refuse_kind(folder: ModelFolder, card: ModelCard | None) -> None:
         raise ModelError(f"{folder.path}: {card.id} is not run: {card.refused}")
     if folder.config.get("is_encoder_decoder") or kind in _WITH_DECODER:
         raise ModelError(f"{folder.path}: is an encoder with a decoder ({kind}), which is not supported")
+    if kind == "big_bird" and folder.config.get("attention_type", "block_sparse") == "block_sparse":
+        raise ModelError(
+            f"{folder.path}: its attention is block_sparse, by blocks drawn at random; write "
+            '"attention_type": "original_full" into its config.json'
+        )
 
 
 def _kept(dim: int, folder: ModelFolder, settings: ModelSettings) -> int:

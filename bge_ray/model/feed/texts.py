@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from bge_ray.errors import ModelError, in_a_line
-from bge_ray.model.feed.pipeline import NOTHING_EXPECTED, Expected, check_tokenizer, take_file
+from bge_ray.model.feed.pipeline import NOTHING_EXPECTED, TOKENIZER_FILE, Expected, check_tokenizer, take_file
 from bge_ray.model.feed.windows import Placed
 from bge_ray.model.feed.words import words_of
+from bge_ray.model.pointers import refuse_pointer
 from bge_ray.records.tokens import PackedTokens
 
 # A text beyond this many characters a token is tokenised by a prefix first. English has about 4.5.
@@ -243,6 +244,9 @@ def open_tokenizer(folder: Path, *, trust_remote_code: bool) -> tuple[Any, str |
     # Without these, transformers 5 makes a tokenizer that knows its special tokens and no word.
     if not any(path.is_file() for pattern in VOCABULARY_FILES for path in folder.glob(pattern)):
         raise ModelError(f"{folder}: has no tokenizer files ({', '.join(VOCABULARY_FILES)})")
+    for path in (folder / TOKENIZER_FILE, folder / "tokenizer_config.json"):
+        if path.is_file():
+            refuse_pointer(path)
     from transformers import AutoTokenizer  # takes seconds, and whoever only names a stage needs none
 
     try:

@@ -57,7 +57,7 @@ def settle_budget(asked: int | Auto, card: Card | None, hidden: int) -> int:
 
 
 def token_budget_batches(
-    lengths: npt.NDArray[np.integer], budget: int, *, packed: bool = False
+    lengths: npt.NDArray[np.integer], budget: int, *, packed: bool = False, equal: bool = False
 ) -> list[IdArray]:
     """Cut rows into batches whose size stays within a token budget.
 
@@ -69,6 +69,7 @@ def token_budget_batches(
         budget: most tokens of one batch; a single row longer than this makes a batch of its own.
         packed: count real tokens, as a model without padding sees them, and not rows times the
             longest row.
+        equal: put none but rows of one length together, so that none is padded.
 
     Returns:
         (rows,) int64 row numbers of each batch; together every row once.
@@ -83,6 +84,10 @@ def token_budget_batches(
             size = int(np.searchsorted(ends, before + budget, side="right")) - start
         else:
             size = budget // max(1, int(lengths[order[start]]))
+        if equal:
+            size = min(
+                size, int(np.searchsorted(-lengths[order], -lengths[order[start]], side="right")) - start
+            )
         batches.append(order[start : start + max(1, size)])
         start += max(1, size)
     return batches

@@ -110,6 +110,7 @@ class Executor:
         self._exact: Loaded | None = None
         self._dtype = next(loaded.model.parameters()).dtype
         self._rows = self._overflowed = 0
+        self._known = _known_tokens(loaded.model)
 
     def run(self, source: PackedTokens, batches: Sequence[IdArray], result: Result) -> None:
         """Compute the rows of the given batches into ``result``.
@@ -124,7 +125,8 @@ class Executor:
             RuntimeError: whatever the model raises that is not a lack of memory.
         """
         started = time.perf_counter()
-        batches = [self._with_tokens(source, rows, result) for rows in batches]
+        unknown = self._unknown_tokens(source)
+        batches = [self._able(source, rows, unknown, result) for rows in batches]
         self._rows += sum(len(rows) for rows in batches)
         queue: collections.deque[_Launched] = collections.deque()
         depth = QUEUED_BATCHES if self.device.type == "cuda" else 1
@@ -150,13 +152,27 @@ class Executor:
                 self._fault_memory(source, int(rows[0]), result)
         result.busy_s += time.perf_counter() - started
 
-    def _with_tokens(self, source: PackedTokens, rows: IdArray, result: Result) -> IdArray:
-        """Leave out rows without a token, of which there is no state."""
+    def _unknown_tokens(self, source: PackedTokens) -> dict[int, int]:
+        """Return the rows with a token that the model does not know, and which it is."""
+        if self._known is None or source.input_ids.max(initial=0) < self._known:
+            return {}
+        places = np.flatnonzero(source.input_ids >= self._known)
+        rows = np.searchsorted(source.offsets, places, side="right") - 1
+        return dict(zip(rows.tolist(), source.input_ids[places].tolist(), strict=True))
+
+    def _able(self, source: PackedTokens, rows: IdArray, unknown: dict[int, int], result: Result) -> IdArray:
+        """Leave out rows without a token, of which there is no state, and those with an unknown one."""
         empty = source.lengths_of(rows) == 0
         results = source.results_of(rows)
         for number in results[source.lengths_of_results(results) == 0].tolist():
             result.faults[number] = ("no_tokens", "the model's tokenizer makes no token of it")
-        return np.asarray(rows[~empty])
+        for row in unknown.keys() & set(rows.tolist()):
+            detail = (
+                f"its tokenizer makes token {unknown[row]} of it, and the model has {self._known} from 0 on"
+            )
+            of_row = source.results_of(np.asarray([row], dtype=np.int64))
+            result.faults |= dict.fromkeys(of_row.tolist(), ("unknown_token", detail))
+        return np.asarray(rows[~empty & ~np.isin(rows, list(unknown))])
 
     def _try_launch(self, source: PackedTokens, rows: IdArray) -> _Launched | None:
         """Start a forward pass; None if it does not fit in memory."""
@@ -234,6 +250,16 @@ class Executor:
     def _computed_tokens(self, source: PackedTokens, rows: IdArray) -> int:
         lengths = source.lengths_of(rows)
         return int(lengths.sum()) if self.packed else len(rows) * int(lengths.max())
+
+
+def _known_tokens(model: torch.nn.Module) -> int | None:
+    """Return how many tokens a model has vectors of; None if it makes them in another way than by a table."""
+    find: Any = getattr(model, "get_input_embeddings", None)
+    try:
+        table = None if find is None else find()
+    except NotImplementedError:
+        return None
+    return table.num_embeddings if isinstance(table, torch.nn.Embedding) else None
 
 
 def _checked(head: Head, output: torch.Tensor | Ragged) -> torch.Tensor | Ragged:

@@ -64,7 +64,8 @@ def padded_inputs(
     if filled.all():  # attention without a mask takes the fastest kernel, and no mask is built
         return Inputs(arguments, **pooled)
     mask = to_device(filled, device)
-    arguments["attention_mask"] = mask[:, None, None] if ready_mask else mask
+    # Else of numbers, as a tokenizer makes it: some models reckon with it.
+    arguments["attention_mask"] = mask[:, None, None] if ready_mask else mask.long()
     return Inputs(arguments, mask=mask, places=to_device(np.flatnonzero(filled), device), **pooled)
 
 

@@ -70,7 +70,7 @@ class LayerByLayer(torch.nn.Module):
 
         Args:
             input_ids: (rows, width), padded on the right, or packed (1, tokens).
-            attention_mask: (rows, width) bool, True for tokens; None if no row is padded.
+            attention_mask: (rows, width), 1 for tokens; None if no row is padded.
             token_type_ids: (rows, width), 1 from a row's passage on; None merges nothing.
             packed: of packed rows what `inputs.packed_inputs` says beside their tokens.
         """
@@ -79,8 +79,9 @@ class LayerByLayer(torch.nn.Module):
         if packed:
             rows = PackedRows.of(**packed)
         else:
-            starts = None if token_type_ids is None else _passage_starts(token_type_ids, attention_mask)
-            rows = PaddedRows(attention_mask, starts)
+            mask = None if attention_mask is None else attention_mask.bool()
+            starts = None if token_type_ids is None else _passage_starts(token_type_ids, mask)
+            rows = PaddedRows(mask, starts)
         given = rows.given(hidden, self._decoder)
         cuts = []
         for number, layer in enumerate(self.layers):

@@ -15,6 +15,7 @@ from bge_ray.model.run.last_layer import keep_one_token
 from bge_ray.model.run.load import Loading
 from bge_ray.model.run.memory import card_of, check_device, check_room
 from bge_ray.model.run.packed import ATTENTION, can_pack, register
+from bge_ray.model.run.padding import sees_padding
 from bge_ray.model.run.prefix import can_share, counted_lengths, shared_tokens
 from bge_ray.model.run.prepack import prepack_linears
 from bge_ray.model.run.result import Result
@@ -91,6 +92,7 @@ class Model:
         self._executor = Executor(
             loaded, lambda: load(exact), device=self.device, packed=packed, shares=shares, counter=counter
         )
+        self._equal = not packed and sees_padding(self._executor, spec, self._model.config)
 
     def settle_budget(self, asked: int | Auto) -> int:
         """Return the token budget of a batch: as asked for, or what suits this model on its device."""
@@ -100,7 +102,8 @@ class Model:
         """Cut n rows into batches of at most ``budget`` tokens, as this model counts."""
         shared = shared_tokens(tokens) if self._executor.shares else 0
         lengths = counted_lengths(tokens.lengths, shared) if shared else tokens.lengths
-        return token_budget_batches(lengths, max(1, budget - shared), packed=self._executor.packed)
+        packed = self._executor.packed
+        return token_budget_batches(lengths, max(1, budget - shared), packed=packed, equal=self._equal)
 
     def empty_result(self, n_rows: int) -> Result:
         """Return a result of n rows that `run` fills: as many as its tokens have results."""

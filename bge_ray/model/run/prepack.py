@@ -22,6 +22,16 @@ class PrepackedLinear(torch.nn.Module):
         self._bias = None if linear.bias is None else linear.bias.detach()
         self._gelu = False
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """(out_features, in_features) as torch's own layer has it, made anew: some models read it."""
+        return torch.as_tensor(self._weight.to_dense())
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """(out_features,), or None."""
+        return self._bias
+
     def fuse_gelu(self) -> None:
         """Apply the exact GELU to what this layer returns."""
         self._gelu = True

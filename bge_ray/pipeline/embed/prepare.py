@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bge_ray.dataset.changes import check_changes
 from bge_ray.dataset.folder import Dataset
 from bge_ray.dataset.pointer import refuse_pointer
-from bge_ray.errors import CorpusError, DatasetMismatchError, SettingsError
+from bge_ray.errors import CorpusError, DatasetMismatchError, ModelError, SettingsError, in_a_line
 from bge_ray.formats.corpus import list_corpus, resolve_columns
 from bge_ray.model.families import dense
 from bge_ray.model.feed.chunks import Chunker, splitting_rules
@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 MOST_ENCODERS = 1_000_000
 # Weights that every GPU holds, and every node beside what else is at work there.
 SURELY_FITS_BYTES = 2_000_000_000
+# What the code of a model raises that does not work: transformers' own, or its folder's.
+MODEL_FAILURES = (RuntimeError, AttributeError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -353,14 +355,24 @@ def room_task(spec: ModelSpec) -> None:
 
 @uncollected()
 def try_task(spec: ModelSpec, chunking: Chunking | None, trust_remote_code: bool) -> tuple[Canary, ...]:
-    """Load a model on a CPU and what cuts its texts, and return what it makes of the canary texts."""
+    """Load a model on a CPU and what cuts its texts, and return what it makes of the canary texts.
+
+    Raises:
+        ModelError: it cannot be loaded, or fails on them.
+    """
     from bge_ray.model.canary import make_canaries
     from bge_ray.model.run.model import Place, open_model
 
     if chunking is not None:
         Chunker(text_feeder(spec, trust_remote_code=trust_remote_code), chunking)
-    model = open_model(spec, model_folder(spec), Place(trust_remote_code=trust_remote_code))
-    return make_canaries(model, text_feeder(spec, trust_remote_code=trust_remote_code))
+    try:
+        model = open_model(spec, model_folder(spec), Place(trust_remote_code=trust_remote_code))
+        return make_canaries(model, text_feeder(spec, trust_remote_code=trust_remote_code))
+    except MODEL_FAILURES as error:
+        raise ModelError(
+            f"{spec.name}: fails on texts of a few words, before anything is written: "
+            f"{type(error).__name__}: {in_a_line(error)}"
+        ) from error
 
 
 def _same_columns(settings: Settings, there: Columns, new: Mapping[str, ColumnType]) -> Columns:

@@ -86,6 +86,23 @@ def test_scores_equal_flag_reranker(
     assert np.ptp(scores(ours)) > 0.1, "the scores do not tell pairs apart"
 
 
+@pytest.mark.parity
+def test_a_default_prompt_stands_before_queries(
+    reranker_folder: RerankerFolder, pairs: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    from sentence_transformers import CrossEncoder
+
+    prompts = {"prompts": {"ask": "Which fox? "}, "default_prompt_name": "ask"}
+    model = CrossEncoder(str(reranker_folder("bert")), device="cpu", max_length=128, **prompts)
+    model.save_pretrained(str(tmp_path / "saved"))
+    pairs = pairs[:12]
+    theirs = model.predict(pairs, activation_fn=torch.nn.Identity(), show_progress_bar=False)
+    ours = score(tmp_path / "saved", pairs, max_length=128)
+    np.testing.assert_allclose(scores(ours), theirs, atol=1e-4, rtol=0)
+    without = score(tmp_path / "saved", pairs, max_length=128, query_instruction="")
+    assert np.abs(scores(without) - theirs).max() > 1e-3
+
+
 @pytest.mark.parametrize("max_length", slow_but([24], [24, 60]))
 @KINDS
 def test_pairs_against_transformers(

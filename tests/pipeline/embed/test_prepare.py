@@ -94,6 +94,18 @@ def test_a_model_that_no_encoder_could_load_is_refused_in_a_line_before_the_corp
         prepare.prepare(settings)
 
 
+def test_a_model_whose_code_fails_is_told_in_a_line(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("shape '[3]' is invalid\nfor input of size 7")
+
+    monkeypatch.setattr("transformers.BertModel.forward", fail)
+    spec = prepare._resolve_model(parse_tree({"model": {"name": str(tiny_model)}}), None)
+    with pytest.raises(ModelError, match=r"fails on texts .* RuntimeError: shape '\[3\]' is invalid$"):
+        prepare.try_task(spec, None, trust_remote_code=False)
+
+
 def late(model: Path, **asked: object) -> ModelSpec:
     return prepare._resolve_model(parse_tree({"model": {"name": str(model), **asked}}), None)
 
