@@ -27,6 +27,8 @@ from bge_ray.storage.objects import Storage
 from bge_ray.storage.ownership import open_folder
 from tests.report.samples import search_report
 
+pytestmark = pytest.mark.long
+
 CUTS = (1, 3, 10)
 PASSAGE = st.sampled_from([f"p{i}" for i in range(25)])
 QUERY = st.sampled_from([f"q{i}" for i in range(6)])

@@ -35,6 +35,8 @@ from bge_ray.storage.objects import Storage
 from tests.support.reading import compress, csv_bytes, jsonl_bytes, parquet_bytes, read, resolve, scan
 from tests.support.records import DIM, make_spec, make_writer
 
+pytestmark = pytest.mark.long
+
 STORAGE = Storage(timeout_s=5.0)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
 LIMITS = UnitLimits(max_rows=4, max_bytes=10_000, vector_bytes=0)

@@ -21,6 +21,8 @@ from bge_ray.index.topk import NO_RESULT, best, best_rows, exact_topk, merge_top
 from bge_ray.index.train import TrainedIndex
 from bge_ray.records.ids import vector_ids
 
+pytestmark = pytest.mark.long
+
 DIM = 32
 once = settings(
     max_examples=25,

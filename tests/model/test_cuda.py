@@ -27,6 +27,7 @@ from bge_ray.model.run.fused import fuse_layers
 from bge_ray.model.run.last_layer import keep_one_token
 from bge_ray.model.run.load import Loading, load_cross_encoder, load_encoder
 from bge_ray.model.run.packed import ATTENTION, can_pack, register
+from bge_ray.model.run.prefix import shared_tokens
 from bge_ray.model.run.result import Result
 from bge_ray.records.outputs import Output
 from bge_ray.records.tokens import PackedTokens
@@ -58,6 +59,7 @@ SHAPES = {
     "small": Shape("bert", 384, 12),  # 32 numbers a head
     "base": Shape("bert", 768, 12),
     "xlm-roberta": Shape("xlm-roberta", 768, 12),
+    "qwen2": Shape("qwen2", 512, 8),
 }
 
 
@@ -115,6 +117,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             pad_token_id=1 if roberta else 0,
             initializer_range=(2 / shape.dim) ** 0.5,  # scores of attention of about 2
             num_labels=1,
+            **({"num_key_value_heads": 2} if shape.kind == "qwen2" else {}),
         )
         torch.manual_seed(0)
         model = (AutoModelForSequenceClassification if scores else AutoModel).from_config(config)
@@ -330,6 +333,23 @@ def test_no_launch_waits(folder: Callable[..., Path], heads: str, way: Way, prom
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert np.isfinite(np.asarray(launched.blocks()[0].values, dtype=np.float32)).all()
+
+
+def test_what_rows_begin_with_changes_no_vector_and_no_launch_waits(folder: Callable[..., Path]) -> None:
+    common, own = tokens_of([40], seed=1).input_ids, tokens_of([n for n in LENGTHS if n < 400])
+    rows = [[*common, *own.input_ids[a:b]] for a, b in zip(own.offsets[:-1], own.offsets[1:], strict=True)]
+    tokens = PackedTokens.of(rows, np.zeros(len(rows), np.bool_))
+    assert shared_tokens(tokens) == 40
+    expected = vectors(make(folder("qwen2"), EXACT, pooled("last_token")), tokens)
+    executor = make(folder("qwen2"), Way("bfloat16", "plain", warm=False), pooled("last_token"))
+    executor.shares = True
+    assert distances(vectors(executor, tokens), expected).max() < CLOSE["bfloat16"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        launched = executor._launch(executor._loaded, tokens, np.arange(len(tokens)), packed=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert np.isfinite(np.asarray(launched.blocks()[0].values, dtype=np.float32)).all()
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])

@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from bge_ray.model.feed import sentences
 from bge_ray.model.feed.sentences import AHEAD, WINDOW, sentence_ends
 
+pytestmark = pytest.mark.long
+
 # What is closed in itself, and shorter than a window sees ahead.
 BLOCKS = [
     "Hello world. ",

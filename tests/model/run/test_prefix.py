@@ -91,6 +91,7 @@ def test_attention_is_that_of_whole_rows(
         torch.testing.assert_close(got if one_query else got[shared:], expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("by_kernel", [False, True])
 @pytest.mark.parametrize("kind", ["mistral", "qwen2-windows", "qwen3", "gemma2", "gemma2-uncapped"])
 def test_vectors_are_those_of_transformers(

@@ -23,6 +23,8 @@ from bge_ray.pipeline.engine.progress import Progress, Step, fit, work_line
 from bge_ray.report.facts import RunFacts, Workers, read_receipt
 from tests.support.runs import REPOSITORY
 
+pytestmark = pytest.mark.long
+
 WIDTHS = (40, 80, 200)
 
 

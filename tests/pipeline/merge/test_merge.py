@@ -25,6 +25,8 @@ from bge_ray.storage.ownership import OwnedFolder
 from tests.support.models import make_cross_encoder, make_encoder, make_m3
 from tests.support.searches import STORAGE, query_vectors
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
