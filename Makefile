@@ -20,13 +20,12 @@ demo: $(VENV)/.demo ## embed, index and search the docstrings of this Python, of
 demo-train: $(VENV)/.demo-train ## train a small reranker for the demo, in about an hour, and measure it
 	$(BIN)/python jobs/demo.py --train
 
-# Those with Ray wait for it half of the time, so that the long ones go on beside them, behind them in the queue.
-test: check ## the tests: `make check`, then the longer ones and those with a real Ray
-	$(MAKE) -j 2 long ray
+# One after the other: side by side they take as long, and a Ray that waits for a core for minutes gives up.
+test: check long ray ## the tests: `make check`, then the longer ones and those with a real Ray
 
 # Of the files only those are read that have such a test: each worker reads them all before it begins.
 long: $(VENV)/.dev ## longer tests without Ray: a faulty store, other packages' figures, whole commands
-	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
 		-m "(long or parity) and not ray and not slow" $$(grep -rlE 'mark\.(long|parity)\b' tests --include='test_*.py')
 
 ray: $(VENV)/.dev ## the tests with a real Ray, a real S3 server and real weights

@@ -32,7 +32,6 @@ from tests.report.samples import index_description
 from tests.support.models import make_encoder
 from tests.support.runs import REPOSITORY
 from tests.support.searches import assert_same_ranking, brute_force, query_vectors
-from tests.support.slow import slow
 from tests.support.vectors import VectorDataset
 from tests.support.warm import warm_environment
 
@@ -325,13 +324,13 @@ def test_another_model_answers_no_question(stored: tuple[str, np.ndarray], tmp_p
         bge_ray.open_index(stored[0], model=str(other)).search("a")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        slow((("--model", "/nowhere"), "model /nowhere: no such folder")),
+        (("--model", "/nowhere"), "model /nowhere: no such folder"),
         (("--device", "nothing"), "device 'nothing': torch knows none of that name; take cpu or cuda"),
-        slow((("--device", "cuda"), "device 'cuda': torch sees no GPU here; take cpu, which is the default")),
+        (("--device", "cuda"), "device 'cuda': torch sees no GPU here; take cpu, which is the default"),
     ],
 )
 def test_options_of_questions_are_told_by_their_names(

@@ -19,6 +19,7 @@ from bge_ray.settings.schema import settings_schema
 from bge_ray.settings.sections import known_keys, parse_settings
 from bge_ray.settings.shown import to_yaml
 from tests.support.runs import REPOSITORY
+from tests.support.slow import slow_but
 
 pytestmark = pytest.mark.long
 
@@ -38,7 +39,7 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("module", ["bge_ray", "bge_ray.command"])
+@pytest.mark.parametrize("module", slow_but(["bge_ray"], ["bge_ray", "bge_ray.command"]))
 def test_the_command_as_a_module(module: str) -> None:
     for words, code, said in ((["--version"], 0, __version__), (["embed", "--set", "a.b=1"], 2, "refused")):
         done = subprocess.run(

@@ -27,9 +27,10 @@ def can_share(model: Any, needs: Collection[str]) -> bool:
         needs: of all its heads, as `heads.Head` has them.
     """
     config = model.config
-    return (
-        set(needs) == {"last_token"} and config.model_type in DECODERS and getattr(config, "is_causal", True)
-    )
+    # A module of ours around a decoder merges states by their place in the row, and looks at the borders.
+    whole = type(model).__module__.startswith("transformers.models.")
+    causal = config.model_type in DECODERS and getattr(config, "is_causal", True)
+    return whole and causal and set(needs) == {"last_token"}
 
 
 def shared_tokens(source: PackedTokens, rows: npt.NDArray[np.int64] | None = None) -> int:

@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModel
 
 from bge_ray.model.run.inputs import packed_inputs
+from bge_ray.model.run.layers import LayerByLayer
 from bge_ray.model.run.packed import Prefix, Reach, attend, attend_by_kernel, equal_runs
 from bge_ray.model.run.prefix import LEAST_TOKENS, can_share, counted_lengths, shared_keys, shared_tokens
 from bge_ray.model.spec import text_feeder
@@ -172,4 +174,6 @@ def test_rows_share_only_where_no_more_than_their_end_is_wanted(tmp_path: Path, 
         asked = [PROMPT + text for text in texts[:20]]
         packed, padded = (encode(path, asked, packed=how, pooling=pooling) for how in (True, False))
         np.testing.assert_allclose(vectors(packed), vectors(padded), atol=1e-5, rtol=0)
-    assert can_share(load(resolve(folder), packed=True)._model, {"last_token"})
+    decoder = AutoModel.from_pretrained(folder)
+    assert can_share(decoder, {"last_token"})
+    assert not can_share(LayerByLayer(decoder, [2]), {"last_token"}), "it may merge what is shared"
