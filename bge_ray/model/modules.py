@@ -59,11 +59,10 @@ _REFUSED = {
 _LIBRARY = "sentence_transformers."
 # What the library hands on to transformers when it loads a model, under its present and its older names, and
 # what of it changes no vector here: precision and attention are settings, and padding is our own business.
-_LOADING = {
-    "model_kwargs": "model_args",
-    "config_kwargs": "config_args",
-    "processor_kwargs": "tokenizer_args",
-}
+_LOADING = (
+    *("model_kwargs", "config_kwargs", "processor_kwargs"),
+    *("model_args", "config_args", "tokenizer_args"),
+)
 _WITHOUT_EFFECT = {
     "attn_implementation",
     "cache_dir",
@@ -293,17 +292,13 @@ def _check_transformer(folder: Path) -> None:
         value = config.get(key)
         if value and value not in fine:
             raise ModelError(f"{folder}: its transformer has {key} {value!r}, which is not supported")
-    for names in _LOADING.items():
-        for key in names:
-            told = {
-                name: value for name, value in (config.get(key) or {}).items() if name not in _WITHOUT_EFFECT
-            }
-            if told:
-                raise ModelError(
-                    f"{folder}: sentence-transformers loads its transformer with {key} {told}, which is not "
-                    "done here; write them into config.json or tokenizer_config.json, and take them out of "
-                    f"{key}"
-                )
+    for key in _LOADING:
+        told = {name: value for name, value in (config.get(key) or {}).items() if name not in _WITHOUT_EFFECT}
+        if told:
+            raise ModelError(
+                f"{folder}: sentence-transformers loads its transformer with {key} {told}, which is not done "
+                f"here; write them into config.json or tokenizer_config.json, and take them out of {key}"
+            )
     kinds = config.get("modality_config") or {}
     if "message" in kinds:
         raise ModelError(f"{folder}: its texts are put into a chat template, which is not supported")

@@ -76,6 +76,7 @@ def token_budget_batches(
     """
     order = np.argsort(-lengths.astype(np.int64), kind="stable").astype(np.int64)
     ends = np.cumsum(lengths[order], dtype=np.int64)
+    shorter = -lengths[order].astype(np.int64)  # ascending
     batches = []
     start = 0
     while start < len(order):
@@ -85,9 +86,7 @@ def token_budget_batches(
         else:
             size = budget // max(1, int(lengths[order[start]]))
         if equal:
-            size = min(
-                size, int(np.searchsorted(-lengths[order], -lengths[order[start]], side="right")) - start
-            )
+            size = min(size, int(np.searchsorted(shorter, shorter[start], side="right")) - start)
         batches.append(order[start : start + max(1, size)])
         start += max(1, size)
     return batches

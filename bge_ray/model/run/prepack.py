@@ -57,7 +57,7 @@ class PrepackedLinear(torch.nn.Module):
     def plain(self, states: torch.Tensor) -> torch.Tensor:
         """Return the same as `forward`, slower: through torch's own layer."""
         try:
-            weight = self._weight.to_dense()
+            weight = self.weight
         except RuntimeError as error:
             if "a primitive" in str(error):  # a copy into another layout fails for no other reason
                 raise MemoryError(f"oneDNN: {error}") from error
