@@ -220,6 +220,45 @@ def test_what_swallows_signals_is_ended_in_time(tmp_path: Path) -> None:
     assert '"message": "embed: stopped; exit code 143"' in last
 
 
+LOST = """
+import contextlib, os, signal, sys
+from bge_ray.command import main
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "bge_ray.pipeline.embed.job":
+            with contextlib.suppress(BaseException):
+                os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+main()
+"""
+
+
+def test_a_signal_that_is_lost_before_the_run_begins_ends_it_before_it_writes(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """What a handler raises within a destructor, or a callback of an import, goes no further."""
+    (tmp_path / "corpus.jsonl").write_bytes(jsonl_bytes(docstrings(5)))
+    keys = {
+        "corpus.uri": tmp_path / "corpus.jsonl",
+        "output.uri": tmp_path / "out",
+        "model.name": tiny_model,
+    }
+    words = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+    ended = subprocess.run(
+        [sys.executable, "-c", LOST, "embed", *words],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 130, ended.stderr
+    assert ended.stderr.splitlines()[-1].endswith("embed: stopped; exit code 130")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_under_nohup_lives_on(tmp_path: Path) -> None:
     script = SWALLOWED.replace("while True:", "for _ in range(1):").replace("time.sleep(60)", "time.sleep(3)")
     with (tmp_path / "log").open("wb") as log:

@@ -123,6 +123,8 @@ def carry_out(work: Work[R], facts: RunFacts, stop: StopRequest | None) -> R:
     if found is not None and whole and not cut_off and not work.sweep_is_due():
         return _nothing_to_do(found, uris[0])
     stop = stop or StopRequest()
+    # What a signal raised may have been lost in foreign code while the run was planned.
+    stop.check()
     with stop.deferred(), Leases(work.storage, uris) as leases:
         found = work.current()
         if found is not None:

@@ -146,12 +146,14 @@ def await_pools(settings: Settings, pools: Sequence[PoolRequest], watch: Callabl
     Args:
         settings: for the cluster's address.
         pools: what will be sized.
-        watch: called while nodes are waited for; raises to stop.
+        watch: called before and after the cluster is there, and while nodes are waited for; raises to stop.
 
     Raises:
         IncompleteRunError: the nodes did not come.
     """
+    watch()  # a Ray that is about to start looks at nothing
     connect(settings.resources)
+    watch()
     for pool in pools:
         await_nodes(settings.resources, pool.key, pool.count, pool.gpus, watch)
 
