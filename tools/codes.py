@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -76,13 +77,15 @@ def _found(index: faiss.Index, queries: FloatArray, truth: IdArray, factor: int,
 
 def _seen(index: faiss.Index, rows: FloatArray) -> FloatArray:
     outer = faiss.downcast_index(index)
-    if isinstance(outer, faiss.IndexPreTransform):
-        return outer.chain.at(0).apply(rows)
-    return rows
+    if not isinstance(outer, faiss.IndexPreTransform):
+        return rows
+    chain: Any = outer.chain
+    turned: FloatArray = chain.at(0).apply(rows)
+    return turned
 
 
 def _list_sizes(index: faiss.Index) -> Iterator[int]:
-    lists = faiss.extract_index_ivf(index).invlists
+    lists: Any = faiss.extract_index_ivf(index).invlists
     for number in range(lists.nlist):
         yield lists.list_size(number)
 
@@ -128,7 +131,8 @@ def main() -> int:
     for row in measure(vectors, queries):
         rows.append(row)
         print(asdict(row), file=sys.stderr, flush=True)
-    print(to_markdown(rows, *vectors.shape, len(queries)))
+    n, dim = vectors.shape
+    print(to_markdown(rows, n, dim, len(queries)))
     return 0
 
 

@@ -8,6 +8,7 @@ import io
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +51,8 @@ def from_binary(column: pa.Array) -> Halves:
 
 def from_lists(column: pa.Array) -> Halves:
     """Return (total, dim) of `of_lists`, a view."""
-    return column.values.values.to_numpy().reshape(-1, DIM)
+    halves: Halves = column.values.values.to_numpy().reshape(-1, DIM)
+    return halves
 
 
 def from_rows(column: pa.Array) -> Halves:
@@ -111,8 +113,8 @@ def main(megabytes: int) -> None:
             data = write(column, compression)
             if not np.array_equal(read(data, view), vectors):
                 raise ValueError(f"{name}: what was read is not what was written")
-            writing = size / best_s(lambda c=column, z=compression: write(c, z))
-            reading = size / best_s(lambda d=data, v=view: read(d, v))
+            writing = size / best_s(partial(write, column, compression))
+            reading = size / best_s(partial(read, data, view))
             share = len(data) / vectors.nbytes
             tell(f"| `{name}` | {compression} | {writing:,.0f} | {reading:,.0f} | {share:.0%} |")
 

@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,13 +59,13 @@ def main() -> int:
     write_known(work / "known")
     values = {}
     for name, reranker in (("random", made), ("mined", reranker_folder(work))):
-        keys = {"search.k": RERANKED, "search.rerank": True, "rerank.max_length": TOKENS}
+        keys: dict[str, Any] = {"search.k": RERANKED, "search.rerank": True, "rerank.max_length": TOKENS}
         keys |= {"rerank.model": str(reranker), "search.output": str(folder / f"run-{name}")}
         first, values[name] = measured(settings, work / "known", keys, StopRequest())
     disconnect()
-    for name, found in (("search", first), *values.items()):
-        low, high = interval(found)
-        print(f"{name:8}{METRIC} {mean(found):.3f}  ({low:.3f} to {high:.3f})")
+    for name, by_query in (("search", first), *values.items()):
+        low, high = interval(by_query)
+        print(f"{name:8}{METRIC} {mean(by_query):.3f}  ({low:.3f} to {high:.3f})")
     found = compare(values["mined"], values["random"])
     print(f"mined against random: {found.difference:+.3f}, p {found.p_value:.4f}, ", end="")
     print(f"better for {found.wins}, worse for {found.losses} of {len(first)} questions")

@@ -67,7 +67,7 @@ class Embedder:
         """Return (n, dim) float32 unit vectors."""
         tokens = self._feeder.passages(texts)
         result = self._model.empty_result(len(texts))
-        self._model.run(tokens, self._model.cut(tokens.lengths, CPU_TOKEN_BUDGET), result)
+        self._model.run(tokens, self._model.cut(tokens, CPU_TOKEN_BUDGET), result)
         vectors: FloatArray = result.array(EMBEDDING)
         return vectors
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import faiss
@@ -59,7 +60,7 @@ def measure(vectors: FloatArray, queries: FloatArray) -> Iterator[Row]:
         lists = factory.startswith("IVF")
         largest = spec.nlist if lists else n
         tuning = tune_effort(
-            lambda effort, index=index: search(index, queries, K, effort=effort)[1],
+            partial(_found, index, queries),
             truth,
             TARGET,
             largest,
@@ -105,6 +106,11 @@ def _ask(
     return measure_recall(found, truth, K).value, 1000 * spent / len(queries)
 
 
+def _found(index: faiss.Index, queries: FloatArray, effort: int) -> IdArray:
+    """Return what is found among all passages."""
+    return search(index, queries, K, effort=effort)[1]
+
+
 def to_markdown(rows: list[Row], n: int, dim: int, queries: int) -> str:
     """Return the table."""
     lines = [
@@ -136,7 +142,8 @@ def main() -> int:
     for row in measure(vectors, queries):
         rows.append(row)
         print(asdict(row), file=sys.stderr, flush=True)
-    print(to_markdown(rows, *vectors.shape, len(queries)))
+    n, dim = vectors.shape
+    print(to_markdown(rows, n, dim, len(queries)))
     return 0
 
 

