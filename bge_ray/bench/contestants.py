@@ -254,11 +254,11 @@ RERANKERS: dict[str, Callable[[Task], Result]] = {
 }
 
 
-def write_corpus(folder: Path, texts: list[str], titles: list[str], shards: int) -> None:
-    """Write texts as Parquet shards that every contestant reads."""
+def write_corpus(folder: Path, texts: list[str], titles: list[str], files: int) -> None:
+    """Write texts as Parquet files that every contestant reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number in range(shards):
-        rows = range(number, len(texts), shards)
+    for number in range(files):
+        rows = range(number, len(texts), files)
         columns = {
             "id": [str(i) for i in rows],
             "title": [titles[i] for i in rows],

@@ -27,8 +27,8 @@ from bge_ray.settings.sections import BenchSettings, ModelSettings, Settings
 logger = logging.getLogger(__name__)
 
 RUN_TIMEOUT_S = 3600
-# So many units, too: what one encoder does while the other has ended its last is a small part of the whole.
-SHARDS = 16
+# What one encoder does while the other has ended its last is a small part of the whole.
+UNITS = 16
 # A GPU does the few rows that a CPU core can in a tenth of a second, and below one token budget a unit.
 CPU_ROWS, CPU_PAIRS = 3_000, 2_000
 GPU_ROWS, GPU_PAIRS, GPU_UNIT_ROWS = 2_000_000, 200_000, 50_000
@@ -198,8 +198,8 @@ def _task(
         texts = [(text + " ") * (1 + 6 * max_length // max(1, len(text))) for text in texts]
     lengths = TextFeeder(Path(basis.model), max_length).passages(texts).lengths
     on_gpu = basis.device == "cuda"
-    shards = max(1, -(-n_rows // GPU_UNIT_ROWS)) if on_gpu else SHARDS
-    write_corpus(folder, texts, titles, shards)
+    units = max(1, -(-n_rows // GPU_UNIT_ROWS)) if on_gpu else UNITS
+    write_corpus(folder, texts, titles, settings.bench.files or units)
     one_each = torch.cuda.device_count() if on_gpu else torch.get_num_threads()
     task = Task(
         corpus=str(folder),
@@ -209,7 +209,7 @@ def _task(
         max_length=max_length,
         num_encoders=settings.resources.num_encoders or one_each,
         token_budget=settings.batching.token_budget,
-        unit_rows=max(1, -(-len(texts) // shards)),
+        unit_rows=max(1, -(-len(texts) // units)),
         device=basis.device,
     )
     return task, lengths

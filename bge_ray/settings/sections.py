@@ -1120,6 +1120,9 @@ class BenchSettings(Section):
         "auto",
         description="pairs each reranker scores, 0 for no reranker; auto is 2000 on CPUs, 200000 on a GPU",
     )
+    files: int | None = Field(
+        None, ge=1, description="files in which the corpus lies; null: as many as the job makes units of it"
+    )
     repeats: int = Field(3, ge=1, description="runs of each contestant, in alternation; medians are shown")
     simulated_gpus: int = Field(
         0,

@@ -1,5 +1,6 @@
 """Real kills: of an index actor, a rerank actor and the driver, in turn; no query is lost or doubled."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from bge_ray.storage.objects import join
 from tests.support.corpora import docstrings, mixed_objects
-from tests.support.models import make_cross_encoder
+from tests.support.models import make_cross_encoder, make_m3
 from tests.support.runs import JobProcess, wait_until
 from tests.support.searches import STORAGE, by_query, jsonl, read_rejected, read_run, upload
 
@@ -129,6 +130,35 @@ def test_a_hybrid_filtered_reranked_search_survives_the_kill_of_each_of_its_acto
     assert JobProcess(log, search_keys(bucket, "calm") | several, job="search").wait() == 0, log.read_text()
     assert read_run(f"{bucket}/calm") == rows
     assert same_scores(read_run(f"{bucket}/calm/reranked"), reranked)
+
+
+def test_an_approximate_search_of_weights_survives_the_kill_of_a_searcher_and_of_the_driver(
+    bucket: str, tmp_path: Path
+) -> None:
+    model = make_m3(tmp_path / "m3", dim=64, pickled=True)
+    queries = prepare(bucket, model, tmp_path / "log", outputs="[embedding, sparse]")
+    exact = search_keys(bucket, "exact") | {"search.first_stage": "sparse", "search.num_searchers": 2}
+    asked = exact | {"search.sparse": "approximate", "search.output": f"{bucket}/run"}
+    folder, log = f"{bucket}/run", tmp_path / "search"
+    run = JobProcess(log, asked, job="search")
+    after_more_parts(folder, 3)
+    for searcher in run.actors("ListSearcher"):  # one after the other: a new one makes its index anew
+        searcher.kill()
+        after_more_parts(folder, 3)
+    run.kill()
+    there = parts(folder)
+    run = JobProcess(log, asked, job="search")
+    assert run.wait() == 0, run.log()
+    assert f"{QUERIES - 20 * there} queries to answer" in run.log()
+    rows = check(folder, queries, 10)
+    report = json.loads(STORAGE.read(join(folder, "report.json")))
+    assert report["sparse"]["taken"] is True
+    assert JobProcess(log, exact, job="search").wait() == 0, log.read_text()
+    truth = {(row["query_id"], row["passage_id"]): row["score"] for row in read_run(f"{bucket}/exact")}
+    found = {(row["query_id"], row["passage_id"]): row["score"] for row in rows}
+    both = truth.keys() & found.keys()
+    assert len(both) >= report["sparse"]["target"] * len(truth)
+    assert all(truth[pair] == found[pair] for pair in both)  # bit for bit
 
 
 def test_rerank_survives_the_kill_of_a_reranker_and_of_the_driver(
