@@ -12,6 +12,7 @@ from bge_ray.pipeline.engine.cluster import quiet_ray, root_cause
 from bge_ray.pipeline.engine.parcel import Parcel
 from bge_ray.pipeline.engine.pools import Pool, Tasks
 from bge_ray.pipeline.engine.receipts import draw_receipts
+from bge_ray.pipeline.engine.stalled import Silence
 
 if TYPE_CHECKING:  # takes a second to import, which a run with nothing to do has no need of
     from ray.data import Dataset
@@ -85,7 +86,7 @@ def receipts(rows: "Dataset") -> Iterator[Parcel]:
 def follow(
     start: Callable[[], Iterable[Parcel]], book: Callable[[Parcel], None], watch: Callable[[], None]
 ) -> None:
-    """Draw all receipts of a data path and book them.
+    """Draw all receipts of a data path and book them; tells what is waited for where none come.
 
     Args:
         start: makes the data path and returns its output.
@@ -97,10 +98,16 @@ def follow(
         DamagedShardError: a stage came upon one.
         IncompleteRunError: the pipeline failed, or parcel after parcel was given up.
     """
-    in_a_row = 0
+    in_a_row, silence = 0, Silence()
+
+    def look() -> None:
+        watch()
+        silence.look()
+
     try:
         with quiet_ray():
-            for receipt in draw_receipts(start, watch):
+            for receipt in draw_receipts(start, look):
+                silence.ended()
                 book(receipt)
                 in_a_row = in_a_row + 1 if receipt.error is not None else 0
                 if in_a_row >= MAX_FAILURES_IN_A_ROW:
