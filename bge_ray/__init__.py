@@ -74,7 +74,9 @@ def open_dataset(uri: str) -> "DatasetReader":
     return open_reader(uri)
 
 
-def open_index(uri: str, *, model: str | None = None, device: str = "cpu") -> "IndexReader":
+def open_index(
+    uri: str, *, model: str | None = None, device: str = "cpu", stale_index: bool = False
+) -> "IndexReader":
     """Open a data set for questions, in this process and without Ray; it stays open.
 
         index = bge_ray.open_index("s3://bucket/embeddings")
@@ -88,13 +90,14 @@ def open_index(uri: str, *, model: str | None = None, device: str = "cpu") -> "I
         uri: folder of the data set (``output.uri``) on any fsspec URI.
         model: where the model of the data set lies, if not where it lay for the embed job.
         device: torch device on which questions are encoded, such as "cuda".
+        stale_index: search an index that lacks passages of the data set, which it then does not find.
 
     Raises:
         SettingsError: there is no complete data set, or its vectors are not normalised.
-        DatasetMismatchError: its files do not belong together, or the index is of other vectors.
+        DatasetMismatchError: its files do not belong together, or the index is of other vectors, or of fewer.
         InstallationError: FAISS is not installed.
         StorageError: it cannot be read.
     """
     from bge_ray.retrieval import open_index_reader
 
-    return open_index_reader(uri, model=model, device=device)
+    return open_index_reader(uri, model=model, device=device, stale_index=stale_index)

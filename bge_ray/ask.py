@@ -31,6 +31,7 @@ class Asked:
     nprobe: int | None
     filter: str | None
     as_json: bool
+    stale_index: bool = False
 
 
 def ask(uri: str, questions: Sequence[str], asked: Asked, *, model: str | None, device: str) -> None:
@@ -56,7 +57,7 @@ def ask(uri: str, questions: Sequence[str], asked: Asked, *, model: str | None, 
             raise SettingsError(f"question {question!r}: is not UTF-8 ({error.reason})") from error
         if is_blank(question):
             raise SettingsError(f"question {question!r}: is empty, and would find what says nothing")
-    index = open_index(uri, model=model, device=device)
+    index = open_index(uri, model=model, device=device, stale_index=asked.stale_index)
     for question in questions or _lines():
         started = time.monotonic()
         (hits,) = index.search(

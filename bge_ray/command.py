@@ -311,6 +311,9 @@ def _add_ask(app: "Typer", ending: Ending) -> None:
             str | None,
             Option("--filter", metavar="SQL", help="Condition over kept columns that passages pass."),
         ] = None,
+        stale_index: Annotated[
+            bool, Option("--stale-index", help="Ask an index that lacks passages, too; they are not found.")
+        ] = False,
         model: Annotated[str | None, Option(help="Where the model lies, if not where it lay.")] = None,
         device: Annotated[str, Option(help="Device on which questions are encoded.")] = "cpu",
         as_json: Annotated[bool, Option("--json", help="A line of JSON a passage.")] = False,
@@ -319,7 +322,7 @@ def _add_ask(app: "Typer", ending: Ending) -> None:
         def work() -> str:
             from bge_ray import ask as asking
 
-            asked = asking.Asked(k, tuple(column or ()), rescore, nprobe, condition, as_json)
+            asked = asking.Asked(k, tuple(column or ()), rescore, nprobe, condition, as_json, stale_index)
             with _while_read():
                 asking.ask(dataset, questions or (), asked, model=model, device=device)
             return ""

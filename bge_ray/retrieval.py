@@ -14,7 +14,7 @@ from bge_ray.dataset.filters import FilterReader
 from bge_ray.dataset.lookup import ShardMap
 from bge_ray.dataset.passing import Passing, mark_all
 from bge_ray.dataset.read import shard_columns
-from bge_ray.errors import DatasetMismatchError, ModelError, SettingsError
+from bge_ray.errors import ModelError, SettingsError
 from bge_ray.formats.rows import is_blank
 from bge_ray.index.package import faiss
 from bge_ray.index.topk import Results
@@ -26,6 +26,7 @@ from bge_ray.pipeline.index.searchers import Searcher
 from bge_ray.pipeline.runs.holders import RowHolder
 from bge_ray.pipeline.runs.source import Source, open_source
 from bge_ray.pipeline.search.exact import ShardSearcher
+from bge_ray.pipeline.search.freshness import check_index
 from bge_ray.pipeline.search.retrieve import Group, Retrieval, plan_retrieval, retrieve
 from bge_ray.records.ids import FloatArray
 from bge_ray.records.index import IndexDescription
@@ -274,7 +275,7 @@ def _check_device(device: str) -> None:
         raise ModelError(f"device {device!r}: torch sees no GPU here; take cpu, which is the default")
 
 
-def open_index_reader(uri: str, *, model: str | None, device: str) -> IndexReader:
+def open_index_reader(uri: str, *, model: str | None, device: str, stale_index: bool) -> IndexReader:
     """Open a data set for questions; see `bge_ray.open_index`."""
     source = open_source(Settings(output=OutputSettings(uri=uri)))
     made = [output.name for output in source.spec.model.outputs]
@@ -283,8 +284,9 @@ def open_index_reader(uri: str, *, model: str | None, device: str) -> IndexReade
     if not source.spec.model.normalize:
         raise SettingsError(f"{uri}: its vectors are not normalised, which a search needs")
     index = read_index(source.storage, source.root)
-    if index is not None and index.vector_fingerprint != source.spec.vector_fingerprint:
-        raise DatasetMismatchError(f"{uri}: its index is of other vectors; build it again (bge-ray index)")
+    if index is not None:
+        ways = "open it with stale_index=True (bge-ray ask --stale-index)"
+        check_index(index, source, allowed=stale_index, ways_out=ways)
     if index is not None and (shortfall := index.shortfall(index.k, index.rescore)):
         more = f", {shortfall.rescored:.4f} with rescored={shortfall.rescore}" if shortfall.rescore else ""
         logger.warning("%s: passages are missed: %s%s", uri, shortfall, more)

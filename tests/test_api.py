@@ -24,6 +24,7 @@ from bge_ray.records.canonical import to_json
 from bge_ray.records.columns import Columns, ColumnType
 from bge_ray.records.dataset import DatasetSpec, FileFact
 from bge_ray.records.ids import vector_ids
+from bge_ray.records.index import SHARD_DIGITS
 from bge_ray.records.plan import Unit
 from bge_ray.records.schemas import REJECTED_SCHEMA, embedding_schema, hash_texts
 from bge_ray.retrieval import Hit
@@ -273,7 +274,7 @@ def test_a_damaged_shard_is_refused(stored: tuple[str, np.ndarray]) -> None:
     data = bytearray(path.read_bytes())
     data[100] ^= 1
     path.write_bytes(data)
-    with pytest.raises(StorageError, match="not the"):
+    with pytest.raises(StorageError, match="holds other bytes than were written"):
         list(bge_ray.open_dataset(root).batches())
 
 
@@ -357,8 +358,11 @@ def write_index(root: str, vectors: np.ndarray, code: str = "Flat", **described:
     folder.mkdir()
     (folder / "index.faiss").write_bytes(data)
     file = FileFact("index.faiss", len(data), hashlib.sha256(data).hexdigest(), len(vectors))
-    fingerprint = bge_ray.open_dataset(root).spec.vector_fingerprint
+    dataset = bge_ray.open_dataset(root)
+    fingerprint = dataset.spec.vector_fingerprint
+    held = [marker.embeddings for marker in dataset.manifest.shards if marker.embeddings is not None]
     description = index_description(
+        shards=tuple(fact.sha256[:SHARD_DIGITS] for fact in held),
         vector_fingerprint=fingerprint,
         dim=vectors.shape[1],
         ntotal=len(vectors),

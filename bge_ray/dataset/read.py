@@ -58,8 +58,8 @@ def read_verified(storage: Storage, root: str, fact: FileFact) -> bytes:
     uri = join(root, fact.path)
     data = storage.read(uri)
     if len(data) != fact.bytes or hashlib.sha256(data).hexdigest() != fact.sha256:
-        found = f"{len(data)} bytes that are not the {fact.bytes} the manifest vouches for"
-        raise DamagedShardError(uri, found)
+        lengths = "" if len(data) == fact.bytes else f": {len(data)}, not {fact.bytes}"
+        raise DamagedShardError(uri, f"holds other bytes than were written{lengths}")
     return data
 
 

@@ -156,7 +156,7 @@ def _asked_here(settings: Settings, asked: Sequence[str]) -> list[Answer]:
     """Answer questions in this process, which takes seconds where a job would start a cluster."""
     from bge_ray.retrieval import open_index_reader
 
-    reader = open_index_reader(str(settings.output.uri), model=None, device="cpu")
+    reader = open_index_reader(str(settings.output.uri), model=None, device="cpu", stale_index=False)
     found = reader.search(asked, settings.search.k)
     return [
         (question, [(hit.score, hit.passage_id) for hit in hits])

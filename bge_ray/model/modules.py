@@ -198,6 +198,7 @@ def list_modules(folder: Path) -> list[tuple[str, str]] | None:
     if not path.is_file():
         return None
     try:
+        refuse_pointer(path)
         listed = [(str(m["type"]), str(m["path"])) for m in json.loads(path.read_text())]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{path}: not a list of modules: {error!r}") from error

@@ -96,6 +96,7 @@ def weight_files(folder: Path) -> WeightFiles:
 
 def _shards(index: Path) -> tuple[Path, ...]:
     try:
+        refuse_pointer(index)
         names = set(json.loads(index.read_text())["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index}: is no index of weights: {error!r}") from error

@@ -631,7 +631,7 @@ class SearchSettings(Section):
         if self.replicas and self.num_searchers and self.replicas > self.num_searchers:
             raise ValueError(f"replicas: must be at most num_searchers ({self.num_searchers})")
         if self.replicas and self.exact:
-            raise ValueError("replicas: are of the index, which exact does not search")
+            raise ValueError("replicas: with exact no index is searched, so leave it out")
         if self.tag.split() != [self.tag]:
             raise ValueError("tag: must hold no white space, which separates the columns of a TREC run")
         return self

@@ -13,6 +13,7 @@ from bge_ray.model.cards import cards
 from bge_ray.model.feed.texts import TextFeeder
 from bge_ray.model.modules import write_modules
 from bge_ray.model.run.model import Model, Place
+from bge_ray.model.run.pickled import read_pickled
 from bge_ray.model.source import fetch_model, hash_model
 from bge_ray.model.spec import model_folder, text_feeder
 from tests.model.conftest import MakeModel, load, resolve
@@ -53,11 +54,29 @@ def test_missing_folder_and_missing_config(tmp_path: Path) -> None:
         fetch_model(str(tmp_path), None)
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "tokenizer.json",
+        "modules.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+    ],
+)
 def test_a_pointer_of_git_is_named(copy: Path, name: str) -> None:
+    if name.endswith("index.json"):  # in place of the whole
+        (copy / "model.safetensors").unlink()
     (copy / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(ModelError, match=rf"{name}: is a pointer of Git LFS; .*git lfs pull"):
         text_feeder(resolve(copy))
+
+
+def test_a_pointer_in_place_of_pickled_weights_is_no_danger(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ModelError, match="is a pointer of Git LFS"):
+        read_pickled(path, "meta")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "\xff"])

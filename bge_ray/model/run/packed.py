@@ -94,17 +94,27 @@ def is_packable(config: PretrainedConfig) -> bool:
     return config.model_type in PACKABLE and absolute and not decoder
 
 
-def _is_packable_decoder(config: PretrainedConfig) -> bool:
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    both_ways = not getattr(config, "is_causal", True) or getattr(
-        config, "use_bidirectional_attention", False
+def looks_both_ways(config: PretrainedConfig) -> bool:
+    """Tell whether a decoder's tokens see those behind them, too; there are two names for it."""
+    return not getattr(config, "is_causal", True) or bool(
+        getattr(config, "use_bidirectional_attention", False)
     )
+
+
+def is_placed_by_batch(config: PretrainedConfig) -> bool:
+    """Tell whether rotary positions of a row depend on the longest row of its batch."""
+    found = getattr(config, "rope_parameters", None) or {}
+    # A model with several kinds of layers has them by kind.
+    several = [kind for kind in found.values() if isinstance(kind, dict)] or [found]
+    return any(kind.get("rope_type", "default") not in STATIC_ROPE for kind in several)
+
+
+def _is_packable_decoder(config: PretrainedConfig) -> bool:
     # A decoder's classification head looks for the last token by itself, one in each line of a batch.
     classifies = any("ForSequenceClassification" in name for name in config.architectures or ())
     # A window to both sides has no test.
-    return (
-        rope in STATIC_ROPE and not classifies and not (both_ways and getattr(config, "sliding_window", None))
-    )
+    window_both_ways = looks_both_ways(config) and getattr(config, "sliding_window", None)
+    return not is_placed_by_batch(config) and not classifies and not window_both_ways
 
 
 def takes_ready_mask(model: torch.nn.Module) -> bool:

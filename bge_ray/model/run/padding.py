@@ -6,6 +6,7 @@ import numpy as np
 
 from bge_ray.model.run.batching import PLAIN_TOKEN
 from bge_ray.model.run.executor import Executor
+from bge_ray.model.run.packed import is_placed_by_batch
 from bge_ray.model.run.result import Result
 from bge_ray.records.model import ModelSpec
 from bge_ray.records.tokens import PackedTokens
@@ -26,7 +27,7 @@ def sees_padding(executor: Executor, spec: ModelSpec, config: Any) -> bool:
         spec: of the model; outputs of a row that are not of one length are not looked at.
         config: of the model.
     """
-    if getattr(config, "model_type", None) in SEES_PADDING:
+    if getattr(config, "model_type", None) in SEES_PADDING or is_placed_by_batch(config):
         return True
     if spec.max_length < LONG:
         return False

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from bge_ray.errors import ModelError, in_a_line
+from bge_ray.model.pointers import refuse_pointer
 
 
 def read_pickled(path: Path, place: Literal["cpu", "meta"]) -> dict[str, torch.Tensor]:
@@ -25,6 +26,7 @@ def read_pickled(path: Path, place: Literal["cpu", "meta"]) -> dict[str, torch.T
         ModelError: it cannot be read, or holds something else than tensors by name.
     """
     try:
+        refuse_pointer(path)
         state = torch.load(path, map_location=place, weights_only=True, mmap=zipfile.is_zipfile(path))
     except UnpicklingError as error:
         # Its advice to turn the restriction off stands around the reason.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bge_ray.model.run.packed import DECODERS
+from bge_ray.model.run.packed import DECODERS, looks_both_ways
 from bge_ray.records.tokens import PackedTokens
 
 # Of fewer tokens alike, what attention in two pieces costs is more than what is saved.
@@ -29,7 +29,7 @@ def can_share(model: Any, needs: Collection[str]) -> bool:
     config = model.config
     # A module of ours around a decoder merges states by their place in the row, and looks at the borders.
     whole = type(model).__module__.startswith("transformers.models.")
-    causal = config.model_type in DECODERS and getattr(config, "is_causal", True)
+    causal = config.model_type in DECODERS and not looks_both_ways(config)
     return whole and causal and set(needs) == {"last_token"}
 
 

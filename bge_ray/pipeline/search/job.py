@@ -51,6 +51,7 @@ from bge_ray.pipeline.runs.work import TASKS, WORK, Outcome, RunWork, check_reje
 from bge_ray.pipeline.search.asked import settle_asked
 from bge_ray.pipeline.search.filtering import FILTER, Filtering, is_filtered, passes_of
 from bge_ray.pipeline.search.finders import Finder, weigh_terms
+from bge_ray.pipeline.search.freshness import check_index
 from bge_ray.pipeline.search.gate import EncodedSample, sample_of, settle_sparse
 from bge_ray.pipeline.search.replicas import replicas_of, start_exact, start_index
 from bge_ray.pipeline.search.retrieve import Retrieval, plan_retrieval
@@ -62,7 +63,7 @@ from bge_ray.pipeline.search.stages import (
 )
 from bge_ray.pipeline.work import carry_out, refuse_taken
 from bge_ray.records.canonical import digest, from_json, to_json
-from bge_ray.records.index import IndexDescription, Shortfall
+from bge_ray.records.index import Shortfall
 from bge_ray.records.model import BM25, EMBEDDING, SPARSE, ModelSpec
 from bge_ray.records.reports import SearchedIndex, SearchReport
 from bge_ray.records.sparse import SparseChoice
@@ -178,7 +179,8 @@ class SearchJob:
         by_vectors = EMBEDDING in self.asked.found_by
         self.index = read_index(self.storage, self.source.root) if by_vectors and not asked.exact else None
         if self.index is not None:
-            _check_index(self.index, self.source, allowed=asked.stale_index)
+            ways = "set search.exact, or set search.stale_index"
+            check_index(self.index, self.source, allowed=asked.stale_index, ways_out=ways)
             if shortfall := self._shortfall():
                 logger.warning("%s: %s", self.source.root, advise_shortfall(shortfall))
             results = "passages" if self.source.chunked and asked.group == "passage" else "vectors"
@@ -637,40 +639,6 @@ def _check_share(settings: Settings, report: SearchReport) -> None:
         allowed = settings.rerank.max_rejected_fraction
         share = lost / max(1, scored + lost)
         check_rejected(folder, share, allowed, "rerank.max_rejected_fraction", reasons)
-
-
-def _check_index(index: IndexDescription, source: Source, *, allowed: bool) -> None:
-    """Refuse an index of other vectors, and one that lacks some of them, unless such a one is ``allowed``.
-
-    One that has more than the data set is searched: what is gone is dropped, and its places are filled.
-    """
-    where = f"output.uri {source.root}"
-    if index.vector_fingerprint != source.spec.vector_fingerprint or index.dim != source.spec.model.dim:
-        raise DatasetMismatchError(
-            f"{where}: its index was built from vectors of another model or other settings; run index.py "
-            "again, or set search.exact"
-        )
-    lacking = set(index.lacks(source.shard_hashes))
-    facts = [m.embeddings for m in source.manifest.shards if m.embeddings is not None]
-    rows = sum(fact.rows for fact in facts if fact.sha256 in lacking)
-    if lacking:
-        message = (
-            f"{where}: {rows:,} of its {source.manifest.vectors:,} vectors ({len(lacking):,} of "
-            f"{len(facts):,} shards) are not in its index, which is older, and would not be found"
-        )
-        if not allowed:
-            raise DatasetMismatchError(
-                f"{message}; run index.py to renew it, set search.exact, or set search.stale_index to "
-                "search what it holds"
-            )
-        logger.warning("%s; search.stale_index allows it", message)
-    elif index.ntotal != source.manifest.vectors:
-        logger.warning(
-            "%s: its index holds %d vectors, %d of them gone from the data set; run index.py to renew it",
-            where,
-            index.ntotal,
-            index.ntotal - source.manifest.vectors,
-        )
 
 
 def _query_model(settings: Settings, source: Source, outputs: Sequence[str]) -> ModelSpec:

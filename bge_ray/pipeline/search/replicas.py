@@ -63,7 +63,7 @@ def start_index(
     """
     if asked and pool.count < replicas:
         raise SettingsError(
-            f"search.replicas {replicas}: there are {pool.count} actors to hold the index; ask for fewer, "
+            f"search.replicas {replicas}: the actors that hold the index are {pool.count}; ask for fewer, "
             "raise search.num_searchers, or add CPUs"
         )
     start, replicas = _remote(Searcher, pool), min(replicas, pool.count)

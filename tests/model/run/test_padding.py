@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import BertModel
+from transformers import BertModel, LlamaConfig
 
 from bge_ray.model.run.batching import token_budget_batches
+from bge_ray.model.run.packed import is_placed_by_batch
 from bge_ray.model.run.padding import SEES_PADDING
 from bge_ray.model.spec import text_feeder
 from tests.model.conftest import encode, load, resolve, vectors
-from tests.support.models import make_encoder
+from tests.model.run.test_decoders import alone
+from tests.support.models import make_decoder, make_encoder
 
 
 def test_rows_of_one_length_alone_go_together() -> None:
@@ -46,6 +48,27 @@ def test_a_model_that_looks_at_no_mask_is_found_out(
     assert len(batches) == len(set(tokens.lengths.tolist())) > 1
     monkeypatch.undo()
     assert len(load(spec, packed=False).cut(tokens, 100_000)) == 1
+
+
+@pytest.mark.parametrize("by_kind", [False, True])
+def test_rows_whose_places_depend_on_the_longest_of_a_batch_go_by_length(
+    tmp_path: Path, texts: list[str], by_kind: bool
+) -> None:
+    """Rotary positions of longrope have other factors in a batch with a row beyond the original length."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "original_max_position_embeddings": 48}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    folder = make_decoder(tmp_path / "llama", "llama", rope_parameters=rope)
+    assert is_placed_by_batch(LlamaConfig(rope_parameters=rope))
+    config = LlamaConfig()
+    assert not is_placed_by_batch(config)
+    config.rope_parameters = {"sliding": {"rope_type": "default"}, "full": rope} if by_kind else None
+    assert is_placed_by_batch(config) is by_kind
+    asked = ["a fox", "two foxes", "a dog " * 30, *texts[:9]]
+    lengths = text_feeder(resolve(folder)).passages(asked).lengths
+    assert lengths.min() < 40 and lengths.max() > 50
+    for budget in (1, 100_000):
+        got = vectors(encode(folder, asked, budget=budget))
+        np.testing.assert_allclose(got, alone(folder, asked), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -164,10 +164,12 @@ def test_batches_hold_as_many_rows_as_their_own_tokens_allow(tmp_path: Path) -> 
 def test_rows_share_only_where_no_more_than_their_end_is_wanted(tmp_path: Path, texts: list[str]) -> None:
     folder = make_decoder(tmp_path / "qwen2", "qwen2")
     both_ways = make_decoder(tmp_path / "both", "qwen2", is_causal=False)
+    named_otherwise = make_decoder(tmp_path / "gemma", "gemma", use_bidirectional_attention=True)
     for path, pooling, expected in (
         (folder, "last_token", True),
         (folder, "mean", False),
         (both_ways, "last_token", False),
+        (named_otherwise, "last_token", False),
     ):
         model = load(resolve(path, pooling=pooling), packed=True)
         assert model._executor.shares is expected

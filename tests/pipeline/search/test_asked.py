@@ -69,7 +69,7 @@ def test_an_output_that_the_data_set_lacks(tmp_path: Path, asked: list[str], why
         (["first_stage=hybrid", "candidates=10", "k=20"], r"candidates: must be at least k \(20\)"),
         (["candidates=200"], "candidates: are k unless first_stage is hybrid, or rescore_with is set"),
         (["replicas=3", "num_searchers=2"], r"replicas: must be at most num_searchers \(2\)"),
-        (["replicas=2", "exact=true"], "replicas: are of the index, which exact does not search"),
+        (["replicas=2", "exact=true"], "replicas: with exact no index is searched"),
         (["sparse=approximate"], "sparse: is of the weights of tokens, which dense does not search"),
         (["sparse=approximate", "first_stage=bm25"], "which bm25 does not search; leave it out"),
         (

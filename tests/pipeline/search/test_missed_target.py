@@ -1,13 +1,14 @@
 """An index whose recall missed its target is not searched without a word."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import bge_ray
-from bge_ray.errors import ModelError
+from bge_ray.errors import DatasetMismatchError, ModelError
 from bge_ray.pipeline.search.job import SearchJob
 from bge_ray.records.canonical import to_json
 from bge_ray.records.index import SHARD_DIGITS, Recall, Shortfall
@@ -86,6 +87,19 @@ def test_an_exact_search_misses_nothing(tmp_path: Path, caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING):
         assert planned(tmp_path / "data", search__exact=True)._searched() is None
     assert SAID not in caplog.text
+
+
+def test_one_that_lacks_passages_is_opened_for_questions_only_where_that_is_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish(tmp_path / "data", reached=True, shards=(), ntotal=0)
+    root = str(tmp_path / "data")
+    lacks = "40 of its 40 vectors (1 of 1 shards) are not in its index, which is older"
+    with pytest.raises(DatasetMismatchError, match=rf"{re.escape(lacks)}, .* stale_index=True"):
+        bge_ray.open_index(root)
+    with caplog.at_level(logging.WARNING):
+        index = bge_ray.open_index(root, stale_index=True)
+    assert lacks in caplog.text and index.description is not None
 
 
 def test_opening_it_for_questions_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
