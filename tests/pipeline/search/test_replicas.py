@@ -89,7 +89,7 @@ def test_how_often_an_index_is_held() -> None:
     assert replicas_of(None, 4, 100) == 1
     assert replicas_of(None, 1, 100) == len([node for node in ray.nodes() if node["Resources"].get("CPU")])
     assert replicas_of(None, 1, 1) == 1
-    with pytest.raises(SettingsError, match=r"search\.replicas 3: there are 2 actors.*num_searchers"):
+    with pytest.raises(SettingsError, match=r"search\.replicas 3: the actors .* are 2; .*num_searchers"):
         start_index(Storage(20), [], Pool(2, 0.0, 0.0, 1), 3, ray.put({}), asked=True)
     # As many as there are actors, where nobody asked for more: two nodes, and search.num_searchers 1.
     fewer = start_index(Storage(20), [], Pool(1, 0.0, 0.0, 1), 2, ray.put({}), asked=False)
