@@ -31,7 +31,7 @@ class Asked:
     nprobe: int | None
     filter: str | None
     as_json: bool
-    stale_index: bool = False
+    stale_index: bool
 
 
 def ask(uri: str, questions: Sequence[str], asked: Asked, *, model: str | None, device: str) -> None:

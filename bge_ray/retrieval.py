@@ -285,9 +285,11 @@ def open_index_reader(uri: str, *, model: str | None, device: str, stale_index: 
         raise SettingsError(f"{uri}: its vectors are not normalised, which a search needs")
     index = read_index(source.storage, source.root)
     if index is not None:
-        ways = "open it with stale_index=True (bge-ray ask --stale-index)"
-        check_index(index, source, allowed=stale_index, ways_out=ways)
-    if index is not None and (shortfall := index.shortfall(index.k, index.rescore)):
-        more = f", {shortfall.rescored:.4f} with rescored={shortfall.rescore}" if shortfall.rescore else ""
-        logger.warning("%s: passages are missed: %s%s", uri, shortfall, more)
+        way_out = "open it with stale_index=True (bge-ray ask --stale-index)"
+        check_index(index, source, allowed=stale_index, way_out=way_out)
+        if shortfall := index.shortfall(index.k, index.rescore):
+            more = (
+                f", {shortfall.rescored:.4f} with rescored={shortfall.rescore}" if shortfall.rescore else ""
+            )
+            logger.warning("%s: passages are missed: %s%s", uri, shortfall, more)
     return IndexReader(source, index, model, device)

@@ -8,8 +8,11 @@ from bge_ray.records.index import IndexDescription
 
 logger = logging.getLogger(__name__)
 
+# What needs no index at all.
+_EXACTLY = "search exactly (search.exact of bge-ray search)"
 
-def check_index(index: IndexDescription, source: Source, *, allowed: bool, ways_out: str) -> None:
+
+def check_index(index: IndexDescription, source: Source, *, allowed: bool, way_out: str) -> None:
     """Refuse an index of other vectors, and one that lacks some of them, unless such a one is ``allowed``.
 
     One that has more than the data set is searched: what is gone is dropped, and its places are filled.
@@ -18,7 +21,7 @@ def check_index(index: IndexDescription, source: Source, *, allowed: bool, ways_
         index: of the data set.
         source: the data set.
         allowed: whether what the index holds may be searched although it is not all.
-        ways_out: what else than a new index helps, for the message.
+        way_out: how to ask for that, for the message.
 
     Raises:
         DatasetMismatchError: says what does not fit, and the ways out.
@@ -27,7 +30,7 @@ def check_index(index: IndexDescription, source: Source, *, allowed: bool, ways_
     if index.vector_fingerprint != source.spec.vector_fingerprint or index.dim != source.spec.model.dim:
         raise DatasetMismatchError(
             f"{where}: its index was built from vectors of another model or other settings; "
-            "run index.py again"
+            f"run index.py again, or {_EXACTLY}"
         )
     lacking = set(index.lacks(source.shard_hashes))
     facts = [m.embeddings for m in source.manifest.shards if m.embeddings is not None]
@@ -39,7 +42,7 @@ def check_index(index: IndexDescription, source: Source, *, allowed: bool, ways_
         )
         if not allowed:
             raise DatasetMismatchError(
-                f"{message}; run index.py to renew it, or {ways_out} to search what it holds"
+                f"{message}; run index.py to renew it, {_EXACTLY}, or {way_out} to search what it holds"
             )
         logger.warning("%s; stale_index allows it", message)
     elif index.ntotal != source.manifest.vectors:

@@ -179,8 +179,8 @@ class SearchJob:
         by_vectors = EMBEDDING in self.asked.found_by
         self.index = read_index(self.storage, self.source.root) if by_vectors and not asked.exact else None
         if self.index is not None:
-            ways = "set search.exact, or set search.stale_index"
-            check_index(self.index, self.source, allowed=asked.stale_index, ways_out=ways)
+            way_out = "set search.stale_index"
+            check_index(self.index, self.source, allowed=asked.stale_index, way_out=way_out)
             if shortfall := self._shortfall():
                 logger.warning("%s: %s", self.source.root, advise_shortfall(shortfall))
             results = "passages" if self.source.chunked and asked.group == "passage" else "vectors"
