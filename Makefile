@@ -21,18 +21,16 @@ demo-train: $(VENV)/.demo-train ## train a small reranker for the demo, in about
 	$(BIN)/python jobs/demo.py --train
 
 # One after the other: side by side they take as long, and a Ray that waits for a core for minutes gives up.
-test: check long ray ## the tests: `make check`, then the longer ones and those with a real Ray
+test: check ray ## the tests: `make check` with the longer ones, then those with a real Ray
+
+long: unit ## the quick tests, and longer ones: a faulty store, other packages' figures, whole commands
 
 # Of the files only those are read that have such a test: each worker reads them all before it begins.
-long: $(VENV)/.dev ## longer tests without Ray: a faulty store, other packages' figures, whole commands
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
-		-m "(long or parity) and not ray and not slow" $$(grep -rlE 'mark\.(long|parity)\b' tests --include='test_*.py')
-
 ray: $(VENV)/.dev ## the tests with a real Ray, a real S3 server and real weights
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "ray and not slow" \
 		$$(grep -rlE 'mark\.ray\b' tests --include='test_*.py')
 
-test-slow: $(VENV)/.dev ## the long ones: search and rerank on Ray, real kills of drivers, actors, nodes and the store, memory
+test-slow: $(VENV)/.slow ## the long ones: search and rerank on Ray, real kills of drivers, actors, nodes and the store, memory
 	$(BIN)/python -m pytest -m slow
 
 test-airflow: $(VENV)/.dev .venv-airflow/.ready ## the Airflow DAG on a real Airflow (in an environment of its own) and a real Ray head
@@ -41,7 +39,7 @@ test-airflow: $(VENV)/.dev .venv-airflow/.ready ## the Airflow DAG on a real Air
 check: $(VENV)/.dev ## format, lint, types, import contracts, quick tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(MAKE) -j 2 types unit
+	$(MAKE) -j 2 types unit MARKS="$(MARKS)"
 
 types: $(VENV)/.dev ## types and import contracts
 	$(BIN)/mypy
@@ -53,11 +51,15 @@ types: $(VENV)/.dev ## types and import contracts
 audit: $(VENV)/.dev ## ask for known vulnerabilities of the versions in constraints.txt (needs PyPI's advisories)
 	$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip --strict
 
+# Before `test` the longer ones go along with the quick ones: workers read all files for half a minute of a core
+# each before they begin, and once is enough.
+MARKS := not ray and not slow$(if $(filter test long,$(MAKECMDGOALS)),, and not long and not parity)
+
 # One thread to a process: there are as many processes as cores, and OpenMP's threads spin while they wait.
 # Files are begun in the order of tests/conftest.py, the longest first.
 unit: $(VENV)/.dev ## the quick tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
-		-m "not ray and not slow and not long and not parity"
+		-m "$(MARKS)"
 
 format: $(VENV)/.dev ## put the code in form
 	$(BIN)/ruff format .
@@ -78,8 +80,12 @@ $(VENV)/.demo-train: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@ $(VENV)/.demo
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) -e '.[bench,cpu,demo,dev,parity,train]'
+	$(PIP) -e '.[cpu,demo,dev,parity,train]'
 	@touch $@ $(VENV)/.demo $(VENV)/.demo-train
+
+$(VENV)/.slow: $(VENV)/.dev
+	$(PIP) -e '.[bench,cpu,demo,dev,parity,slow,train]'
+	@touch $@
 
 .venv-airflow/.ready: infra/airflow/requirements.txt infra/airflow/constraints.txt
 	$(PYTHON) -m venv .venv-airflow

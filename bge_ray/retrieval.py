@@ -23,11 +23,11 @@ from bge_ray.model.spec import hash_files, text_feeder
 from bge_ray.model.uncollected import uncollected
 from bge_ray.pipeline.index.published import index_files, read_index
 from bge_ray.pipeline.index.searchers import Searcher
-from bge_ray.pipeline.runs.holders import RowHolder
+from bge_ray.pipeline.runs.holders import Handover, RowHolder
 from bge_ray.pipeline.runs.source import Source, open_source
 from bge_ray.pipeline.search.exact import ShardSearcher
 from bge_ray.pipeline.search.freshness import check_index
-from bge_ray.pipeline.search.retrieve import Group, Retrieval, plan_retrieval, retrieve
+from bge_ray.pipeline.search.retrieve import Group, Retrieval, plan_retrieval, retrieve, told_columns
 from bge_ray.records.ids import FloatArray
 from bge_ray.records.index import IndexDescription
 from bge_ray.records.model import EMBEDDING
@@ -223,7 +223,13 @@ class IndexReader:
             storage, root = self._source.storage, self._source.root
             self._searchers[per_row] = (
                 ShardSearcher(
-                    storage, root, self._shards, self._threads, per_row=per_row, filters=self._passing
+                    storage,
+                    root,
+                    self._shards,
+                    self._threads,
+                    per_row=per_row,
+                    filters=self._passing,
+                    handover=Handover(self._stored, told_columns(self._source)),
                 )
                 if self._index is None
                 else Searcher(storage, index_files(root, self._index), self._threads, self._passing)

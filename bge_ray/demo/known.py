@@ -34,13 +34,16 @@ def draw(
     for query, passage in pairs:
         if query and len(passage) >= MIN_CHARS:
             asked.setdefault(passage, query)
-    order = np.random.default_rng(SEED).permutation(len(asked))[:passages]
+    rng = np.random.default_rng(SEED)
+    order = rng.permutation(len(asked))[:passages]
     every = list(asked)
     drawn = {f"p{number}": every[number] for number in sorted(order.tolist())}
     wanted: dict[str, list[str]] = {}
     for passage_id, passage in drawn.items():
         wanted.setdefault(asked[passage], []).append(passage_id)
-    kept = list(wanted)[:queries]
+    # Of all of them: neighbours are of one module, and the first ones of few.
+    every = list(wanted)
+    kept = [every[number] for number in sorted(rng.permutation(len(every))[:queries].tolist())]
     named = {f"q{number}": query for number, query in enumerate(kept)}
     judged = [(query_id, passage_id) for query_id, query in named.items() for passage_id in wanted[query]]
     return drawn, named, judged

@@ -116,6 +116,7 @@ def test_ranges_without_others_are_what_sets_say() -> None:
         assert numbers[2] == numbers[0] - numbers[1]
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_the_command_tells_lines_and_writes_parquet_once(tmp_path: Path) -> None:
     root = tmp_path / "out"

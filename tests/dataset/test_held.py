@@ -1,6 +1,5 @@
 """What is held of shards is what they hold, is fetched once, and goes where there is no room for it."""
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,29 +14,11 @@ from bge_ray.dataset.lookup import ShardMap, find_passages, read_places
 from bge_ray.dataset.read import COLUMNS, read_verified
 from bge_ray.errors import DamagedShardError, StorageError
 from bge_ray.storage.objects import Storage
+from tests.support.counted import CountedStorage
 from tests.support.vectors import VectorDataset, clustered
 
 DIM = 8
 SHARDS, ROWS = 5, 40
-
-
-class CountedStorage(Storage):
-    """Notes every range that is read."""
-
-    def __init__(self) -> None:
-        super().__init__(20.0)
-        self.bytes: Counter[str] = Counter()
-        self.ranges: Counter[tuple[str, int, int]] = Counter()
-
-    def read(self, uri: str) -> bytes:
-        data = super().read(uri)
-        self.bytes[uri] += len(data)
-        return data
-
-    def read_range(self, uri: str, start: int, stop: int) -> bytes:
-        self.ranges[uri, start, stop] += 1
-        self.bytes[uri] += stop - start
-        return super().read_range(uri, start, stop)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +85,29 @@ def test_each_byte_is_fetched_once(tmp_path: Path) -> None:
     for _ in range(2):
         assert sum(map(len, mine.whole(made[1].facts[0], COLUMNS))) == 5_000
         assert sum(storage.bytes.values()) - before == made[1].facts[0].bytes
+
+
+def test_what_others_read_is_not_fetched(made: tuple[str, ShardMap]) -> None:
+    """A search reads shards whole; who is asked for the rest of them afterwards has it from there."""
+    searched, searcher = held(made)
+    storage, mine = held(made)
+    root, shards = made
+    for fact in shards.facts:
+        rows = searcher.whole(fact, COLUMNS, ["vector_id", "passage_id", "embedding"], mine.keep)
+        assert sum(map(len, rows)) == ROWS
+        assert [batch.schema.names for batch in rows] == [COLUMNS]
+    assert sum(searched.bytes.values()) == sum(fact.bytes for fact in shards.facts)
+    assert not storage.bytes
+    ids, columns = all_ids(shards), ["passage_id", "embedding"]
+    for _ in range(2):
+        assert mine.places(ids, columns).equals(read_places(Storage(20), root, shards, ids, columns))
+    # Only the end of each, which says where its columns lie; what was not handed over is fetched.
+    assert len(storage.ranges) == len(shards.facts)
+    assert mine.places(ids, ["text_hash"]).equals(read_places(Storage(20), root, shards, ids, ["text_hash"]))
+    assert len(storage.ranges) > len(shards.facts)
+    # Held already: nothing is read again, and nothing handed over again.
+    for fact in shards.facts:
+        searcher.whole(fact, COLUMNS, ["passage_id"], lambda *_: pytest.fail("handed over twice"))
 
 
 def test_values_are_found_as_they_are_without_being_held(made: tuple[str, ShardMap]) -> None:

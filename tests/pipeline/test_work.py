@@ -232,6 +232,7 @@ class Looks(StopRequest):
         super().check()
 
 
+@pytest.mark.slow
 def test_the_report_before_goes_before_anything_new_comes(tmp_path: Path, tiny_model: Path) -> None:
     root, out = str(tmp_path), f"{tmp_path}/out"
     put(root, a=rows(0))
@@ -353,6 +354,7 @@ def _change_a_digit(path: Path) -> None:
     path.write_text(changed)
 
 
+@pytest.mark.slow
 def test_a_page_or_a_card_that_is_gone_is_made_again(tmp_path: Path, tiny_model: Path) -> None:
     settings = settings_for(str(tmp_path), tiny_model)
     put(str(tmp_path), a=rows(0))
@@ -422,6 +424,7 @@ def test_an_output_is_no_part_of_its_corpus(
     assert [p.name for p in (tmp_path / "corpus").rglob("*")] == ["a.jsonl"]
 
 
+@pytest.mark.slow
 def test_a_corpus_without_a_row_empties_no_data_set(tmp_path: Path, tiny_model: Path) -> None:
     """Whatever may be removed: its objects are there, and without a row they are a corpus that broke."""
     root = str(tmp_path)

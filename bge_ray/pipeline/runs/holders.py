@@ -4,6 +4,7 @@ Shards, and the spans of the corpus that texts lie in, are dealt to actors. Each
 what it fetched, and answers by vector id.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
@@ -22,6 +23,7 @@ from bge_ray.pipeline.runs.passages import TEXT_SCHEMA, span_texts
 from bge_ray.pipeline.runs.stored_scores import score_stored
 from bge_ray.records.arrays import dense_rows
 from bge_ray.records.columns import Columns
+from bge_ray.records.dataset import FileFact
 from bge_ray.records.ids import FloatArray, IdArray, vector_ids
 from bge_ray.records.model import EMBEDDING
 from bge_ray.records.outputs import Output
@@ -66,6 +68,26 @@ class StoredRows(Protocol):
 
     def texts(self, spans: Sequence[SpanRows], columns: Columns) -> list[SpanTexts]:
         """Return the texts of rows of the corpus, by their spans."""
+
+    def keep(self, fact: FileFact, number: int, table: pa.Table) -> None:
+        """Take columns of a row group of a shard that somebody else has read."""
+
+
+@dataclass(frozen=True)
+class Handover:
+    """Where columns go that a searcher reads and that are asked for again once it has answered.
+
+    Of ``columns`` it hands over those that it reads anyway, and ``stored`` does not fetch them.
+    """
+
+    stored: StoredRows
+    columns: tuple[str, ...]
+
+    def take(self, fact: FileFact, number: int, table: pa.Table) -> None:
+        """Hand over what is wanted of a table; see `StoredRows.keep`."""
+        names = [name for name in table.column_names if name in self.columns]
+        if names:
+            self.stored.keep(fact, number, table.select(names))
 
 
 class RowHolder:
@@ -128,6 +150,10 @@ class RowHolder:
             StorageError: a part of the corpus cannot be fetched.
         """
         return [self._span_texts(*span, columns) for span in spans]
+
+    def keep(self, fact: FileFact, number: int, table: pa.Table) -> None:
+        """See `StoredRows`."""
+        self._held.keep(fact, number, table)
 
     def _pairs(self, ids: IdArray, columns: Sequence[str]) -> Iterator[tuple[IdArray, IdArray, pa.Table]]:
         """Yield the pairs of each shard, the places of their vectors in a table of it, and that table."""
@@ -224,6 +250,15 @@ class Holders:
             by_actor.setdefault(owner, []).append(span)
         asked = [self.actors[n].texts.remote(some, columns) for n, some in by_actor.items()]
         return [texts for part in self._ask(asked) for texts in part]
+
+    def keep(self, fact: FileFact, number: int, table: pa.Table) -> None:
+        """See `StoredRows`."""
+        owner = self._owners[fact.path] % len(self.actors)
+        self._ask([self.actors[owner].keep.remote(fact, number, table)])
+
+    @functools.cached_property
+    def _owners(self) -> dict[str, int]:
+        return {fact.path: place for place, fact in enumerate(self.shards.facts)}
 
     def stop(self) -> None:
         """End the actors, and with them what they hold."""

@@ -7,6 +7,7 @@ from bge_ray.dataset.lookup import ShardMap
 from bge_ray.dataset.passing import Passing
 from bge_ray.dataset.read import COLUMNS, Vectors, arrays_of
 from bge_ray.index.topk import Results, exact_topk
+from bge_ray.pipeline.runs.holders import Handover
 from bge_ray.records.dataset import FileFact
 from bge_ray.records.ids import FloatArray
 from bge_ray.storage.objects import Storage
@@ -24,17 +25,19 @@ class ShardSearcher:
         *,
         per_row: bool = False,
         filters: Mapping[str, Passing] | None = None,
+        handover: Handover | None = None,
     ) -> None:
         """Note which shards to search, and what passes filters, by their SQL.
 
         With ``per_row`` of the chunks of a row only the best counts.
-        A shard is read when it is first searched, and its vectors then lie on this machine's disk; one of
-        which nothing passes is not.
+        A shard is read when it is first searched, whole, and its vectors then lie on this machine's disk; one
+        of which nothing passes is not. What else of it is asked for goes to ``handover``.
         """
         from bge_ray.index.package import use_threads
 
         self._held = HeldShards(storage, root, shards, MappedTables())
         self._per_row, self._filters = per_row, {} if filters is None else filters
+        self._handover = handover
         use_threads(threads)
 
     def search(
@@ -63,4 +66,6 @@ class ShardSearcher:
                     yield vectors[marks], ids[marks]
 
     def _blocks(self, fact: FileFact) -> Iterator[Vectors]:
-        return map(arrays_of, self._held.whole(fact, COLUMNS))
+        if self._handover is None:
+            return map(arrays_of, self._held.whole(fact, COLUMNS))
+        return map(arrays_of, self._held.whole(fact, COLUMNS, self._handover.columns, self._handover.take))

@@ -15,6 +15,7 @@ import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 
+from bge_ray.dataset.commit import ROW_GROUP_ROWS
 from bge_ray.dataset.lookup import ShardMap
 from bge_ray.dataset.passing import Passing
 from bge_ray.errors import DatasetMismatchError, IncompleteRunError, SettingsError
@@ -43,9 +44,10 @@ from bge_ray.pipeline.index.tasks import WrittenFile
 from bge_ray.pipeline.rerank.score import PairJob, by_reranker, make_score_job, summarise_scoring
 from bge_ray.pipeline.rerank.texts import TextSource, open_texts, takes_kept
 from bge_ray.pipeline.runs.groups import QUERY_SCHEMA, GroupTask, Workplace
-from bge_ray.pipeline.runs.holders import Holders, start_holders
+from bge_ray.pipeline.runs.holders import Handover, Holders, start_holders
 from bge_ray.pipeline.runs.intake import Block, Intake, Limits, Rejections
 from bge_ray.pipeline.runs.parts import LEFT_OUT, RUN_FILES, RunOutput, Totals, part_stage
+from bge_ray.pipeline.runs.passages import text_columns
 from bge_ray.pipeline.runs.source import Source, open_source, refuse_in_source
 from bge_ray.pipeline.runs.work import TASKS, WORK, Outcome, RunWork, check_rejected, published_files
 from bge_ray.pipeline.search.asked import settle_asked
@@ -54,7 +56,7 @@ from bge_ray.pipeline.search.finders import Finder, weigh_terms
 from bge_ray.pipeline.search.freshness import check_index
 from bge_ray.pipeline.search.gate import EncodedSample, sample_of, settle_sparse
 from bge_ray.pipeline.search.replicas import replicas_of, start_exact, start_index
-from bge_ray.pipeline.search.retrieve import Retrieval, plan_retrieval
+from bge_ray.pipeline.search.retrieve import Retrieval, plan_retrieval, told_columns
 from bge_ray.pipeline.search.stages import (
     QueryJob,
     RetrieveJob,
@@ -431,18 +433,35 @@ class SearchJob:
         # In Ray's memory once a node. Ray drops it with its last reference: an actor that is started again
         # has none.
         self._passes = ray.put({sql: one for sql, one in settled.items() if isinstance(one, Passing)})
+        shards = ShardMap.of(source.manifest)
+        self._holders = start_holders(self.storage, source.root, shards, sizes.tasks["tasks"].count)
+        handover = Handover(self._holders, self._asked_again(facts.rows_planned))
         finders = tuple(
-            self._start_finder(name, files, replicas, sizes.pools[POOL_OF[name]], watch)
+            self._start_finder(name, files, replicas, sizes.pools[POOL_OF[name]], handover, watch)
             for name in self.asked.found_by
         )
         if settings.search.sparse == "approximate":
             finders = tuple(self._gated(finder, place, groups, sizes, watch) for finder in finders)
-        shards = ShardMap.of(source.manifest)
-        self._holders = start_holders(self.storage, source.root, shards, sizes.tasks["tasks"].count)
         combining = self.asked.combining
         retrieve = RetrieveJob(place, finders, self._holders, source.chunked, combining, passes_of(settled))
         logger.info("%s queries to answer; %s", f"{facts.rows_planned:,}", sizes)
         return sizes, retrieve
+
+    def _asked_again(self, queries: int) -> tuple[str, ...]:
+        """Return the columns of which so many queries will ask for most row groups, once results are found.
+
+        Of fewer results it costs less to fetch what they need than to move all that was read.
+        """
+        groups = self.source.manifest.vectors / ROW_GROUP_ROWS
+        names: tuple[str, ...] = ()
+        if queries * self.asked.candidates >= groups:
+            combining = self.asked.combining
+            again = () if combining is None or combining.rescoring is None else combining.rescoring.outputs
+            names = (*told_columns(self.source), *(output.name for output in again))
+        kept = self.reranker is not None and takes_kept(self._settings, self.source)
+        if kept and queries * self._settings.rerank.depth >= groups:
+            names += tuple(text_columns(self.source.spec.columns))
+        return names
 
     def _flow(
         self,
@@ -503,6 +522,7 @@ class SearchJob:
         files: list[WrittenFile],
         replicas: int,
         pool: Pool,
+        handover: Handover,
         watch: Callable[[], None],
     ) -> Finder:
         """Start the actors that share the index, or an output of the shards to be searched exactly."""
@@ -511,7 +531,8 @@ class SearchJob:
             given = asked.replicas is not None
             started = start_index(self.storage, files, pool, replicas, self._passes, asked=given)
         else:
-            started = start_exact(self.source, name, pool, self._passes, per_row=retrieval.per_row)
+            per_row = retrieval.per_row
+            started = start_exact(self.source, name, pool, self._passes, handover, per_row=per_row)
         self._searchers += itertools.chain.from_iterable(started)
         weighing = None
         if name == BM25:

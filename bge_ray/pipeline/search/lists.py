@@ -9,6 +9,7 @@ from bge_ray.index.bm25 import Saturation, TermStats
 from bge_ray.index.lists import Lists, blocks_of, on_disk, search_lists
 from bge_ray.index.seismic import SeismicIndex
 from bge_ray.index.topk import Results
+from bge_ray.pipeline.runs.holders import Handover
 from bge_ray.records.arrays import SparseRows, sparse_rows
 from bge_ray.records.ids import IdArray
 from bge_ray.records.sparse import Pruning
@@ -33,6 +34,7 @@ class ListSearcher:
         per_row: bool = False,
         filters: Mapping[str, Passing] | None = None,
         threads: int = 1,
+        handover: Handover | None = None,
     ) -> None:
         """Note which shards to search.
 
@@ -44,9 +46,10 @@ class ListSearcher:
             per_row: of the chunks of a corpus row only the best counts.
             filters: what passes them, by their SQL.
             threads: that making an index of Seismic may use.
+            handover: gets the column where it wants it.
         """
         self._storage, self._root, self._shards, self._threads = storage, root, shards, threads
-        self._column, self._per_row = column, per_row
+        self._column, self._per_row, self._handover = column, per_row, handover
         self._filters = {} if filters is None else filters
         self._blocks: list[Lists] | None = None
         self._seismic: SeismicIndex | None = None
@@ -107,5 +110,8 @@ class ListSearcher:
 
     def _parts(self) -> Iterator[tuple[SparseRows, IdArray]]:
         for fact in self._shards.facts:
-            for table in read_columns(self._storage, self._root, fact, ["vector_id", self._column]):
+            groups = read_columns(self._storage, self._root, fact, ["vector_id", self._column])
+            for number, table in enumerate(groups):
+                if self._handover is not None and self._column in self._handover.columns:
+                    self._handover.take(fact, number, table)
                 yield sparse_rows(table[self._column]), table["vector_id"].to_numpy()

@@ -12,6 +12,7 @@ from bge_ray.pipeline.engine.pools import Pool
 from bge_ray.pipeline.engine.tasks import count_nodes
 from bge_ray.pipeline.index.searchers import Searcher
 from bge_ray.pipeline.index.tasks import WrittenFile
+from bge_ray.pipeline.runs.holders import Handover
 from bge_ray.pipeline.runs.source import Source
 from bge_ray.pipeline.search.exact import ShardSearcher
 from bge_ray.pipeline.search.lists import ListSearcher
@@ -81,7 +82,7 @@ def start_index(
 
 
 def start_exact(
-    source: Source, output: str, pool: Pool, filters: ray.ObjectRef, *, per_row: bool
+    source: Source, output: str, pool: Pool, filters: ray.ObjectRef, handover: Handover, *, per_row: bool
 ) -> tuple[tuple[ActorHandle, ...], ...]:
     """Start the actors that share the shards and search one output of them, once.
 
@@ -90,11 +91,12 @@ def start_exact(
         output: its name.
         pool: how many actors, and what each reserves.
         filters: what passes filters, as `Searcher` takes it; to be kept as long as the actors.
+        handover: gets what they read and is asked for again.
         per_row: whether the best chunk of a passage stands for it.
     """
     shards = ShardMap.of(source.manifest)
     shares = [shards.every(pool.count, i) for i in range(pool.count)]
-    asked = {"per_row": per_row, "filters": filters, "threads": pool.threads}
+    asked = {"per_row": per_row, "filters": filters, "threads": pool.threads, "handover": handover}
     if output != EMBEDDING:
         asked["column"] = output
     start = _remote(ShardSearcher if output == EMBEDDING else ListSearcher, pool)

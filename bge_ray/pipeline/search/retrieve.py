@@ -111,6 +111,11 @@ class _Answer:
     holes: bool
 
 
+def told_columns(source: Source) -> tuple[str, ...]:
+    """Return the columns of the shards that are read for whatever is found."""
+    return ("vector_id", "passage_id", *(SPAN_COLUMNS if source.chunked else ()))
+
+
 def plan_retrieval(
     source: Source,
     index: IndexDescription | None,

@@ -79,7 +79,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_encoder(tmp_path_factory.mktemp("oom") / "m", positions=2048, layers=2, intermediate=16_384)
 
 
-@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
 def test_batches_are_halved_until_they_fit_and_a_row_that_never_fits_is_named(
     folder: Path, packed: bool
 ) -> None:

@@ -36,7 +36,6 @@ from tests.support.corpora import docstrings, jsonl_bytes, mixed_objects, parque
 from tests.support.datasets import check_nothing_left_over, read_manifest, read_shards, vectors_by_id
 from tests.support.poison import make_poisonous
 from tests.support.runs import JobProcess
-from tests.support.slow import slow_but
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -172,6 +171,7 @@ def test_a_process_of_its_own_resumes_what_another_planned(
     assert read_manifest(f"{bucket}/out") == before
 
 
+@pytest.mark.slow
 def test_chunks_of_long_texts_lie_where_they_say_and_have_vectors_of_their_own(
     bucket: str, tiny_model: Path
 ) -> None:
@@ -334,7 +334,8 @@ def actors_alive() -> Counter[str]:
     return Counter(actor["ActorClassName"] for actor in actors if actor["State"] == "ALIVE")
 
 
-@pytest.mark.parametrize("succeeds", slow_but([False], [True, False]))
+@pytest.mark.slow
+@pytest.mark.parametrize("succeeds", [True, False])
 def test_a_job_leaves_no_actor_in_a_ray_that_goes_on(bucket: str, tiny_model: Path, succeeds: bool) -> None:
     """Also while its error is kept, as a notebook keeps the last one; Python tidies up at no other time."""
     lines = [json.dumps({"id": str(i), "text": "" if i % 4 == 0 else "text"}).encode() for i in range(300)]

@@ -144,6 +144,7 @@ def test_three_columns_are_those_of_the_model_and_index_and_search_go_on(
     assert best == [r["id"] for r in records[:5]]  # a passage that is asked for finds itself
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_without_dense_vectors_there_is_no_index_and_no_search(
     bucket: str, m3: Path, records: list[dict[str, str]], tiny_model: Path

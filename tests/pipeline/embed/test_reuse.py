@@ -121,6 +121,7 @@ def test_a_changed_a_renamed_and_a_copied_file_cost_what_is_new_in_them(
     check_nothing_left_over(f"{bucket}/out")
 
 
+@pytest.mark.slow
 def test_vectors_are_taken_over_bit_by_bit(
     bucket: str, tiny_model: Path, passages: list[dict[str, str]]
 ) -> None:
@@ -133,6 +134,7 @@ def test_vectors_are_taken_over_bit_by_bit(
     assert {row["passage_id"]: row for row in rows_of(bucket)} == before
 
 
+@pytest.mark.slow
 def test_texts_that_repeat_in_a_unit_are_encoded_once(
     bucket: str, tiny_model: Path, passages: list[dict[str, str]]
 ) -> None:

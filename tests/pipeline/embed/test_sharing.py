@@ -221,6 +221,7 @@ def test_what_is_damaged_gives_nothing_and_its_texts_are_encoded(
     check_as_if_clean(tmp_path, tiny_model)
 
 
+@pytest.mark.slow
 def test_killed_before_any_write_a_run_ends_with_the_bytes_of_one_that_was_not(
     tmp_path: Path, tiny_model: Path, passages: list[dict[str, str]]
 ) -> None:

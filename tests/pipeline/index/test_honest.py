@@ -66,6 +66,7 @@ def test_the_recall_of_a_graph_is_that_of_queries_it_does_not_hold(tmp_path: Pat
     assert (scores > 0.9999).mean() > 0.99
 
 
+@pytest.mark.slow
 def test_the_effort_is_tuned_for_the_searches_that_will_come(tmp_path: Path) -> None:
     """With 100 candidates scored again fewer lists do, or a code that misses the target reaches it."""
     shards = [clustered(3000, DIM, 1), clustered(3000, DIM, 2)]
@@ -90,6 +91,7 @@ def test_the_effort_is_tuned_for_the_searches_that_will_come(tmp_path: Path) -> 
     assert deep.tuned_recall.low - 0.01 <= unseen <= deep.tuned_recall.high + 0.01
 
 
+@pytest.mark.slow
 def test_a_training_that_vectors_left_behind_is_done_anew_though_the_lists_stay_even(tmp_path: Path) -> None:
     """Vectors spread further than the code's ranges know: the lists do not tell, and the recall does."""
     centres = uniform(16, 4)
@@ -173,6 +175,7 @@ def damage(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
+@pytest.mark.slow
 def test_the_key_holds_all_that_decides(tmp_path: Path) -> None:
     made_of(tmp_path, clustered(2000, DIM, 1))
     keys = {build_index(settings_for(tmp_path, "index.factory=IVF16,SQ8")).inputs}

@@ -100,7 +100,7 @@ def in_one_process(made: VectorDataset, index: IndexDescription) -> bytes:
     [
         # 12 MB: three ranges, copied together on the server
         pytest.param("IVF32,Flat", "l2", "float32", 64, marks=pytest.mark.slow),
-        ("IVF32,SQ8", "ip", "float16", DIM),
+        pytest.param("IVF32,SQ8", "ip", "float16", DIM, marks=pytest.mark.slow),
         pytest.param("RR,IVF32,RaBitQ4", "l2", "float32", DIM, marks=pytest.mark.slow),
         pytest.param("Flat", "ip", "float32", 64, marks=pytest.mark.slow),
         pytest.param("SQ8", "l2", "float16", DIM, marks=pytest.mark.slow),
@@ -296,6 +296,7 @@ def test_a_target_out_of_reach_is_said_and_the_index_kept(bucket: str) -> None:
     assert "0.99 was not reached: as the run that built it said" in index_outcome(settings)
 
 
+@pytest.mark.slow
 def test_a_second_run_at_once_is_refused(bucket: str) -> None:
     make_dataset(bucket, [3000], DIM)
     settings = settings_for(bucket, "index.factory=IVF16,SQ8")

@@ -71,6 +71,7 @@ def answers(folder: Path, root: str, output: str) -> list[tuple[object, ...]]:
     return sorted(zip(*(table[name].to_pylist() for name in ("query_id", "rank", "passage_id")), strict=True))
 
 
+@pytest.mark.slow
 def test_there_and_back(place: Path) -> None:
     pointer = f"{place}/current"
     # At first it leads nowhere: it is made to lead to what is in use.

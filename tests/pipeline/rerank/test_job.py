@@ -128,6 +128,7 @@ def test_logits_equal_flag_reranker_and_runs_sort_equally(
     np.testing.assert_allclose([row["probability"] for row in rows], 1 / (1 + np.exp(-logits)), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_layer_wise_reranker_gives_a_column_a_layer(bucket: str, tmp_path: Path) -> None:
     folder = make_llm_reranker(tmp_path / "layerwise", "minicpm")
     records = lists(6, 4, 6)

@@ -122,6 +122,7 @@ def test_foreign_files_in_the_folder_stay_and_ours_go(reranker: Path, tmp_path: 
     assert json.loads((out / "_bge_ray.json").read_text())["owner"] == "reranked"
 
 
+@pytest.mark.slow
 def test_a_second_run_at_once_is_refused_and_writes_nothing(reranker: Path, tmp_path: Path) -> None:
     (tmp_path / "lists.jsonl").write_bytes(lists(1))
     out = tmp_path / "out"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from bge_ray.dataset.lookup import ShardMap
@@ -15,6 +16,11 @@ from tests.support.vectors import VectorDataset, clustered
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 DIM, SHARDS, ROWS = 8, 5, 30
+
+
+def read_schema(shard: Path) -> pa.Schema:
+    schema = pq.read_schema(shard).remove_metadata()
+    return pa.schema([schema.field("vector_id"), schema.field("passage_id")])
 
 
 def checked(holders: Holders, alone: RowHolder, ids: np.ndarray, seed: int) -> None:
@@ -49,6 +55,15 @@ def test_together_they_are_one_and_a_killed_one_answers_again(tmp_path: Path) ->
         for actor in holders.actors[:2]:
             ray.kill(actor, no_restart=False)
         checked(holders, alone, ids, 1)
+        # What others have read goes to whose shard it is, and comes back from there.
+        fact = shards.facts[3]
+        names = [f"other-{row}" for row in range(ROWS)]
+        other = pa.table([ids[3 * ROWS : 4 * ROWS], names], schema=read_schema(tmp_path / fact.path))
+        taker = start_holders(Storage(20), str(tmp_path), shards, 3)
+        taker.keep(fact, 0, other)
+        told = taker.places(ids[2 * ROWS : 4 * ROWS], ["passage_id"])["passage_id"].to_pylist()
+        assert told == [*(f"p2-{row}" for row in range(ROWS)), *names]
+        taker.stop()
         # Ids of no shard have no row.
         beyond = np.array([3, 5 << 41, 1 << 60], np.int64)
         assert len(holders.places(beyond, ["passage_id"])) == 0

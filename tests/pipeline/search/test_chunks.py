@@ -181,6 +181,7 @@ def test_runs_name_passages_and_the_chunks_that_found_them(made: Made, tiny_mode
     assert metrics["runs"][1]["mean"] == metrics["runs"][2]["mean"]
 
 
+@pytest.mark.slow
 def test_a_rerank_scores_the_chunk_that_was_found_in_one_job_or_two(made: Made) -> None:
     rows = made.reranked("a", made.passages)
     assert len(rows) == K * len(QUESTIONS)

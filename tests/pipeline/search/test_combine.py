@@ -13,17 +13,18 @@ from bge_ray.index.fusion import Fusion, fuse
 from bge_ray.index.scores import colbert_scores, dense_scores, sparse_scores
 from bge_ray.index.topk import Results, merge_topk
 from bge_ray.model.spec import text_feeder
-from bge_ray.pipeline.runs.holders import RowHolder
+from bge_ray.pipeline.runs.holders import Handover, RowHolder
 from bge_ray.pipeline.runs.source import Source
 from bge_ray.pipeline.search.combine import Combining, Ranking, Rescoring, combine
 from bge_ray.pipeline.search.exact import ShardSearcher
 from bge_ray.pipeline.search.lists import ListSearcher
-from bge_ray.pipeline.search.retrieve import Found, Group, plan_retrieval, retrieve
+from bge_ray.pipeline.search.retrieve import Found, Group, plan_retrieval, retrieve, told_columns
 from bge_ray.records.arrays import SparseRows, dense_rows, multi_rows, sparse_rows
 from bge_ray.records.model import ModelSpec
 from bge_ray.storage.objects import Storage
 from tests.model.conftest import load, resolve, run
 from tests.support.corpora import docstrings
+from tests.support.counted import CountedStorage
 from tests.support.models import SENTENCES, make_m3
 from tests.support.vectors import CHUNKING, VectorDataset
 
@@ -126,6 +127,29 @@ def best_of(scores: np.ndarray, names: list[str], k: int) -> list[tuple[str, flo
 def of_query(ranking: Ranking, number: int) -> list[tuple[str, float]]:
     names = ranking.rows["passage_id"].to_pylist()
     return [(names[i], float(ranking.scores[i])) for i in np.flatnonzero(ranking.numbers == number)]
+
+
+def test_what_searchers_read_is_not_read_again_to_score_it(data: Embedded) -> None:
+    storage, root, shards = CountedStorage(), data.source.root, ShardMap.of(data.source.manifest)
+    stored = RowHolder(storage, root, shards)
+    handover = Handover(stored, (*told_columns(data.source), "embedding", "sparse"))
+    exact = ShardSearcher(STORAGE, root, shards, 1, handover=handover)
+    _, ids = exact.search(dense_rows(data.queries["embedding"]), 9, None)
+    lists = ListSearcher(STORAGE, root, shards, "sparse", handover=handover)
+    lists.search(sparse_rows(data.queries["sparse"]), 9, None)
+    numbers, found = np.repeat(np.arange(len(ids)), 9), ids.ravel()
+    outputs = [output for output in data.source.spec.model.outputs if output.name in ("embedding", "sparse")]
+    assert not storage.bytes
+    scores = stored.output_scores(outputs, data.queries, numbers, found)
+    told = stored.places(np.unique(found), told_columns(data.source)[1:])
+    # Of each shard its end, which says where columns lie, and no column.
+    assert sorted(uri for uri, _, _ in storage.ranges) == sorted(
+        f"{root}/{fact.path}" for fact in shards.facts
+    )
+    alone = RowHolder(STORAGE, root, shards)
+    assert told.equals(alone.places(np.unique(found), told_columns(data.source)[1:]))
+    for name, values in alone.output_scores(outputs, data.queries, numbers, found).items():
+        np.testing.assert_array_equal(scores[name], values)
 
 
 def test_the_lists_of_stored_weights_are_brute_force(data: Embedded) -> None:

@@ -186,6 +186,7 @@ def test_several_outputs_scored_again_and_reranked_among_what_passes(
         assert all(since_2010(passages[name]) for name, _ in pairs)
 
 
+@pytest.mark.slow
 def test_a_bad_filter_is_one_rejected_query(root: str, tmp_path: Path, passages: Kept) -> None:
     lines = [
         {"_id": "good", "text": "a query", "only": "year >= 2010"},

@@ -37,6 +37,7 @@ from tests.support.searches import (
     settings_for,
     upload,
 )
+from tests.support.slow import slow_but
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(900)]
 
@@ -136,7 +137,7 @@ def searched(root: str, bucket: str, name: str, **asked: object) -> list[dict[st
     return read_run(f"{bucket}/{name}")
 
 
-@pytest.mark.parametrize("stage", ["sparse", "bm25"])
+@pytest.mark.parametrize("stage", slow_but(["sparse"], ["sparse", "bm25"]))
 def test_one_output_is_brute_force_over_what_is_stored(
     root: str, bucket: str, scored: Scored, stage: str
 ) -> None:

@@ -126,6 +126,7 @@ def test_passages_that_fall_together_leave_no_place_empty(tmp_path: Path, actors
     assert [[name for name, _ in rows] for rows in found.values()] == brute(vectors, 10)
 
 
+@pytest.mark.slow
 def test_k_beyond_the_data_set_gives_all_of_it_and_costs_no_more(tmp_path: Path, actors: Callable) -> None:
     _, manifest, _ = copied(tmp_path, 2)
     root = str(tmp_path)
