@@ -94,11 +94,11 @@ def test_each_byte_is_read_once(s3_server: S3Server, bucket: str, tmp_path: Path
 def test_each_byte_is_read_once_where_searchers_hold_what_is_scored_again(
     s3_server: S3Server, bucket: str, tmp_path: Path
 ) -> None:
-    """Exactly, by vectors and by weights, each scored again by both, and reranked by texts that were kept."""
+    """Exactly, scored again by vectors and by weights, and reranked by texts that were kept."""
     model = make_m3(tmp_path / "encoder", dim=256)
     embedded = {"model.name": model, "model.outputs": "[embedding, sparse]"}
     embedded |= {"corpus.keep_columns": "[title, text]"}
-    searched = {"search.exact": "true", "search.first_stage": "hybrid", "search.unit_queries": QUERIES // 4}
+    searched = {"search.exact": "true", "search.unit_queries": QUERIES // 4}
     searched |= {"search.rescore_with": "[embedding, sparse]"}
     times = times_read(s3_server, bucket, tmp_path, embedded, searched)
     assert times["data/embeddings"] <= 1.1
