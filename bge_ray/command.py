@@ -240,7 +240,7 @@ def _add_demo(app: "Typer", ending: Ending) -> None:
     @app.command("demo", help=SAYS)
     def demo(
         work: Annotated[Path, Option(help="Folder for corpus and output.")] = Path("demo-out"),
-        limit: Annotated[int, Option(min=1, help="Most passages to embed.")] = 3000,
+        limit: Annotated[int, Option(min=1, help="Most passages to embed.")] = 2000,
         ask: Annotated[
             list[str] | None, Option(metavar="QUESTION", help="Ask this instead; may be repeated.")
         ] = None,

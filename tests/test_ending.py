@@ -235,6 +235,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_signal_that_is_lost_before_the_run_begins_ends_it_before_it_writes(
     tmp_path: Path, tiny_model: Path
 ) -> None:

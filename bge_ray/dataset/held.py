@@ -158,11 +158,12 @@ class HeldShards:
         table = self._tables.get(key)
         if table is None:
             wanted = list(dict.fromkeys([*columns, *others]))
-            groups = list(read_groups(self._storage, self.root, fact, wanted))
-            if take is not None:
-                for number, group in enumerate(groups):
+            parts = []
+            for number, group in enumerate(read_groups(self._storage, self.root, fact, wanted)):
+                if take is not None:
                     take(fact, number, group.select(list(others)))
-            table = self._tables.put(key, pa.concat_tables(group.select(list(columns)) for group in groups))
+                parts.append(group.select(list(columns)))
+            table = self._tables.put(key, pa.concat_tables(parts))
         return [batch for batch in table.to_batches() if len(batch)]
 
     def keep(self, fact: FileFact, number: int, table: pa.Table) -> None:

@@ -102,6 +102,7 @@ def test_a_pickle_in_half_precision_gives_what_the_library_gives(copy: Path) -> 
     np.testing.assert_allclose(vectors(encode(copy, TEXTS)), theirs, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("copy", ["bert"], indirect=True)
 def test_a_process_without_torch_has_another_read_the_shapes(

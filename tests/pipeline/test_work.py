@@ -41,6 +41,7 @@ from bge_ray.storage.sweep import RETIRED
 from tests.storage.doubles import Died, Hooked
 from tests.support.corpora import jsonl_bytes
 from tests.support.datasets import check_nothing_left_over, read_manifest, read_shards, vectors_by_id
+from tests.support.slow import slow
 
 if TYPE_CHECKING:
     import datasets
@@ -374,7 +375,7 @@ def test_a_page_or_a_card_that_is_gone_is_made_again(tmp_path: Path, tiny_model:
 @pytest.mark.parametrize(
     ("name", "spoil"),
     [
-        ("done/00000000-0000000000.json", lambda path: path.write_bytes(b'{"hello":"mine"}')),
+        slow(("done/00000000-0000000000.json", lambda path: path.write_bytes(b'{"hello":"mine"}'))),
         ("manifest.json", _change_a_digit),
     ],
 )
@@ -400,6 +401,7 @@ def test_what_no_rerun_mends_is_refused_before_anything_is_written(
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_an_output_that_another_run_holds_is_left_to_it(tmp_path: Path, tiny_model: Path) -> None:
     root, settings = str(tmp_path), settings_for(str(tmp_path), tiny_model)
     put(root, a=rows(0))
@@ -462,6 +464,7 @@ def test_a_data_set_of_the_first_format_is_refused_in_one_sentence(root: str, ti
     assert contents(root) == old
 
 
+@pytest.mark.slow
 def test_a_model_that_makes_other_vectors_is_refused_with_both_values(
     tmp_path: Path, tiny_model: Path
 ) -> None:

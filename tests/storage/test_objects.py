@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from bge_ray.errors import StorageAccessError, StorageError
 from bge_ray.storage.objects import TEMPORARY_SUFFIX, Storage, join
+from tests.support.slow import slow_but
 
 pytestmark = pytest.mark.long
 
@@ -131,7 +132,7 @@ def test_one_of_many_threads_replaces(storage: Storage, root: str) -> None:
         assert os.listdir(root) == ["a"], "no lock stays behind"
 
 
-@pytest.mark.parametrize("kind", ["503", "lost", "mute", "cut"])
+@pytest.mark.parametrize("kind", slow_but(["lost", "mute", "cut"], ["503", "lost", "mute", "cut"]))
 def test_conditions_survive_a_bad_line(storage: Storage, bucket: str, faulty, kind: str) -> None:
     uri = f"{bucket}/a"
     proxy = faulty(lambda number, *_: kind if number % 3 == 0 else "")

@@ -19,6 +19,7 @@ from bge_ray.storage.ownership import JOURNAL, KEPT_CONTENTS, OwnedFolder, diges
 from bge_ray.storage.reports import REPORT_FILES, last_report, retract_report, write_report
 from bge_ray.storage.sweep import RETIRED, retire
 from tests.storage.doubles import Died, dying, once
+from tests.support.slow import slow_but
 
 pytestmark = pytest.mark.long
 
@@ -243,7 +244,7 @@ def test_the_journal_stays_small_and_never_forgets_what_is_there(storage: Storag
     assert folder.remove(["report.json"]) == []
 
 
-@pytest.mark.parametrize("kind", ["503", "lost", "mute", "cut"])
+@pytest.mark.parametrize("kind", slow_but(["lost", "mute", "cut"], ["503", "lost", "mute", "cut"]))
 def test_a_bad_line_makes_nothing_foreign(storage: Storage, bucket: str, faulty, kind: str) -> None:
     proxy = faulty(lambda number, *_: kind if number % 3 == 0 else "")
     folder = mine(storage, bucket)

@@ -360,6 +360,7 @@ def test_a_job_leaves_no_actor_in_a_ray_that_goes_on(bucket: str, tiny_model: Pa
         gc.enable()
 
 
+@pytest.mark.slow
 def test_ray_data_of_the_process_stays_as_it_was(bucket: str, tiny_model: Path) -> None:
     """A notebook's own paths would otherwise be cut into blocks of one byte, and show no progress."""
     upload(f"{bucket}/corpus", {"x.jsonl": jsonl_bytes([{"id": "1", "text": "one"}])})
@@ -406,6 +407,7 @@ def test_a_page_that_cannot_be_decoded_leaves_only_its_unit_undone(
     assert embed(settings_for(bucket, tiny_model)).manifest.rows_out == 240
 
 
+@pytest.mark.slow
 def test_other_settings_or_weights_are_refused_and_named(
     bucket: str, tiny_model: Path, tmp_path: Path, passages: list[dict[str, str]]
 ) -> None:

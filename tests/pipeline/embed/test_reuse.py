@@ -89,6 +89,7 @@ def passages() -> list[dict[str, str]]:
     return list(found.values())[:500]
 
 
+@pytest.mark.slow
 def test_a_changed_a_renamed_and_a_copied_file_cost_what_is_new_in_them(
     bucket: str, tiny_model: Path, passages: list[dict[str, str]]
 ) -> None:

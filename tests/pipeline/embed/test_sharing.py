@@ -126,6 +126,7 @@ def test_of_a_corpus_that_repeats_every_text_is_encoded_once(
     check_as_if_clean(tmp_path, tiny_model, *overrides)
 
 
+@pytest.mark.slow
 def test_texts_are_found_anywhere_in_the_data_set(
     tmp_path: Path, tiny_model: Path, passages: list[dict[str, str]]
 ) -> None:

@@ -9,6 +9,7 @@ import ray
 import ray.data
 
 from bge_ray.pipeline.engine.receipts import THREAD_NAME, draw_receipts
+from tests.support.slow import slow_but
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(120)]
 
@@ -59,7 +60,7 @@ def test_all_receipts_come_and_an_error_comes_through() -> None:
     assert ray.data.DataContext.get_current().custom_execution_callback_classes == []
 
 
-@pytest.mark.parametrize("by", ["watch", "caller"])
+@pytest.mark.parametrize("by", slow_but(["watch"], ["watch", "caller"]))
 def test_a_run_that_goes_no_further_ends_its_path(by: str) -> None:
     def watch() -> None:
         if by == "watch" and seen:

@@ -48,6 +48,7 @@ def recall_here(root: Path, index, queries: np.ndarray, vectors: list[np.ndarray
     return float(np.mean([len(set(f) & set(t)) / k for f, t in zip(found, truth, strict=True)]))
 
 
+@pytest.mark.slow
 def test_the_recall_of_a_graph_is_that_of_queries_it_does_not_hold(tmp_path: Path) -> None:
     shards = [uniform(1500, 1), uniform(1500, 2)]
     made_of(tmp_path, *shards)

@@ -102,6 +102,7 @@ def test_a_foreign_file_at_a_name_of_ours_is_refused_before_anything_is_written(
     assert below(index) == {name: content}
 
 
+@pytest.mark.slow
 def test_an_index_that_was_edited_by_hand_is_nobodys_to_replace(tmp_path: Path) -> None:
     made = make_dataset(str(tmp_path), [600], DIM)
     build_index(settings_for(tmp_path))

@@ -22,6 +22,7 @@ from bge_ray.storage.objects import Storage
 from tests.pipeline.mteb.sets import graded, known_items, untitled
 from tests.support.models import make_cross_encoder, make_encoder
 from tests.support.searches import settings_for
+from tests.support.slow import slow
 
 pytestmark = pytest.mark.long
 
@@ -47,7 +48,12 @@ def planned(tasks: list[str], **keys: Any) -> list[str]:
         ({}, "set mteb.tasks, mteb.benchmark or mteb.beir"),
         ({"tasks": ("SciFakt",)}, "has no task SciFakt; did you mean SciFact"),
         ({"tasks": ("zzzzzzzzzzzz",)}, "has no task zzzzzzzzzzzz$"),
-        ({"benchmark": "MTEB(en, v2)"}, r"has no benchmark MTEB\(en, v2\); did you mean .*MTEB\(eng, v2\)"),
+        slow(
+            (
+                {"benchmark": "MTEB(en, v2)"},
+                r"has no benchmark MTEB\(en, v2\); did you mean .*MTEB\(eng, v2\)",
+            )
+        ),
         ({"tasks": ("SciFact", "MockSTSTask")}, "data of SciFact must be fetched, and HF_HUB_OFFLINE is set"),
         ({"benchmark": "MTEB(eng, v2)"}, r"the data of .* and \d+ more must be fetched"),
         ({"tasks": ("MockImageClassification",)}, "MockImageClassification is of image"),

@@ -141,6 +141,7 @@ def made(ray_cluster: None, tiny_model: Path, tmp_path_factory: pytest.TempPathF
     return made
 
 
+@pytest.mark.slow
 def test_runs_name_passages_and_the_chunks_that_found_them(made: Made, tiny_model: Path) -> None:
     passages, chunks = made.passages, made.chunks
     questions = query_vectors(tiny_model, list(QUESTIONS.values()))

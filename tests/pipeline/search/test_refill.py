@@ -109,6 +109,7 @@ def copied(root: Path, times: int) -> tuple[VectorDataset, Manifest, np.ndarray]
     return made, made.publish(), vectors
 
 
+@pytest.mark.slow
 def test_passages_that_fall_together_leave_no_place_empty(tmp_path: Path, actors: Callable) -> None:
     _, manifest, vectors = copied(tmp_path, 5)
     root = str(tmp_path)
@@ -153,6 +154,7 @@ def search_job(root: str, tmp_path: Path, **keys: Any) -> SearchJob:
     return job
 
 
+@pytest.mark.slow
 def test_an_index_that_lacks_passages_is_refused_and_one_that_has_too_many_is_searched(
     tmp_path: Path, actors: Callable
 ) -> None:
