@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from bge_ray.demo.known import METRIC, changed, draw, keys_of, measured, write_beir
+from bge_ray.demo.known import METRIC, changed, draw, measured, mining_keys_of, write_beir
 from bge_ray.formats.docstrings import PACKAGES, STANDARD_LIBRARY, known_items
 from bge_ray.metrics import compare, interval, mean
 from bge_ray.pipeline.engine.cluster import disconnect, prepare_environment
@@ -68,18 +68,8 @@ def mine_pairs(settings: Settings, folder: Path, passages: int) -> Path:
     known = {text for pair in known_items(STANDARD_LIBRARY) for text in pair}
     pairs = [pair for pair in known_items(PACKAGES) if known.isdisjoint(pair)]
     write_beir(folder, *draw(pairs, passages, passages))
-    keys = {
-        "model.max_length": LENGTH,
-        "batching.unit_rows": 1000,
-        "search.exact": True,
-        "search.queries": None,
-        "search.output": None,
-        "mine.queries": str(folder / "queries.jsonl"),
-        "mine.qrels": str(folder / "qrels" / "test.tsv"),
-        "mine.output": str(folder / "mined"),
-        "mine.negatives": NEGATIVES,
-    }
-    asked = changed(settings, {**keys_of(folder), **keys})
+    keys = {"model.max_length": LENGTH, "mine.negatives": NEGATIVES}
+    asked = changed(settings, {**mining_keys_of(folder), **keys})
     embed(asked)
     mine(asked)
     return folder / "mined" / "negatives.jsonl"

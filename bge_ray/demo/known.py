@@ -87,6 +87,20 @@ def keys_of(folder: Path) -> dict[str, Any]:
     }
 
 
+def mining_keys_of(folder: Path) -> dict[str, Any]:
+    """Return the settings by which a folder of `write_beir` is embedded and mined, exactly, below it."""
+    return {
+        **keys_of(folder),
+        "batching.unit_rows": 1000,
+        "search.exact": True,
+        "search.queries": None,
+        "search.output": None,
+        "mine.queries": str(folder / "queries.jsonl"),
+        "mine.qrels": str(folder / "qrels" / "test.tsv"),
+        "mine.output": str(folder / "mined"),
+    }
+
+
 def measured(settings: Settings, folder: Path, keys: dict[str, Any], stop: StopRequest) -> list[Values]:
     """Embed a folder of `write_beir`, search it exactly, rerank if that is asked, and measure.
 

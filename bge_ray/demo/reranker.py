@@ -8,7 +8,7 @@ both have is left out. A run that was stopped is gone on with; a finished one is
 from pathlib import Path
 from typing import Any
 
-from bge_ray.demo.known import changed, draw, keys_of, write_beir
+from bge_ray.demo.known import changed, draw, mining_keys_of, write_beir
 from bge_ray.formats.docstrings import PACKAGES, STANDARD_LIBRARY, known_items
 from bge_ray.pipeline.engine.stopping import StopRequest
 from bge_ray.settings.sections import Settings
@@ -59,15 +59,8 @@ def train_reranker(settings: Settings, work: Path, stop: StopRequest) -> str:
     asked = changed(
         settings,
         {
-            **keys_of(folder),
+            **mining_keys_of(folder),
             "model.max_length": TOKENS,
-            "batching.unit_rows": 1000,
-            "search.exact": True,
-            "search.queries": None,
-            "search.output": None,
-            "mine.queries": str(folder / "queries.jsonl"),
-            "mine.qrels": str(folder / "qrels" / "test.tsv"),
-            "mine.output": str(folder / "mined"),
             # Of all that it will order, not the first alone: those lie too close to learn from at first.
             "mine.depth": 200,
             "mine.sampling": "random",
