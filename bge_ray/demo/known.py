@@ -42,8 +42,8 @@ def draw(
     for passage_id, passage in drawn.items():
         wanted.setdefault(asked[passage], []).append(passage_id)
     # Of all of them: neighbours are of one module, and the first ones of few.
-    every = list(wanted)
-    kept = [every[number] for number in sorted(rng.permutation(len(every))[:queries].tolist())]
+    asking = list(wanted)
+    kept = [asking[number] for number in sorted(rng.permutation(len(asking))[:queries].tolist())]
     named = {f"q{number}": query for number, query in enumerate(kept)}
     judged = [(query_id, passage_id) for query_id, query in named.items() for passage_id in wanted[query]]
     return drawn, named, judged
