@@ -164,6 +164,38 @@ def test_an_approximate_search_of_weights_survives_the_kill_of_a_searcher_and_of
     assert all(truth[pair] == found[pair] for pair in both)  # bit for bit
 
 
+def test_an_exact_search_that_hands_over_what_it_read_survives_kills_of_those_it_hands_to(
+    bucket: str, tmp_path: Path
+) -> None:
+    """Who scores again, and looks texts up, holds what the searchers read, or reads it after a kill."""
+    outputs = make_m3(tmp_path / "m3", dim=64, pickled=True)
+    queries = prepare(bucket, outputs, tmp_path / "log", outputs="[embedding, sparse]", kept="[title, text]")
+    several = {"search.exact": "true", "search.rescore_with": "[embedding, sparse]", "search.candidates": 20}
+    several |= {"search.num_searchers": 2, "resources.num_encoders": 1, "search.unit_queries": 100}
+    several |= {"search.rerank": "true", "rerank.unit_pairs": 200}
+    several |= {"rerank.model": make_cross_encoder(tmp_path / "ce", positions=128)}
+    keys, folder, log = search_keys(bucket, "run") | several, f"{bucket}/run", tmp_path / "search"
+    run = JobProcess(log, keys, job="search")
+    kill_actor(run, "RowHolder")  # while searchers hand over, or before they do
+    kill_actor(run, "ShardSearcher")
+    for name in ("RowHolder", "ShardSearcher", "RowHolder"):
+        after_more_parts(folder, 1)
+        kill_actor(run, name)
+    run.kill()
+    there = parts(folder)
+    assert STORAGE.info(join(folder, "run.parquet")) is None
+    run = JobProcess(log, keys, job="search")
+    assert run.wait() == 0, run.log()
+    rows, reranked = read_run(folder), read_run(join(folder, "reranked"))
+    rejected = {query_id for query_id, _, reason in read_rejected(folder)}
+    assert list(by_query(rows)) == [name for name in queries if name not in rejected]
+    assert there > 0
+    calm = search_keys(bucket, "calm") | several
+    assert JobProcess(log, calm, job="search").wait() == 0, log.read_text()
+    assert read_run(f"{bucket}/calm") == rows
+    assert same_scores(read_run(f"{bucket}/calm/reranked"), reranked)
+
+
 def test_rerank_survives_the_kill_of_a_reranker_and_of_the_driver(
     bucket: str, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -23,7 +23,12 @@ from tests.support.corpora import docstrings
 from tests.support.models import make_cross_encoder, make_m3
 from tests.support.searches import STORAGE, by_query, jsonl, read_rejected, read_run, settings_for, upload
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.usefixtures("ray_cluster"),
+    pytest.mark.timeout(600),
+]
 
 PASSAGES, K = 170, 8
 DAYS = ("2026-01-01", "2026-01-02", "2026-01-03")
@@ -121,7 +126,6 @@ def check_against_all(
     return common
 
 
-@pytest.mark.slow
 def test_an_exact_search_among_what_passes(root: str, tmp_path: Path, passages: Kept) -> None:
     report = check_against_all(root, tmp_path, passages, search__exact=True)
     assert report.compared_all == 12
@@ -154,22 +158,18 @@ def test_an_index_among_what_passes(root: str, tmp_path: Path, passages: Kept) -
     assert any("fewer passages pass than search.k" in line for line in report.advice)
 
 
-@pytest.mark.slow
 def test_an_index_among_half_of_the_passages(root: str, tmp_path: Path, passages: Kept) -> None:
     """Of four lists some are probed, and twice as many where half of the passages pass."""
     report = check_against_all(root, tmp_path, passages, exactly=False)
     assert report.index is not None
 
 
-@pytest.mark.slow
-@pytest.mark.slow
 def test_words_and_weights_among_what_passes(root: str, tmp_path: Path, passages: Kept) -> None:
     """What a word is worth goes by all passages, so that scores are those of the search of everything."""
     check_against_all(root, f"{tmp_path}/bm25", passages, search__first_stage="bm25")
     check_against_all(root, f"{tmp_path}/sparse", passages, search__first_stage="sparse")
 
 
-@pytest.mark.slow
 def test_several_outputs_scored_again_and_reranked_among_what_passes(
     root: str, tmp_path: Path, passages: Kept
 ) -> None:
@@ -186,7 +186,6 @@ def test_several_outputs_scored_again_and_reranked_among_what_passes(
         assert all(since_2010(passages[name]) for name, _ in pairs)
 
 
-@pytest.mark.slow
 def test_a_bad_filter_is_one_rejected_query(root: str, tmp_path: Path, passages: Kept) -> None:
     lines = [
         {"_id": "good", "text": "a query", "only": "year >= 2010"},

@@ -187,6 +187,7 @@ def test_fused_by_ranks_and_by_scores(root: str, bucket: str, scored: Scored) ->
 
 
 @pytest.mark.parity
+@pytest.mark.slow
 def test_scored_again_as_flagembedding_scores_the_texts(
     root: str, bucket: str, m3: Path, passages: dict[str, str], queries: dict[str, str], scored: Scored
 ) -> None:
