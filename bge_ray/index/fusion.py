@@ -47,10 +47,18 @@ def fuse(lists: Sequence[tuple[IdArray, FloatArray]], fusion: Fusion) -> list[Do
         if fusion.by == "rrf":
             gains.append(weight / (fusion.rrf_k + 1 + ranks(numbers)))
             continue
-        exact = scores.astype(np.float64)
-        best = exact[np.searchsorted(numbers, numbers)]
-        worst = exact[np.searchsorted(numbers, numbers, side="right") - 1]
-        width = best - worst
-        scaled = np.divide(exact - worst, width, out=np.ones_like(exact), where=width > 0)
-        gains.append(weight / total * scaled)
+        gains.append(weight / total * scaled(numbers, scores))
     return gains
+
+
+def scaled(numbers: IdArray, scores: FloatArray | Doubles) -> Doubles:
+    """Return (r,) finite scores as shares: of the results of a query the best is 1 and the worst 0.
+
+    Where all of a query are equal, all are 1. ``numbers`` are of the queries, ascending.
+    """
+    exact = scores.astype(np.float64)
+    _, starts, query = np.unique(numbers, return_index=True, return_inverse=True)
+    worst = np.minimum.reduceat(exact, starts)[query]
+    width = np.maximum.reduceat(exact, starts)[query] - worst
+    shares: Doubles = np.divide(exact - worst, width, out=np.ones_like(exact), where=width > 0)
+    return shares

@@ -701,6 +701,13 @@ class RerankSettings(Section):
         None, description="folder of the reranked run; null: reranked/ below search.output"
     )
     depth: int = Field(100, ge=1, description="candidates a query that are scored, the best first")
+    first_stage_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share that a candidate's own score has in what the run is ordered by; its score and the "
+        "reranker's are brought to 0..1 among those of a query that were scored; 0: the reranker alone",
+    )
     texts: Literal["auto", "corpus", "kept"] = Field(
         "auto",
         description="where texts of bare ids come from: the corpus, or columns kept in the embedding shards; "

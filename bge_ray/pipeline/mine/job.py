@@ -249,6 +249,11 @@ def _check_inputs(settings: Settings) -> None:
         )
     if settings.search.rescore and settings.search.rescore < asked.depth:
         raise SettingsError(f"search.rescore: must be 0, or at least mine.depth ({asked.depth})")
+    if settings.rerank.first_stage_share:
+        raise SettingsError(
+            "rerank.first_stage_share: a teacher's scores are its own, and the search's stand beside them; "
+            "leave it out"
+        )
     refuse_collisions(
         {
             "output.uri": settings.output.uri,

@@ -5,8 +5,9 @@ Like the embed job it knows one mode: take in, subtract what is done, do the res
 
 import dataclasses
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -136,12 +137,15 @@ class RerankJob:
             found += self._storage.list_files(settings.search.queries)
         inputs = [(info.uri, info.size, info.etag) for info in found]
         asked = (settings.rerank.dtype, settings.rerank.kernels, settings.search.tag, inputs)
-        return digest(self._decisive(), *asked)
+        # It decides the run, but no score: what is done stays so where it changes on the way.
+        share = settings.rerank.first_stage_share
+        return digest(self._decisive(), *asked, *([share] if share else []))
 
     def outputs(self) -> list[RunOutput]:
         """Return the reranked run."""
         tag, layers = self._settings.search.tag, self.spec.layer_scores
-        return [RunOutput(self._folder, tag, "score", layers, self._chunked)]
+        share = self._settings.rerank.first_stage_share
+        return [RunOutput(self._folder, tag, "score", layers, self._chunked, share)]
 
     def withdraw(self) -> None:
         """Everything that an earlier run published is replaced."""
@@ -202,6 +206,11 @@ class RerankJob:
                 raise SettingsError(
                     f"rerank.candidates: the candidates of query {found.query_id!r} come without texts; set "
                     "output.uri to the data set they are from"
+                )
+            elif settings.rerank.first_stage_share and not _finite(found.scores):
+                raise SettingsError(
+                    f"rerank.first_stage_share: a candidate of query {found.query_id!r} has no score, or an "
+                    "infinite one; set it to 0, or give scores to all of them"
                 )
             else:
                 yield _block(found, query, settings.rerank.depth, spans=self._chunked)
@@ -281,6 +290,10 @@ class RerankJob:
     def page(self, report: RerankReport) -> bytes:
         """Return its page."""
         return rerank_page(report)
+
+
+def _finite(scores: Sequence[float] | None) -> bool:
+    return scores is not None and all(map(math.isfinite, scores))
 
 
 def _block(found: Candidates, query: str, depth: int, *, spans: bool) -> Block:

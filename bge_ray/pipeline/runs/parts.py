@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from bge_ray.errors import CorpusError, IncompleteRunError, StorageError
 from bge_ray.formats.runs import RUN_SCHEMA, encode_trec
+from bge_ray.index.fusion import scaled
 from bge_ray.pipeline.engine.parcel import Parcel
 from bge_ray.pipeline.runs.groups import (
     CANDIDATE_SCHEMA,
@@ -34,6 +35,7 @@ from bge_ray.pipeline.runs.groups import (
 from bge_ray.pipeline.runs.intake import Rejections
 from bge_ray.records.arrays import whole
 from bge_ray.records.dataset import FileFact
+from bge_ray.records.ids import IdArray
 from bge_ray.records.reports import RejectedRow
 from bge_ray.report.facts import EXAMPLES_PER_REASON
 from bge_ray.storage.concatenate import Piece
@@ -116,7 +118,8 @@ class RunOutput:
     """One run to publish: where, under which name, and which column of the parts orders it.
 
     ``spans`` says that results are chunks, or passages found by one. ``scores`` are the columns that stand
-    beside the score of a result: by each of several outputs, and by each layer of a reranker.
+    beside the score of a result: by each of several outputs, and by each layer of a reranker. Above 0
+    ``first_stage_share`` is that of first_score in the score of a reranked run, which then names both.
     """
 
     folder: OwnedFolder
@@ -124,15 +127,18 @@ class RunOutput:
     column: str  # first_score or score
     scores: tuple[str, ...] = ()
     spans: bool = False
+    first_stage_share: float = 0.0
 
     @property
     def schema(self) -> pa.Schema:
         """Columns of run.parquet: those of any run, vector id, span, a reranker's probability, scores."""
+        both = [CANDIDATE_SCHEMA.field("first_score"), pa.field("reranker_score", pa.float32())]
         schema = pa.schema(
             [*RUN_SCHEMA, pa.field("vector_id", pa.int64()), *(SPAN_SCHEMA if self.spans else ())]
         )
         names = ("probability", *self.scores) if self.column == "score" else self.scores
-        return pa.schema([*schema, *(pa.field(name, pa.float32()) for name in names)])
+        fields = [*schema, *(pa.field(name, pa.float32()) for name in names)]
+        return pa.schema([*fields, *(both if self.first_stage_share else ())])
 
     def open(self, storage: Storage, work: str, stack: contextlib.ExitStack) -> Writer:
         """Return what writes the run in both forms."""
@@ -214,12 +220,10 @@ def rank_rows(table: pa.Table, column: str) -> pa.Table:
 
     Args:
         table: rows of PART_SCHEMA of whole queries.
-        column: first_score or score.
+        column: of numbers.
     """
     table = table.filter(pc.is_valid(table[column]))
-    # The numbers of queries in order of appearance: a rerank unit has a row number a pair.
-    numbers = whole(table["query_id"]).dictionary_encode().indices.cast(pa.int64())
-    table = table.append_column("query_no", numbers)
+    table = table.append_column("query_no", pa.array(_query_numbers(table)))
     order = [("query_no", "ascending"), (column, "descending"), ("passage_id", "ascending")]
     table = table.sort_by([*order, ("vector_id", "ascending")])
     places = table["query_no"].to_numpy()
@@ -227,9 +231,33 @@ def rank_rows(table: pa.Table, column: str) -> pa.Table:
     return table.append_column("rank", pa.array(rank.astype(np.int32)))
 
 
+def _query_numbers(table: pa.Table) -> IdArray:
+    """Return the numbers of queries in order of appearance: a rerank unit has a row number a pair."""
+    numbers: IdArray = whole(table["query_id"]).dictionary_encode().indices.cast(pa.int64()).to_numpy()
+    return numbers
+
+
+def _fused(table: pa.Table, share: float) -> pa.Table:
+    """Return the rows that a reranker scored, their candidates' scores with a share in ``score``."""
+    table = table.filter(pc.is_valid(table["score"]))
+    numbers = _query_numbers(table)
+    order = np.argsort(numbers, kind="stable")
+    score = np.zeros(len(table))
+    for name, part in (("first_score", share), ("score", 1 - share)):
+        values = table[name].to_numpy()[order]
+        score[order] += part * scaled(numbers[order], values)
+    place = table.schema.get_field_index("score")
+    named = table.append_column("reranker_score", table["score"])
+    return named.set_column(place, "score", pa.array(score))
+
+
 def _run_rows(table: pa.Table, output: RunOutput) -> pa.Table:
+    if output.first_stage_share:
+        table = _fused(table, output.first_stage_share)
     table = rank_rows(table, output.column)
     values = table[output.column].to_numpy().astype(np.float64)
+    both = ("first_score", "reranker_score") if output.first_stage_share else ()
+    logits = table["reranker_score"].to_numpy() if both else values
     columns = {
         "query_id": table["query_id"],
         "passage_id": table["passage_id"],
@@ -237,9 +265,9 @@ def _run_rows(table: pa.Table, output: RunOutput) -> pa.Table:
         "score": values,
         "tag": [output.tag] * len(table),
         "vector_id": table["vector_id"],
-        "probability": sigmoid(values),
+        "probability": sigmoid(logits),
         **{name: table[name] for name in (SPAN_SCHEMA.names if output.spans else ())},
-        **{name: table[name] for name in output.scores},
+        **{name: table[name] for name in (*output.scores, *both)},
     }
     return pa.table([columns[name] for name in output.schema.names], schema=output.schema)
 

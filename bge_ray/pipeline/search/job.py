@@ -239,7 +239,9 @@ class SearchJob:
         filters = (
             [[settings.search.filter, settings.search.filter_column]] if is_filtered(settings.search) else []
         )
-        return digest(self.decisive(), *asked, *filters)
+        # It decides the run, but no score: what is done stays so where it changes on the way.
+        share = settings.rerank.first_stage_share if self.reranker is not None else 0
+        return digest(self.decisive(), *asked, *filters, *([share] if share else []))
 
     def outputs(self) -> list[RunOutput]:
         """Return the candidates, and the reranked run if there is one."""
@@ -249,7 +251,8 @@ class SearchJob:
         outputs = [RunOutput(self._folders[0], tag, "first_score", scores, spans)]
         if self.reranker is not None:
             more = (*scores, *self.reranker.layer_scores)
-            outputs.append(RunOutput(self._folders[1], f"{tag}-reranked", "score", more, spans))
+            share = self._settings.rerank.first_stage_share
+            outputs.append(RunOutput(self._folders[1], f"{tag}-reranked", "score", more, spans, share))
         return outputs
 
     def withdraw(self) -> None:

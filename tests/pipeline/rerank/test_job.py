@@ -379,6 +379,10 @@ def test_what_is_missing_is_said(bucket: str, cross_encoders: dict[str, Path], d
     with pytest.raises(SettingsError, match=r"rerank\.texts kept"):
         keys |= {"rerank__candidates": f"{bucket}/a.jsonl", "output__uri": data}
         rerank(settings_for(**keys, rerank__texts="kept"))
+    with pytest.raises(
+        SettingsError, match=r"rerank\.first_stage_share: a candidate of query 'a' has no score"
+    ):
+        rerank(settings_for(**keys, rerank__first_stage_share=0.5))
     for name in ("empty.trec", "nothing.trec"):
         with pytest.raises(CorpusError):
             rerank(settings_for(**keys | {"rerank__candidates": f"{bucket}/{name}"}))

@@ -6,6 +6,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from bge_ray.formats.candidates import read_candidate_lists
 from bge_ray.pipeline.runs.groups import CANDIDATE_SCHEMA, SPAN_SCHEMA, GroupTask, GroupUnit, Workplace
@@ -50,6 +51,53 @@ def test_scores_of_layers_stand_beside_the_score_that_orders_the_run(tmp_path: P
     np.testing.assert_array_equal(run["layer_8"].to_numpy(), run["score"].to_numpy() / 2)
     np.testing.assert_allclose(run["probability"].to_numpy(), 1 / (1 + np.exp(-run["score"].to_numpy())))
     assert (totals.pairs_rejected, totals.results["score"]) == (1, 4)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_the_first_stage_has_its_share_in_a_reranked_run(tmp_path: Path, share: float) -> None:
+    """Two queries in one unit, their rows mixed; one pair was not scored, one query has one candidate."""
+    rng = np.random.default_rng(3)
+    names = ["a"] * 6 + ["b"] * 5 + ["c"]
+    mixed = rng.permutation(len(names)).tolist()
+    rows = [
+        {
+            "row_no": place,
+            "query_id": names[number],
+            "passage_id": f"p{number}",
+            "vector_id": number,
+            "first_score": float(rng.normal(0.7, 0.1)),
+            "score": None if number == 3 else float(rng.normal(0, 5)),
+            "reason": "no_text" if number == 3 else None,
+        }
+        for place, number in enumerate(mixed)
+    ]
+    table = pa.Table.from_pylist(rows, schema=CANDIDATE_SCHEMA)
+    unit = GroupUnit(0, len(rows), "a" * 64)
+    place = Workplace(STORAGE, str(tmp_path / "work"), 3, None)
+    part_stage(GroupTask(0, "", (unit,)).parcel().filled(table).to_batch(), place)
+    folder = OwnedFolder(STORAGE, str(tmp_path / "run"), "reranked", "rerank.output", RUN_FILES)
+    output = RunOutput(folder, "tag", "score", first_stage_share=share)
+    publish(STORAGE, str(tmp_path / "work"), [unit], [output], Rejections(), lambda totals: None)
+    run = pq.read_table(tmp_path / "run" / "run.parquet").to_pylist()
+
+    def shares(values: dict[str, float]) -> dict[str, float]:
+        low, high = min(values.values()), max(values.values())
+        return {key: (value - low) / (high - low) if high > low else 1.0 for key, value in values.items()}
+
+    for query in "abc":
+        mine = [row for row in table.to_pylist() if row["query_id"] == query and row["score"] is not None]
+        first = shares({row["passage_id"]: row["first_score"] for row in mine})
+        again = shares({row["passage_id"]: row["score"] for row in mine})
+        truth = {key: share * first[key] + (1 - share) * again[key] for key in first}
+        found = [row for row in run if row["query_id"] == query]
+        assert [row["passage_id"] for row in found] == sorted(truth, key=lambda key: -truth[key])
+        assert [row["rank"] for row in found] == list(range(1, len(truth) + 1))
+        given = {row["passage_id"]: row for row in mine}
+        for row in found:
+            assert row["score"] == pytest.approx(truth[row["passage_id"]], abs=1e-12)
+            assert row["first_score"] == given[row["passage_id"]]["first_score"]
+            assert row["reranker_score"] == given[row["passage_id"]]["score"]
+            assert row["probability"] == pytest.approx(1 / (1 + np.exp(-row["reranker_score"])), abs=1e-6)
 
 
 def test_runs_over_chunks_name_them_and_a_trec_run_has_each_passage_once(tmp_path: Path) -> None:

@@ -280,7 +280,10 @@ def test_a_wrong_index_or_model_is_refused_and_an_old_index_is_told_of(
 
 
 @pytest.mark.slow
-def test_reranking_in_the_same_job_equals_the_rerank_job(root: str, bucket: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_reranking_in_the_same_job_equals_the_rerank_job(
+    root: str, bucket: str, tmp_path: Path, share: float
+) -> None:
     from bge_ray.pipeline.rerank.job import rerank
 
     model = make_cross_encoder(tmp_path / "ce", positions=128)
@@ -289,6 +292,7 @@ def test_reranking_in_the_same_job_equals_the_rerank_job(root: str, bucket: str,
         "rerank__depth": 5,
         "rerank__unit_pairs": 40,
         "rerank__join_pairs": 100,
+        "rerank__first_stage_share": share,
     }
     keys = keys_for(root, f"{bucket}/one", **shared, search__rerank=True)
     report = search(settings_for(**keys))
