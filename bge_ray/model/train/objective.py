@@ -14,6 +14,7 @@ from bge_ray.model.train.losses import (
     unified_loss,
     unit,
 )
+from bge_ray.model.train.pieces import by_length
 
 
 class Objective(torch.nn.Module):
@@ -33,12 +34,16 @@ class Objective(torch.nn.Module):
             return self.loss(features, made, teacher)
 
         if rows is None or not torch.is_grad_enabled() or all(len(f["input_ids"]) <= rows for f in features):
-            return loss_of([self.represent(dict(part)) for part in features])
+            return loss_of([self._made(part) for part in features])
         return cached_loss(features, rows, self.represent, loss_of, self.model)
 
     def represent(self, features: Features) -> tuple[torch.Tensor, ...]:
         """Return what the model makes of rows."""
         raise NotImplementedError
+
+    def _made(self, features: Features) -> tuple[torch.Tensor, ...]:
+        """Return what the model makes of a whole batch; rows of like length are padded together."""
+        return by_length(features, self.represent)
 
     def loss(
         self, features: list[Features], made: Sequence[tuple[torch.Tensor, ...]], teacher: torch.Tensor | None
@@ -81,6 +86,10 @@ class Unified(Objective):
     ) -> None:
         super().__init__(model, cached_rows)
         self._how, self._after, self.step = how, self_distill_after, 0
+
+    def _made(self, features: Features) -> tuple[torch.Tensor, ...]:
+        """All at once: the loss is of what was made of each token, at its place in the batch."""
+        return self.represent(dict(features))
 
     def represent(self, features: Features) -> tuple[torch.Tensor, ...]:
         """Return embeddings, weights of tokens and vectors of tokens."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
+from bge_ray.model.train import pieces
 from bge_ray.model.train.base import resolve_base
 from bge_ray.model.train.build import build_model
 from bge_ray.model.train.losses import Contrast
@@ -165,6 +166,35 @@ def test_a_batch_in_pieces_has_the_gradient_of_the_whole(
     assert truth.keys() == found.keys()
     for name, gradient in truth.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("rows", [9, 10, 40])
+@pytest.mark.parametrize("kind", ["encoder", "reranker"])
+def test_rows_of_like_length_together_have_the_loss_and_the_gradient_of_all(
+    tmp_path: Path, encoder: Path, kind: str, rows: int
+) -> None:
+    texts = [" ".join(SENTENCES[i % 8] for i in range(n % 5 + 1)) for n in range(rows)]
+    if kind == "encoder":
+        objective: Objective = Embedding(built(f"model.name={encoder}"), Contrast(0.02, "worker"))
+        batches, teacher = [tokens(encoder, texts), tokens(encoder, texts[::-1])], None
+    else:
+        folder = make_cross_encoder(tmp_path / "reranker")
+        objective = Reranking(built(f"rerank.model={folder}", "train.kind=reranker"), rows)
+        batches, teacher = [tokens(folder, [SENTENCES[0]] * rows, texts)], None
+    counted = []
+    objective.model.register_forward_pre_hook(
+        lambda _, given: counted.append(given[0]["input_ids"].numel()) and None
+    )
+    loss, found = objective([dict(part) for part in batches]).item(), gradients(objective, batches, teacher)
+    computed = sum(counted) / 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "MOST", 1)
+        assert objective([dict(part) for part in batches]).item() == pytest.approx(loss, abs=2e-5)
+        truth = gradients(objective, batches, teacher)
+    for name, gradient in truth.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+    padded = sum(part["input_ids"].numel() for part in batches)
+    assert computed == padded if rows < 10 else computed < 0.9 * padded
 
 
 def test_pieces_drop_out_the_same_in_both_passes(encoder: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import distributed, multiprocessing
 
+from bge_ray.model.train import pieces
 from bge_ray.model.train.losses import Contrast
 from bge_ray.model.train.objective import Embedding
 from tests.model.train.test_losses import GROUP, PASSAGES, QUERIES, TEACHER, built, gradients, tokens
@@ -29,7 +30,8 @@ def objective(folder: Path, rows: int | None) -> Embedding:
     return Embedding(built(f"model.name={folder}"), Contrast(0.02, "all", "kl"), rows)
 
 
-def work(rank: int, port: int, folder: Path, rows: int | None, target: Path) -> None:
+def work(rank: int, port: int, folder: Path, rows: int | None, least: int, target: Path) -> None:
+    pieces.LEAST_ROWS["cpu"] = least
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", rank=rank, world_size=2)
@@ -45,14 +47,15 @@ def work(rank: int, port: int, folder: Path, rows: int | None, target: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [None, 2])
-def test_the_gradient_is_that_of_all_rows(tmp_path: Path, rows: int | None) -> None:
+@pytest.mark.parametrize(("rows", "least"), [(None, 99), (2, 99), (None, 2)])
+def test_the_gradient_is_that_of_all_rows(tmp_path: Path, rows: int | None, least: int) -> None:
+    """At once, cached, and in three pieces of like length."""
     folder = make_encoder(tmp_path / "encoder", pooling="mean")
     truth = gradients(objective(folder, None), batch(folder, 0, len(QUERIES)), TEACHER)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(work, (port, folder, rows, tmp_path), nprocs=2)
+    multiprocessing.spawn(work, (port, folder, rows, least, tmp_path), nprocs=2)
     assert max(float(part.abs().max()) for part in truth.values()) > 1e-2
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
