@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from bge_ray.demo.chinese import PACKAGE, chinese_keys, has_weights, write_chinese
 from bge_ray.demo.known import changed, draw, keys_of, measured, write_beir
-from bge_ray.demo.reranker import TOKENS, is_trained, reranker_folder, train_reranker
+from bge_ray.demo.reranker import FIRST_STAGE_SHARE, TOKENS, is_trained, reranker_folder, train_reranker
 from bge_ray.demo.show import (
     Answer,
     answers_of_run,
@@ -136,6 +136,7 @@ def _show_known_answers(console: "Console", settings: Settings, work: Path, stop
         "search.rerank": True,
         "rerank.model": str(reranker_folder(work)),
         "rerank.max_length": TOKENS,
+        "rerank.first_stage_share": FIRST_STAGE_SHARE,
     }
     first, reranked = measured(settings, folder, keys, stop)
     show_reranking(console, first, reranked, questions, len(passages))
