@@ -15,16 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from bge_ray.demo.known import METRIC, changed, draw, measured, mining_keys_of, write_beir
+from bge_ray.demo.known import METRIC, changed, draw, measured, mining_keys_of, write_beir, write_random
 from bge_ray.formats.docstrings import PACKAGES, STANDARD_LIBRARY, known_items
 from bge_ray.metrics import compare, interval, mean
 from bge_ray.pipeline.engine.cluster import disconnect, prepare_environment
 from bge_ray.pipeline.engine.stopping import StopRequest
 from bge_ray.settings.sections import ResourcesSettings, Settings, parse_settings
 
-SEED = 29
 NEGATIVES = 4
 LENGTH = 64
 TRAINING: dict[str, Any] = {
@@ -37,19 +34,6 @@ TRAINING: dict[str, Any] = {
 }
 # Of what is trained, whose folder does not say it before.
 MODEL: dict[str, Any] = {"model.max_length": LENGTH, "model.pooling": "mean"}
-
-
-def write_random(mined: Path, corpus: Path, target: Path) -> None:
-    """Write the examples of a file of mine with negatives drawn from the corpus, as many as each had."""
-    texts = [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()]
-    rng = np.random.default_rng(SEED)
-    with target.open("w", encoding="utf-8") as out:
-        for line in mined.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            drawn = (texts[number] for number in rng.integers(len(texts), size=len(record["neg"]) + 8))
-            wrong = [text for text in drawn if text not in record["pos"]][: len(record["neg"])]
-            example = {"query_id": record["query_id"], "query": record["query"], "pos": record["pos"]}
-            out.write(json.dumps({**example, "neg": wrong}, ensure_ascii=False) + "\n")
 
 
 def write_layers(source: str, layers: int, folder: Path) -> None:
@@ -96,7 +80,8 @@ def main() -> int:
     settings = parse_settings(None, [f"model.name={get_model_path()}"])
     mined = mine_pairs(settings, work / "pairs", asked.passages)
     drawn = work / "random.jsonl"
-    write_random(mined, work / "pairs" / "corpus.jsonl", drawn)
+    texts = [json.loads(line)["text"] for line in (work / "pairs" / "corpus.jsonl").open(encoding="utf-8")]
+    write_random(mined, texts, drawn, beside=False)
     write_layers(str(settings.model.name), asked.layers, work / "layers")
     measuring = draw(known_items(STANDARD_LIBRARY), asked.questions, asked.questions)
     values = {}

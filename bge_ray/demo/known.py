@@ -101,6 +101,29 @@ def mining_keys_of(folder: Path) -> dict[str, Any]:
     }
 
 
+def write_random(mined: Path, passages: Sequence[str], target: Path, *, beside: bool) -> None:
+    """Write the examples of a file of mine with negatives at random, the same for the same file.
+
+    Args:
+        mined: negatives.jsonl.
+        passages: to draw from; each example gets as many as were mined for it, none of them its positive.
+        target: the file to write.
+        beside: after those that were mined; else in their place.
+    """
+    rng = np.random.default_rng(SEED)
+    lines = []
+    for line in mined.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        there = record["neg"]
+        drawn = (passages[number] for number in rng.integers(len(passages), size=len(there) + 8))
+        wrong = [text for text in drawn if text not in record["pos"]][: len(there)]
+        example = {"query_id": record["query_id"], "query": record["query"], "pos": record["pos"]}
+        lines.append(
+            json.dumps({**example, "neg": [*there, *wrong] if beside else wrong}, ensure_ascii=False)
+        )
+    _write(target, lines)
+
+
 def measured(settings: Settings, folder: Path, keys: dict[str, Any], stop: StopRequest) -> list[Values]:
     """Embed a folder of `write_beir`, search it exactly, rerank if that is asked, and measure.
 
