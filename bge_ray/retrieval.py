@@ -15,7 +15,7 @@ from bge_ray.dataset.lookup import ShardMap
 from bge_ray.dataset.passing import Passing, mark_all
 from bge_ray.dataset.read import shard_columns
 from bge_ray.errors import ModelError, SettingsError
-from bge_ray.formats.rows import is_blank
+from bge_ray.formats.rows import is_blank, unicode_fault
 from bge_ray.index.package import faiss
 from bge_ray.index.topk import Results
 from bge_ray.model.source import fetch_model
@@ -124,8 +124,8 @@ class IndexReader:
             IndexBuildError: a vector is of another length or norm, or a file of the index is damaged.
             StorageError: a shard is missing or damaged.
         """
-        if k < 1:
-            raise SettingsError(f"k is {k}; at least 1 is needed")
+        if not isinstance(k, int | np.integer) or k < 1:
+            raise SettingsError(f"k is {k!r}; a whole number from 1 on is needed")
         self._check_effort(nprobe)
         known = shard_columns(self._source.spec)
         for name in columns:
@@ -171,6 +171,10 @@ class IndexReader:
             ModelError: see `search`.
         """
         for text in texts:
+            if not isinstance(text, str):
+                raise ModelError(f"query {text!r}: is no text")
+            if (fault := unicode_fault(text)) is not None:
+                raise ModelError(f"query {text[:60]!r}: no vector: {fault[1]}")
             if is_blank(text):
                 raise ModelError(
                     f"query {text!r}: no vector: it says nothing, and would find what does neither"

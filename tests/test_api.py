@@ -308,8 +308,12 @@ def test_questions_are_answered_in_this_process(
     assert hit.columns == {"url": f"http://{hit.passage_id}"}
     assert index.search([], 3) == []
     assert (torch.get_num_threads(), faiss.omp_get_max_threads()) == before
-    with pytest.raises(SettingsError, match="k is 0"):
-        index.search(queries, 0)
+    for k in (0, 2.5, None):
+        with pytest.raises(SettingsError, match=f"k is {k}; a whole number"):
+            index.search(queries, k)
+    for wrong, why in (("a\ud800b", "not valid Unicode at character 1"), (3, "is no text")):
+        with pytest.raises(ModelError, match=f"^query .*: {why}|^query .*: no vector: {why}"):
+            index.search(["a", wrong])
     with pytest.raises(SettingsError, match=r"nprobe is 3: .* all vectors are compared"):
         index.search(queries, nprobe=3)
     for blank in ("", " \t\n"):

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from bge_ray.errors import BgeRayError, DamagedShardError
 from bge_ray.records.arrays import whole
 from bge_ray.records.canonical import from_json, to_json
 
@@ -45,6 +46,17 @@ class Parcel:
     def failed(self, error: str) -> "Parcel":
         """Return the parcel as given up."""
         return dataclasses.replace(self, table=None, error=error)
+
+    def given_up(self, error: BgeRayError) -> "Parcel":
+        """Return the parcel as given up for an error of one of ours, here or in an actor that was asked.
+
+        Raises:
+            DamagedShardError: as it came, because no rerun mends it; the run ends.
+        """
+        cause = getattr(error, "cause", error)  # what Ray wraps is told by its cause
+        if isinstance(cause, DamagedShardError):
+            raise cause
+        return self.failed(str(error))
 
     def filled(self, table: pa.Table | None, **facts: Any) -> "Parcel":
         """Return the parcel with another table and more facts."""

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -207,7 +207,7 @@ class RerankJob:
                     f"rerank.candidates: the candidates of query {found.query_id!r} come without texts; set "
                     "output.uri to the data set they are from"
                 )
-            elif settings.rerank.first_stage_share and not _finite(found.scores):
+            elif settings.rerank.first_stage_share and not _finite(found, settings.rerank.depth):
                 raise SettingsError(
                     f"rerank.first_stage_share: a candidate of query {found.query_id!r} has no score, or an "
                     "infinite one; set it to 0, or give scores to all of them"
@@ -292,8 +292,8 @@ class RerankJob:
         return rerank_page(report)
 
 
-def _finite(scores: Sequence[float] | None) -> bool:
-    return scores is not None and all(map(math.isfinite, scores))
+def _finite(found: Candidates, depth: int) -> bool:
+    return found.scores is not None and all(map(math.isfinite, found.scores[:depth]))
 
 
 def _block(found: Candidates, query: str, depth: int, *, spans: bool) -> Block:

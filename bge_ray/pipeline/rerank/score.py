@@ -81,7 +81,7 @@ def texts_stage(batch: pa.Table, source: TextSource | None, depth: int) -> Itera
         if source is not None:
             table = add_texts(table, source, depth)
     except BgeRayError as error:
-        yield parcel.failed(str(error)).to_batch()
+        yield parcel.given_up(error).to_batch()
         return
     facts: Mapping[str, object] = {**parcel.facts, "texts_s": time.time() - started}
     rows = table["row_no"].to_numpy()

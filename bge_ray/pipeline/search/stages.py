@@ -137,7 +137,7 @@ def retrieve_stage(batch: pa.Table, job: RetrieveJob) -> pa.Table:
     try:
         return _retrieve(parcel, parcel.table, job, started).to_batch()
     except BgeRayError as error:
-        return parcel.failed(str(error)).to_batch()
+        return parcel.given_up(error).to_batch()
 
 
 def _retrieve(parcel: Parcel, table: pa.Table, job: RetrieveJob, started: float) -> Parcel:

@@ -11,6 +11,7 @@ import pytest
 
 from bge_ray.errors import (
     CorpusError,
+    DamagedShardError,
     DatasetMismatchError,
     IncompleteRunError,
     ModelError,
@@ -96,6 +97,24 @@ def test_exact_search_equals_numpy(root: str, bucket: str, tiny_model: Path, que
         assert (len(data), hashlib.sha256(data).hexdigest()) == (file.bytes, file.sha256)
     assert read_rejected(bucket) == []
     assert STORAGE.list_files(f"{bucket}/work") == []
+
+
+@pytest.mark.parametrize("how", [{"search__exact": True}, {"search__rescore": 20}])
+def test_a_damaged_shard_ends_the_search_once_and_for_good(
+    root: str, bucket: str, how: dict[str, object]
+) -> None:
+    """By those that search shards, and by those that hold them for the rest."""
+    data = f"{bucket}/data"
+    for info in STORAGE.list_files(f"{root}/data"):
+        STORAGE.write(info.uri.replace(f"{root}/data", data), STORAGE.read(info.uri))
+    shard = STORAGE.list_files(f"{data}/embeddings")[1].uri
+    made = bytearray(STORAGE.read(shard))
+    made[len(made) // 2] ^= 4
+    STORAGE.write(shard, bytes(made))
+    with pytest.raises(DamagedShardError, match=rf"^{shard}: .*; remove it and run bge-ray embed") as caught:
+        search(settings_for(**keys_for(root, f"{bucket}/run", output__uri=data, **how)))
+    assert caught.value.exit_code == 2
+    assert STORAGE.info(f"{bucket}/run/run.parquet") is None
 
 
 @pytest.mark.slow
