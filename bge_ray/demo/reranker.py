@@ -19,7 +19,7 @@ QUERY_CHARS = range(20, 200)
 PASSAGE_CHARS = 300
 TOKENS = 96
 NEGATIVES = 4
-STEPS = 700
+STEPS = 500
 # Of the search's own score in the order of the reranked list: so small a reranker knows less than what it was
 # made of. Chosen on questions of packages, not on those that the demo measures by.
 FIRST_STAGE_SHARE = 0.4
