@@ -29,7 +29,10 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module",
+    params=slow_but(["mistral", "qwen2-windows", "qwen2-both-ways", "qwen3", "gemma2"], KINDS),
+)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     kind, changes = KINDS[request.param]
     return make_decoder(tmp_path_factory.mktemp("decoders") / request.param, kind, **changes)

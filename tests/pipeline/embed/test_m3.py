@@ -75,6 +75,7 @@ def check_readers(root: str, folder: Path, table: pa.Table) -> None:
         assert by_id[name]["sparse"] == weights and by_id[name]["colbert"] == row
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_three_columns_are_those_of_the_model_and_index_and_search_go_on(
     bucket: str, m3: Path, records: list[dict[str, str]], tmp_path: Path

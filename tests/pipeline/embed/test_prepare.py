@@ -94,7 +94,7 @@ def test_a_model_that_no_encoder_could_load_is_refused_in_a_line_before_the_corp
         prepare.prepare(settings)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_model_whose_code_fails_is_told_in_a_line(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

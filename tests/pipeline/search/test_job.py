@@ -44,6 +44,7 @@ from tests.support.searches import (
     settings_for,
     upload,
 )
+from tests.support.slow import slow_but
 from tests.support.vectors import VectorDataset, clustered
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -99,7 +100,9 @@ def test_exact_search_equals_numpy(root: str, bucket: str, tiny_model: Path, que
     assert STORAGE.list_files(f"{bucket}/work") == []
 
 
-@pytest.mark.parametrize("how", [{"search__exact": True}, {"search__rescore": 20}])
+@pytest.mark.parametrize(
+    "how", slow_but([{"search__exact": True}], [{"search__exact": True}, {"search__rescore": 20}])
+)
 def test_a_damaged_shard_ends_the_search_once_and_for_good(
     root: str, bucket: str, how: dict[str, object]
 ) -> None:
