@@ -43,6 +43,8 @@ from bge_ray.storage.objects import Storage, join
 from bge_ray.storage.ownership import OwnedFolder
 
 PART_SCHEMA = pa.schema([f for f in CANDIDATE_SCHEMA if f.name not in ("query", "text")])
+# What a reranked run is ordered by where the first stage has a share in it.
+BOTH_SCORES = pa.schema([CANDIDATE_SCHEMA.field("first_score"), pa.field("reranker_score", pa.float32())])
 FACTS_KEY = b"bge_ray.facts"
 # A piece of a run file, and the rows of a Parquet row group: what the driver holds of a run.
 PIECE_BYTES = 16 << 20
@@ -132,13 +134,12 @@ class RunOutput:
     @property
     def schema(self) -> pa.Schema:
         """Columns of run.parquet: those of any run, vector id, span, a reranker's probability, scores."""
-        both = [CANDIDATE_SCHEMA.field("first_score"), pa.field("reranker_score", pa.float32())]
         schema = pa.schema(
             [*RUN_SCHEMA, pa.field("vector_id", pa.int64()), *(SPAN_SCHEMA if self.spans else ())]
         )
         names = ("probability", *self.scores) if self.column == "score" else self.scores
         fields = [*schema, *(pa.field(name, pa.float32()) for name in names)]
-        return pa.schema([*fields, *(both if self.first_stage_share else ())])
+        return pa.schema([*fields, *(BOTH_SCORES if self.first_stage_share else ())])
 
     def open(self, storage: Storage, work: str, stack: contextlib.ExitStack) -> Writer:
         """Return what writes the run in both forms."""
@@ -256,7 +257,7 @@ def _run_rows(table: pa.Table, output: RunOutput) -> pa.Table:
         table = _fused(table, output.first_stage_share)
     table = rank_rows(table, output.column)
     values = table[output.column].to_numpy().astype(np.float64)
-    both = ("first_score", "reranker_score") if output.first_stage_share else ()
+    both = BOTH_SCORES.names if output.first_stage_share else ()
     logits = table["reranker_score"].to_numpy() if both else values
     columns = {
         "query_id": table["query_id"],
