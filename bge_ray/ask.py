@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bge_ray.errors import SettingsError
-from bge_ray.formats.rows import is_blank
+from bge_ray.formats.rows import is_blank, refuse_no_query
 
 if TYPE_CHECKING:
     from bge_ray.retrieval import Hit, IndexReader
@@ -45,18 +44,13 @@ def ask(uri: str, questions: Sequence[str], asked: Asked, *, model: str | None, 
         device: on which questions are encoded.
 
     Raises:
-        SettingsError: a question is empty, or is not UTF-8.
+        ModelError: a question is empty, or is not UTF-8.
         BgeRayError: what `bge_ray.open_index` and its ``search`` raise.
     """
     from bge_ray import open_index
 
     for question in questions:
-        try:
-            question.encode()
-        except UnicodeEncodeError as error:
-            raise SettingsError(f"question {question!r}: is not UTF-8 ({error.reason})") from error
-        if is_blank(question):
-            raise SettingsError(f"question {question!r}: is empty, and would find what says nothing")
+        refuse_no_query(question)  # before minutes are spent on opening
     index = open_index(uri, model=model, device=device, stale_index=asked.stale_index)
     for question in questions or _lines():
         started = time.monotonic()
@@ -90,7 +84,7 @@ def _lines() -> Iterator[str]:
         except UnicodeDecodeError as error:
             print(f"this line is not UTF-8 and is not asked: {error}", file=sys.stderr)  # noqa: T201
             continue
-        if line:
+        if not is_blank(line):
             yield line
 
 

@@ -15,7 +15,7 @@ from bge_ray.dataset.lookup import ShardMap
 from bge_ray.dataset.passing import Passing, mark_all
 from bge_ray.dataset.read import shard_columns
 from bge_ray.errors import ModelError, SettingsError
-from bge_ray.formats.rows import is_blank, unicode_fault
+from bge_ray.formats.rows import refuse_no_query
 from bge_ray.index.package import faiss
 from bge_ray.index.topk import Results
 from bge_ray.model.source import fetch_model
@@ -171,14 +171,7 @@ class IndexReader:
             ModelError: see `search`.
         """
         for text in texts:
-            if not isinstance(text, str):
-                raise ModelError(f"query {text!r}: is no text")
-            if (fault := unicode_fault(text)) is not None:
-                raise ModelError(f"query {text[:60]!r}: no vector: {fault[1]}")
-            if is_blank(text):
-                raise ModelError(
-                    f"query {text!r}: no vector: it says nothing, and would find what does neither"
-                )
+            refuse_no_query(text)
         model, feeder = self._loaded()
         tokens = feeder.queries(texts)
         result = model.empty_result(len(tokens))

@@ -404,7 +404,7 @@ def test_questions_at_a_terminal_are_answered_as_the_api_answers_them(stored: tu
         process.stdin.close()
         assert process.wait(30) == 0
     # A line that is no text costs that line alone, and a column that is not there is a mistake in the words.
-    lines = b"\xff\xfe\n" + asked[0].encode()
+    lines = b"\xff\xfe\n" + "\u200b\n".encode() + asked[0].encode()
     mixed = subprocess.run([*words, "--json"], input=lines, capture_output=True, check=False)
     assert mixed.returncode == 0
     assert b"this line is not UTF-8 and is not asked" in mixed.stderr
@@ -418,6 +418,14 @@ def test_a_question_to_no_data_set_ends_with_2(tmp_path: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "no complete data set there" in done.stderr
+
+
+@pytest.mark.parametrize(("wrong", "why"), [(b"a\xff", "not valid Unicode"), ("\u200b", "says nothing")])
+def test_a_question_that_is_none_ends_with_2_before_a_data_set_is_looked_for(wrong: str, why: str) -> None:
+    words = [sys.executable, "-m", "bge_ray", "ask", "nowhere", "a question", wrong]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert why in done.stderr
     assert "Traceback" not in done.stderr
 
 

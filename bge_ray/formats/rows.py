@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from bge_ray.errors import ModelError
 from bge_ray.records.ids import IdArray
 
 MAX_DETAIL_CHARS = 300
@@ -155,3 +156,17 @@ def unicode_fault(text: str) -> tuple[str, str] | None:
     except UnicodeEncodeError as error:
         return "invalid_unicode", f"not valid Unicode at character {error.start}: {error.reason}"
     return None
+
+
+def refuse_no_query(text: object) -> None:
+    """Refuse what has no vector as a query.
+
+    Raises:
+        ModelError: it is no text, not valid Unicode, or nothing of it is seen.
+    """
+    if not isinstance(text, str):
+        raise ModelError(f"query {text!r}: is no text")
+    if (fault := unicode_fault(text)) is not None:
+        raise ModelError(f"query {text[:60]!r}: no vector: {fault[1]}")
+    if is_blank(text):
+        raise ModelError(f"query {text!r}: no vector: it says nothing, and would find what does neither")
