@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING
 
 from bge_ray.demo.chinese import PACKAGE, chinese_keys, has_weights, write_chinese
 from bge_ray.demo.known import changed, draw, keys_of, measured, write_beir
-from bge_ray.demo.reranker import FIRST_STAGE_SHARE, TOKENS, is_trained, reranker_folder, train_reranker
+from bge_ray.demo.reranker import (
+    FIRST_STAGE_SHARE,
+    TOKENS,
+    is_trained,
+    reranker_folder,
+    train_reranker,
+    unseen_folder,
+)
 from bge_ray.demo.show import (
     Answer,
     answers_of_run,
@@ -91,7 +98,7 @@ def _demo(
     if dry_run:
         return "\n".join(plan_only(settings).lines())
     if train:
-        trained = train_reranker(settings, work, stop)
+        trained = train_reranker(settings, work, (KNOWN_PASSAGES, KNOWN_QUESTIONS), stop)
         _show_known_answers(console, settings, work, stop)
         return trained
     result = embed(settings, stop)
@@ -113,11 +120,9 @@ def _demo(
     return f"{result.report.outcome}; open {root}/report.html and {root}/index/report.html"
 
 
-def write_known(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Write passages of the standard library and questions whose answers are known; return both by id."""
-    passages, questions, judged = draw(known_items(STANDARD_LIBRARY), KNOWN_PASSAGES, KNOWN_QUESTIONS)
-    write_beir(folder, passages, questions, judged)
-    return passages, questions
+def write_known(folder: Path) -> None:
+    """Write passages of the standard library, and questions whose answers are known."""
+    write_beir(folder, *draw(known_items(STANDARD_LIBRARY), KNOWN_PASSAGES, KNOWN_QUESTIONS))
 
 
 def _show_known_answers(console: "Console", settings: Settings, work: Path, stop: StopRequest) -> None:
@@ -129,8 +134,7 @@ def _show_known_answers(console: "Console", settings: Settings, work: Path, stop
             "one in about an hour, and the demo then measures it",
         )
         return
-    folder = work / "known"
-    passages, questions = write_known(folder)
+    write_known(work / "known")
     keys = {
         "search.k": RERANKED,
         "search.rerank": True,
@@ -138,8 +142,13 @@ def _show_known_answers(console: "Console", settings: Settings, work: Path, stop
         "rerank.max_length": TOKENS,
         "rerank.first_stage_share": FIRST_STAGE_SHARE,
     }
-    first, reranked = measured(settings, folder, keys, stop)
-    show_reranking(console, first, reranked, questions, len(passages))
+    measured_by = {
+        "the standard library": work / "known",
+        "packages that it did not learn from": unseen_folder(work),
+    }
+    for says, folder in measured_by.items():
+        first, reranked = measured(settings, folder, keys, stop)
+        show_reranking(console, says, folder, (first, reranked))
 
 
 def _show_chinese_answers(console: "Console", settings: Settings, work: Path, stop: StopRequest) -> None:

@@ -61,6 +61,12 @@ def write_beir(
     _write(folder / "qrels" / "test.tsv", ["query-id\tcorpus-id\tscore", *rows])
 
 
+def texts_of(folder: Path, name: str) -> dict[str, str]:
+    """Return the "corpus" or the "queries" of a folder of `write_beir`, by id."""
+    with (folder / f"{name}.jsonl").open(encoding="utf-8") as lines:
+        return {record["_id"]: record["text"] for record in map(json.loads, lines)}
+
+
 def _write(path: Path, lines: Sequence[str]) -> None:
     text = "\n".join(lines) + "\n"
     if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -112,7 +118,7 @@ def write_random(mined: Path, passages: Sequence[str], target: Path, *, beside: 
     """
     rng = np.random.default_rng(SEED)
     lines = []
-    for line in mined.read_text(encoding="utf-8").splitlines():
+    for line in mined.read_text(encoding="utf-8").rstrip("\n").split("\n"):
         record = json.loads(line)
         there = record["neg"]
         drawn = (passages[number] for number in rng.integers(len(passages), size=len(there) + 8))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from bge_ray.demo.known import METRIC, Values
+from bge_ray.demo.known import METRIC, Values, texts_of
 from bge_ray.metrics import compare, interval, mean
 from bge_ray.settings.sections import Settings
 
@@ -63,17 +63,24 @@ def answers_of_run(settings: Settings) -> list[Answer]:
     ]
 
 
-def show_reranking(
-    console: "Console", first: Values, reranked: Values, questions: dict[str, str], passages: int
-) -> None:
-    """Print MRR@10 without and with reranking, and the questions whose answer it lifted most."""
-    say(console, f"\n{len(first)} questions whose answers are known, {passages:,} passages to search:")
-    say(console, "each question is the first sentence of a docstring, its answer the rest of it")
+def show_reranking(console: "Console", of: str, folder: Path, found: tuple[Values, Values]) -> None:
+    """Print MRR@10 without and with reranking, and the questions whose answer it lifted most.
+
+    Args:
+        console: where to.
+        of: whose docstrings they are.
+        folder: of passages and questions, as `write_beir` writes it.
+        found: the metric by question, of the search and of the reranked run.
+    """
+    first, reranked = found
+    passages, questions = texts_of(folder, "corpus"), texts_of(folder, "queries")
+    say(console, f"\n{len(first)} questions whose answers are known, {len(passages):,} passages to search:")
+    say(console, f"each question is the first sentence of a docstring of {of}, its answer the rest of it")
     for says, values in (("search", first), ("search, reranked", reranked)):
         low, high = interval(values)
         say(console, f"  {says:18}{METRIC} {mean(values):.3f}  ({low:.3f} to {high:.3f})")
-    found = compare(reranked, first)
-    say(console, f"  difference {found.difference:+.3f}, p {found.p_value:.4f}; what moved most:")
+    against = compare(reranked, first)
+    say(console, f"  difference {against.difference:+.3f}, p {against.p_value:.4f}; what moved most:")
     for query in sorted(first, key=lambda query: (first[query] - reranked[query], query))[:SHOWN_QUESTIONS]:
         moved = f"{_place(first[query])} to {_place(reranked[query])}"
         say(console, f"  {moved}: {questions[query][:SHOWN_CHARS]}")

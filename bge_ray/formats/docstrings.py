@@ -28,9 +28,15 @@ def known_items(*places: str) -> Iterator[tuple[str, str]]:
     Args:
         places: as of `find_docstrings`.
     """
-    for _, _, text in find_docstrings(*places):
+    for _, query, passage in known_items_of(*places):
+        yield query, passage
+
+
+def known_items_of(*places: str) -> Iterator[tuple[str, str, str]]:
+    """Yield the same with the module at the top, or the package, before each."""
+    for name, _, text in find_docstrings(*places):
         first, _, rest = " ".join(text.split()).partition(". ")
-        yield first, rest
+        yield name.partition(".")[0], first, rest
 
 
 def _find_below(root: Path) -> Iterator[tuple[str, str, str]]:

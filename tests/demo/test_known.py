@@ -1,6 +1,7 @@
 """Questions whose answers are known: what is drawn, what is measured, and that nothing is trained on it."""
 
 import json
+from collections import defaultdict
 from itertools import islice
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from bge_ray.demo import reranker
 from bge_ray.demo.chinese import write_chinese
 from bge_ray.demo.known import draw, measured, write_beir
 from bge_ray.demo.reranker import _pairs, is_trained, reranker_folder
-from bge_ray.formats.docstrings import PACKAGES, STANDARD_LIBRARY, known_items
+from bge_ray.formats.docstrings import PACKAGES, STANDARD_LIBRARY, known_items, known_items_of
 from bge_ray.pipeline.engine.stopping import StopRequest
 from tests.support.models import SENTENCES, make_cross_encoder, make_encoder
 from tests.support.training import as_settings
@@ -49,12 +50,24 @@ def test_a_file_with_its_content_is_left_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_nothing_that_is_measured_is_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the first packages: to read all takes minutes."""
-    first = {STANDARD_LIBRARY: None, PACKAGES: 10_000}
-    monkeypatch.setattr(reranker, "known_items", lambda place: islice(known_items(place), first[place]))
-    trained = _pairs()
+    some = [item for item in islice(known_items_of(PACKAGES), 20_000) if item[0] != "ray"]
+    monkeypatch.setattr(reranker, "known_items_of", lambda _: iter(some))
+    trained, held_out = _pairs()
     assert len(trained) > 500
+    assert len(held_out) > 50
     measured_texts = {text for pair in known_items(STANDARD_LIBRARY) for text in pair}
-    assert not measured_texts & {text for pair in trained for text in pair}
+    learned = {text for pair in trained for text in pair}
+    asked = {text for pair in held_out for text in pair}
+    assert not measured_texts & (learned | asked)
+    assert not learned & asked
+    packages = defaultdict(set)
+    for package, query, passage in some:
+        packages[query, passage].add(package)
+    of_one = [
+        {next(iter(packages[pair])) for pair in pairs if len(packages[pair]) == 1}
+        for pairs in (trained, held_out)
+    ]
+    assert not of_one[0] & of_one[1]
 
 
 def test_a_chinese_question_has_one_answer_and_is_no_part_of_it(tmp_path: Path) -> None:
