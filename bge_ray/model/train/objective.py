@@ -52,6 +52,11 @@ class Objective(torch.nn.Module):
         raise NotImplementedError
 
 
+def _single(made: torch.Tensor) -> torch.Tensor:
+    """Return what a model made in float32, or in float64 if that is what it computes in."""
+    return made.to(torch.promote_types(made.dtype, torch.float32))
+
+
 class Embedding(Objective):
     """Of an embedder: queries and passages."""
 
@@ -61,7 +66,7 @@ class Embedding(Objective):
 
     def represent(self, features: Features) -> tuple[torch.Tensor, ...]:
         """Return (n, dim) embeddings."""
-        return (self.model(features)["sentence_embedding"].float(),)
+        return (_single(self.model(features)["sentence_embedding"]),)
 
     def loss(
         self,
@@ -95,9 +100,9 @@ class Unified(Objective):
         """Return embeddings, weights of tokens and vectors of tokens."""
         made = self.model(features)
         return (
-            made["sentence_embedding"].float(),
-            made["token_weights"].float(),
-            made["token_vectors"].float(),
+            _single(made["sentence_embedding"]),
+            _single(made["token_weights"]),
+            _single(made["token_vectors"]),
         )
 
     def loss(
@@ -121,7 +126,7 @@ class Reranking(Objective):
 
     def represent(self, features: Features) -> tuple[torch.Tensor, ...]:
         """Return (n, 1) logits."""
-        return (self.model(features)["scores"].float(),)
+        return (_single(self.model(features)["scores"]),)
 
     def loss(
         self,
@@ -151,5 +156,5 @@ class TokenHeads(torch.nn.Module):
         weights = torch.relu(self.sparse(states)).squeeze(-1)
         special = torch.tensor(self._special, device=states.device)
         features["token_weights"] = weights * ~torch.isin(features["input_ids"], special)
-        features["token_vectors"] = unit(self.colbert(states[:, 1:]) * mask[:, 1:, None].float())
+        features["token_vectors"] = unit(_single(self.colbert(states[:, 1:])) * mask[:, 1:, None])
         return features

@@ -44,7 +44,8 @@ def tokens(folder: Path, *texts: Sequence[str]) -> dict[str, torch.Tensor]:
 
 
 def ours(objective: Objective, batches: list[dict[str, torch.Tensor]], teacher: Any) -> float:
-    return objective([dict(batch) for batch in batches], teacher).item()
+    """In float64, as theirs: over 0.02, float32 rounds a cosine by 3e-6, each processor otherwise."""
+    return objective.double()([dict(batch) for batch in batches], teacher).item()
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +66,19 @@ def test_of_embeddings(encoder: Path, negatives: Any, distill: Any, dims: tuple[
 
     if negatives == "own" and distill == "m3_kd":
         pytest.skip("settings refuse it")
-    theirs = BiEncoderOnlyEmbedderModel(
-        without_dropout(AutoModel.from_pretrained(encoder)),
-        temperature=0.02,
-        kd_loss_type={"m3_kd": "m3_kd_loss"}.get(distill, "kl_div"),
-        use_mrl=bool(dims),
-        mrl_dims=list(dims),
-        sentence_pooling_method="mean",
-        normalize_embeddings=True,
-    ).train()
+    theirs = (
+        BiEncoderOnlyEmbedderModel(
+            without_dropout(AutoModel.from_pretrained(encoder)),
+            temperature=0.02,
+            kd_loss_type={"m3_kd": "m3_kd_loss"}.get(distill, "kl_div"),
+            use_mrl=bool(dims),
+            mrl_dims=list(dims),
+            sentence_pooling_method="mean",
+            normalize_embeddings=True,
+        )
+        .double()
+        .train()
+    )
     batches = [tokens(encoder, QUERIES), tokens(encoder, PASSAGES)]
     teacher = TEACHER if distill != "none" else None
     wanted = theirs(
@@ -97,17 +102,21 @@ def test_of_all_three_outputs_of_m3(m3: Path, distill: Any, self_distill: bool) 
         name: load_linear(m3 / f"{name}.safetensors", torch.float32)
         for name in ("sparse_linear", "colbert_linear")
     }
-    theirs = EncoderOnlyEmbedderM3Model(
-        {"model": without_dropout(AutoModel.from_pretrained(m3)), **heads},
-        tokenizer=AutoTokenizer.from_pretrained(m3),
-        temperature=0.02,
-        kd_loss_type={"m3_kd": "m3_kd_loss"}.get(distill, "kl_div"),
-        sentence_pooling_method="cls",
-        normalize_embeddings=True,
-        unified_finetuning=True,
-        use_self_distill=self_distill,
-        self_distill_start_step=0,
-    ).train()
+    theirs = (
+        EncoderOnlyEmbedderM3Model(
+            {"model": without_dropout(AutoModel.from_pretrained(m3)), **heads},
+            tokenizer=AutoTokenizer.from_pretrained(m3),
+            temperature=0.02,
+            kd_loss_type={"m3_kd": "m3_kd_loss"}.get(distill, "kl_div"),
+            sentence_pooling_method="cls",
+            normalize_embeddings=True,
+            unified_finetuning=True,
+            use_self_distill=self_distill,
+            self_distill_start_step=0,
+        )
+        .double()
+        .train()
+    )
     batches = [tokens(m3, QUERIES), tokens(m3, PASSAGES)]
     teacher = TEACHER if distill != "none" else None
     given = None if teacher is None else teacher.flatten().tolist()
@@ -126,7 +135,7 @@ def test_of_a_reranker(tmp_path: Path, teacher: torch.Tensor | None) -> None:
     folder = make_cross_encoder(tmp_path / "reranker")
     base = without_dropout(AutoModelForSequenceClassification.from_pretrained(folder))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    theirs = CrossEncoderModel(base, tokenizer, train_batch_size=len(QUERIES)).train()
+    theirs = CrossEncoderModel(base, tokenizer, train_batch_size=len(QUERIES)).double().train()
     pairs = tokens(folder, [q for q in QUERIES for _ in range(GROUP)], PASSAGES)
     wanted = theirs(pair=pairs, teacher_scores=None if teacher is None else teacher.tolist()).loss.item()
     model = built("train.kind=reranker", f"rerank.model={folder}")
