@@ -418,6 +418,7 @@ def test_a_question_to_no_data_set_ends_with_2(tmp_path: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "no complete data set there" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(("wrong", "why"), [(b"a\xff", "not valid Unicode"), ("\u200b", "says nothing")])

@@ -146,7 +146,10 @@ def _show_known_answers(console: "Console", settings: Settings, work: Path, stop
         "the standard library": work / "known",
         "packages that it did not learn from": unseen_folder(work),
     }
+    # A reranker of an earlier version has learned from all packages, and has no such folder.
     for says, folder in measured_by.items():
+        if not folder.exists():
+            continue
         first, reranked = measured(settings, folder, keys, stop)
         show_reranking(console, says, folder, (first, reranked))
 

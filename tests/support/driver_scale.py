@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 import pyarrow as pa
 
+from bge_ray.dataset.commit import marker_path
 from bge_ray.dataset.folder import Dataset
 from bge_ray.formats.corpus import ScannedObject
 from bge_ray.pipeline.embed.planning import extend_plan
@@ -56,7 +57,7 @@ def scanned_objects(objects: int, units: int) -> list[ScannedObject]:
 
 def marker_of_unit(fingerprint: str, unit: Unit) -> Marker:
     """Return the marker of a unit all of whose rows came out, its shard a file without a byte."""
-    path = f"embeddings/{unit.object_no:08d}-{unit.first_row:010d}.parquet"
+    path = f"embeddings/{unit.name}.parquet"
     n_rows = unit.n_rows
     return Marker(
         unit, fingerprint, n_rows, 0, n_rows, 50 * n_rows, 0, {}, FileFact(path, 0, SHA, n_rows), None
@@ -104,11 +105,9 @@ def lay_files(dataset: Dataset, asked: argparse.Namespace) -> Callable[[], objec
 def resume_interrupted(dataset: Dataset, asked: argparse.Namespace) -> Callable[[], object]:
     """Find what a run did that died before it published: its markers are one file each."""
     markers = markers_of(dataset)[: asked.unpublished]
-    folder = Path(dataset.root, "done")
-    folder.mkdir()
+    Path(dataset.root, "done").mkdir()
     for marker in markers:
-        name = f"{marker.unit.object_no:08d}-{marker.unit.first_row:010d}.json"
-        (folder / name).write_bytes(to_json(marker))
+        Path(dataset.root, marker_path(marker.unit)).write_bytes(to_json(marker))
     del markers
 
     def work() -> None:
