@@ -87,7 +87,7 @@ def test_search_survives_the_kill_of_an_index_actor_and_of_the_driver(
     assert STORAGE.info(join(folder, "run.parquet")) is None
     run = JobProcess(log, keys, job="search")
     assert run.wait() == 0, run.log()
-    assert f"{QUERIES - 20 * there} queries to answer" in run.log()  # what was done is not done again
+    assert f"{QUERIES - 20 * there:,} queries to answer" in run.log()  # what was done is not done again
     rows = check(folder, queries, 10)
     calm = search_keys(bucket, "calm")
     assert JobProcess(log, calm, job="search").wait() == 0, log.read_text()
@@ -119,7 +119,7 @@ def test_a_hybrid_filtered_reranked_search_survives_the_kill_of_each_of_its_acto
     assert STORAGE.info(join(folder, "run.parquet")) is None
     run = JobProcess(log, keys, job="search")
     assert run.wait() == 0, run.log()
-    assert f"{QUERIES - 20 * there} queries to answer" in run.log()
+    assert f"{QUERIES - 20 * there:,} queries to answer" in run.log()
     rows, reranked = check(folder, queries, 10), read_run(join(folder, "reranked"))
     assert {(row["query_id"], row["passage_id"]) for row in reranked} == {
         (row["query_id"], row["passage_id"]) for row in rows
