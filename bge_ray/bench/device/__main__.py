@@ -30,6 +30,7 @@ PHASES = {
     "job": 130.0,
     "peers": 60.0,
     "nearest": 25.0,
+    "big": 60.0,
 }
 
 

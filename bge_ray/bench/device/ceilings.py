@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ def run(plan: Plan, note: Note) -> None:
     note("products", _products(plan))
     note("attention", _attention(plan))
     note("copies", _copies(plan))
+    if plan.on_gpu and torch.cuda.get_device_capability() >= (8, 9):
+        note("float8", _float8(plan))
 
 
 def _capability(plan: Plan) -> dict[str, object]:
@@ -82,6 +85,57 @@ def _linear(plan: Plan, tokens: int, columns: int, rows: int, work: Callable[...
     with torch.inference_mode():
         taken = seconds_of(lambda: work(x, weight, bias), plan.device, SHORT_SECONDS)
     return 2 * tokens * columns * rows / statistics.median(taken)
+
+
+def _float8(plan: Plan) -> list[dict[str, Any]]:
+    """Products in float8 beside those in half precision, alone and with the cast of what goes in; seconds."""
+    compiled = torch.compile(_cast)
+    found: list[dict[str, Any]] = []
+    for name in ("base", "large"):
+        h, inner = SPEED[name].hidden_size, SPEED[name].intermediate_size
+        for what, columns, rows in (("QKV", 3 * h, h), ("FFN 1", inner, h), ("FFN 2", h, inner)):
+            x, weight, bias = (
+                torch.randn(size, dtype=torch.bfloat16, device=plan.device)
+                for size in ((32_768, rows), (columns, rows), (columns,))
+            )
+            ready = (*_cast(x), *_cast(weight), bias)
+            ways: dict[str, Callable[[], Any]] = {
+                "bfloat16": partial(F.linear, x, weight, bias),
+                "float8": partial(_scaled, *ready),
+                "float8 with the cast": partial(_cast_and_scaled, compiled, x, *ready[2:]),
+                "the cast": partial(compiled, x),
+            }
+            with torch.inference_mode():
+                taken = {
+                    way: statistics.median(seconds_of(work, plan.device, SHORT_SECONDS))
+                    for way, work in ways.items()
+                }
+                exact = F.linear(x.float(), weight.float(), bias.float())
+                error = float((_scaled(*ready).float() - exact).norm() / exact.norm())
+            found.append({"shape": name, "product": what, "error": error, "seconds": taken})
+    return found
+
+
+def _cast(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (n, dim) in float8, each row in its own scale, and the scales, (n, 1)."""
+    most = torch.finfo(torch.float8_e4m3fn).max
+    scale = (states.abs().amax(1, keepdim=True).float() / most).clamp_min(1e-12)
+    return (states / scale).to(torch.float8_e4m3fn), scale
+
+
+def _scaled(
+    states: torch.Tensor,
+    by_row: torch.Tensor,
+    weight: torch.Tensor,
+    by_column: torch.Tensor,
+    bias: torch.Tensor,
+) -> torch.Tensor:
+    scales = {"scale_a": by_row, "scale_b": by_column.t(), "bias": bias}
+    return torch._scaled_mm(states, weight.t(), **scales, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+def _cast_and_scaled(cast: Callable[..., Any], states: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+    return _scaled(*cast(states), *rest)
 
 
 def _attention(plan: Plan) -> list[dict[str, Any]]:

@@ -60,6 +60,7 @@ def _blocks(found: Found) -> Iterable[Block]:
     yield _job(found.get("job", {}))
     yield _peers(found)
     yield _nearest(found.get("nearest", {}))
+    yield _big(found.get("big", {}))
 
 
 def _ending(found: Found) -> Block:
@@ -87,6 +88,17 @@ def _ceilings(ceilings: Found) -> Iterable[Block]:
         (str(a["head_dim"]), f"{a['length']:,}", f"{a['rate'] / unit:,.1f}", f"{a['us_a_1000_tokens']:,.1f}")
         for a in ceilings.get("attention", [])
     ]
+    eighths: list[Sequence[str]] = [
+        (
+            e["shape"],
+            e["product"],
+            *(f"{1e6 * second:,.0f}" for second in e["seconds"].values()),
+            f"{e['error']:.3f}",
+        )
+        for e in ceilings.get("float8", [])
+    ]
+    head = ("shape", "product", "bfloat16", "float8", "float8 with the cast", "the cast", "error of float8")
+    yield "Products in float8, 32,768 tokens, microseconds", [], head, eighths
     yield "Attention, 768 wide", [], ("head_dim", "tokens a row", unit_name, "µs a 1,000 tokens"), attended
 
 
@@ -197,6 +209,31 @@ def _nearest(found: Found) -> Block:
         if isinstance(facts, dict)
     ]
     return "Index: nearest centroids and k-means", [], ("", ""), rows
+
+
+def _big(found: Found) -> Block:
+    rows: list[Sequence[str]] = []
+    for r in found.get("rows", []):
+        name = (r["lengths"], f"{r['budget']:,}")
+        if "left_out" in r:
+            rows.append((*name, r["left_out"], "", ""))
+            continue
+        peak = f"{r['peak_bytes'] / 1e9:.1f}" if r["peak_bytes"] else ""
+        rows.append((*name, f"{r['tokens_per_s']:,.0f}", f"{r['share']:.1%}", peak))
+    words = []
+    if "loaded_s" in found:
+        model = found["model"]
+        words.append(
+            f"{model['parameters'] / 1e9:.2f} billion parameters in {model['dtype']}, loaded in "
+            f"{found['loaded_s']:.1f} s."
+        )
+    if "shared" in found:
+        s = found["shared"]
+        words.append(
+            f"Rows of {s['alike'] + s['others']:.0f} tokens that begin with the same {s['alike']:.0f}: "
+            f"{s['rows_per_s']:,.1f} rows/s each for itself, {s['shared_rows_per_s']:,.1f} shared."
+        )
+    return "An LLM embedder", words, ("lengths", "budget", "tokens/s", "share", "peak GB"), rows
 
 
 def _short(value: float) -> str:
