@@ -90,7 +90,7 @@ def _make(plan: Plan, sizes: dict[str, int], dtype: str) -> tuple[Path, int]:
 def _cases(plan: Plan) -> Sequence[tuple[str, np.ndarray, int]]:
     if not plan.on_gpu:
         return [("natural", natural_lengths(16), 1_024)]
-    natural, full = natural_lengths(1_500), np.full(256, 512, np.int64)
+    natural, full = natural_lengths(600), np.full(96, 512, np.int64)
     budgets = (4_096, 8_192, 16_384, 32_768)
     return [
         (mix, lengths, budget) for budget in budgets for mix, lengths in (("natural", natural), ("512", full))
@@ -127,7 +127,7 @@ def _seconds(plan: Plan, executor: Executor, tokens: PackedTokens, batches: list
 
 def _shared(plan: Plan, executor: Executor, sizes: dict[str, int]) -> dict[str, float]:
     """Rows that begin with one instruction: rows/s where it is computed for each, and once a batch."""
-    n_rows = 600 if plan.on_gpu else 8
+    n_rows = 256 if plan.on_gpu else 8
     tokens = random_rows(np.full(n_rows, INSTRUCTION + QUESTION, np.int64), sizes["vocab_size"])
     ids = tokens.input_ids.reshape(n_rows, -1).copy()
     ids[:, :INSTRUCTION] = ids[0, :INSTRUCTION]
