@@ -30,8 +30,9 @@ LOCAL = "local"
 _TOO_LATE = "timed out during startup"
 # With less than this left, what Ray writes of a session at its start may not fit.
 SESSION_BYTES = 16 << 20
-# What the processes of a local cluster are given to end.
-EXIT_S = 10.0
+# What data paths that were cut off are given to end, and then the processes of a local cluster, which hold
+# nothing any more: some take seconds to unload their libraries, and now and then one hangs doing so.
+PATHS_EXIT_S, PROCESSES_EXIT_S = 10.0, 0.5
 # Set to anything, it keeps the session folder of a run that went well, too.
 KEEP_SESSION = "BGE_RAY_KEEP_SESSION"
 # What a cluster that is there needs to answer, and one that is about to be there may take.
@@ -272,25 +273,56 @@ def disconnect(*, keep_logs: bool = True) -> None:
     if not is_connected():
         return
     # Data paths that were cut off end through Ray, while they can.
-    wait_for_paths(EXIT_S)
+    wait_for_paths(PATHS_EXIT_S)
     node = sys.modules["ray"]._private.worker._global_node
     own = node is not None and node.head
     session = Path(node.get_session_dir_path()) if own else None
-    started = psutil.Process().children(recursive=True)
+    started = _processes_of(node) if own else []
     with _signal_handlers_kept() as put_back:
         if own:
-            _before(node, "kill_all_processes", put_back)
+            _before(node, "kill_all_processes", put_back, lambda: _kill_autoscaler(node))
         sys.modules["ray"].shutdown()
-    # Now and then a worker that is told to exit hangs in its libraries' own clean-up, with all its memory.
-    _, left = psutil.wait_procs(started, timeout=EXIT_S)
-    for process in left:
+    for process in (left := _still_running(started, PROCESSES_EXIT_S)):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    _still_running(left, PROCESSES_EXIT_S)
     if session is not None and not keep_logs and not os.environ.get(KEEP_SESSION):
         _remove_session(session)
 
 
-def _before(thing: Any, method: str, first: Callable[[], None]) -> None:
+def _processes_of(node: Any) -> list[psutil.Process]:
+    """Return the processes of a local cluster, its workers among them; none else that this one started."""
+    started = {process.process.pid for kind in node.all_processes.values() for process in kind}
+    found = []
+    for child in psutil.Process().children():
+        if child.pid in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += [*child.children(recursive=True), child]
+    return found
+
+
+def _still_running(processes: list[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Wait until processes have ended, and return those that have not; one that nobody buries has ended."""
+
+    def runs(process: psutil.Process) -> bool:
+        try:
+            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    deadline = time.monotonic() + timeout_s
+    while (left := [process for process in processes if runs(process)]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return left
+
+
+def _kill_autoscaler(node: Any) -> None:
+    """End the process that would start nodes; it hears only once a second that it is to end."""
+    for monitor in node.all_processes.get("monitor", ()):
+        monitor.process.kill()
+
+
+def _before(thing: Any, method: str, *first: Callable[[], None]) -> None:
     """Have a method of one object do something else first.
 
     Ray's core takes all signal handlers away on its way out, and a second or two pass in which Ray ends its
@@ -299,7 +331,8 @@ def _before(thing: Any, method: str, first: Callable[[], None]) -> None:
     after = getattr(thing, method)
 
     def both(*words: Any, **more: Any) -> Any:
-        first()
+        for step in first:
+            step()
         return after(*words, **more)
 
     setattr(thing, method, both)

@@ -88,7 +88,9 @@ session, logs = Path(sys.argv[1]), sys.argv[2]
 session.joinpath("logs").mkdir(parents=True)
 session.joinpath("logs", "raylet.out").write_text("one line")
 session.with_name("session_latest").symlink_to(session)
-node = SimpleNamespace(head=True, get_session_dir_path=lambda: str(session), kill_all_processes=print)
+node = SimpleNamespace(
+    head=True, all_processes={}, get_session_dir_path=lambda: str(session), kill_all_processes=print
+)
 sys.modules["ray"] = SimpleNamespace(
     is_initialized=lambda: True,
     shutdown=lambda: None,
