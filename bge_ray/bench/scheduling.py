@@ -20,6 +20,7 @@ from bge_ray.pipeline.embed.job import Stages, embedding_receipts
 from bge_ray.pipeline.embed.tasks import CorpusUnit, ReadTask, SpanTask
 from bge_ray.pipeline.engine.cluster import connect, disconnect, prepare_environment
 from bge_ray.pipeline.engine.pools import UNITS_AT_A_GPU, Pool, Sizes, Tasks
+from bge_ray.pipeline.engine.receipts import data_context
 from bge_ray.records.plan import Coding, CorpusObject, Span, unit_fingerprint
 from bge_ray.settings.sections import ResourcesSettings
 
@@ -78,7 +79,9 @@ def simulate(encoders: int, unit_s: float, units_each: int, units_at_once: int) 
     before, started = driver.cpu_times(), time.time()
     spent: dict[str, list[Interval]] = defaultdict(list)
     names = set()
-    for receipt in embedding_receipts(job, job, sizes, _spans(units), stages):
+    with data_context():  # as in a run: or Ray Data would hand the units of a span to an encoder as one
+        receipts = embedding_receipts(job, job, sizes, _spans(units), stages)
+    for receipt in receipts:
         spent[receipt.facts["process"]].append(
             (receipt.facts["encode_started"], receipt.facts["encode_ended"])
         )
