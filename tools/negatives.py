@@ -4,7 +4,7 @@
 
 What both learn from are the docstrings of the installed packages: the first sentence asks for the rest,
 beside four other passages, which were mined for the one and drawn at random for the other; queries,
-positives, order and everything else are the same. Both are the first layers of all-MiniLM-L6-v2. Prints
+positives, order and everything else are the same. Both are all-MiniLM-L6-v2, or its first layers. Prints
 MRR@10 of each on the docstrings of the standard library, of which neither has seen a text, and how they
 differ.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bge_ray.demo.known import METRIC, changed, draw, measured, mining_keys_of, write_beir, write_random
+from bge_ray.demo.reranker import training_dtype
 from bge_ray.formats.docstrings import PACKAGES, STANDARD_LIBRARY, known_items
 from bge_ray.metrics import compare, interval, mean
 from bge_ray.pipeline.engine.cluster import disconnect, prepare_environment
@@ -29,7 +30,8 @@ TRAINING: dict[str, Any] = {
     # Nothing but these: what is mined for others is no negative of a query.
     "train.negatives": "own",
     "train.batch_queries": 32,
-    "train.learning_rate": 2e-4,
+    "train.learning_rate": 5e-5,
+    "train.temperature": 0.05,
     "train.workers": 2,
 }
 # Of what is trained, whose folder does not say it before.
@@ -67,7 +69,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder for all that is made")
     parser.add_argument("--passages", type=int, default=20_000, help="to mine among")
     parser.add_argument("--questions", type=int, default=1500, help="to measure by, to as many passages")
-    parser.add_argument("--layers", type=int, default=2, help="of the model that is trained")
+    parser.add_argument("--layers", type=int, default=6, help="of the model that is trained")
     parser.add_argument("--steps", type=int, default=200, help="of each training")
     asked = parser.parse_args()
     prepare_environment(ResourcesSettings())
@@ -89,6 +91,7 @@ def main() -> int:
         model, folder = work / "layers", work / f"measured-{name}"
         if data is not None:
             keys = {**MODEL, **TRAINING, "train.steps": asked.steps, "train.data": str(data)}
+            keys["train.dtype"] = training_dtype()
             model = work / name
             train(changed(settings, {**keys, "model.name": str(work / "layers"), "train.output": str(model)}))
         write_beir(folder, *measuring)

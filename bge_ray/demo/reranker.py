@@ -86,7 +86,7 @@ def train_reranker(settings: Settings, work: Path, asked_of: tuple[int, int], st
             "train.data": str(mixed),
             "train.output": str(reranker_folder(work)),
             "rerank.model": settings.model.name,
-            "train.dtype": _dtype(),
+            "train.dtype": training_dtype(),
             **RECIPE,
         },
     )
@@ -98,7 +98,7 @@ def train_reranker(settings: Settings, work: Path, asked_of: tuple[int, int], st
     return f"reranker: {report.outcome}; {reranker_folder(work)}/report.html"
 
 
-def _dtype() -> str:
+def training_dtype() -> str:
     """Return what a training computes in: bfloat16 where the processor has products of it."""
     import torch
 
