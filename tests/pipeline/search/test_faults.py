@@ -222,7 +222,7 @@ def test_rerank_survives_the_kill_of_a_reranker_and_of_the_driver(
     assert there >= 6
     run = JobProcess(log, keys, job="rerank")
     assert run.wait() == 0, run.log()
-    assert f"{QUERIES * 10 - 100 * there} pairs to score" in run.log()
+    assert f"{QUERIES * 10 - 100 * there:,} pairs to score" in run.log()
     rows = check(folder, queries, 10)
     assert JobProcess(log, keys | {"rerank.output": f"{bucket}/calm"}, job="rerank").wait() == 0
     calm = read_run(f"{bucket}/calm")
