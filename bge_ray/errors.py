@@ -15,6 +15,7 @@
       IncompleteRunError    1   the run ended with work left undone: run it again to continue
       RejectedRowsError     2   more rows were rejected than the settings allow
       IndexBuildError       1   an index input or part is not what its description says
+        DamagedIndexError   2   a file of a published index is missing, or not the one that was written
       RecallError           1   the index was built and published, and misses its recall target
 
 Exit code 2 means that no rerun mends it, 1 that running again may, 75 that running again later will. This
@@ -112,6 +113,23 @@ class RejectedRowsError(BgeRayError):
 
 class IndexBuildError(BgeRayError):
     """Vectors, ids, a trained index or an index part break a rule that FAISS would not check."""
+
+
+class DamagedIndexError(IndexBuildError):
+    """A file of a published index is missing, or not the one that was written; the way out is in its text."""
+
+    exit_code = 2
+
+    def __init__(self, uri: str, found: str) -> None:
+        """Name the file, and what it is instead."""
+        super().__init__(uri, found)
+        self.uri, self.found = uri, found
+
+    def __str__(self) -> str:
+        return (
+            f"{self.uri}: {self.found}; run bge-ray index with index.verify, which makes it anew, or search "
+            "without it (search.exact)"
+        )
 
 
 class RecallError(BgeRayError):

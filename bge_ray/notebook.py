@@ -61,12 +61,14 @@ def _as_a_guest(resources: ResourcesSettings) -> Iterator[None]:
 
     was_there = is_connected()
     environment = dict(os.environ)
+    went_well = False
     try:
         prepare_environment(resources)
         with quiet_ray():
             yield
+        went_well = True
     finally:
         unwatch_cluster()
         if not was_there:
-            disconnect(keep_logs=False)
+            disconnect(keep_logs=not went_well)
             restore_environment(environment)

@@ -37,7 +37,7 @@ class ShardMap:
     @staticmethod
     def of(manifest: Manifest) -> "ShardMap":
         """Return the map of all shards that have vectors."""
-        live = [(m.unit, m.embeddings) for m in manifest.shards if m.embeddings is not None]
+        live = [(m.unit, m.shard) for m in manifest.shards if m.shard is not None]
         live.sort(key=lambda entry: entry[0])
         ranges = np.array([id_range(u.object_no, u.first_row, u.n_rows) for u, _ in live], dtype=np.int64)
         ranges = ranges.reshape(-1, 2)

@@ -10,8 +10,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bge_ray.dataset.commit import FINGERPRINT_KEY
 from bge_ray.errors import DamagedShardError
-from bge_ray.records.dataset import DatasetSpec, FileFact
+from bge_ray.records.dataset import DatasetSpec, FileFact, ShardFact
 from bge_ray.records.ids import IdArray
 from bge_ray.records.schemas import embedding_schema
 from bge_ray.storage.objects import Storage, join
@@ -70,9 +71,18 @@ def open_shard(
     """Open a shard to read some row groups of it, each page against its checksum.
 
     With its metadata, its end is not read again.
+
+    Raises:
+        StorageError: it is missing.
+        DamagedShardError: it is the shard of another unit, or of another state of its unit.
     """
     source = pa.PythonFile(storage.open(uri, fact.bytes), mode="r")
     with pq.ParquetFile(source, metadata=metadata, pre_buffer=True, page_checksum_verification=True) as file:
+        if metadata is None and isinstance(fact, ShardFact):
+            # A checksum a page tells nothing of a whole file in the place of another.
+            found = (file.schema_arrow.metadata or {}).get(FINGERPRINT_KEY, b"").decode()
+            if found != fact.fingerprint:
+                raise DamagedShardError(uri, "is the shard of another unit, or of another state of its unit")
         yield file
 
 

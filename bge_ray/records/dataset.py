@@ -113,6 +113,13 @@ class FileFact:
 
 
 @dataclass(frozen=True)
+class ShardFact(FileFact):
+    """An embedding shard as who reads a part of it can check it: its end names its unit's ``fingerprint``."""
+
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class Marker:
     """A finished unit: written after its files, so its presence means that they are complete.
 
@@ -129,6 +136,14 @@ class Marker:
     reasons: dict[str, int]
     embeddings: FileFact | None
     rejected: FileFact | None
+
+    @property
+    def shard(self) -> ShardFact | None:
+        """The embedding shard; None if the unit has no vectors."""
+        fact = self.embeddings
+        if fact is None:
+            return None
+        return ShardFact(fact.path, fact.bytes, fact.sha256, fact.rows, self.fingerprint)
 
 
 @dataclass(frozen=True)

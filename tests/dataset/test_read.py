@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bge_ray.dataset.lookup import ShardMap, find_passages, read_places
-from bge_ray.dataset.read import read_vectors, sample_vectors
+from bge_ray.dataset.read import read_columns, read_vectors, sample_vectors
 from bge_ray.errors import DamagedShardError
 from bge_ray.records.dataset import make_manifest
 from bge_ray.storage.objects import Storage
@@ -51,3 +51,26 @@ def test_a_flipped_bit_is_seen_by_every_reader(
     for number in reads:
         with pytest.raises(DamagedShardError, match=fact.path):
             readings()[number]()
+
+
+def test_a_whole_shard_of_another_state_is_no_shard_of_this_one(storage: Storage, tmp_path: Path) -> None:
+    """Of the same size, with good checksums of its own: what is read in part goes by the file's end."""
+    spec, markers = make_spec(), []
+    for folder, fingerprint in (("here", FINGERPRINT), ("elsewhere", "e" * 64)):
+        writer = make_writer(storage, str(tmp_path / folder), spec)
+        markers.append(writer.commit(UNIT, fingerprint, *make_tables(spec, bad=())))
+    fact, other = markers[0].shard, markers[1].shard
+    assert fact.bytes == other.bytes
+    shards, root = ShardMap.of(make_manifest("f", markers[:1])), str(tmp_path / "here")
+    ids = pq.read_table(tmp_path / "here" / fact.path)["vector_id"].to_numpy()
+    (tmp_path / "here" / fact.path).write_bytes((tmp_path / "elsewhere" / other.path).read_bytes())
+    readings = [
+        lambda: list(read_vectors(storage, root, fact)),
+        lambda: sample_vectors(storage, root, fact, {0: [0, 1]}),
+        lambda: list(read_columns(storage, root, fact, ["vector_id"])),
+        lambda: read_places(storage, root, shards, ids, ["passage_id"]),
+        lambda: find_passages(storage, root, fact, pa.array(["p1"])),
+    ]
+    for reading in readings:
+        with pytest.raises(DamagedShardError, match=fact.path):
+            reading()

@@ -14,7 +14,7 @@ import ray
 from ray.actor import ActorHandle
 
 from bge_ray.dataset.passing import Passing
-from bge_ray.errors import IndexBuildError
+from bge_ray.errors import DamagedIndexError, StorageError
 from bge_ray.index.bm25 import Saturation
 from bge_ray.index.header import ivf_header
 from bge_ray.index.merge import ListRange
@@ -48,8 +48,6 @@ class RangePiece:
     lists: ListRange
     sizes_uri: str
 
-
-WAY_OUT = "; run index.py with index.verify, which makes it anew, or set search.exact"
 
 IndexSource: TypeAlias = WrittenFile | RangePiece
 # (start, stop) -> these bytes.
@@ -107,7 +105,8 @@ class Searcher:
             probes: of these queries; None has them chosen here, once for all files.
 
         Raises:
-            IndexBuildError: a file is not the one that was written, or a query is bad.
+            DamagedIndexError: a file is missing, or not the one that was written.
+            IndexBuildError: a query is bad.
         """
         indexes = self._opened(len(self._sources))
         among = [None] * len(indexes) if sql is None else self._chosen(sql)
@@ -158,8 +157,8 @@ class Searcher:
             if isinstance(source, WrittenFile):
                 found = _download(self._reader(source.path), source.path, source.bytes, target)
                 if found != source.sha256:
-                    raise IndexBuildError(
-                        f"{source.path}: is damaged, its sha256 is {found}, not {source.sha256}{WAY_OUT}"
+                    raise DamagedIndexError(
+                        source.path, f"is damaged, its sha256 is {found}, not {source.sha256}"
                     )
                 return
             inside = sizes_inside(read_sizes(self._storage, source.sizes_uri), source.lists)
@@ -228,9 +227,14 @@ def _download(read: ReadRange, uri: str, size: int, target: BinaryIO) -> str:
     digest = hashlib.sha256()
     for start in range(0, size, DOWNLOAD_BYTES):
         stop = min(size, start + DOWNLOAD_BYTES)
-        block = read(start, stop)
+        try:
+            block = read(start, stop)
+        except StorageError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise DamagedIndexError(uri, "is not there") from error
+            raise
         if len(block) != stop - start:
-            raise IndexBuildError(f"{uri}: ends at byte {start + len(block)} of {size}{WAY_OUT}")
+            raise DamagedIndexError(uri, f"ends at byte {start + len(block)} of {size}")
         digest.update(block)
         target.write(block)
     return digest.hexdigest()

@@ -94,7 +94,7 @@ class Build:
     @property
     def shards(self) -> list[FileFact]:
         """The embedding shards, in order of place."""
-        return [marker.embeddings for marker in self.manifest.shards if marker.embeddings is not None]
+        return [marker.shard for marker in self.manifest.shards if marker.shard is not None]
 
     def is_fresh(self, trained: TrainedFile) -> bool:
         """Tell whether an index was trained on the shards as they are now."""

@@ -8,7 +8,7 @@ import pytest
 import ray
 from ray.actor import ActorHandle
 
-from bge_ray.errors import IndexBuildError, SettingsError, StorageError
+from bge_ray.errors import DamagedIndexError, SettingsError
 from bge_ray.index.factory import Metric
 from bge_ray.index.package import faiss
 from bge_ray.index.search import search
@@ -67,7 +67,7 @@ def test_replicas_take_their_files_from_each_other_and_answer_alike(tmp_path: Pa
         again, _ = search_all(replicas[3], QUERIES, K, 4, lambda: None)
         np.testing.assert_allclose(again, best, atol=1e-6)
         ray.kill(replicas[0][0], no_restart=False)
-        with pytest.raises(StorageError, match="no such object"):
+        with pytest.raises(DamagedIndexError, match="is not there"):
             search_all(replicas[0], QUERIES, K, 4, lambda: None)
     finally:
         stopped(replicas)
@@ -78,7 +78,9 @@ def test_a_damaged_file_is_told_by_whoever_chooses_the_lists(tmp_path: Path) -> 
     Path(files[0].path).write_bytes(b"\0" * files[0].bytes)
     replicas = start_index(Storage(20), files, Pool(2, 0.0, 0.0, 1), 1, filters, asked=False)
     try:
-        with pytest.raises(IndexBuildError, match=r"0\.faiss: is damaged.*run index.py with index.verify"):
+        with pytest.raises(
+            DamagedIndexError, match=r"0\.faiss: is damaged.*run bge-ray index with index.verify"
+        ):
             search_all(replicas[0], QUERIES, K, 4, lambda: None, chooser=replicas[0][0])
     finally:
         stopped(replicas)
