@@ -355,6 +355,10 @@ def quiet_ray() -> Iterator[None]:
     import ray.data  # noqa: F401 - before its levels are set
 
     operators = logging.getLogger("ray.data._internal.execution.operators.map_operator")
+    tracing = [
+        logging.getLogger(name)
+        for name in ("ray.data._internal.execution.streaming_executor_state", "ray.data.exceptions")
+    ]
     levels = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
     # Starting or joining Ray sets the level of this one.
     before = {name: logging.getLogger(name).level for name in (*levels, "ray")}
@@ -363,6 +367,8 @@ def quiet_ray() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
         # Encoders reserve a GPU and a CPU on purpose: the process that feeds the GPU needs a core.
         operators.addFilter(_is_news)
+        for traced in tracing:
+            traced.addFilter(_is_not_ours)
         # They compare a pool with the number of spans; one span may hold many units.
         for text in ("The maximum number of concurrent tasks", "The minimum number of concurrent actors"):
             warnings.filterwarnings("ignore", message=text, module="ray.data")
@@ -370,12 +376,20 @@ def quiet_ray() -> Iterator[None]:
             yield
         finally:
             operators.removeFilter(_is_news)
+            for traced in tracing:
+                traced.removeFilter(_is_not_ours)
             for name, level in before.items():
                 logging.getLogger(name).setLevel(level)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
     return "both num_cpus and num_gpus" not in record.getMessage()
+
+
+def _is_not_ours(record: logging.LogRecord) -> bool:
+    """Leave out what is logged while an error of ours is on its way, which the job tells in a line."""
+    error = record.exc_info[1] if record.exc_info else sys.exc_info()[1]
+    return not isinstance(getattr(error, "cause", error), BgeRayError)
 
 
 def root_cause(error: Exception) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bge_ray.errors import DamagedShardError
 from bge_ray.pipeline.engine.cluster import quiet_ray
 from tests.support.runs import REPOSITORY
 
@@ -60,13 +61,20 @@ def test_a_cluster_of_its_own_gets_a_token_and_loopback_and_others_are_left_alon
 def test_what_is_quiet_meanwhile_is_as_it_was_afterwards() -> None:
     importlib.import_module("ray.data")  # which sets up its own loggers
     names = ["ray", "ray.data", "ray.data._internal.progress"]
-    operators = logging.getLogger("ray.data._internal.execution.operators.map_operator")
+    filtered = [
+        logging.getLogger(f"ray.data.{name}")
+        for name in (
+            "_internal.execution.operators.map_operator",
+            "_internal.execution.streaming_executor_state",
+            "exceptions",
+        )
+    ]
 
     def state() -> tuple[object, ...]:
         return (
             [logging.getLogger(name).level for name in names],
             list(warnings.filters),
-            list(operators.filters),
+            [list(logger.filters) for logger in filtered],
         )
 
     before = state()
@@ -76,6 +84,25 @@ def test_what_is_quiet_meanwhile_is_as_it_was_afterwards() -> None:
         logging.getLogger("ray").setLevel(logging.ERROR)  # as ray.init does
         raise ZeroDivisionError
     assert state() == before
+
+
+def test_the_traceback_of_an_error_of_ours_is_left_out_and_any_other_is_told() -> None:
+    importlib.import_module("ray.data")
+    logger, told = logging.getLogger("ray.data.exceptions"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        with quiet_ray():
+            for error in (DamagedShardError("s3://shard", "is damaged"), ZeroDivisionError("of others")):
+                try:
+                    raise error
+                except type(error):
+                    logger.warning("in Ray Data or Ray Core")
+                    logger.exception("Full stack trace")
+    finally:
+        logger.removeHandler(handler)
+    assert told == ["in Ray Data or Ray Core", "Full stack trace"]
 
 
 # As much of Ray as leaving it takes, with the session folder that a local cluster would have.

@@ -11,9 +11,9 @@ import pytest
 
 from bge_ray.errors import (
     CorpusError,
+    DamagedIndexError,
     DamagedShardError,
     DatasetMismatchError,
-    IncompleteRunError,
     ModelError,
     RejectedRowsError,
     SettingsError,
@@ -287,7 +287,7 @@ def test_a_wrong_index_or_model_is_refused_and_an_old_index_is_told_of(
     file = join(data, "index", description["files"][0]["path"])
     whole = STORAGE.read(file)
     STORAGE.write(file, whole[:-8] + bytes(8))
-    with pytest.raises(IncompleteRunError, match="is damaged"):
+    with pytest.raises(DamagedIndexError, match="is damaged"):
         search(settings_for(**keys))
     STORAGE.write(file, whole)
     # An object is gone from the corpus since: its passages must not come up, under whatever name.
