@@ -82,6 +82,8 @@ def plan_migrate(settings: Settings) -> str:
     storage = Storage(settings.output.storage_timeout_s)
     if settings.migrate.back:
         _, pointer, before = _way_back(storage, settings)
+        if pointer.back_from is not None:
+            return _is_back(settings, pointer)
         return f"{settings.migrate.pointer}: from {pointer.dataset} back to {before}"
     seen, old = _inputs(storage, settings)
     from bge_ray.pipeline.embed.job import plan_only
@@ -180,11 +182,15 @@ def _refuse_worse(settings: Settings, metrics: dict[str, Any] | None) -> None:
     if allowed is None or metrics is None:
         return
     name = metrics["shown_metric"]
-    old, new = (run["mean"][name] for run in metrics["runs"])
+    # Judged queries that neither run answers, not asked perhaps, would make any loss small.
+    answered = metrics["queries"] - min(run["unanswered"] for run in metrics["runs"])
+    share = metrics["queries"] / max(1, answered)
+    old, new = (share * run["mean"][name] for run in metrics["runs"])
     if old - new > allowed:
         raise WorseModelError(
             f"{settings.migrate.pointer}: was not moved: {name} of {settings.output.uri} is {new:.4f}, "
-            f"{old - new:.4f} below {old:.4f}, and migrate.max_loss is {allowed:g}; see "
+            f"{old - new:.4f} below {old:.4f} over {answered:,} judged queries with an answer, and "
+            f"migrate.max_loss is {allowed:g}; see "
             f"{join(str(settings.migrate.output), 'compared', 'metrics.md')}"
         )
 
@@ -210,17 +216,28 @@ def _side(storage: Storage, root: str) -> Side:
 
 def _move_back(storage: Storage, settings: Settings) -> str:
     seen, pointer, before = _way_back(storage, settings)
-    _move(storage, str(settings.migrate.pointer), seen, before)
+    if pointer.back_from is not None:
+        return _is_back(settings, pointer)
+    _move(storage, str(settings.migrate.pointer), seen, before, back=True)
     return f"{settings.migrate.pointer} leads to {before} again, no longer to {pointer.dataset}"
 
 
+def _is_back(settings: Settings, pointer: Pointer) -> str:
+    return (
+        f"nothing to do: {settings.migrate.pointer} leads to {pointer.dataset}, where it was led back to "
+        f"from {pointer.back_from}"
+    )
+
+
 def _way_back(storage: Storage, settings: Settings) -> tuple[Seen, Pointer, str]:
-    """Return the pointer, and where it led before, where there still is a data set; reads only."""
+    """Return the pointer, and where the way back leads, where there still is a data set; reads only."""
     settings.require("migrate.pointer")
     where = f"migrate.pointer {settings.migrate.pointer}"
     seen = read_pointer(storage, str(settings.migrate.pointer))
     if seen.pointer is None or seen.pointer.before is None:
         raise SettingsError(f"{where}: led nowhere before")
+    if seen.pointer.back_from is not None:  # a rerun of a way back, which it must not undo
+        return seen, seen.pointer, seen.pointer.dataset
     try:
         read_complete(storage, seen.pointer.before)
     except SettingsError as error:
@@ -228,10 +245,11 @@ def _way_back(storage: Storage, settings: Settings) -> tuple[Seen, Pointer, str]
     return seen, seen.pointer, seen.pointer.before
 
 
-def _move(storage: Storage, folder: str, seen: Seen, root: str) -> None:
+def _move(storage: Storage, folder: str, seen: Seen, root: str, *, back: bool = False) -> None:
     before = None if seen.pointer is None else seen.pointer.dataset
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    move(storage, folder, seen, Pointer(_lasting(root), before, now))
+    to = Pointer(_lasting(root), before, now, back_from=before if back else None)
+    move(storage, folder, seen, to)
 
 
 def _lasting(uri: str) -> str:

@@ -15,12 +15,17 @@ NAME = "pointer.json"
 
 @dataclass(frozen=True)
 class Pointer:
-    """Where it leads, where it led before (None: nowhere), and since when, in UTC."""
+    """Where it leads, where it led before (None: nowhere), and since when, in UTC.
+
+    ``back_from`` is what it was led back from, if that was the last move: to go back again is not to go
+    forward.
+    """
 
     dataset: str
     before: str | None
     moved_at: str
     format_version: int = 1
+    back_from: str | None = None
 
 
 @dataclass(frozen=True)

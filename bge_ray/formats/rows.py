@@ -146,6 +146,11 @@ def is_blank(text: str) -> bool:
     return all(unicodedata.category(letter) in _UNSEEN for letter in text.strip())
 
 
+def folded(text: str) -> str:
+    """Return what two texts have in common that differ by case and white space alone."""
+    return " ".join(text.casefold().split())
+
+
 def unicode_fault(text: str) -> tuple[str, str] | None:
     """Return the reason and detail why a text is none, or None.
 

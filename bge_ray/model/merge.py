@@ -1,6 +1,5 @@
 """Which models may be merged, and what of their files becomes what of the merged one's. No torch."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,14 @@ from safetensors import SafetensorError, safe_open
 
 from bge_ray.errors import ModelError
 from bge_ray.model.folder import ModelFolder
-from bge_ray.model.modules import MODULES_FILE, POOLING_FILE, module_files, read_object
+from bge_ray.model.modules import (
+    MODULES_FILE,
+    POOLING_FILE,
+    list_modules,
+    module_files,
+    read_object,
+    read_pooling,
+)
 from bge_ray.model.source import CODE_FILES, DECISIVE_FILES, HEAD_PATTERNS
 from bge_ray.model.weights import SAFETENSORS, Shape, weight_files
 
@@ -181,10 +187,19 @@ def _tokenizer(path: Path) -> Any:
 
 def _check_modules(first: str, folder: Path, other: str, other_folder: Path) -> None:
     """Refuse another pooling; a folder without sentence-transformers' files says nothing against it."""
-    for name in (MODULES_FILE, POOLING_FILE):
-        one, two = folder / name, other_folder / name
-        if one.is_file() and two.is_file() and json.loads(one.read_text()) != json.loads(two.read_text()):
-            raise ModelError(f"merge.models: {name} differs between {first} and {other}")
+    one, two = list_modules(folder), list_modules(other_folder)
+    if one is not None and two is not None and _kinds(one) != _kinds(two):
+        raise ModelError(f"merge.models: {MODULES_FILE} differs between {first} and {other}")
+    places = [at / POOLING_FILE for at in (folder, other_folder)]
+    if all(place.is_file() for place in places):
+        poolings = {read_pooling(read_object(place), place.parent) for place in places}
+        if len(poolings) > 1:
+            raise ModelError(f"merge.models: {POOLING_FILE} differs between {first} and {other}")
+
+
+def _kinds(modules: list[tuple[str, str]]) -> list[str]:
+    """Return the class of each module: versions of sentence-transformers keep them in different places."""
+    return [kind.rpartition(".")[2] for kind, _ in modules]
 
 
 def _copied(folder: Path, weights: set[str]) -> dict[str, Path]:

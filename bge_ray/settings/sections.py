@@ -1096,7 +1096,7 @@ class MigrateSettings(Section):
         None,
         ge=0,
         description="by how much nDCG, at the cut-off of evaluate.k nearest to 10, may be lower for the "
-        "pointer to be moved; null: by anything",
+        "pointer to be moved, over the judged queries that one of the two answers; null: by anything",
     )
 
     @model_validator(mode="after")

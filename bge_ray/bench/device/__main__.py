@@ -35,8 +35,8 @@ PHASES = {
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="folder for what is found")],
-    minutes: Annotated[float, typer.Option(help="what all phases may take together")] = 10.0,
+    out: Annotated[Path, typer.Option(file_okay=False, help="folder for what is found")],
+    minutes: Annotated[float, typer.Option(min=0.1, help="what all phases may take together")] = 10.0,
     phases: Annotated[str, typer.Option(help="which, separated by commas")] = ",".join(PHASES),
     tokenizer: Annotated[Path | None, typer.Option(help="folder with MiniLM's tokenizer files")] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu; the better one that is here")] = "",

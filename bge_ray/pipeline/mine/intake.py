@@ -9,6 +9,7 @@ import pyarrow as pa
 from bge_ray.errors import CorpusError
 from bge_ray.formats.qrels import read_qrels
 from bge_ray.formats.queries import read_queries
+from bge_ray.formats.rows import folded
 from bge_ray.formats.training import read_examples
 from bge_ray.pipeline.runs.groups import QUERY_SCHEMA
 from bge_ray.pipeline.runs.intake import Block, Rejections
@@ -65,7 +66,7 @@ class Questions:
         for question in self._examples(rejections) if self._by_example else self._judged(rejections):
             watch()
             (query_id,), (query,) = question["query_id"], question["query"]
-            if _normal(query) in held_out:
+            if folded(query) in held_out:
                 rejections.add(query_id, None, "held_out", "mine.held_out has a query of the same text")
                 continue
             read += 1
@@ -113,7 +114,7 @@ class Questions:
         if uri is None:
             return set()
         batches = read_queries(self._storage, uri, asked.id_column, asked.text_column)
-        return {_normal(text) for batch in batches for text in batch.texts}
+        return {folded(text) for batch in batches for text in batch.texts}
 
 
 def _question(
@@ -126,8 +127,3 @@ def _question(
         "by_text": [by_text],
         "labels": [json.dumps(labels, sort_keys=True, ensure_ascii=False) if labels else None],
     }
-
-
-def _normal(query: str) -> str:
-    """Return what two queries have in common that differ by case and white space alone."""
-    return " ".join(query.casefold().split())

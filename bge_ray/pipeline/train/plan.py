@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bge_ray.errors import CorpusError, DatasetMismatchError, InstallationError
+from bge_ray.formats.rows import folded
 from bge_ray.formats.training import Example, read_examples
 from bge_ray.model.train.base import Base
 from bge_ray.model.train.examples import Schedule
@@ -71,9 +72,9 @@ def read_data(storage: Storage, asked: TrainSettings) -> TrainingData:
     """
     held_out = _read(storage, asked.held_out, "train.held_out", asked) if asked.held_out else []
     found = _read(storage, str(asked.data), "train.data", asked)
-    queries = {example.query for example in held_out}
-    examples = [example for example in found if example.query not in queries]
-    left_out = [example for example in found if example.query in queries]
+    queries = {folded(example.query) for example in held_out}
+    examples = [example for example in found if folded(example.query) not in queries]
+    left_out = [example for example in found if folded(example.query) in queries]
     if len(examples) < asked.batch_queries:
         raise CorpusError(
             f"train.data {asked.data}: {len(examples):,} queries ({len(left_out):,} more are held out), "

@@ -1,5 +1,6 @@
 """Ray's part of a training: the workers, replaced where they die, and the measurement of what they made."""
 
+import math
 import shutil
 import tempfile
 import threading
@@ -152,7 +153,9 @@ def _line(state: list[Any], schedule: Schedule, began: float) -> list[str]:
         return [f"starting workers, {clock(time.time() - began)} so far"]
     rate = (step - starts[0]) / max(time.time() - began, 1e-3)
     eta = clock((schedule.steps - step) / rate) if rate > 0 else "unknown"
-    parts = [f"step {step:,} of {schedule.steps:,}", f"ETA {eta}", f"loss {loss:.4f}"]
+    parts = [f"step {step:,} of {schedule.steps:,}", f"ETA {eta}"]
+    if not math.isnan(loss):  # none yet of a training that goes on
+        parts.append(f"loss {loss:.4f}")
     return [*parts, f"workers begun anew {len(starts) - 1} times"] if len(starts) > 1 else parts
 
 

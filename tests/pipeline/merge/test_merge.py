@@ -240,6 +240,17 @@ def test_what_a_training_leaves_in_the_files_is_no_difference(encoders: list[Pat
     words = json.loads((tuned / "tokenizer.json").read_text())
     words["truncation"] = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
     (tuned / "tokenizer.json").write_text(json.dumps(words))
+    # As versions of sentence-transformers write them.
+    modules = json.loads((tuned / "modules.json").read_text())
+    for module in modules:
+        name = module["type"].rpartition(".")[2]
+        module["type"] = f"sentence_transformers.base.modules.{name.lower()}.{name}"
+    (tuned / "modules.json").write_text(json.dumps(modules))
+    flags = json.loads((tuned / "1_Pooling/config.json").read_text())
+    (mode,) = (flag for flag, on in flags.items() if on is True and flag.startswith("pooling_mode_"))
+    other = {"embedding_dimension": 32, "pooling_mode": {"pooling_mode_cls_token": "cls"}.get(mode, "mean")}
+    (tuned / "1_Pooling/config.json").write_text(json.dumps(other))
+    merge(settings_for([encoders[0], tuned], tmp_path / "renamed"))
     for name in ("modules.json", "1_Pooling/config.json"):
         (tuned / name).unlink()
     merge(settings_for([encoders[0], tuned], tmp_path / "out"))

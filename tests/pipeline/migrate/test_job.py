@@ -10,7 +10,7 @@ import bge_ray
 from bge_ray.changes import changes_job
 from bge_ray.dataset.pointer import follow, read_pointer
 from bge_ray.errors import DatasetMismatchError, OutputCollisionError, SettingsError, WorseModelError
-from bge_ray.migrate import migrate, plan_migrate
+from bge_ray.migrate import _refuse_worse, migrate, plan_migrate
 from bge_ray.pipeline.embed.job import embed
 from bge_ray.pipeline.engine.stopping import StopRequest
 from bge_ray.pipeline.index.job import build_index
@@ -113,6 +113,10 @@ def test_there_and_back(place: Path) -> None:
     assert plan_migrate(back) == f"{pointer}: from {place}/new back to {place}/old"
     assert migrate(back) == f"{pointer} leads to {place}/old again, no longer to {place}/new"
     assert answers(place, pointer, "by-pointer-3") == by_old
+    # A retry of it does not go forward again.
+    told = f"nothing to do: {pointer} leads to {place}/old, where it was led back to from {place}/new"
+    assert (plan_migrate(back), migrate(back)) == (told, told)
+    assert follow(STORAGE, pointer) == f"{place}/old"
 
 
 def test_what_cannot_be_is_refused_before_anything_is_written(place: Path) -> None:
@@ -145,6 +149,16 @@ def test_what_cannot_be_is_refused_before_anything_is_written(place: Path) -> No
     with pytest.raises(OutputCollisionError, match=r"migrate.output"):
         migrate(moving(place, migrate__output=f"{place}/corpus"))
     assert sorted(path for path in place.rglob("*") if path.is_file()) == there
+
+
+def test_a_loss_is_not_made_small_by_judged_queries_that_nobody_asked(place: Path) -> None:
+    settings = moving(place, migrate__max_loss=0.03, evaluate__qrels=f"{place}/qrels.tsv")
+    runs = [{"unanswered": 57, "mean": {"ndcg@10": mean}} for mean in (0.0904, 0.0715)]
+    metrics = {"shown_metric": "ndcg@10", "queries": 97, "runs": runs}
+    # Of 40 queries that were asked it is 0.2192 and 0.1734.
+    with pytest.raises(WorseModelError, match=r"is 0.1734, 0.0458 below 0.2192 over 40 judged queries"):
+        _refuse_worse(settings, metrics)
+    _refuse_worse(settings, metrics | {"queries": 9700})
 
 
 @pytest.mark.slow

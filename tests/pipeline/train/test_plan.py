@@ -87,7 +87,9 @@ def test_data_below_a_step_is_refused(keys: dict[str, object]) -> None:
 
 
 def test_held_out_queries_are_not_trained_on(tmp_path: Path, keys: dict[str, Any]) -> None:
-    write_lines(Path(keys["train.held_out"]), [example(number) for number in (3, 5, 200)])
+    held_out = [example(number) for number in (3, 5, 200)]
+    held_out[1]["query"] = f" {held_out[1]['query'].upper()}  "  # the same question
+    write_lines(Path(keys["train.held_out"]), held_out)
     work = TrainWork(as_settings(keys))
     assert work.data.n_left_out == 2
     assert {row.query_id for row in work.data.left_out} == {"q3", "q5"}
