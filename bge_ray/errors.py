@@ -11,6 +11,7 @@
       StorageError          1   a storage operation failed and may not the next time
         StorageAccessError  2   the store refuses, and would again: bucket, access, credentials, protocol
         DamagedShardError   2   an embedding shard is not the one that was written
+      DamagedFileError      2   what the two named Damaged... have in common: no rerun mends them
       TakenOverError        1   a newer run owns the output; this one stopped writing
       IncompleteRunError    1   the run ended with work left undone: run it again to continue
       RejectedRowsError     2   more rows were rejected than the settings allow
@@ -83,18 +84,25 @@ class StorageAccessError(StorageError):
     exit_code = 2
 
 
-class DamagedShardError(StorageError):
-    """An embedding shard is not the one that the manifest vouches for; the way out is part of its text."""
+class DamagedFileError(BgeRayError):
+    """A published file is not the one that was written; the way out is part of its text."""
 
     exit_code = 2
+    way_out = ""
 
     def __init__(self, uri: str, found: str) -> None:
-        """Name the shard, and what it is instead."""
+        """Name the file, and what it is instead."""
         super().__init__(uri, found)
         self.uri, self.found = uri, found
 
     def __str__(self) -> str:
-        return f"{self.uri}: {self.found}; remove it and run bge-ray embed again to make it anew"
+        return f"{self.uri}: {self.found}; {self.way_out}"
+
+
+class DamagedShardError(DamagedFileError, StorageError):
+    """An embedding shard is not the one that the manifest vouches for."""
+
+    way_out = "remove it and run bge-ray embed again to make it anew"
 
 
 class TakenOverError(BgeRayError):
@@ -115,21 +123,10 @@ class IndexBuildError(BgeRayError):
     """Vectors, ids, a trained index or an index part break a rule that FAISS would not check."""
 
 
-class DamagedIndexError(IndexBuildError):
-    """A file of a published index is missing, or not the one that was written; the way out is in its text."""
+class DamagedIndexError(DamagedFileError, IndexBuildError):
+    """A file of a published index is missing, or not the one that was written."""
 
-    exit_code = 2
-
-    def __init__(self, uri: str, found: str) -> None:
-        """Name the file, and what it is instead."""
-        super().__init__(uri, found)
-        self.uri, self.found = uri, found
-
-    def __str__(self) -> str:
-        return (
-            f"{self.uri}: {self.found}; run bge-ray index with index.verify, which makes it anew, or search "
-            "without it (search.exact)"
-        )
+    way_out = "run bge-ray index with index.verify, which makes it anew, or search without it (search.exact)"
 
 
 class RecallError(BgeRayError):

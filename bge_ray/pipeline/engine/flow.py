@@ -7,13 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from ray.exceptions import RayError
 
-from bge_ray.errors import (
-    DamagedIndexError,
-    DamagedShardError,
-    DatasetMismatchError,
-    IncompleteRunError,
-    ModelError,
-)
+from bge_ray.errors import DamagedFileError, DatasetMismatchError, IncompleteRunError, ModelError
 from bge_ray.pipeline.engine.cluster import quiet_ray, root_cause
 from bge_ray.pipeline.engine.parcel import Parcel
 from bge_ray.pipeline.engine.pools import Pool, Tasks
@@ -27,8 +21,6 @@ logger = logging.getLogger(__name__)
 
 # This many parcels given up in a row mean that the fault is not in them.
 MAX_FAILURES_IN_A_ROW = 10
-# What a stage raises that no rerun mends.
-_NOT_MENDED = (DatasetMismatchError, ModelError, DamagedShardError, DamagedIndexError)
 # Units sent to an actor beyond those that are inside it.
 PREFETCHED = 1
 
@@ -103,7 +95,7 @@ def follow(
 
     Raises:
         DatasetMismatchError, ModelError: an actor refused its model.
-        DamagedShardError, DamagedIndexError: a stage came upon one.
+        DamagedFileError: a stage came upon one.
         IncompleteRunError: the pipeline failed, or parcel after parcel was given up.
     """
     in_a_row, silence = 0, Silence()
@@ -122,6 +114,6 @@ def follow(
                     raise IncompleteRunError(f"{in_a_row} units failed in a row, the last: {receipt.error}")
     except RayError as error:
         cause = getattr(error, "cause", None)
-        if isinstance(cause, _NOT_MENDED):
+        if isinstance(cause, DatasetMismatchError | ModelError | DamagedFileError):  # no rerun mends these
             raise cause from error
         raise IncompleteRunError(f"the pipeline failed: {root_cause(error)}") from error

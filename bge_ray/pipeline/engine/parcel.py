@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from bge_ray.errors import BgeRayError, DamagedIndexError, DamagedShardError
+from bge_ray.errors import BgeRayError, DamagedFileError
 from bge_ray.records.arrays import whole
 from bge_ray.records.canonical import from_json, to_json
 
@@ -51,10 +51,10 @@ class Parcel:
         """Return the parcel as given up for an error of one of ours, here or in an actor that was asked.
 
         Raises:
-            DamagedShardError, DamagedIndexError: as it came, because no rerun mends it; the run ends.
+            DamagedFileError: as it came, because no rerun mends it; the run ends.
         """
         cause = getattr(error, "cause", error)  # what Ray wraps is told by its cause
-        if isinstance(cause, DamagedShardError | DamagedIndexError):
+        if isinstance(cause, DamagedFileError):
             raise cause
         return self.failed(str(error))
 
